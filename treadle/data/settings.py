@@ -1,0 +1,108 @@
+"""The [data] section."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+from pydantic import model_validator
+
+from treadle.settings import Settings, option
+
+Packing = Literal["concat", "next_fit", "first_fit", "best_fit", "none"]
+
+
+def _pack_sequences(value: Any) -> dict[str, Any]:
+    if not isinstance(value, bool):
+        raise ValueError
+    return {} if value else {"data.packing": "none"}
+
+
+def _validation_split(value: Any) -> dict[str, Any]:
+    return {"data.validation_fraction" if isinstance(value, (int, float)) else "data.validation_path": value}
+
+
+class DataSettings(Settings):
+    """What is read."""
+
+    path: str | list[str] | None = option(None, aliases=("data_path", "data_dir", "train_file"), change="guarded")
+    """A .txt, .jsonl or .parquet file, a folder of them, a folder of prepared .bin shards, or a list of these.
+    The word `austen` is the corpus that ships with treadle."""
+
+    dataset_name: str | None = option(None, change="guarded")
+    """A Hugging Face data set: a name on the hub (downloaded by the `datasets` extra) or a local folder."""
+
+    dataset_config: str | None = option(None, change="guarded")
+    """The configuration of a Hugging Face data set."""
+
+    split: str = option("train", aliases=("dataset_split",), change="guarded")
+    """The split of a Hugging Face data set to train on."""
+
+    text_column: str = option("text", change="guarded")
+    """The column (JSON key) that holds the text of a .jsonl or .parquet row."""
+
+    document_separator: str | None = option(None, change="guarded")
+    """Splits each .txt file into documents at lines equal to this text; without it a file is one document."""
+
+    weights: list[float] | None = option(None, change="guarded")
+    """One weight for each path: every 1024 rows hold exactly these shares. Without weights, rows are drawn from all
+    paths in proportion to their size."""
+
+    validation_path: str | None = option(None, aliases=("validation_file",), change="guarded")
+    """Text to evaluate on; without it a part of the training text is held out."""
+
+    validation_fraction: float = option(0.05, change="guarded", ge=0.0, lt=1.0)
+    """Share of the text held out: whole documents when there are 100 or more, else the end of each document."""
+
+    seq_len: int = option(256, aliases=("max_length", "max_seq_len", "max_seq_length"), change="guarded", ge=2)
+    """Symbols in a row."""
+
+    min_length: int = option(0, change="guarded", ge=0)
+    """Documents with fewer symbols are left out (counted in the statistics)."""
+
+    packing: Packing = option(
+        "concat", aliases=("packing_strategy",), change="guarded", spellings={"greedy": "next_fit", "false": "none"}
+    )
+    """How documents share rows: concat (cut wherever a row ends), next_fit, first_fit, best_fit (documents stay whole
+    unless longer than a row), none (one document a row). Documents never see each other in any of them."""
+
+    shuffle: bool = option(True, change="guarded")
+    """Draw rows in an order that depends on the seed and the epoch; off: as they stand."""
+
+    on_bad: Literal["skip", "error"] = option("skip", change="guarded")
+    """What a malformed line does: skip (counted and reported, at most bad_limit of them) or error."""
+
+    bad_limit: float = option(0.001, ge=0.0, le=1.0)
+    """The largest share of malformed lines before preparation stops."""
+
+    num_workers: int | Literal["auto"] = option("auto")
+    """Processes that build batches; 0 is one background thread, auto measures the wait in the first 50 steps."""
+
+    prefetch_factor: int = option(4, ge=1, le=1024)
+    """Batches kept ready ahead of the step (for each worker)."""
+
+    preparation_workers: int | Literal["auto"] = option("auto", aliases=("preprocessing_num_workers",))
+    """Processes that tokenise during preparation; auto is one for each core."""
+
+    cache_dir: str | None = option(None)
+    """Where prepared data and trained tokenizers are kept; default $TREADLE_CACHE or ~/.cache/treadle."""
+
+    translations: ClassVar[dict[str, Callable[[Any], dict[str, Any]]]] = {
+        "pack_sequences": _pack_sequences,
+        "validation_split": _validation_split,
+    }
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataSettings:
+        if self.path is not None and self.dataset_name is not None:
+            raise ValueError("path and dataset_name are both given; keep one")
+        if self.weights is not None:
+            paths = self.path if isinstance(self.path, list) else [self.path]
+            if len(self.weights) != len(paths):
+                raise ValueError(f"weights has {len(self.weights)} numbers for {len(paths)} path(s)")
+            if any(not 0 < w < float("inf") for w in self.weights):
+                raise ValueError("weights must be positive numbers")
+        for name in ("num_workers", "preparation_workers"):
+            if isinstance(getattr(self, name), int) and not 0 <= getattr(self, name) <= 256:
+                raise ValueError(f"{name} must be auto or between 0 and 256")
+        return self

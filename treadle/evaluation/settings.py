@@ -1,0 +1,44 @@
+"""The [eval] section."""
+
+from __future__ import annotations
+
+from pydantic import model_validator
+
+from treadle.settings import Settings, option
+
+
+class EvalSettings(Settings):
+    """How good it is, measured while it trains."""
+
+    eval_steps: int | None = option(None, aliases=("eval_interval",), ge=1)
+    """Steps between evaluations on held-out text; without it a tenth of the run. The last step is always evaluated."""
+
+    eval_rows: int | None = option(256, ge=1)
+    """Rows of held-out text used while training; `treadle eval` uses all."""
+
+    per_device_eval_batch_size: int | None = option(None, aliases=("eval_batch_size",), ge=1)
+    """Rows in one evaluation pass; without it the training batch size."""
+
+    sample_tokens: int = option(100, ge=0)
+    """Length of the text sample written at each evaluation; 0 writes none."""
+
+    sample_prompt: str = option("")
+    """What the sample continues; empty starts from the end-of-document symbol."""
+
+    early_stopping_patience: int | None = option(None, aliases=("patience",), ge=1)
+    """Stop after this many evaluations without a better loss."""
+
+    early_stopping_threshold: float = option(0.0, aliases=("threshold",), ge=0.0)
+    """By how much a loss must be lower to count as better."""
+
+    target_loss: float | None = option(None)
+    """Stop once the evaluation loss is this low."""
+
+    at_end: bool = option(False)
+    """After the last step evaluate everything and write results/evaluation_results.json and results/generations.txt."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EvalSettings:
+        if self.early_stopping_threshold > 0 and self.early_stopping_patience is None:
+            raise ValueError("early_stopping_threshold needs early_stopping_patience")
+        return self

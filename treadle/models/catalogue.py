@@ -1,0 +1,11 @@
+"""The names of the architectures; importing this loads none of them (and no torch)."""
+
+from __future__ import annotations
+
+from treadle.registry import Registry
+
+MODELS = Registry(
+    "model",
+    {"transformer": "treadle.models.transformer:Transformer"},
+    aliases={"gpt2": "transformer", "llama": "transformer", "gpt": "transformer", "dense": "transformer"},
+)

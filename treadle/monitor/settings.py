@@ -1,0 +1,54 @@
+"""The [log] section."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+from pydantic import model_validator
+
+from treadle.settings import Settings, option
+
+Sink = Literal["csv", "jsonl", "tensorboard", "wandb"]
+DEFAULT_SINKS: list[Sink] = ["csv", "jsonl", "tensorboard"]
+
+
+def _with(sink: Sink) -> Callable[[Any], dict[str, Any]]:
+    def translate(value: Any) -> dict[str, Any]:
+        if not isinstance(value, bool):
+            raise ValueError
+        wanted = [name for name in DEFAULT_SINKS if name != sink]
+        return {"log.report_to": [*wanted, sink] if value else wanted}
+
+    return translate
+
+
+class LogSettings(Settings):
+    """What people see."""
+
+    logging_steps: int = option(10, aliases=("log_steps", "log_interval"), ge=1)
+    """Steps between log lines and metrics rows."""
+
+    report_to: list[Sink] = option(DEFAULT_SINKS)
+    """Where metrics go: csv, jsonl, tensorboard, wandb (extra; WANDB_MODE=offline works without a network)."""
+
+    project: str = option("treadle", aliases=("wandb_project",))
+    """The Weights & Biases project."""
+
+    log_dir: str | None = option(None)
+    """Where metrics, TensorBoard files and samples go; default the run folder."""
+
+    profile: str | None = option(None)
+    """START:STEPS writes a trace of these steps to the run's trace.json."""
+
+    translations: ClassVar[dict[str, Callable[[Any], dict[str, Any]]]] = {
+        "use_tensorboard": _with("tensorboard"),
+        "use_wandb": _with("wandb"),
+    }
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LogSettings:
+        if self.profile is not None and not re.fullmatch(r"[1-9]\d*:[1-9]\d*", self.profile):
+            raise ValueError("profile must be START:STEPS, for example 20:5")
+        return self

@@ -1,0 +1,299 @@
+"""The whole configuration tree: every room's section, composed from defaults, presets, recipes and flags.
+
+Precedence, weakest first: a section's defaults < the model's recommended values for a preset < a continued run's own
+config.toml < the recipe < flags. The model section stays a raw table until its architecture is known, so this file
+imports no torch unless a model key has to be understood.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from treadle.checkpoint.settings import CheckpointSettings
+from treadle.data.settings import DataSettings
+from treadle.errors import ConfigError
+from treadle.evaluation.settings import EvalSettings
+from treadle.models.catalogue import MODELS
+from treadle.monitor.settings import LogSettings
+from treadle.registry import nearest
+from treadle.settings import (
+    Given,
+    Settings,
+    Vocabulary,
+    build_section,
+    dump_toml,
+    fit_value,
+    load_table,
+    merge,
+    option,
+    plain,
+)
+from treadle.text.settings import TokenizerSettings
+from treadle.training.settings import OptimSettings, TrainSettings
+
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+DATA_SUFFIXES = (".txt", ".jsonl", ".parquet", ".bin")
+RECIPE_SUFFIXES = (".toml", ".yaml", ".yml", ".json")
+DEFAULT_RECIPE = "austen"
+DEFAULT_ARCHITECTURE = "transformer"
+# Keys of the model section that choose a model rather than describe it; they have no place in a model's own Config.
+MODEL_CHOICE = {"arch": ("arch", "type", "architecture", "model_type"), "preset": ("preset", "model_size"),
+                "config_file": ("config_file",)}  # fmt: skip
+
+
+class RunSettings(Settings):
+    """Which run, where, on what."""
+
+    output_dir: str | None = option(None)
+    """The run folder itself; default runs/<run_name>."""
+
+    run_name: str | None = option(None, aliases=("experiment_name",))
+    """The run's name; default the recipe's or file's name without its suffix."""
+
+    seed: int = option(0, change="guarded", ge=0, lt=2**63)
+    """Everything random is a function of this number and the step."""
+
+    device: str = option("auto", spellings={"gpu": "cuda"})
+    """auto (a GPU where there is one), cpu, cuda, or cuda:N."""
+
+
+SECTIONS: dict[str, type[Settings]] = {
+    "run": RunSettings,
+    "tokenizer": TokenizerSettings,
+    "data": DataSettings,
+    "train": TrainSettings,
+    "optim": OptimSettings,
+    "checkpoint": CheckpointSettings,
+    "eval": EvalSettings,
+    "log": LogSettings,
+}
+SECTION_ALIASES = {
+    "training": "train",
+    "output": "run",
+    "experiment": "run",
+    "optimizer": "optim",
+    "optimiser": "optim",
+    "evaluation": "eval",
+    "early_stopping": "eval",
+    "logging": "log",
+    "dataset": "data",
+    "checkpointing": "checkpoint",
+}
+
+
+def vocabulary() -> Vocabulary:
+    """Every core section and its words; `model` is open until an architecture is chosen."""
+    return Vocabulary(dict(SECTIONS), dict(SECTION_ALIASES), frozenset({"model"}))
+
+
+@dataclass
+class Layer:
+    """One source of values, weakest first in a list of layers."""
+
+    table: dict[str, Any]
+    origin: str
+    from_text: bool = False
+    weak: bool = False  # a stored run's values: an explicit "auto" above does not override them
+
+
+@dataclass
+class Recipe:
+    """A composed configuration. `model` holds the architecture's own keys as given, `origins` where each value came from."""
+
+    run: RunSettings
+    tokenizer: TokenizerSettings
+    data: DataSettings
+    train: TrainSettings
+    optim: OptimSettings
+    checkpoint: CheckpointSettings
+    eval: EvalSettings
+    log: LogSettings
+    arch: str = DEFAULT_ARCHITECTURE
+    preset: str | None = None
+    model: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.run.run_name or "run"
+
+    @property
+    def folder(self) -> Path:
+        """The run folder; a name that would leave `runs/` is refused."""
+        if self.run.output_dir is not None:
+            return Path(self.run.output_dir)
+        check_run_name(self.name)
+        return Path("runs") / self.name
+
+    def section(self, name: str) -> Settings:
+        return getattr(self, name)
+
+    def tables(self) -> dict[str, dict[str, Any]]:
+        """All sections as plain tables, the model's choice and keys included."""
+        tables = {name: self.section(name).model_dump() for name in SECTIONS}
+        model = {"arch": self.arch, "preset": self.preset, **self.model}
+        return {"run": tables.pop("run"), "model": model, **tables}
+
+    def to_toml(self) -> str:
+        return dump_toml(self.tables())
+
+    def change_rule(self, dotted: str) -> str:
+        """How a key may change when a run continues: free, guarded or fixed."""
+        section, _, key = dotted.partition(".")
+        return "fixed" if section == "model" else SECTIONS[section].key_info(key)["change"]
+
+
+def check_run_name(name: str) -> None:
+    """Run names become folder names, so they hold no separators and no surprises."""
+    if not RUN_NAME.fullmatch(name):
+        raise ConfigError(
+            f"run.run_name = {name!r}: use letters, digits, '.', '_' and '-', starting with a letter or digit, "
+            "at most 128; --output_dir takes any path"
+        )
+
+
+def recipe_folder() -> Path:
+    """Where the built-in recipes are: inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).parent
+    return package / "recipes" if (package / "recipes").is_dir() else package.parent / "recipes"
+
+
+def builtin_recipes() -> dict[str, Path]:
+    return {path.stem: path for path in sorted(recipe_folder().glob("*.toml"))}
+
+
+def target_layer(target: str | None) -> Layer:
+    """What a user named to train on (nothing, a built-in recipe, a recipe file, text, a folder) as a layer."""
+    builtin = builtin_recipes()
+    if target is None:
+        target = DEFAULT_RECIPE
+    path = Path(target)
+    if not path.exists() and target in builtin:
+        path = builtin[target]
+    if path.is_dir() and (path / "config.toml").is_file():
+        table = load_table(path / "config.toml")
+        table.setdefault("run", {})["output_dir"] = str(path)
+        return Layer(table, str(path / "config.toml"))
+    if path.suffix in RECIPE_SUFFIXES and (path.exists() or path.suffix == ".toml"):
+        table = load_table(path)
+        return Layer(_with_name(table, path.stem), path.name)
+    if path.is_dir() or path.suffix in DATA_SUFFIXES:
+        if not path.exists():
+            raise ConfigError(f"{path} does not exist; give a text file, a folder of text files, or a recipe")
+        name = re.sub(r"[^A-Za-z0-9._-]", "_", path.resolve().stem) or "run"
+        return Layer({"data": {"path": str(path)}, "run": {"run_name": name.lstrip("._-") or "run"}}, str(path))
+    if path.exists():
+        raise ConfigError(f"{path}: treadle trains on {', '.join(DATA_SUFFIXES)} or folders of them, and reads recipes "
+                          f"in {', '.join(RECIPE_SUFFIXES)}")  # fmt: skip
+    raise ConfigError(f"{target!r} is no file, folder or built-in recipe: {nearest(target, list(builtin))}")
+
+
+def _with_name(table: dict[str, Any], stem: str) -> dict[str, Any]:
+    """The table with run_name defaulting to the recipe's own name, whichever word it uses for it."""
+    words = {"run_name", "experiment_name"}
+    places = [table, *(table.get(s) for s in ("run", "output", "experiment"))]
+    if any(isinstance(place, dict) and words & {plain(str(k)) for k in place} for place in places):
+        return table
+    return {**table, "run.run_name": re.sub(r"[^A-Za-z0-9._-]", "_", stem)}
+
+
+def compose(layers: list[Layer], with_model: bool = True) -> Recipe:
+    """Layers, weakest first, as one validated Recipe.
+
+    with_model=False leaves the model section raw (no torch); then a leaf name no core section knows is an error.
+    """
+    words = vocabulary()
+    stacked = [(layer, merge(words.flatten(layer.table, layer.origin, layer.from_text))) for layer in layers]
+    arch, preset = DEFAULT_ARCHITECTURE, None
+    for layer, given in stacked:
+        for key, value in given.items():
+            choice = _model_choice(key)
+            if choice == "config_file":
+                given_file = load_table(str(value.value))
+                arch = MODELS.canonical(str(given_file.get("model_type", arch)))
+            if choice == "arch":
+                arch = MODELS.canonical(str(value.value))
+            if choice == "preset":
+                preset = None if value.value is None or plain(str(value.value)) == "none" else str(value.value)
+    model_class = MODELS.get(arch) if with_model else None
+    if model_class is not None:
+        words.sections["model"] = model_class.Config
+        recommended = model_class.Config.recommended(preset)
+        if recommended:
+            origin = f"recommended for {arch} {preset}"
+            stacked.insert(0, (Layer({}, origin), merge(words.flatten(recommended, origin))))
+    final: dict[str, Given] = {}
+    for layer, given in stacked:
+        for key, one in _understood(words, given, with_model).items():
+            stored = final.get(key)
+            if stored is not None and one.value == "auto" and stored.origin == "the run":
+                continue
+            final[key] = Given(key, one.value, "the run" if layer.weak else one.origin, False)
+    sections = {
+        name: build_section(name, cls, {k: v for k, v in final.items() if k.startswith(name + ".")})
+        for name, cls in SECTIONS.items()
+    }
+    model = {k.partition(".")[2]: v.value for k, v in final.items() if k.startswith("model.")}
+    origins = {key: given.origin for key, given in final.items()}
+    notes = list(dict.fromkeys(words.notes))
+    return Recipe(**sections, arch=arch, preset=preset, model=model, origins=origins, notes=notes)  # type: ignore[arg-type]
+
+
+def _model_choice(key: str) -> str | None:
+    """arch, preset or config_file when a key names one of them (leaf names reach here as '?.name')."""
+    section, _, name = key.partition(".")
+    if section not in ("model", "?"):
+        return None
+    for choice, spellings in MODEL_CHOICE.items():
+        if name in spellings and not (section == "?" and name == "type"):
+            return choice
+    return None
+
+
+def _understood(words: Vocabulary, given: dict[str, Given], with_model: bool) -> dict[str, Given]:
+    """A layer with its model keys checked against the architecture's Config (when it is known)."""
+    understood: list[Given] = []
+    for key, one in given.items():
+        section, _, name = key.partition(".")
+        choice = _model_choice(key)
+        if choice == "config_file":
+            table = load_table(str(one.value))
+            table.pop("model_type", None)
+            understood += _understood(words, merge(words.flatten({"model": table}, str(one.value))), with_model).values()
+        elif choice is not None:
+            continue
+        elif section == "?" and not with_model:
+            raise ConfigError(f"{one.origin}: unknown key: {nearest(name, words.all_names())}")
+        elif section in ("model", "?") and with_model:
+            understood.append(_model_key(words, name, one, leaf=section == "?"))
+        else:
+            understood.append(one)
+    return merge(understood)
+
+
+def _model_key(words: Vocabulary, name: str, one: Given, leaf: bool) -> Given:
+    cls = words.sections["model"]
+    names = words.names_of("model")
+    if name not in names:
+        known = words.all_names() if leaf else list(names)
+        raise ConfigError(f"{one.origin}: unknown key: {nearest(name, known)}")
+    if name in cls.translations:
+        ((dotted, value),) = cls.translations[name](one.value).items()
+        key = dotted.partition(".")[2]
+    else:
+        key, value = names[name], one.value
+    if key != name:
+        words.notes.append(f"{one.origin} is read as model.{key}")
+    try:
+        return Given(f"model.{key}", fit_value(cls, key, value, one.from_text), one.origin, False)
+    except ConfigError as problem:
+        raise ConfigError(f"{one.origin}: model.{problem}") from None
+
+
+def from_leaf_names(arch: str = DEFAULT_ARCHITECTURE, **values: Any) -> Recipe:
+    """A Recipe from keyword arguments, any leaf name or alias: `from_leaf_names(max_steps=100, lr=1e-3)`."""
+    return compose([Layer({"model.arch": arch, **values}, "arguments")])

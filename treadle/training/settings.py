@@ -1,0 +1,128 @@
+"""The [train] and [optim] sections."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+from pydantic import field_validator, model_validator
+
+from treadle.settings import Settings, option
+
+PRECISION_SPELLINGS = {"float32": "fp32", "none": "fp32", "no": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+def _boolean_precision(name: str) -> Callable[[Any], dict[str, Any]]:
+    def translate(value: Any) -> dict[str, Any]:
+        if not isinstance(value, bool):
+            raise ValueError
+        return {"train.precision": name} if value else {}
+
+    return translate
+
+
+class TrainSettings(Settings):
+    """How long, in what portions and in what precision."""
+
+    max_steps: int | None = option(None, aliases=("steps",), ge=1)
+    """Optimiser steps in all; without it num_train_epochs decides."""
+
+    num_train_epochs: float = option(1.0, aliases=("num_epochs", "epochs"), gt=0)
+    """Passes over the data when max_steps is not given."""
+
+    per_device_train_batch_size: int = option(16, aliases=("batch_size",), ge=1)
+    """Rows in one forward pass of one device."""
+
+    gradient_accumulation_steps: int | None = option(None, ge=1)
+    """Forward passes in one optimiser step; without it 1, or what global_batch_size asks for."""
+
+    global_batch_size: int | None = option(None, change="guarded", ge=1)
+    """Rows in one optimiser step over all devices; fixed at the first start of a run."""
+
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
+        "auto", aliases=("mixed_precision", "amp_dtype"), change="fixed", spellings=PRECISION_SPELLINGS
+    )
+    """auto picks bf16 (autocast over fp32 weights) where it is known to pay, else fp32; fp16 scales the loss."""
+
+    gradient_checkpointing: bool | int | list[int] = option(
+        False, aliases=("use_gradient_checkpointing", "activation_checkpointing")
+    )
+    """Recompute activations in backward to save memory: false, true (all blocks), n (every n-th), or a list of blocks."""
+
+    torch_compile: bool = option(False, aliases=("compile_model", "compile"))
+    """Compile each block (needs a working compiler; measured to gain nothing on CPU)."""
+
+    nonfinite_limit: int = option(5, ge=1)
+    """A step whose loss or gradient is not finite is skipped and counted; this many in a row stop the run."""
+
+    loss_weights: dict[str, float] = option({})
+    """Weight of each part of the loss by name; parts that are not named keep their own."""
+
+    translations: ClassVar[dict[str, Callable[[Any], dict[str, Any]]]] = {
+        "fp16": _boolean_precision("fp16"),
+        "bf16": _boolean_precision("bf16"),
+        # use_amp alone leaves the type to `auto`; amp_dtype (an alias of precision) names it.
+        "use_amp": lambda value: {} if value is True else {"train.precision": "fp32"},
+    }
+
+    @field_validator("gradient_checkpointing", mode="before")
+    @classmethod
+    def _every_n(cls, value: Any) -> Any:
+        match = re.fullmatch(r"every[_-](\d+)", value) if isinstance(value, str) else None
+        return int(match[1]) if match else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainSettings:
+        every = self.gradient_checkpointing
+        if isinstance(every, int) and not isinstance(every, bool) and every < 1:
+            raise ValueError("gradient_checkpointing = n needs n >= 1")
+        bad = [name for name, weight in self.loss_weights.items() if not 0 <= weight < float("inf")]
+        if bad:
+            raise ValueError(f"loss_weights.{bad[0]} must be a finite number >= 0")
+        return self
+
+
+class OptimSettings(Settings):
+    """How the weights move."""
+
+    name: Literal["adamw", "muon"] = option("adamw", aliases=("optimizer_name", "type"), change="guarded")
+    """adamw (fused), or muon for the hidden matrices with adamw for everything else."""
+
+    learning_rate: float = option(1e-3, aliases=("lr",), gt=0, lt=float("inf"), allow_inf_nan=False)
+    """Peak learning rate."""
+
+    lr_scheduler_type: Literal["cosine", "linear", "wsd", "constant"] = option(
+        "cosine", aliases=("lr_scheduler", "scheduler", "schedule")
+    )
+    """How the rate falls after warm-up; wsd stays at the peak and falls in the last decay_fraction of the steps."""
+
+    warmup_steps: int | None = option(None, ge=0)
+    """Steps of linear rise; without it 2% of the run, at most 2000."""
+
+    min_lr_ratio: float = option(0.1, ge=0.0, le=1.0)
+    """The rate at the end as a share of the peak."""
+
+    min_lr: float | None = option(None, aliases=("eta_min",), ge=0.0, allow_inf_nan=False)
+    """The rate at the end as a number; overrides min_lr_ratio."""
+
+    decay_fraction: float = option(0.2, gt=0.0, le=1.0)
+    """Share of the steps in which wsd falls."""
+
+    weight_decay: float = option(0.1, ge=0.0, allow_inf_nan=False)
+    """Decoupled weight decay of matrices; norms, biases and whatever a model excludes have none."""
+
+    adam_beta1: float = option(0.9, aliases=("beta1",), ge=0.0, lt=1.0)
+    """Decay of AdamW's first moment."""
+
+    adam_beta2: float = option(0.95, aliases=("beta2",), ge=0.0, lt=1.0)
+    """Decay of AdamW's second moment."""
+
+    adam_epsilon: float = option(1e-8, aliases=("epsilon", "eps"), gt=0.0, allow_inf_nan=False)
+    """Added to AdamW's denominator."""
+
+    muon_momentum: float = option(0.95, ge=0.0, lt=1.0)
+    """Momentum of Muon."""
+
+    max_grad_norm: float = option(1.0, aliases=("grad_clip", "gradient_clip"), ge=0.0, allow_inf_nan=False)
+    """Gradients are scaled down to this global norm; 0 turns clipping off."""
