@@ -1,0 +1,96 @@
+"""safetensors files, written as a stream and parsed with every field checked. No pickle is ever read or written.
+
+The format (github.com/huggingface/safetensors): 8 bytes little-endian header length, a JSON header with dtype, shape and
+offsets of each tensor, then the bytes. Writing here streams tensor by tensor, so a save needs no second copy of the
+state; reading hashes and parses the same buffer, so what was verified is what is used.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from treadle.errors import CheckpointError, InputError
+
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
+LONGEST_HEADER = 100 << 20
+
+
+def stream_tensors(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Iterator[bytes | memoryview]:
+    """A safetensors file in parts, tensors in the order of their names."""
+    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    offset = 0
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [offset, offset + tensor.nbytes]}  # fmt: skip
+        offset += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text)) + text
+    for name in sorted(tensors):
+        if tensors[name].numel():
+            flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+            yield memoryview(flat.view(torch.uint8).numpy())
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A plain safetensors file (checkpoints go through checkpoint/writer.py, which makes them durable)."""
+    with path.open("wb") as stream:
+        for part in stream_tensors(tensors, metadata):
+            stream.write(part)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; InputError when there is none, CheckpointError when it is damaged."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist")
+    return parse_tensors(np.fromfile(path, dtype=np.uint8), path.name)
+
+
+def parse_tensors(data: np.ndarray, name: str) -> dict[str, Tensor]:
+    """uint8 [N] -> tensors; whatever the bytes hold, the only error is CheckpointError and nothing large is allocated."""
+    try:
+        if len(data) < 8:
+            raise ValueError("shorter than its header")
+        (length,) = struct.unpack("<Q", data[:8].tobytes())
+        if length > min(len(data) - 8, LONGEST_HEADER):
+            raise ValueError("the header is longer than the file")
+        header = json.loads(data[8 : 8 + length].tobytes())
+        if not isinstance(header, dict):
+            raise ValueError("the header is no table")
+        body = data[8 + length :]
+        return _parse_body(header, body)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, RuntimeError) as problem:
+        raise CheckpointError(f"{name} is not a sound safetensors file ({problem})") from None
+
+
+def _parse_body(header: dict, body: np.ndarray) -> dict[str, Tensor]:
+    entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
+    entries.sort(key=lambda item: (item[1]["data_offsets"][0], item[1]["data_offsets"][1]))
+    tensors: dict[str, Tensor] = {}
+    position = 0
+    for name, entry in entries:
+        dtype, shape = BY_NAME[entry["dtype"]], entry["shape"]
+        start, stop = entry["data_offsets"]
+        if not all(type(n) is int and 0 <= n < 2**48 for n in (*shape, start, stop)):
+            raise ValueError(f"{name}: shape or offsets")
+        if start != position or stop - start != math.prod(shape) * dtype.itemsize or stop > len(body):
+            raise ValueError(f"{name}: offsets do not fit")
+        position = stop
+        # A copy: the slice may be unaligned for its type, and the buffer of the whole file must not stay alive.
+        tensors[name] = torch.from_numpy(body[start:stop].copy()).view(dtype).reshape(shape)
+    if position != len(body):
+        raise ValueError("bytes are left over")
+    return tensors

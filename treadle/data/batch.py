@@ -1,0 +1,184 @@
+"""The one thing that crosses rooms: a batch of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from treadle.data.shards import Row
+from treadle.errors import ConfigError
+
+IGNORE = -100  # a label nobody scores
+PAD = -1  # the doc_id of a place that holds no symbol
+
+
+@dataclass
+class Batch:
+    """B rows of T places.
+
+    input_ids: int64 [B, T]. labels: int64 [B, T], the next symbol of the same document, -100 where there is none; None
+    when nothing is scored. position_ids: int64 [B, T], restarting in each document. doc_ids: int64 [B, T], which
+    document of its row a place belongs to, -1 for padding; None means one document a row and no padding.
+    segments: for each row the lengths of its runs of equal doc_id, host-side integers made with the data (a negative
+    length is padding), so that no model has to read doc_ids back from a device. extras: tensors of other tasks.
+    """
+
+    input_ids: Tensor
+    labels: Tensor | None = None
+    position_ids: Tensor | None = None
+    doc_ids: Tensor | None = None
+    segments: tuple[tuple[int, ...], ...] | None = None
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    @staticmethod
+    def from_ids(ids: Any, doc_ids: Any = None, labels: Any = None) -> Batch:
+        """A batch from ids [B, T] or [T] (lists or tensors); without labels nothing is scored."""
+        input_ids = torch.as_tensor(ids, dtype=torch.int64)
+        input_ids = input_ids[None] if input_ids.dim() == 1 else input_ids
+        if input_ids.dim() != 2:
+            raise ConfigError(f"ids must be [B, T] or [T], not {list(input_ids.shape)}")
+
+        def like(name: str, given: Any) -> Tensor | None:
+            if given is None:
+                return None
+            tensor = torch.as_tensor(given, dtype=torch.int64)
+            tensor = tensor[None] if tensor.dim() == 1 else tensor
+            if tensor.shape != input_ids.shape:
+                raise ConfigError(f"{name} is {list(tensor.shape)}, ids are {list(input_ids.shape)}")
+            return tensor
+
+        documents, aligned = like("doc_ids", doc_ids), like("labels", labels)
+        rows, length = input_ids.shape
+        if documents is None:
+            positions = torch.arange(length).expand(rows, length)
+            segments = tuple((length,) for _ in range(rows))
+        else:
+            segments = tuple(_runs(row) for row in documents.tolist())
+            positions = _positions(documents)
+        batch = Batch(input_ids, aligned, positions, documents, segments)
+        batch.counts = batch._count()
+        return batch
+
+    @staticmethod
+    def for_training(ids: Any, doc_ids: Any = None) -> Batch:
+        """`from_ids` with labels made by the shift: the next symbol of the same document, else -100."""
+        batch = Batch.from_ids(ids, doc_ids)
+        labels = torch.full_like(batch.input_ids, IGNORE)
+        labels[:, :-1] = batch.input_ids[:, 1:]
+        if batch.doc_ids is not None:
+            other = batch.doc_ids[:, 1:] != batch.doc_ids[:, :-1]
+            labels[:, :-1] = labels[:, :-1].masked_fill(other | (batch.doc_ids[:, :-1] == PAD), IGNORE)
+        batch.labels = labels
+        batch.counts = batch._count()
+        return batch
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, length = self.input_ids.shape
+        return rows, length
+
+    @property
+    def device(self) -> torch.device:
+        return self.input_ids.device
+
+    def _count(self) -> dict[str, int]:
+        """How many of each unit there are; on the host, once, when the batch is made."""
+        rows, length = self.input_ids.shape
+        scored = 0 if self.labels is None else int((self.labels != IGNORE).sum())
+        runs = [run for row in self.segments or () for run in row if run > 0]
+        real_rows = sum(any(run > 0 for run in row) for row in self.segments or ())
+        return {"labels": scored, "tokens": sum(runs), "rows": real_rows, "documents": len(runs)}
+
+    @property
+    def whole_rows(self) -> bool:
+        """Every row is one document without padding, known on the host."""
+        if self.segments is None:
+            return self.doc_ids is None
+        return all(len(row) == 1 and row[0] > 0 for row in self.segments)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The batch with its tensors on another device."""
+        if self.input_ids.device == torch.device(device):
+            return self
+        return self._each(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin(self) -> Batch:
+        """Page-locked, so that copies to a GPU do not block."""
+        return self._each(lambda t: t.pin_memory())
+
+    def _each(self, change: Any) -> Batch:
+        moved = {
+            f.name: change(value) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved, extras={name: change(t) for name, t in self.extras.items()})
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """Rows [start, stop)."""
+        part = self._each(lambda t: t[start:stop])
+        part.segments = self.segments[start:stop] if self.segments is not None else None
+        part.counts = part._count()
+        return part
+
+
+def _runs(documents: Sequence[int]) -> tuple[int, ...]:
+    runs: list[int] = []
+    before: int | None = None
+    for document in documents:
+        if document != before:
+            runs.append(0)
+        runs[-1] += -1 if document == PAD else 1
+        before = document
+    return tuple(runs)
+
+
+def _positions(doc_ids: Tensor) -> Tensor:
+    """Positions restart where doc_ids change; 0 on padding."""
+    rows, length = doc_ids.shape
+    index = torch.arange(length).expand(rows, length)
+    starts = torch.ones_like(doc_ids, dtype=torch.bool)
+    starts[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
+    first = torch.where(starts, index, torch.zeros_like(index)).cummax(dim=1).values
+    return torch.where(doc_ids == PAD, torch.zeros_like(index), index - first)
+
+
+def collate(rows: Sequence[Row | None], row_length: int) -> Batch:
+    """Rows as a Batch [B, row_length]; None is a row of padding (a surplus draw). The label shift happens here only."""
+    count = len(rows)
+    ids = np.zeros((count, row_length), dtype=np.int64)
+    labels = np.full((count, row_length), IGNORE, dtype=np.int64)
+    positions = np.zeros((count, row_length), dtype=np.int64)
+    documents = np.full((count, row_length), PAD, dtype=np.int64)
+    segments: list[tuple[int, ...]] = []
+    for r, row in enumerate(rows):
+        at = 0
+        for d, (start, length) in enumerate(zip(row.start.tolist(), row.length.tolist()) if row else ()):
+            assert row is not None
+            stream = row.shard.ids[start : start + length + 1]
+            ids[r, at : at + length] = stream[:length]
+            # The last symbol of a document predicts nothing: what follows it is another document.
+            following = _label_count(row, start, length)
+            labels[r, at : at + following] = stream[1 : following + 1]
+            positions[r, at : at + length] = np.arange(length)
+            documents[r, at : at + length] = d
+            at += length
+        runs = tuple(row.length.tolist()) if row else ()
+        segments.append((*runs, at - row_length) if at < row_length else runs)
+    batch = Batch(*(torch.from_numpy(a) for a in (ids, labels, positions, documents)), segments=tuple(segments))
+    batch.counts = batch._count()
+    return batch
+
+
+def _label_count(row: Row, start: int, length: int) -> int:
+    """How many places of a segment have a next symbol in the same document."""
+    end = start + length
+    if end >= len(row.shard.ids):
+        return length - 1
+    following = int(np.searchsorted(row.shard.document_starts, end))
+    starts = row.shard.document_starts
+    return length - 1 if following < len(starts) and starts[following] == end else length

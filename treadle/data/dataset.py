@@ -1,0 +1,177 @@
+"""Prepared token sets, a packing and an order, seen as numbered batches: what training and evaluation read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from treadle.data.order import Order
+from treadle.data.prepare import Progress, cache_root, is_prepared, open_prepared, prepare, tokenizer_for
+from treadle.data.settings import DataSettings
+from treadle.data.shards import Rows, TokenSet
+from treadle.data.sources import HuggingFaceSource, Source, open_source
+from treadle.errors import ConfigError, InputError
+from treadle.text.base import Tokenizer
+from treadle.text.settings import TokenizerSettings
+
+if TYPE_CHECKING:
+    from treadle.data.batch import Batch
+
+
+class Dataset:
+    """Rows of `seq_len` symbols from one or more token sets, in a keyed order."""
+
+    def __init__(
+        self,
+        sets: Sequence[TokenSet],
+        tokenizer: Tokenizer,
+        seq_len: int,
+        packing: str = "concat",
+        weights: Sequence[float] | None = None,
+        shuffle: bool = True,
+    ) -> None:
+        self.sets = list(sets)
+        self.tokenizer = tokenizer
+        self.seq_len = seq_len
+        self.packing = packing
+        self.weights = tuple(weights) if weights is not None else None
+        self.shuffle = shuffle
+        for tokens in self.sets:
+            if tokens.vocab_size > tokenizer.vocab_size:
+                raise ConfigError(f"the data has {tokens.vocab_size} symbols, the tokenizer {tokenizer.vocab_size}")
+        self.parts = [Rows(tokens, packing, seq_len) for tokens in self.sets]
+        if len(self) == 0:
+            raise InputError("the data holds no row to train on")
+
+    @staticmethod
+    def load(
+        path: str | Path | Sequence[str],
+        tokenizer: Tokenizer | str = "auto",
+        seq_len: int = 256,
+        split: str = "train",
+        **options: Any,
+    ) -> Dataset:
+        """The rows of a file or folder; prepared (and cached) on first use. `options` are keys of [data]."""
+        paths = [str(p) for p in path] if isinstance(path, (list, tuple)) else str(path)
+        settings = DataSettings(path=paths, seq_len=seq_len, **options)
+        name = tokenizer if isinstance(tokenizer, str) else "auto"
+        given = tokenizer if isinstance(tokenizer, Tokenizer) else None
+        splits = load_splits(settings, TokenizerSettings(name=name), tokenizer=given)
+        if split not in splits:
+            raise InputError(f"{path} has no {split} split (there is: {', '.join(splits)})")
+        return splits[split]
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    def order(self, seed: int, end: int | None = None) -> Order:
+        """The order training draws rows in."""
+        return Order(tuple(len(part) for part in self.parts), seed, self.shuffle, self.weights, end)
+
+    def batch(self, source: np.ndarray, row: np.ndarray) -> Batch:
+        """The rows (source [B], row [B]) as a batch; row -1 is padding."""
+        from treadle.data.batch import collate  # torch: only here, so that `treadle data` starts without it
+
+        rows = [self.parts[s].row(r) if r >= 0 else None for s, r in zip(source.tolist(), row.tolist())]
+        return collate(rows, self.seq_len)
+
+    def in_sequence(self, batch_size: int, limit: int | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(source, row) of all rows once, as they stand, in batches; `limit` rows spread evenly when there are more."""
+        numbers = np.arange(len(self))
+        if limit is not None and limit < len(numbers):
+            numbers = np.unique(np.linspace(0, len(self) - 1, limit).astype(np.int64))
+        starts = np.concatenate([[0], np.cumsum([len(part) for part in self.parts])])
+        source = np.searchsorted(starts, numbers, side="right") - 1
+        row = numbers - starts[source]
+        return [(source[i : i + batch_size], row[i : i + batch_size]) for i in range(0, len(numbers), batch_size)]
+
+    def fingerprint(self) -> str:
+        """Equal for equal symbols, packing and row length, wherever the files are."""
+        described = [[t.fingerprint for t in self.sets], self.packing, self.seq_len, self.weights, self.shuffle]
+        return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+    def stats(self) -> dict[str, Any]:
+        """Documents, bytes, tokens, rows, length percentiles, and the share of places that hold a symbol."""
+        tokens = sum(t.tokens() for t in self.sets)
+        size = sum(t.statistics["bytes"] for t in self.sets)
+        return {
+            "documents": sum(t.documents() for t in self.sets),
+            "bytes": size,
+            "tokens": tokens,
+            "bytes_per_token": round(size / max(1, tokens), 4),
+            "rows": len(self),
+            "row_length": self.seq_len,
+            "packing": self.packing,
+            "packing_efficiency": round(tokens / max(1, len(self) * self.seq_len), 4),
+            "length_percentiles": [t.statistics["length_percentiles"] for t in self.sets],
+            "malformed": sum(t.statistics["malformed"] for t in self.sets),
+        }
+
+
+def create_dataloader(dataset: Dataset, batch_size: int, seed: int = 0, start_step: int = 0) -> Any:
+    """An endless iterator of batches in training order, for a hand-written loop."""
+    from treadle.data.order import step_draws
+
+    order, step = dataset.order(seed), start_step
+    while True:
+        yield dataset.batch(*order.draws(step_draws(step, batch_size)))
+        step += 1
+
+
+def sources_of(settings: DataSettings) -> list[Source]:
+    """The sources a [data] section names."""
+    if settings.dataset_name is not None:
+        return [HuggingFaceSource(settings.dataset_name, settings.dataset_config, settings.split, settings.text_column)]
+    if settings.path is None:
+        raise InputError("no data: give a text file (`treadle train FILE.txt`), --data.path or --data.dataset_name")
+    paths = settings.path if isinstance(settings.path, list) else [settings.path]
+    return [open_source(path, settings.text_column, settings.document_separator) for path in paths]
+
+
+def load_splits(
+    settings: DataSettings,
+    tokenizer_settings: TokenizerSettings,
+    tokenizer: Tokenizer | None = None,
+    progress: Progress | None = None,
+    fresh: bool = False,
+) -> dict[str, Dataset]:
+    """The train and (where something is held out) validation rows that the configuration asks for."""
+    root = cache_root(settings.cache_dir)
+    fraction = 0.0 if settings.validation_path is not None else settings.validation_fraction
+
+    def prepared(source: Source, fraction: float, tokenizer: Tokenizer) -> dict[str, TokenSet]:
+        return prepare(
+            source, tokenizer, root=root, fraction=fraction, min_length=settings.min_length, on_bad=settings.on_bad,
+            bad_limit=settings.bad_limit, workers=settings.preparation_workers, progress=progress, fresh=fresh,
+        )  # fmt: skip
+
+    if isinstance(settings.path, str) and is_prepared(settings.path):
+        sets = [open_prepared(Path(settings.path))]
+        tokenizer = tokenizer or Tokenizer.load(Path(settings.path) / "tokenizer")
+    else:
+        sources = sources_of(settings)
+        tokenizer = tokenizer or tokenizer_for(
+            sources[0], tokenizer_settings.name, tokenizer_settings.vocab_size, root=root, fraction=fraction,
+            limit=tokenizer_settings.train_bytes,
+        )  # fmt: skip
+        sets = [prepared(source, fraction, tokenizer) for source in sources]
+    for one in sets:
+        if one["train"].described["tokenizer"] != tokenizer.fingerprint():
+            raise ConfigError(f"{settings.path} was prepared with another tokenizer; prepare it again")
+    held = [one["validation"] for one in sets if "validation" in one]
+    if settings.validation_path is not None:
+        source = open_source(settings.validation_path, settings.text_column, settings.document_separator)
+        held = [prepared(source, 0.0, tokenizer)["train"]]
+
+    def rows(sets: list[TokenSet], weights: list[float] | None) -> Dataset:
+        return Dataset(sets, tokenizer, settings.seq_len, settings.packing, weights, settings.shuffle)
+
+    splits = {"train": rows([one["train"] for one in sets], settings.weights)}
+    if held:
+        splits["validation"] = rows(held, None)
+    return splits

@@ -1,0 +1,123 @@
+"""Batches ahead of the step, in a background thread or in worker processes.
+
+Items are step numbers, so there is no state to save: any number of workers, any prefetch depth and any restart give
+the same batches.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset as TorchDataset
+
+from treadle.data.batch import Batch
+from treadle.data.dataset import Dataset
+from treadle.data.order import Order, step_draws
+
+
+class StepBatches(TorchDataset):
+    """step -> the micro-batches of one rank: a list of `accumulation` batches."""
+
+    def __init__(
+        self, dataset: Dataset, order: Order, global_batch: int, accumulation: int, rank: int = 0, world: int = 1
+    ) -> None:
+        self.dataset, self.order = dataset, order
+        self.global_batch, self.accumulation, self.rank, self.world = global_batch, accumulation, rank, world
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        source, row = self.order.draws(step_draws(step, self.global_batch, self.rank, self.world))
+        micro = len(row) // self.accumulation
+        return [self.dataset.batch(source[i : i + micro], row[i : i + micro]) for i in range(0, len(row), micro)]
+
+    def rows_of(self, step: int) -> list[tuple[int, int]]:
+        """(source, row) of each sample of a step, for reports."""
+        source, row = self.order.draws(step_draws(step, self.global_batch, self.rank, self.world))
+        return list(zip(source.tolist(), row.tolist()))
+
+
+class Loader:
+    """Iterates over (step, micro-batches) from `start` to `stop`, measuring how long the step waits for data."""
+
+    def __init__(
+        self, batches: StepBatches, start: int, stop: int, *, workers: int = 0, prefetch: int = 4, pin: bool = False
+    ) -> None:
+        self.batches, self.start, self.stop = batches, start, stop
+        self.workers, self.prefetch, self.pin = workers, prefetch, pin
+        self.waited = 0.0  # seconds
+        self._inner: Any = None
+
+    def __iter__(self) -> Iterator[tuple[int, list[Batch]]]:
+        self._inner = self._processes() if self.workers else _Thread(self)
+        step = self.start
+        iterator = iter(self._inner)
+        while True:
+            begun = time.perf_counter()
+            micro_batches = next(iterator, None)
+            self.waited += time.perf_counter() - begun
+            if micro_batches is None:
+                return
+            yield step, micro_batches
+            step += 1
+
+    def _processes(self) -> Any:
+        return DataLoader(
+            self.batches, batch_size=None, sampler=range(self.start, self.stop), num_workers=self.workers,
+            prefetch_factor=self.prefetch, pin_memory=False, multiprocessing_context="fork",
+            generator=torch.Generator(),  # workers draw their base seed from here, not from the model's generator
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Stops the thread or the workers."""
+        if isinstance(self._inner, _Thread):
+            self._inner.close()
+        self._inner = None
+
+
+class _Thread:
+    """One daemon thread that fills a bounded queue; an error in it surfaces at the step that needed the batch."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+        self.queue: queue.Queue[Any] = queue.Queue(maxsize=loader.prefetch)
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._run, name="treadle-data", daemon=True)
+        self.thread.start()
+
+    def _put(self, item: Any) -> None:
+        while not self.stopped.is_set():
+            try:
+                self.queue.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def _run(self) -> None:
+        try:
+            for step in range(self.loader.start, self.loader.stop):
+                if self.stopped.is_set():
+                    return
+                made = self.loader.batches[step]
+                self._put([b.pin() for b in made] if self.loader.pin else made)
+            self._put(None)
+        except BaseException as problem:  # handed to the training thread
+            self._put(problem)
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        while (item := self.queue.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def close(self) -> None:
+        self.stopped.set()
+        while True:
+            try:
+                self.queue.get_nowait()
+            except queue.Empty:
+                break
+        self.thread.join(timeout=5)

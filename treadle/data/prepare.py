@@ -1,0 +1,389 @@
+"""Text -> prepared tokens, once: in parallel, restartable, held-out text split off, every file checksummed.
+
+Each piece of the source becomes one shard of each split, recorded when it is durable; a second run skips what is
+recorded. The finished folder is named by what went in, so the same text and tokenizer are never encoded twice.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from treadle.data.order import key
+from treadle.data.shards import DATASET_FILE, SCHEMA, TokenSet, file_sha256, id_type
+from treadle.data.sources import Bad, Document, Piece, Source, TokenFileSource
+from treadle.errors import DataError, InputError
+from treadle.text.base import TRAINABLE, Tokenizer
+
+SPLITS = ("train", "validation")
+WHOLE_DOCUMENTS_FROM = 100  # with fewer documents, holding out whole ones would be a lottery
+ENCODE_CHARACTERS = 1 << 16  # long documents are encoded in parts, so that the encoder's threads share them
+PARALLEL_FROM = 64 << 20  # bytes; below, starting processes costs more than it saves
+ALWAYS_TOLERATED = 10  # malformed lines that a small file may hold before bad_limit counts
+LEDGER_LENGTH = 20
+
+Progress = Callable[[int, int], None]  # pieces done, pieces in all
+
+
+def cache_root(configured: str | None) -> Path:
+    """Where prepared data and trained tokenizers live."""
+    return Path(configured or os.environ.get("TREADLE_CACHE") or Path.home() / ".cache" / "treadle")
+
+
+@dataclass
+class Split:
+    """How documents are divided: a share of whole documents (by hash), or the end of each document."""
+
+    fraction: float
+    whole_documents: bool
+
+    @staticmethod
+    def of(source: Source, fraction: float) -> Split:
+        return Split(fraction, fraction > 0 and source.count() >= WHOLE_DOCUMENTS_FROM)
+
+    def divide(self, document: Document, piece: int, ordinal: int) -> Iterator[tuple[str, Document]]:
+        """(split, part) of one document; `piece` and `ordinal` identify it for the hash."""
+        if self.fraction == 0 or (not self.whole_documents and len(document) < 200):
+            yield "train", document
+        elif self.whole_documents:
+            held = key(0x5B117, piece, ordinal) / 2**64 < self.fraction
+            yield ("validation" if held else "train"), document
+        else:
+            cut = _cut_point(document, int(len(document) * (1 - self.fraction)))
+            yield "train", document[:cut]
+            yield "validation", document[cut:]
+
+
+def _cut_point(document: Document, at: int) -> int:
+    """The first line end (else space) at or after `at`, so that no word is cut."""
+    if isinstance(document, np.ndarray):
+        return at
+    for mark in ("\n", " "):
+        found = document.find(mark, at)
+        if 0 <= found < len(document) - 1:
+            return found + 1
+    return at
+
+
+def parts_of(text: str, size: int = ENCODE_CHARACTERS) -> list[str]:
+    """A long text in parts, cut only between a line end and a letter with a letter before the line end.
+
+    There a byte-level tokenizer's words end anyway, so the ids of the parts are the ids of the whole. A text without
+    such a place stays whole.
+    """
+    parts, start = [], 0
+    while len(text) - start > size:
+        found = re.compile(r"(?<=\S\n)(?=\S)").search(text, start + size)
+        if found is None:
+            break
+        parts.append(text[start : found.start()])
+        start = found.start()
+    return [*parts, text[start:]]
+
+
+@dataclass
+class PieceJob:
+    """Everything one worker needs; crosses process borders."""
+
+    number: int
+    piece: Piece
+    source: Source
+    tokenizer_folder: str
+    folder: str
+    split: Split
+    min_length: int
+    on_bad: str
+
+
+@dataclass
+class PieceRecord:
+    """What one piece gave; written beside its shards when they are durable."""
+
+    number: int
+    documents: int = 0
+    empty: int = 0
+    short: int = 0
+    bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    shards: dict[str, dict[str, Any]] = field(default_factory=dict)
+    bad: int = 0
+    ledger: list[str] = field(default_factory=list)
+
+
+def _record_path(folder: Path, number: int) -> Path:
+    return folder / f"piece-{number:05d}.json"
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    part.replace(path)
+
+
+def prepare_piece(job: PieceJob, tokenizer: Tokenizer | None = None) -> PieceRecord:
+    """Reads, divides and encodes one piece, and writes its shards and its record."""
+    tokenizer = tokenizer or Tokenizer.load(job.tokenizer_folder)
+    record = PieceRecord(job.number)
+    parts: dict[str, list[str]] = {split: [] for split in SPLITS}
+    ids: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    lengths: dict[str, list[int]] = {split: [] for split in SPLITS}
+    counts: dict[str, list[int]] = {split: [] for split in SPLITS}  # parts of each pending document
+    eos = np.array([tokenizer.eos_id], dtype=np.int32)
+
+    def keep(split: str, document: np.ndarray) -> None:
+        if len(document) == 0:
+            return
+        if len(document) < job.min_length:
+            record.short += 1
+            return
+        if int(document.max()) >= tokenizer.vocab_size:
+            raise DataError(f"{job.piece.files}: id {int(document.max())} is outside the tokenizer's vocabulary")
+        ids[split] += [document, eos]
+        lengths[split].append(len(document) + 1)
+
+    def flush(split: str) -> None:
+        encoded, at = tokenizer.encode_batch(parts[split]), 0
+        for count in counts[split]:
+            keep(split, np.concatenate(encoded[at : at + count]))
+            at += count
+        parts[split], counts[split] = [], []
+
+    pending = 0
+    for ordinal, document in enumerate(job.source.read(job.piece)):
+        if isinstance(document, Bad):
+            if job.on_bad == "error":
+                raise DataError(f"{document}; mend it, or go on without it: --data.on_bad skip")
+            record.bad += 1
+            if len(record.ledger) < LEDGER_LENGTH:
+                record.ledger.append(str(document))
+            continue
+        if len(document) == 0:
+            record.empty += 1
+            continue
+        record.documents += 1
+        for split, part in job.split.divide(document, job.number, ordinal):
+            if isinstance(part, np.ndarray):
+                record.bytes[split] += int(tokenizer.byte_lengths[part].sum())
+                keep(split, part)
+                continue
+            record.bytes[split] += len(part.encode())
+            cut = parts_of(part)
+            parts[split] += cut
+            counts[split].append(len(cut))
+            pending += len(part)
+            if pending > PARALLEL_FROM:
+                flush(split)
+                pending = 0
+    for split in SPLITS:
+        flush(split)
+        _write_shard(Path(job.folder) / split, job.number, record, split, ids[split], lengths[split], tokenizer)
+    _write_durably(_record_path(Path(job.folder), job.number), json.dumps(asdict(record)).encode())
+    return record
+
+
+def _write_shard(
+    folder: Path, number: int, record: PieceRecord, split: str, ids: list[np.ndarray], lengths: list[int],
+    tokenizer: Tokenizer,
+) -> None:  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"shard-{number:05d}.bin"
+    joined = np.concatenate(ids) if ids else np.zeros(0)
+    _write_durably(folder / name, joined.astype(id_type(tokenizer.vocab_size)).tobytes())
+    index = name.replace(".bin", ".idx")
+    _write_durably(folder / index, np.asarray(lengths, dtype="<i8").tobytes())
+    record.shards[split] = {
+        "file": name,
+        "ids": len(joined),
+        "documents": len(lengths),
+        "sha256": {n: file_sha256(folder / n) for n in (name, index)},
+    }
+
+
+@contextmanager
+def _folder_lock(folder: Path) -> Iterator[None]:
+    """One preparation of a folder at a time; a second process waits and then finds the work done."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(folder.name + ".lock"), "w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def prepare(
+    source: Source,
+    tokenizer: Tokenizer,
+    *,
+    root: Path,
+    fraction: float = 0.05,
+    min_length: int = 0,
+    on_bad: str = "skip",
+    bad_limit: float = 0.001,
+    workers: int | str = "auto",
+    progress: Progress | None = None,
+    fresh: bool = False,
+    output: Path | None = None,
+) -> dict[str, TokenSet]:
+    """Prepares a source and returns its token sets by split ('validation' only when something is held out).
+
+    Raises DataError with file, line and byte offset when more than `bad_limit` of the documents are malformed (or any,
+    with on_bad="error"), InputError when no document is left.
+    """
+    asked = json.dumps([SCHEMA, source.identity(), tokenizer.fingerprint(), fraction, min_length])
+    folder = output or root / "data" / hashlib.sha256(asked.encode()).hexdigest()[:24]
+    with _folder_lock(folder):
+        if fresh and folder.exists():
+            shutil.rmtree(folder)
+        if not (folder / DATASET_FILE).is_file():
+            _prepare_into(folder, asked, source, tokenizer, fraction, min_length, on_bad, bad_limit, workers, progress)
+    return open_prepared(folder)
+
+
+def open_prepared(folder: Path) -> dict[str, TokenSet]:
+    """The token sets of a folder that `prepare` made."""
+    sets = {split: TokenSet.load(folder / split) for split in SPLITS if (folder / split / DATASET_FILE).is_file()}
+    return {split: tokens for split, tokens in sets.items() if split == "train" or tokens.tokens() > 0}
+
+
+def is_prepared(path: str | Path) -> bool:
+    return (Path(path) / "train" / DATASET_FILE).is_file()
+
+
+def _prepare_into(
+    folder: Path, asked: str, source: Source, tokenizer: Tokenizer, fraction: float, min_length: int, on_bad: str,
+    bad_limit: float, workers: int | str, progress: Progress | None,
+) -> None:  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    asked_path = folder / "asked.json"
+    if not asked_path.is_file() or asked_path.read_text(encoding="utf-8") != asked:
+        for stale in folder.glob("piece-*.json"):  # an output folder reused for other text
+            stale.unlink()
+        _write_durably(asked_path, asked.encode())
+    if isinstance(source, TokenFileSource):
+        source.eos_id = tokenizer.eos_id
+    tokenizer.save(folder / "tokenizer")
+    split = Split.of(source, fraction)
+    pieces = source.pieces()
+    jobs = [
+        PieceJob(n, piece, source, str(folder / "tokenizer"), str(folder), split, min_length, on_bad)
+        for n, piece in enumerate(pieces)
+        if not _record_path(folder, n).is_file()
+    ]
+    done = len(pieces) - len(jobs)
+    if progress:
+        progress(done, len(pieces))
+    count = (os.cpu_count() or 1) if workers == "auto" else max(1, int(workers))
+    if count > 1 and len(jobs) > 1 and source.size() > PARALLEL_FROM:
+        context = multiprocessing.get_context("spawn")  # the parent may already run torch's threads
+        with ProcessPoolExecutor(min(count, len(jobs)), mp_context=context) as pool:
+            futures = [pool.submit(prepare_piece, job) for job in jobs]
+            for future in as_completed(futures):
+                future.result()
+                done += 1
+                if progress:
+                    progress(done, len(pieces))
+    else:
+        for job in jobs:
+            prepare_piece(job, tokenizer)
+            done += 1
+            if progress:
+                progress(done, len(pieces))
+    records = [
+        PieceRecord(**json.loads(_record_path(folder, n).read_text(encoding="utf-8"))) for n in range(len(pieces))
+    ]
+    _check_bad(records, bad_limit)
+    _finish(folder, records, tokenizer, split)
+
+
+def _check_bad(records: list[PieceRecord], bad_limit: float) -> None:
+    bad, good = sum(r.bad for r in records), sum(r.documents for r in records)
+    ledger = [place for r in records for place in r.ledger]
+    if bad > max(ALWAYS_TOLERATED, bad_limit * (bad + good)):
+        raise DataError(f"{bad} of {bad + good} documents are malformed; the first: {ledger[0]}; mend the file, or "
+                        "allow more: --data.bad_limit 1")  # fmt: skip
+    if good == 0:
+        reason = f"; the first problem: {ledger[0]}" if ledger else ": every document is empty"
+        raise InputError(f"no text is left to train on{reason}")
+
+
+def _finish(folder: Path, records: list[PieceRecord], tokenizer: Tokenizer, split: Split) -> None:
+    """Writes each split's dataset.json, statistics included; the train split's last, since it marks completion."""
+    for name in reversed(SPLITS):
+        shards = [r.shards[name] for r in records]
+        lengths = np.concatenate([np.fromfile(folder / name / s["file"].replace(".bin", ".idx"), "<i8") for s in shards])
+        if name == "train" and len(lengths) == 0:
+            raise InputError("no text is left to train on: every document is empty or shorter than data.min_length")
+        digest = hashlib.sha256(json.dumps([s["sha256"] for s in shards], sort_keys=True).encode())
+        statistics = {
+            "documents": int(len(lengths)),
+            "bytes": sum(r.bytes[name] for r in records),
+            "tokens": int(lengths.sum()),
+            "length_percentiles": {
+                str(p): int(np.percentile(lengths, p)) if len(lengths) else 0 for p in (5, 25, 50, 75, 95, 100)
+            },
+            "empty": sum(r.empty for r in records),
+            "shorter_than_min_length": sum(r.short for r in records),
+            "malformed": sum(r.bad for r in records),
+            "malformed_first": [place for r in records for place in r.ledger][:LEDGER_LENGTH],
+            "held_out": "whole documents" if split.whole_documents else "the end of each document",
+        }
+        described = {
+            "schema": SCHEMA,
+            "vocab_size": tokenizer.vocab_size,
+            "tokenizer": tokenizer.fingerprint(),
+            "fingerprint": digest.hexdigest(),
+            "statistics": statistics,
+            "shards": shards,
+        }
+        _write_durably(folder / name / DATASET_FILE, json.dumps(described, indent=1).encode())
+    _write_durably(folder / DATASET_FILE, json.dumps({"schema": SCHEMA, "splits": list(SPLITS)}).encode())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the tokenizer that goes with a text
+
+
+def training_texts(source: Source, fraction: float, limit: int) -> Iterator[str]:
+    """The training part of a source's text, in parts, up to `limit` bytes."""
+    split, read = Split.of(source, fraction), 0
+    for number, piece in enumerate(source.pieces()):
+        for ordinal, document in enumerate(source.read(piece)):
+            if not isinstance(document, str):
+                continue
+            for name, part in split.divide(document, number, ordinal):
+                for text in parts_of(str(part)) if name == "train" else []:
+                    if read >= limit:
+                        return
+                    read += len(text.encode())
+                    yield text
+
+
+def tokenizer_for(
+    source: Source, name: str, vocab_size: int, *, root: Path, fraction: float = 0.05, limit: int = 20_000_000
+) -> Tokenizer:
+    """The tokenizer a configuration asks for: loaded, or trained once on this source and kept."""
+    if name == "auto":
+        name = "byte" if source.size() < 200_000 else "bpe"
+    if name.lower() not in TRAINABLE:
+        return Tokenizer.load(name)
+    asked = json.dumps([name.lower(), vocab_size, source.identity(), fraction, limit])
+    folder = root / "tokenizers" / hashlib.sha256(asked.encode()).hexdigest()[:24]
+    with _folder_lock(folder):
+        if not (folder / "complete").is_file():
+            trained = Tokenizer.train(name, training_texts(source, fraction, limit), vocab_size)
+            trained.save(folder)
+            _write_durably(folder / "complete", b"")
+    return Tokenizer.load(folder)

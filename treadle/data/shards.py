@@ -1,0 +1,171 @@
+"""Prepared tokens on disk: one folder a split, one shard a piece of the source.
+
+    shard-00000.bin    ids, little-endian uint16 or uint32
+    shard-00000.idx    int64 numbers of ids of each document
+    dataset.json       counts, checksums, tokenizer and statistics; written last
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from treadle.data.packing import Plan, plan
+from treadle.errors import DataError
+
+DATASET_FILE = "dataset.json"
+SCHEMA = 1
+
+
+def id_type(vocab_size: int) -> np.dtype:
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@dataclass
+class Shard:
+    """One shard, memory-mapped: ids [N] and where its documents begin."""
+
+    ids: np.ndarray
+    document_starts: np.ndarray
+
+
+class TokenSet:
+    """The prepared documents of one split of one source."""
+
+    def __init__(self, folder: Path, described: dict[str, Any]) -> None:
+        self.folder = folder
+        self.described = described
+        self.vocab_size: int = described["vocab_size"]
+        self.shards = [self._open(record) for record in described["shards"] if record["ids"] > 0]
+
+    @staticmethod
+    def load(folder: Path) -> TokenSet:
+        """Opens a prepared split; DataError when a shard is missing, cut or has ids outside the vocabulary."""
+        try:
+            described = json.loads((folder / DATASET_FILE).read_text(encoding="utf-8"))
+            assert described["schema"] == SCHEMA and isinstance(described["shards"], list)
+        except (OSError, ValueError, KeyError, TypeError, AssertionError) as problem:
+            raise DataError(f"{folder / DATASET_FILE} is missing or damaged ({problem}); prepare the data again: "
+                            "`treadle data prepare PATH --fresh`") from None  # fmt: skip
+        return TokenSet(folder, described)
+
+    def _open(self, record: dict[str, Any]) -> Shard:
+        again = "; prepare the data again: `treadle data prepare PATH --fresh`"
+        path = self.folder / record["file"]
+        dtype = id_type(self.vocab_size)
+        index = path.with_suffix(".idx")
+        for file, size in ((path, record["ids"] * dtype.itemsize), (index, record["documents"] * 8)):
+            if not file.is_file():
+                raise DataError(f"{file} is missing{again}")
+            if file.stat().st_size != size:
+                raise DataError(f"{file}: {file.stat().st_size} bytes where dataset.json says {size}{again}")
+        lengths = np.fromfile(index, dtype="<i8")
+        if (lengths <= 0).any() or int(lengths.sum()) != record["ids"]:
+            raise DataError(f"{index} is damaged: document lengths do not add up to {record['ids']} ids{again}")
+        starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+        return Shard(np.memmap(path, dtype=dtype, mode="r"), starts)
+
+    def verify(self) -> None:
+        """Reads everything once: checksums and id range."""
+        for record in self.described["shards"]:
+            for name in (record["file"], record["file"].replace(".bin", ".idx")):
+                if file_sha256(self.folder / name) != record["sha256"][name]:
+                    raise DataError(f"{self.folder / name} is damaged (checksum differs); prepare the data again")
+        for shard in self.shards:
+            if int(shard.ids.max()) >= self.vocab_size:
+                raise DataError(f"{self.folder} holds id {int(shard.ids.max())}, outside the vocabulary")
+
+    @property
+    def fingerprint(self) -> str:
+        return self.described["fingerprint"]
+
+    @property
+    def statistics(self) -> dict[str, Any]:
+        return self.described["statistics"]
+
+    def documents(self) -> int:
+        return sum(len(shard.document_starts) for shard in self.shards)
+
+    def tokens(self) -> int:
+        return sum(len(shard.ids) for shard in self.shards)
+
+    def document(self, number: int) -> np.ndarray:
+        """The ids of document `number`, end-of-document symbol included."""
+        for shard in self.shards:
+            count = len(shard.document_starts)
+            if number < count:
+                end = shard.document_starts[number + 1] if number + 1 < count else len(shard.ids)
+                return np.asarray(shard.ids[shard.document_starts[number] : end], dtype=np.int32)
+            number -= count
+        raise DataError(f"there is no document {number}")
+
+
+@dataclass
+class Row:
+    """One row before it becomes tensors: segments of one shard."""
+
+    shard: Shard
+    start: np.ndarray  # [segments]
+    length: np.ndarray  # [segments]
+
+
+class Rows:
+    """A token set seen as rows of `row_length` under one packing; rows never cross shards."""
+
+    def __init__(self, tokens: TokenSet, packing: str, row_length: int) -> None:
+        self.tokens = tokens
+        self.packing = packing
+        self.row_length = row_length
+        self._plans: list[Plan | None] = [self._plan(n, shard) for n, shard in enumerate(tokens.shards)]
+        counts = [
+            p.rows if p is not None else -(-len(shard.ids) // row_length)
+            for p, shard in zip(self._plans, tokens.shards)
+        ]
+        self._first_row = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+    def _plan(self, number: int, shard: Shard) -> Plan | None:
+        if self.packing == "concat":
+            return None
+        # Kept beside the shard: packing 10 million documents takes seconds, reading the plan does not.
+        path = self.tokens.folder / f"plan-{number:05d}-{self.packing}-{self.row_length}.npz"
+        try:
+            with np.load(path) as stored:
+                return Plan(stored["row_starts"], stored["start"], stored["length"])
+        except (OSError, ValueError, KeyError):
+            made = plan(self.packing, shard.document_starts, len(shard.ids), self.row_length)
+        try:
+            part = path.with_suffix(".part.npz")
+            np.savez(part, row_starts=made.row_starts, start=made.start, length=made.length)
+            part.replace(path)
+        except OSError:
+            pass  # a read-only folder: the plan is made anew each time
+        return made
+
+    def __len__(self) -> int:
+        return int(self._first_row[-1])
+
+    def row(self, number: int) -> Row:
+        at = int(np.searchsorted(self._first_row, number, side="right")) - 1
+        shard, made, local = self.tokens.shards[at], self._plans[at], number - int(self._first_row[at])
+        if made is not None:
+            segments = slice(int(made.row_starts[local]), int(made.row_starts[local + 1]))
+            return Row(shard, made.start[segments], made.length[segments])
+        start, stop = local * self.row_length, min((local + 1) * self.row_length, len(shard.ids))
+        low, high = np.searchsorted(shard.document_starts, [start, stop], side="right")
+        inner = shard.document_starts[low:high]
+        bounds = np.concatenate([[start], inner[inner < stop], [stop]])
+        return Row(shard, bounds[:-1], np.diff(bounds))
+
+    def efficiency(self) -> float:
+        """Share of places that hold a symbol."""
+        return self.tokens.tokens() / max(1, len(self) * self.row_length)

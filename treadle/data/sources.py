@@ -1,0 +1,370 @@
+"""Where documents come from: text files, JSON lines, parquet, raw token files, Hugging Face data sets.
+
+A source is cut into pieces (about 16 MB each) that are read independently, so that preparation runs in parallel and
+restarts where it stopped. Reading a piece yields documents and, in their place, malformed ones as `Bad` records.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from treadle.errors import ConfigError, DataError, InputError, MissingExtra
+from treadle.registry import Registry
+
+PIECE_BYTES = 16 << 20
+BUNDLED = {"austen": "austen.txt.xz"}  # the corpus that ships inside the package
+SUFFIXES = (".txt", ".jsonl", ".parquet", ".bin")
+
+SOURCES = Registry(
+    "source",
+    {
+        "text": "treadle.data.sources:TextSource",
+        "jsonl": "treadle.data.sources:JsonLinesSource",
+        "parquet": "treadle.data.sources:ParquetSource",
+        "bin": "treadle.data.sources:TokenFileSource",
+        "huggingface": "treadle.data.sources:HuggingFaceSource",
+    },
+)
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A malformed document: where it is and what is wrong with it."""
+
+    file: str
+    line: int | None
+    offset: int
+    reason: str
+
+    def __str__(self) -> str:
+        line = f", line {self.line}" if self.line is not None else ""
+        return f"{self.file}{line}, byte {self.offset}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One unit of reading: whole files, or the byte (or row) range [start, stop) of one file."""
+
+    files: tuple[str, ...]
+    start: int = 0
+    stop: int = -1  # -1: to the end
+
+
+Document = str | np.ndarray  # text, or the ids of an already tokenised document
+
+
+class Source:
+    """A set of documents in a fixed order."""
+
+    def __init__(self, files: list[Path], column: str = "text", separator: str | None = None) -> None:
+        self.files = files
+        self.column = column
+        self.separator = separator
+
+    def identity(self) -> str:
+        """Changes when the files do: names, sizes and modification times (their contents are hashed when prepared)."""
+        described = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in self.files]
+        text = json.dumps([type(self).__name__, described, self.column, self.separator])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(f.stat().st_size for f in self.files)
+
+    def pieces(self) -> list[Piece]:
+        raise NotImplementedError
+
+    def read(self, piece: Piece) -> Iterator[Document | Bad]:
+        raise NotImplementedError
+
+    def count(self) -> int:
+        """About how many documents there are; decides how text is held out."""
+        raise NotImplementedError
+
+
+def _decode_lines(raw: bytes, file: str, offset: int, first_line: int | None) -> Iterator[str | Bad]:
+    """UTF-8 text; where it is broken, the good lines and a Bad for each broken one."""
+    if b"\x00" not in raw:
+        try:
+            yield raw.decode("utf-8")
+            return
+        except UnicodeDecodeError:
+            pass
+    line = first_line
+    for one in raw.splitlines(keepends=True):
+        if b"\x00" in one:
+            yield Bad(file, line, offset + one.index(b"\x00"), "a NUL byte: a binary or UTF-16 file?")
+        else:
+            try:
+                yield one.decode("utf-8")
+            except UnicodeDecodeError as problem:
+                yield Bad(file, line, offset + problem.start, "not UTF-8; convert with `iconv -f latin1 -t utf-8`")
+        offset += len(one)
+        line = line + 1 if line is not None else None
+
+
+class TextSource(Source):
+    """.txt files (also .txt.xz): a file is a document, or a separator line ends one."""
+
+    def pieces(self) -> list[Piece]:
+        pieces: list[Piece] = []
+        group: list[str] = []
+        held = 0
+        for file in self.files:
+            if group and held + file.stat().st_size > PIECE_BYTES:
+                pieces.append(Piece(tuple(group)))
+                group, held = [], 0
+            group.append(str(file))
+            held += file.stat().st_size
+        return [*pieces, Piece(tuple(group))] if group else pieces
+
+    def _bytes(self, file: str) -> bytes:
+        if file.endswith(".xz"):
+            import lzma
+
+            return lzma.decompress(Path(file).read_bytes())
+        return Path(file).read_bytes()
+
+    def read(self, piece: Piece) -> Iterator[Document | Bad]:
+        for file in piece.files:
+            text: list[str] = []
+            for part in _decode_lines(self._bytes(file), file, 0, 1):
+                if isinstance(part, Bad):
+                    yield part
+                else:
+                    text.append(part)
+            if self.separator is None:
+                yield "".join(text)
+            else:
+                yield from self._split("".join(text))
+
+    def _split(self, text: str) -> Iterator[str]:
+        document: list[str] = []
+        for line in io.StringIO(text, newline=""):
+            if line.rstrip("\r\n") == self.separator:
+                yield "".join(document)
+                document = []
+            else:
+                document.append(line)
+        if document:
+            yield "".join(document)
+
+    def count(self) -> int:
+        if self.separator is None:
+            return len(self.files)
+        return sum(self._bytes(str(f)).count(self.separator.encode()) + 1 for f in self.files)
+
+
+class JsonLinesSource(Source):
+    """.jsonl files: one JSON object a line, the text under `column`."""
+
+    def pieces(self) -> list[Piece]:
+        found: list[Piece] = []
+        for file in self.files:
+            starts, size = [0], file.stat().st_size
+            with file.open("rb") as stream:
+                for target in range(PIECE_BYTES, size, PIECE_BYTES):
+                    stream.seek(max(target, starts[-1]))
+                    stream.readline()  # a piece ends at the end of a line
+                    if starts[-1] < stream.tell() < size:
+                        starts.append(stream.tell())
+            found += [Piece((str(file),), a, b) for a, b in zip(starts, [*starts[1:], size])]
+        return found
+
+    def read(self, piece: Piece) -> Iterator[Document | Bad]:
+        (file,) = piece.files
+        with open(file, "rb") as stream:
+            stream.seek(piece.start)
+            offset, line = piece.start, 1 if piece.start == 0 else None
+            while offset < piece.stop:
+                raw = stream.readline()
+                if not raw:
+                    break
+                if raw.strip():
+                    yield self._one(raw, file, line, offset)
+                offset += len(raw)
+                line = line + 1 if line is not None else None
+
+    def _one(self, raw: bytes, file: str, line: int | None, offset: int) -> Document | Bad:
+        try:
+            row = json.loads(raw)
+        except UnicodeDecodeError as problem:
+            return Bad(file, line, offset + problem.start, "not UTF-8")
+        except RecursionError:
+            return Bad(file, line, offset, "JSON nested too deeply")
+        except ValueError as problem:
+            at = offset + getattr(problem, "pos", 0)
+            return Bad(file, line, at, f"broken JSON ({getattr(problem, 'msg', problem)})")
+        if not isinstance(row, dict) or self.column not in row:
+            have = ", ".join(list(row)[:8]) if isinstance(row, dict) else type(row).__name__
+            return Bad(file, line, offset, f"no key {self.column!r} (there is: {have}); set --data.text_column")
+        return _text_of(row[self.column], file, line, offset, self.column)
+
+    def count(self) -> int:
+        total = 0
+        for file in self.files:
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 24):
+                    total += block.count(b"\n")
+                    if total >= 1_000_000:  # the rule it serves asks only for a hundred
+                        return total
+        return total
+
+
+def _text_of(value: Any, file: str, line: int | None, offset: int, column: str) -> Document | Bad:
+    if not isinstance(value, str):
+        return Bad(file, line, offset, f"{column!r} is {type(value).__name__}, not text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return Bad(file, line, offset, "text with an unpaired surrogate, which UTF-8 cannot hold")
+    if "\x00" in value:
+        return Bad(file, line, offset, "a NUL character")
+    return value
+
+
+class ParquetSource(Source):
+    """.parquet files, read by row group; the text is in `column`."""
+
+    @staticmethod
+    def _open(file: str | Path) -> Any:
+        try:
+            import pyarrow.parquet as parquet
+        except ImportError:
+            raise MissingExtra("reading .parquet files", "parquet") from None
+        try:
+            return parquet.ParquetFile(file)
+        except Exception as problem:  # pyarrow's own error classes
+            raise DataError(f"{file}: not a readable parquet file ({problem})") from None
+
+    def pieces(self) -> list[Piece]:
+        found = []
+        for file in self.files:
+            opened = self._open(file)
+            names = opened.schema_arrow.names
+            if self.column not in names:
+                raise InputError(f"{file} has no column {self.column!r} (there is: {', '.join(names)}); set "
+                                 "--data.text_column")  # fmt: skip
+            found += [Piece((str(file),), group, group + 1) for group in range(opened.num_row_groups)]
+        return found
+
+    def read(self, piece: Piece) -> Iterator[Document | Bad]:
+        (file,) = piece.files
+        try:
+            column = self._open(file).read_row_group(piece.start, columns=[self.column]).column(0)
+            values = column.to_pylist()
+        except Exception as problem:
+            yield Bad(file, None, 0, f"row group {piece.start} cannot be read ({problem})")
+            return
+        for row, value in enumerate(values):
+            yield _text_of(value, file, row, 0, self.column)
+
+    def count(self) -> int:
+        return sum(self._open(file).metadata.num_rows for file in self.files)
+
+
+class TokenFileSource(Source):
+    """Raw .bin files of little-endian uint16 ids, documents ended by the tokenizer's end-of-document symbol."""
+
+    eos_id: int | None = None  # set by whoever knows the tokenizer
+
+    def pieces(self) -> list[Piece]:
+        return [Piece((str(file),)) for file in self.files]
+
+    def read(self, piece: Piece) -> Iterator[Document | Bad]:
+        (file,) = piece.files
+        if os.path.getsize(file) % 2:
+            yield Bad(file, None, os.path.getsize(file) - 1, "an odd number of bytes cannot hold uint16 ids")
+            return
+        ids = np.memmap(file, dtype="<u2", mode="r") if os.path.getsize(file) else np.zeros(0, dtype="<u2")
+        ends = np.flatnonzero(ids == self.eos_id) if self.eos_id is not None else np.zeros(0, dtype=np.int64)
+        start = 0
+        for end in [*ends.tolist(), len(ids)]:
+            if end > start:
+                yield np.asarray(ids[start:end], dtype=np.int32)
+            start = end + 1
+
+    def count(self) -> int:
+        return len(self.files)
+
+
+class HuggingFaceSource(Source):
+    """A data set of the `datasets` library: a name on the hub or a local folder."""
+
+    ROWS = 20_000
+
+    def __init__(self, name: str, config: str | None, split: str, column: str) -> None:
+        try:
+            import datasets
+        except ImportError:
+            raise MissingExtra("a Hugging Face data set", "hf") from None
+        self.name, self.config, self.split, self.column = name, config, split, column
+        try:
+            if Path(name).is_dir() and (Path(name) / "dataset_info.json").is_file():
+                self.rows = datasets.load_from_disk(name)
+            elif Path(name).is_dir() and (Path(name) / "dataset_dict.json").is_file():
+                self.rows = datasets.load_from_disk(name)[split]
+            else:
+                self.rows = datasets.load_dataset(name, config, split=split)
+        except Exception as problem:  # the library's errors have no common base
+            raise InputError(f"data set {name!r} cannot be loaded: {problem}") from None
+        if column not in self.rows.column_names:
+            raise InputError(f"data set {name!r} has no column {column!r} (there is: "
+                             f"{', '.join(self.rows.column_names)}); set --data.text_column")  # fmt: skip
+        self.files = []
+
+    def identity(self) -> str:
+        text = json.dumps(["hf", self.name, self.config, self.split, self.column, self.rows._fingerprint])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def size(self) -> int:
+        return int(self.rows.dataset_size or 0)
+
+    def pieces(self) -> list[Piece]:
+        total = len(self.rows)
+        return [Piece((), a, min(a + self.ROWS, total)) for a in range(0, total, self.ROWS)]
+
+    def read(self, piece: Piece) -> Iterator[Document | Bad]:
+        for row, value in enumerate(self.rows[piece.start : piece.stop][self.column]):
+            yield _text_of(value, self.name, piece.start + row, 0, self.column)
+
+    def count(self) -> int:
+        return len(self.rows)
+
+
+def open_source(path: str | Path, column: str = "text", separator: str | None = None) -> Source:
+    """The source at a path: a file by its suffix, a folder of files of one suffix, or a bundled corpus by name.
+
+    Raises InputError when there is nothing, or nothing readable, there.
+    """
+    if str(path) in BUNDLED and not Path(path).exists():
+        file = Path(__file__).parent.parent / "corpus" / BUNDLED[str(path)]
+        return TextSource([file], column, separator)
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path} does not exist; give a file or folder of {', '.join(SUFFIXES)}, or `austen`")
+    if path.is_file():
+        files = [path]
+    else:
+        files = sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES and f.is_file())
+        if not files:
+            raise InputError(f"{path} holds no {', '.join(SUFFIXES)} file")
+    kinds = {"".join(f.suffixes[-2:]) if f.suffix == ".xz" else f.suffix for f in files}
+    if len(kinds) > 1:
+        raise ConfigError(f"{path} mixes {', '.join(sorted(kinds))}; give one kind, or a list of paths in data.path")
+    if all(f.stat().st_size == 0 for f in files):
+        raise InputError(f"{path} is empty; there is nothing to train on")
+    kind = kinds.pop()
+    names = {".txt": "text", ".txt.xz": "text", ".jsonl": "jsonl", ".parquet": "parquet", ".bin": "bin"}
+    if kind not in names:
+        raise InputError(f"{path}: {kind or 'a file without suffix'} is not read; give {', '.join(SUFFIXES)}")
+    return SOURCES.get(names[kind])(files, column, separator)

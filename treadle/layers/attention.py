@@ -1,0 +1,61 @@
+"""Multi-head self-attention with grouped queries, rotary positions, optional query-key norm, and a cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from treadle.layers.norm import RMSNorm
+from treadle.layers.rope import rotate
+from treadle.layers.state import KeyValueCache, Places
+from treadle.ops.attention import Segments, cached_attention, causal_attention
+
+
+@dataclass
+class Context:
+    """What all blocks of one forward pass share."""
+
+    doc_ids: Tensor | None = None  # [B, T], -1 for padding
+    segments: Segments | None = None
+    rotary: tuple[Tensor, Tensor] | None = None  # cos, sin [B, 1, T, E / 2]
+    places: Places | None = None  # with a decoding state
+    used: int = 0
+
+
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(E)) v (Vaswani et al. 2017), keys and values shared by groups of heads (arXiv 2305.13245)."""
+
+    def __init__(
+        self, width: int, heads: int, groups: int, head_width: int, *, bias: bool = False, out_bias: bool = False,
+        qk_norm: bool = False, eps: float = 1e-6, dropout: float = 0.0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.heads, self.groups, self.head_width, self.dropout = heads, groups, head_width, dropout
+        self.query = nn.Linear(width, heads * head_width, bias=bias)
+        self.key = nn.Linear(width, groups * head_width, bias=bias)
+        self.value = nn.Linear(width, groups * head_width, bias=bias)
+        self.out = nn.Linear(heads * head_width, width, bias=out_bias)
+        self.query_norm = RMSNorm(head_width, eps) if qk_norm else None
+        self.key_norm = RMSNorm(head_width, eps) if qk_norm else None
+
+    def _split(self, x: Tensor, heads: int) -> Tensor:
+        rows, length, _ = x.shape
+        return x.view(rows, length, heads, self.head_width).transpose(1, 2)  # [B, H, T, E]
+
+    def forward(self, x: Tensor, context: Context, cache: KeyValueCache | None = None) -> Tensor:
+        rows, length, _ = x.shape
+        q, k = self._split(self.query(x), self.heads), self._split(self.key(x), self.groups)
+        v = self._split(self.value(x), self.groups)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if context.rotary is not None:
+            q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
+        if cache is not None:
+            assert context.places is not None
+            keys, values = cache.append(k, v, context.places, context.used)
+            y = cached_attention(q, keys.to(q.dtype), values.to(q.dtype), context.places.positions)
+        else:
+            dropout = self.dropout if self.training else 0.0
+            y = causal_attention(q, k, v, doc_ids=context.doc_ids, segments=context.segments, dropout=dropout)
+        return self.out(y.transpose(1, 2).reshape(rows, length, self.heads * self.head_width))

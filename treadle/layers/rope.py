@@ -1,0 +1,37 @@
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864), in the half-split layout that Llama uses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rotation(position_ids: Tensor, width: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """position_ids [B, T] -> cos, sin [B, 1, T, width / 2] in fp32; made once a forward pass and shared by the layers."""
+    powers = torch.arange(0, width, 2, dtype=torch.float32, device=position_ids.device) / width
+    angles = position_ids[:, None, :, None].float() * theta**-powers
+    return angles.cos(), angles.sin()
+
+
+class _Rotate(torch.autograd.Function):
+    """A rotation's gradient is the opposite rotation: nothing of x is kept for backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, -sin), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B, H, T, E] turned by its positions' angles."""
+    return _Rotate.apply(x, cos, sin)  # type: ignore[no-untyped-call]

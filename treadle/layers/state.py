@@ -1,0 +1,116 @@
+"""What a model remembers while decoding: one length a row, and one entry a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from treadle.errors import ConfigError
+
+
+@dataclass
+class LayerState:
+    """Base of a layer's memory: dataclass fields that are tensors have the rows as their first dimension."""
+
+    def _each(self, change: Any) -> Any:
+        return replace(self, **{f.name: change(v) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)})
+
+    def select(self, rows: Tensor) -> Any:
+        return self._each(lambda t: t.index_select(0, rows))
+
+    def clone(self) -> Any:
+        return self._each(lambda t: t.clone())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(v.nbytes for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor))
+
+
+@dataclass
+class Places:
+    """Where the symbols of one forward pass with a state stand. real: bool [B, T]; positions, write: int64 [B, T]."""
+
+    real: Tensor
+    positions: Tensor  # each row's count of real symbols before; what a rotary or learned embedding sees
+    write: Tensor  # the cache slot of each symbol; padding goes to the spare slot behind the last
+
+
+@dataclass
+class State:
+    """The decoding state of a whole model. A passed state is consumed: go on with `out.state`.
+
+    lengths: int64 [B] on the device, real symbols seen. host_lengths: the same (or an upper bound) known on the host, so
+    that no forward pass reads the device back.
+    """
+
+    lengths: Tensor
+    host_lengths: list[int]
+    max_len: int
+    layers: list[Any]
+
+    def places(
+        self, rows: int, length: int, doc_ids: Tensor | None, segments: tuple[tuple[int, ...], ...] | None
+    ) -> Places:
+        """The places of a batch behind what was seen; a place with doc_id -1 changes nothing. ConfigError when full."""
+        if rows != len(self.host_lengths):
+            raise ConfigError(f"the state has {len(self.host_lengths)} rows, the batch {rows}")
+        device = self.lengths.device
+        if doc_ids is None:
+            real = torch.ones(rows, length, dtype=torch.bool, device=device)
+            fresh = [length] * rows
+        else:
+            real = doc_ids >= 0
+            fresh = [sum(r for r in row if r > 0) for row in segments] if segments is not None else [length] * rows
+        longest = max(h + f for h, f in zip(self.host_lengths, fresh))
+        if longest > self.max_len:
+            raise ConfigError(f"the state holds {self.max_len} symbols a row, {longest} are needed; "
+                              f"make it larger: new_state(batch_size, max_len={longest})")  # fmt: skip
+        positions = self.lengths[:, None] + real.cumsum(1) - 1
+        write = torch.where(real, positions, self.max_len)
+        self.lengths = self.lengths + real.sum(1)
+        self.host_lengths = [h + f for h, f in zip(self.host_lengths, fresh)]
+        return Places(real, positions.clamp_min(0), write)
+
+    @property
+    def used(self) -> int:
+        """Slots that any row may have used; caches are read up to here."""
+        return max(self.host_lengths, default=0)
+
+    def select(self, rows: Sequence[int] | Tensor) -> State:
+        """The state of some rows, in the given order."""
+        index = torch.as_tensor(rows, dtype=torch.int64)
+        host = [self.host_lengths[i] for i in index.tolist()]
+        index = index.to(self.lengths.device)
+        return State(self.lengths[index], host, self.max_len, [layer.select(index) for layer in self.layers])
+
+    def clone(self) -> State:
+        return State(self.lengths.clone(), list(self.host_lengths), self.max_len, [la.clone() for la in self.layers])
+
+    @property
+    def nbytes(self) -> int:
+        return self.lengths.nbytes + sum(layer.nbytes for layer in self.layers)
+
+
+@dataclass
+class KeyValueCache(LayerState):
+    """Keys and values [B, G, max_len + 1, E], allocated once; the slot behind the last takes padding and stays zero."""
+
+    keys: Tensor
+    values: Tensor
+
+    @staticmethod
+    def empty(rows: int, groups: int, max_len: int, width: int, device: Any, dtype: Any) -> KeyValueCache:
+        shape = (rows, groups, max_len + 1, width)
+        return KeyValueCache(*(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)))
+
+    def append(self, keys: Tensor, values: Tensor, places: Places, used: int) -> tuple[Tensor, Tensor]:
+        """Writes keys, values [B, G, T, E] at their places; returns all keys and values in use, [B, G, used, E]."""
+        rows = torch.arange(keys.shape[0], device=keys.device)[:, None]
+        for cache, new in ((self.keys, keys), (self.values, values)):
+            new = new.detach().transpose(1, 2) * places.real[:, :, None, None]
+            cache.transpose(1, 2)[rows, places.write] = new.to(cache.dtype)
+        return self.keys[:, :, :used], self.values[:, :, :used]

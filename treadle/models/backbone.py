@@ -1,0 +1,81 @@
+"""What most architectures share: embedding -> blocks -> norm -> head, with checkpointing and a decoding state.
+
+A family overrides `enter` and `leave` (what happens to the embedding before the first block and after the last),
+`make_block` and `layer_state`; the walk through the blocks is written here once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from treadle.data.batch import Batch
+from treadle.layers.attention import Context
+from treadle.layers.state import State
+from treadle.models.base import Model, ModelConfig, Output
+
+
+class Backbone(Model):
+    """Embedding, blocks, final norm and a (tied) head."""
+
+    embedding: nn.Embedding
+    norm: nn.Module
+
+    def __init__(self, config: ModelConfig, width: int, count: int, norm: nn.Module, tied: bool) -> None:
+        super().__init__()
+        self.config = config
+        self.tied = tied
+        self.embedding = nn.Embedding(config.vocab_size, width)
+        self.layers = nn.ModuleList(self.make_block(i) for i in range(count))
+        self.norm = norm
+        self.head = nn.Linear(width, config.vocab_size, bias=False)
+        self.tie()
+
+    def make_block(self, index: int) -> nn.Module:
+        """Block number `index`, called as block(x, context, layer_state) -> x."""
+        raise NotImplementedError
+
+    def context(self, batch: Batch, state: State | None) -> Context:
+        """What the blocks of this pass share."""
+        context = Context(batch.doc_ids, batch.segments)
+        if state is not None:
+            context.places = state.places(*batch.shape, batch.doc_ids, batch.segments)
+            context.used = state.used
+        return context
+
+    def enter(self, batch: Batch, context: Context) -> Tensor:
+        return self.embedding(batch.input_ids)  # [B, T, D]
+
+    def leave(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+    def tie(self) -> None:
+        if self.tied:
+            self.head.weight = self.embedding.weight
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.layers)
+
+    def hidden(self, batch: Batch, state: State | None = None) -> Output:
+        context = self.context(batch, state)
+        x = self.enter(batch, context)
+        recompute = self.training and torch.is_grad_enabled()
+        for index, block in enumerate(self.layers):
+            memory = state.layers[index] if state is not None else None
+            if recompute and getattr(block, "gradient_checkpointing", False):
+                x = checkpoint(block, x, context, memory, use_reentrant=False)
+            else:
+                x = block(x, context, memory)
+        return Output(hidden=self.leave(x), state=state)
+
+    def layer_state(self, index: int, batch_size: int, max_len: int, device: Any, dtype: Any) -> Any:
+        """The decoding memory of block `index`."""
+        raise NotImplementedError
+
+    def new_state(self, batch_size: int, max_len: int, device: Any = None, dtype: Any = None) -> State:
+        device, dtype = device or self.device, dtype or self.dtype
+        made = [self.layer_state(i, batch_size, max_len, device, dtype) for i in range(len(self.layers))]
+        return State(torch.zeros(batch_size, dtype=torch.int64, device=device), [0] * batch_size, max_len, made)

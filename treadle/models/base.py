@@ -1,0 +1,280 @@
+"""The contract every architecture keeps. The trainer, evaluator, generator and planner know nothing else of a model.
+
+Nothing here or in any model file knows training or devices: a model is single-device maths on a Batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic import ConfigDict
+from torch import Tensor, nn
+
+from treadle.checkpoint.tensors import read_tensors, write_tensors
+from treadle.data.batch import Batch
+from treadle.errors import CheckpointError, ConfigError, InputError, ShapeError
+from treadle.layers.state import State
+from treadle.models.catalogue import MODELS
+from treadle.registry import nearest
+from treadle.settings import Settings, option
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+
+
+class ModelConfig(Settings):
+    """Base of an architecture's own keys; every key of a model is fixed once a run has started."""
+
+    model_config = ConfigDict(frozen=False)
+
+    vocab_size: int = option(256, ge=2)
+    """Number of symbols; defaults to the tokenizer's."""
+
+    @classmethod
+    def presets(cls) -> dict[str, dict[str, Any]]:
+        """Name -> keys. A preset is a shape; its weights are random until trained."""
+        return {}
+
+    @classmethod
+    def recommended(cls, preset: str | None) -> dict[str, Any]:
+        """Training values that go with a preset, as dotted keys; the weakest layer above section defaults."""
+        return {}
+
+    @classmethod
+    def with_preset(cls, preset: str | None, **keys: Any) -> ModelConfig:
+        """A fresh config from a preset and keys that override it; ConfigError for unknown names or bad values."""
+        from treadle.settings import Given, build_section
+
+        table: dict[str, Any] = {}
+        if preset is not None:
+            presets = {name.lower().replace("-", "_"): values for name, values in cls.presets().items()}
+            name = preset.lower().replace("-", "_")
+            if name not in presets:
+                raise ConfigError(f"model.preset = {preset!r}: {nearest(name, list(presets))}")
+            table = dict(presets[name])
+        table.update(keys)
+        given = {f"model.{key}": Given(f"model.{key}", value, "arguments", False) for key, value in table.items()}
+        return build_section("model", cls, given)  # type: ignore[return-value]
+
+
+@dataclass
+class Output:
+    """What a forward pass gives. logits [B, T, V]; hidden [B, T, D] (before the head); losses: name -> (sum, unit)."""
+
+    logits: Tensor | None = None
+    hidden: Tensor | None = None
+    state: State | None = None
+    losses: dict[str, tuple[Tensor, str]] = field(default_factory=dict)
+    stats: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a model promises; a contract test is skipped only where one of these is declared False."""
+
+    causal: bool = True
+    decodes: bool = True
+    packs: bool = True
+    dynamic_lengths: bool = False
+
+
+@dataclass(frozen=True)
+class ParameterRule:
+    """How the optimiser treats one parameter beyond the default (matrices decay, vectors do not)."""
+
+    learning_rate_multiplier: float = 1.0
+    weight_decay: bool | None = None
+
+
+class Model(nn.Module):
+    """Base of every architecture."""
+
+    arch: ClassVar[str]
+    Config: ClassVar[type[ModelConfig]]
+    capabilities: ClassVar[Capabilities] = Capabilities()
+    config: ModelConfig
+    head: nn.Linear
+
+    # ---- what an architecture writes ----
+
+    @abstractmethod
+    def hidden(self, batch: Batch, state: State | None = None) -> Output:
+        """Everything before the head: Output with hidden [B, T, D], the state when one was given, losses and stats."""
+
+    @abstractmethod
+    def new_state(self, batch_size: int, max_len: int, device: Any = None, dtype: Any = None) -> State:
+        """An empty decoding state; device and dtype default to the model's."""
+
+    @abstractmethod
+    def blocks(self) -> list[nn.Module]:
+        """The units for checkpointing, compiling and sharding, in order."""
+
+    @abstractmethod
+    def flops(self, length: int) -> int:
+        """Floating-point operations of one row's forward pass: 2 a multiply-add of the matrix products, attention in
+        full (the causal half that some paths skip is counted, as is customary)."""
+
+    @abstractmethod
+    def initial(self, name: str, parameter: Tensor) -> float | str:
+        """How a parameter starts: "zeros", "ones", or the standard deviation of a normal distribution."""
+
+    def tie(self) -> None:  # noqa: B027 - most models share nothing
+        """Restores shared parameters after materialising from the meta device."""
+
+    def parameter_rules(self) -> dict[str, ParameterRule]:
+        """Parameter name -> rule, for parameters that are treated specially."""
+        return {}
+
+    def stats(self) -> dict[str, float]:
+        """Numbers about the weights worth logging."""
+        return {}
+
+    def state_bytes(self, batch_size: int, max_len: int) -> int:
+        """Bytes of a decoding state, as documented by the architecture; a contract checks it against `nbytes`."""
+        with torch.device("meta"):
+            return self.new_state(batch_size, max_len, device="meta").nbytes
+
+    # ---- what every architecture has ----
+
+    def forward(self, batch: Batch, state: State | None = None) -> Output:
+        """batch [B, T] -> Output with logits [B, T, V]. With a state, positions go on from it and each row is one
+        document; a place with doc_id -1 leaves its row's state as it was."""
+        out = self.hidden(batch, state)
+        out.logits = self.head(out.hidden)
+        return out
+
+    @classmethod
+    def example(cls, config: ModelConfig, batch_size: int = 2, length: int = 16, seed: int = 0) -> Batch:
+        """A batch this architecture can train on, for tests, planning and the mock step."""
+        generator = torch.Generator().manual_seed(seed)
+        return Batch.for_training(torch.randint(0, config.vocab_size, (batch_size, length), generator=generator))
+
+    def materialise(self, seed: int, device: Any = "cpu") -> Model:
+        """Allocates parameters (from the meta device too) and initialises each from (seed, its name)."""
+        if any(p.is_meta for p in self.parameters()):
+            self.to_empty(device=device)
+            self.tie()
+        else:
+            self.to(device)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                parameter.copy_(self._initial_values(seed, name, parameter))
+        return self
+
+    def _initial_values(self, seed: int, name: str, parameter: Tensor) -> Tensor:
+        rule = self.initial(name, parameter)
+        if rule == "zeros":
+            return torch.zeros(parameter.shape)
+        if rule == "ones":
+            return torch.ones(parameter.shape)
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        return torch.randn(parameter.shape, generator=generator) * float(rule)
+
+    def named_weights(self) -> dict[str, Tensor]:
+        """Every parameter and persistent buffer once, by its checkpoint name; shared ones under their first name."""
+        persistent = set(self.state_dict(keep_vars=True))
+        buffers = {name: b for name, b in self.named_buffers() if name in persistent}
+        return {**dict(self.named_parameters()), **buffers}
+
+    def load_weights(self, tensors: dict[str, Tensor]) -> None:
+        """Copies tensors in by name; ShapeError names what is missing, surplus or of another shape."""
+        own = self.named_weights()
+        missing, surplus = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+        wrong = [f"{n} {list(tensors[n].shape)} instead of {list(own[n].shape)}" for n in own.keys() & tensors.keys()
+                 if own[n].shape != tensors[n].shape]  # fmt: skip
+        problems = [f"missing: {', '.join(missing[:4])}"] if missing else []
+        problems += [f"not in this model: {', '.join(surplus[:4])}"] if surplus else []
+        problems += [f"another shape: {', '.join(sorted(wrong)[:4])}"] if wrong else []
+        if problems:
+            raise ShapeError(f"the weights belong to another model ({'; '.join(problems)}); use the checkpoint's own "
+                             "config.toml, or start anew with --fresh")  # fmt: skip
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(tensors[name])
+
+    def parameter_count(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def generate(self, input_ids: Any, max_new_tokens: int = 100, **options: Any) -> Tensor:
+        """Prompt ids [B, T] -> [B, T + new] int64. Options: generation/decode.py's `generate`."""
+        from treadle.generation.decode import generate
+
+        return generate(self, input_ids, max_new_tokens, **options)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes config.json and model.safetensors, which `from_pretrained` reads back bit for bit."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        described = {"model_type": self.arch, "architectures": [type(self).__name__], **self.config.model_dump()}
+        (folder / CONFIG_FILE).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+        write_tensors(folder / WEIGHTS_FILE, self.named_weights(), {"format": "pt"})
+
+
+def build(arch: str = "transformer", preset: str | None = None, seed: int = 0, device: Any = "cpu", **keys: Any) -> Model:
+    """A randomly initialised model: `build("transformer", hidden_size=256)`. ConfigError for bad names or values."""
+    cls = MODELS.get(arch)
+    return build_from(cls, cls.Config.with_preset(preset, **keys), seed, device)
+
+
+def build_from(cls: type[Model], config: ModelConfig, seed: int = 0, device: Any = "cpu") -> Model:
+    with torch.device("meta"):
+        model = cls(config)  # type: ignore[call-arg]
+    return model.materialise(seed, device)
+
+
+def from_pretrained(folder: str | Path, device: Any = "cpu") -> Model:
+    """A model from a folder that `save_pretrained` wrote. Raises InputError or CheckpointError with the reason."""
+    folder = Path(folder)
+    if not (folder / CONFIG_FILE).is_file():
+        raise InputError(f"{folder} holds no {CONFIG_FILE}; give a folder that save_pretrained wrote, or a run")
+    try:
+        described = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        arch = described.pop("model_type")
+        described.pop("architectures", None)
+    except (ValueError, KeyError, AttributeError) as problem:
+        raise CheckpointError(f"{folder / CONFIG_FILE} is damaged: {problem}") from None
+    cls = MODELS.get(str(arch))
+    with torch.device("meta"):
+        model = cls(cls.Config.with_preset(None, **described))
+    model.to_empty(device=device)
+    model.tie()
+    model.load_weights(read_tensors(folder / WEIGHTS_FILE))
+    return model
+
+
+def parameter_count(cls: type[Model], config: ModelConfig) -> int:
+    """Parameters of a configuration, counted on the meta device (no memory)."""
+    with torch.device("meta"):
+        return cls(config).parameter_count()  # type: ignore[call-arg]
+
+
+def count_label(count: int) -> str:
+    """125_000_000 -> "125M"."""
+    for size, mark in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{mark}"
+    return str(count)
+
+
+def merged_stats(outputs: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of each statistic over micro-batches."""
+    found: dict[str, list[Tensor]] = {}
+    for stats in outputs:
+        for name, value in stats.items():
+            found.setdefault(name, []).append(value)
+    return {name: torch.stack(values).mean() for name, values in found.items()}

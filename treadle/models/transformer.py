@@ -1,0 +1,225 @@
+"""The dense transformer: Llama style (RMSNorm, rotary positions, SwiGLU) and GPT-2 style (LayerNorm, learned positions,
+GELU, biases) from one file."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import model_validator
+from torch import Tensor, nn
+
+from treadle.data.batch import Batch
+from treadle.errors import ConfigError
+from treadle.layers.attention import Attention, Context
+from treadle.layers.mlp import MLP, SwiGLU
+from treadle.layers.norm import make_norm
+from treadle.layers.rope import rotation
+from treadle.layers.state import KeyValueCache, State
+from treadle.models.backbone import Backbone
+from treadle.models.base import ModelConfig
+from treadle.settings import option
+
+
+class TransformerConfig(ModelConfig):
+    """The dense transformer's keys."""
+
+    style: Literal["llama", "gpt2"] = option("llama")
+    """llama: RMSNorm, rotary positions, SwiGLU, no biases; gpt2: LayerNorm, learned positions, GELU, biases."""
+
+    hidden_size: int = option(192, aliases=("d_model", "n_embd", "dim"), ge=1)
+    """Width D of the residual stream."""
+
+    num_layers: int = option(4, aliases=("n_layers", "n_layer", "num_hidden_layers", "layers"), ge=1)
+    """Number of blocks."""
+
+    num_heads: int = option(4, aliases=("n_heads", "n_head", "nhead", "num_attention_heads", "heads"), ge=1)
+    """Query heads; hidden_size must divide by it unless head_dim is given."""
+
+    num_kv_heads: int | None = option(None, aliases=("n_kv_heads", "num_key_value_heads"), ge=1)
+    """Key and value heads (grouped queries); default num_heads."""
+
+    head_dim: int | None = option(None, ge=2)
+    """Width of a head; default hidden_size / num_heads."""
+
+    intermediate_size: int | None = option(None, aliases=("d_ff", "ffn_size", "n_inner"), ge=1)
+    """Width inside the MLP; default 8/3 D rounded up to a multiple of 64 (llama), 4 D (gpt2)."""
+
+    max_position_embeddings: int = option(2048, aliases=("max_seq_len", "block_size", "n_positions"), ge=2)
+    """Rows of the learned position table (gpt2); the longest row a generation may reach."""
+
+    activation: Literal["gelu", "gelu_tanh", "relu", "silu"] = option("gelu_tanh", aliases=("hidden_act",))
+    """The MLP's activation in gpt2 style (llama style is SwiGLU)."""
+
+    tie_embeddings: bool = option(True, aliases=("tie_word_embeddings",))
+    """The head shares the embedding's weights."""
+
+    qk_norm: bool = option(False)
+    """RMSNorm on queries and keys before the rotation."""
+
+    rope_theta: float = option(10000.0, gt=0)
+    """Base of the rotary frequencies."""
+
+    norm_eps: float = option(1e-5, aliases=("rms_norm_eps", "layer_norm_epsilon"), gt=0)
+    """Added inside the norms' square roots."""
+
+    pre_norm: bool = option(True)
+    """Norm before each half of a block (off: after it, as in the first transformer)."""
+
+    dropout: float = option(0.0, aliases=("resid_pdrop",), ge=0.0, lt=1.0)
+    """Share dropped of the embedding and of each half's output while training."""
+
+    attention_dropout: float = option(0.0, aliases=("attn_pdrop",), ge=0.0, lt=1.0)
+    """Share of attention weights dropped while training (takes the slower masked path)."""
+
+    initializer_range: float = option(0.02, aliases=("init_std",), gt=0)
+    """Standard deviation of initial weights; projections into the residual stream start at 1/sqrt(2 layers) of it."""
+
+    @model_validator(mode="after")
+    def _shapes(self) -> TransformerConfig:
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            fits = [n for n in range(1, self.hidden_size + 1) if self.hidden_size % n == 0 and n <= 64]
+            raise ValueError(f"hidden_size = {self.hidden_size} does not divide by num_heads = {self.num_heads}; "
+                             f"num_heads may be {', '.join(map(str, fits))}")  # fmt: skip
+        if self.style == "llama" and self.width_of_head % 2:
+            raise ValueError(f"head_dim = {self.width_of_head} must be even for rotary positions")
+        if self.num_heads % self.groups:
+            raise ValueError(f"num_heads = {self.num_heads} does not divide by num_kv_heads = {self.groups}")
+        return self
+
+    @property
+    def width_of_head(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def groups(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def inner(self) -> int:
+        if self.intermediate_size is not None:
+            return self.intermediate_size
+        return 4 * self.hidden_size if self.style == "gpt2" else -(-8 * self.hidden_size // 3 // 64) * 64
+
+    @classmethod
+    def presets(cls) -> dict[str, dict[str, Any]]:
+        def llama(width: int, layers: int, heads: int, inner: int, **more: Any) -> dict[str, Any]:
+            shape = {"hidden_size": width, "num_layers": layers, "num_heads": heads, "intermediate_size": inner}
+            return {"style": "llama", "vocab_size": 32000, **shape, **more}
+
+        def gpt2(width: int, layers: int, heads: int) -> dict[str, Any]:
+            shape = {"hidden_size": width, "num_layers": layers, "num_heads": heads}
+            return {"style": "gpt2", "vocab_size": 50257, "max_position_embeddings": 1024, "dropout": 0.1, **shape}
+
+        untied = {"tie_embeddings": False, "max_position_embeddings": 4096}
+        return {
+            "nano": llama(320, 6, 5, 896, vocab_size=8192),
+            "micro": llama(448, 9, 7, 1280, vocab_size=16384),
+            "tiny": llama(768, 14, 12, 2048),
+            "small": llama(1024, 25, 16, 2816),
+            "medium": llama(1536, 25, 16, 4096),
+            "large": llama(2048, 24, 16, 5632),
+            "xl": llama(4096, 32, 32, 11008, **untied),
+            "gpt2": gpt2(768, 12, 12),
+            "gpt2_medium": gpt2(1024, 24, 16),
+            "llama_7b": llama(4096, 32, 32, 11008, **untied),
+        }
+
+    # What each preset's name promises, in parameters (asserted by a test to 5%).
+    @classmethod
+    def preset_sizes(cls) -> dict[str, float]:
+        return {"nano": 10e6, "micro": 30e6, "tiny": 125e6, "small": 350e6, "medium": 760e6, "large": 1.3e9,
+                "xl": 6.7e9, "gpt2": 124e6, "gpt2_medium": 355e6, "llama_7b": 6.74e9}  # fmt: skip
+
+    @classmethod
+    def recommended(cls, preset: str | None) -> dict[str, Any]:
+        rates = {"nano": 1e-3, "micro": 1e-3, "tiny": 6e-4, "small": 3e-4, "medium": 2.5e-4, "large": 2e-4,
+                 "xl": 1.2e-4, "gpt2": 6e-4, "gpt2_medium": 3e-4, "llama_7b": 3e-4}  # fmt: skip
+        name = (preset or "").lower().replace("-", "_")
+        return {"optim.learning_rate": rates[name]} if name in rates else {}
+
+
+class Block(nn.Module):
+    """Attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        gpt2 = config.style == "gpt2"
+        width, norm = config.hidden_size, "layer" if gpt2 else "rms"
+        self.pre_norm = config.pre_norm
+        self.attention_norm = make_norm(norm, width, config.norm_eps)
+        self.attention = Attention(
+            width, config.num_heads, config.groups, config.width_of_head, bias=gpt2, out_bias=gpt2,
+            qk_norm=config.qk_norm, eps=config.norm_eps, dropout=config.attention_dropout,
+        )  # fmt: skip
+        self.mlp_norm = make_norm(norm, width, config.norm_eps)
+        self.mlp = MLP(width, config.inner, config.activation) if gpt2 else SwiGLU(width, config.inner)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, context: Context, cache: KeyValueCache | None = None) -> Tensor:
+        if not self.pre_norm:
+            x = self.attention_norm(x + self.dropout(self.attention(x, context, cache)))
+            return self.mlp_norm(x + self.dropout(self.mlp(x)))
+        x = x + self.dropout(self.attention(self.attention_norm(x), context, cache))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class Transformer(Backbone):
+    """Decoder-only transformer (Vaswani et al. 2017; Radford et al. 2019; Touvron et al. 2023)."""
+
+    arch = "transformer"
+    Config = TransformerConfig
+    config: TransformerConfig
+
+    def __init__(self, config: TransformerConfig) -> None:
+        self._block_config = config  # make_block runs inside Backbone.__init__
+        norm = make_norm("layer" if config.style == "gpt2" else "rms", config.hidden_size, config.norm_eps)
+        norm = norm if config.pre_norm else nn.Identity()
+        super().__init__(config, config.hidden_size, config.num_layers, norm, config.tie_embeddings)
+        learned = config.style == "gpt2"
+        self.positions = nn.Embedding(config.max_position_embeddings, config.hidden_size) if learned else None
+        self.dropout = nn.Dropout(config.dropout)
+
+    def make_block(self, index: int) -> nn.Module:
+        return Block(self._block_config)
+
+    def context(self, batch: Batch, state: State | None) -> Context:
+        context = super().context(batch, state)
+        if self.positions is None:
+            context.rotary = rotation(self._position_ids(batch, context), self.config.width_of_head, self.config.rope_theta)
+        return context
+
+    def _position_ids(self, batch: Batch, context: Context) -> Tensor:
+        if context.places is not None:
+            return context.places.positions
+        assert batch.position_ids is not None
+        return batch.position_ids
+
+    def enter(self, batch: Batch, context: Context) -> Tensor:
+        x = super().enter(batch, context)
+        if self.positions is not None:
+            longest = context.used if context.places is not None else batch.shape[1]
+            if longest > self.config.max_position_embeddings:
+                raise ConfigError(f"{longest} positions, but the model has max_position_embeddings = "
+                                  f"{self.config.max_position_embeddings}; use shorter rows (--seq_len)")  # fmt: skip
+            x = x + self.positions(self._position_ids(batch, context))
+        return self.dropout(x)
+
+    def layer_state(self, index: int, batch_size: int, max_len: int, device: Any, dtype: Any) -> KeyValueCache:
+        return KeyValueCache.empty(batch_size, self.config.groups, max_len, self.config.width_of_head, device, dtype)
+
+    def flops(self, length: int) -> int:
+        c = self.config
+        attention = c.hidden_size * c.width_of_head * (2 * c.num_heads + 2 * c.groups)
+        mlp = c.hidden_size * c.inner * (2 if c.style == "gpt2" else 3)
+        products = c.num_layers * (attention + mlp) + c.hidden_size * c.vocab_size
+        scores = c.num_layers * 2 * c.num_heads * c.width_of_head * length  # q k^T and p v, a multiply-add each
+        return 2 * length * (products + scores)
+
+    def initial(self, name: str, parameter: Tensor) -> float | str:
+        if name.endswith(".bias"):
+            return "zeros"
+        if parameter.dim() == 1:
+            return "ones"
+        std = self.config.initializer_range
+        into_stream = name.endswith(("attention.out.weight", "mlp.down.weight"))
+        return std / (2 * self.config.num_layers) ** 0.5 if into_stream else std

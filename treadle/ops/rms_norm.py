@@ -1,0 +1,46 @@
+"""RMS normalisation (Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4): y = x / sqrt(mean(x^2) + eps) * weight.
+
+On CPU torch's own form runs as several passes that each save their result; one autograd function saves the input and
+one number a row. On other devices torch's kernel is used.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from treadle.ops.precision import compute_dtype
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """The equation as it stands, in fp32, returned in x's type."""
+    x32 = x.float()
+    return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+        x32 = x.float()
+        scale = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x32 * scale).mul_(weight).to(out_dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        x, weight, scale = ctx.saved_tensors
+        grad32 = grad.float()
+        normed = x.float() * scale
+        grad_weight = (grad32 * normed).reshape(-1, x.shape[-1]).sum(0)
+        inner = grad32 * weight
+        # d(x * s)/dx = s (1 - n n^T / D) with n = x s
+        along = (inner * normed).sum(-1, keepdim=True).div_(x.shape[-1])
+        return normed.mul_(along).sub_(inner).mul_(-scale).to(x.dtype), grad_weight.to(weight.dtype), None, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """x [..., D], weight [D] -> [..., D], in autocast's type where that is on (what reads it is a product)."""
+    if x.device.type == "cpu":
+        return _RMSNorm.apply(x, weight, eps, compute_dtype(x))  # type: ignore[no-untyped-call]
+    return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)
