@@ -1,0 +1,46 @@
+"""treadle: one trainer for every sequence architecture.
+
+The public names load on first use, so that importing treadle costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PLACES = {
+    "Batch": "treadle.data.batch:Batch",
+    "Dataset": "treadle.data.dataset:Dataset",
+    "Evaluator": "treadle.evaluation.evaluator:Evaluator",
+    "Model": "treadle.library:Model",
+    "Tokenizer": "treadle.text.base:Tokenizer",
+    "TrainConfig": "treadle.recipe:from_leaf_names",
+    "Trainer": "treadle.training.trainer:Trainer",
+    "architectures": "treadle.library:architectures",
+    "build": "treadle.models.base:build",
+    "from_pretrained": "treadle.models.base:from_pretrained",
+    "load": "treadle.library:load",
+    "loss": "treadle.library:loss",
+    "train": "treadle.library:train",
+}
+__all__ = [*_PLACES]
+
+if TYPE_CHECKING:
+    from treadle.data.batch import Batch
+    from treadle.data.dataset import Dataset
+    from treadle.evaluation.evaluator import Evaluator
+    from treadle.library import Model, architectures, load, loss, train
+    from treadle.models.base import build, from_pretrained
+    from treadle.recipe import from_leaf_names as TrainConfig
+    from treadle.text.base import Tokenizer
+    from treadle.training.trainer import Trainer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"treadle has no {name!r}; there is: {', '.join(sorted(_PLACES))}")
+    import importlib
+
+    module, _, attribute = _PLACES[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -8,68 +8,25 @@ imports no torch unless a model key has to be understood.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from treadle.checkpoint.settings import CheckpointSettings
-from treadle.data.settings import DataSettings
+from treadle.data.sources import BUNDLED
+from treadle.data.sources import SUFFIXES as DATA_SUFFIXES
 from treadle.errors import ConfigError
-from treadle.evaluation.settings import EvalSettings
 from treadle.models.catalogue import MODELS
-from treadle.monitor.settings import LogSettings
 from treadle.registry import nearest
-from treadle.settings import (
-    Given,
-    Settings,
-    Vocabulary,
-    build_section,
-    dump_toml,
-    fit_value,
-    load_table,
-    merge,
-    option,
-    plain,
-)
-from treadle.text.settings import TokenizerSettings
-from treadle.training.settings import OptimSettings, TrainSettings
+from treadle.settings import Given, Vocabulary, build_section, fit_value, load_table, merge, plain
+from treadle.training.config import DEFAULT_ARCHITECTURE, SECTIONS, Recipe
 
-RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-DATA_SUFFIXES = (".txt", ".jsonl", ".parquet", ".bin")
 RECIPE_SUFFIXES = (".toml", ".yaml", ".yml", ".json")
 DEFAULT_RECIPE = "austen"
-DEFAULT_ARCHITECTURE = "transformer"
 # Keys of the model section that choose a model rather than describe it; they have no place in a model's own Config.
 MODEL_CHOICE = {"arch": ("arch", "type", "architecture", "model_type"), "preset": ("preset", "model_size"),
                 "config_file": ("config_file",)}  # fmt: skip
 
 
-class RunSettings(Settings):
-    """Which run, where, on what."""
-
-    output_dir: str | None = option(None)
-    """The run folder itself; default runs/<run_name>."""
-
-    run_name: str | None = option(None, aliases=("experiment_name",))
-    """The run's name; default the recipe's or file's name without its suffix."""
-
-    seed: int = option(0, change="guarded", ge=0, lt=2**63)
-    """Everything random is a function of this number and the step."""
-
-    device: str = option("auto", spellings={"gpu": "cuda"})
-    """auto (a GPU where there is one), cpu, cuda, or cuda:N."""
-
-
-SECTIONS: dict[str, type[Settings]] = {
-    "run": RunSettings,
-    "tokenizer": TokenizerSettings,
-    "data": DataSettings,
-    "train": TrainSettings,
-    "optim": OptimSettings,
-    "checkpoint": CheckpointSettings,
-    "eval": EvalSettings,
-    "log": LogSettings,
-}
 SECTION_ALIASES = {
     "training": "train",
     "output": "run",
@@ -99,63 +56,6 @@ class Layer:
     weak: bool = False  # a stored run's values: an explicit "auto" above does not override them
 
 
-@dataclass
-class Recipe:
-    """A composed configuration. `model` holds the architecture's own keys as given, `origins` where each value came from."""
-
-    run: RunSettings
-    tokenizer: TokenizerSettings
-    data: DataSettings
-    train: TrainSettings
-    optim: OptimSettings
-    checkpoint: CheckpointSettings
-    eval: EvalSettings
-    log: LogSettings
-    arch: str = DEFAULT_ARCHITECTURE
-    preset: str | None = None
-    model: dict[str, Any] = field(default_factory=dict)
-    origins: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        return self.run.run_name or "run"
-
-    @property
-    def folder(self) -> Path:
-        """The run folder; a name that would leave `runs/` is refused."""
-        if self.run.output_dir is not None:
-            return Path(self.run.output_dir)
-        check_run_name(self.name)
-        return Path("runs") / self.name
-
-    def section(self, name: str) -> Settings:
-        return getattr(self, name)
-
-    def tables(self) -> dict[str, dict[str, Any]]:
-        """All sections as plain tables, the model's choice and keys included."""
-        tables = {name: self.section(name).model_dump() for name in SECTIONS}
-        model = {"arch": self.arch, "preset": self.preset, **self.model}
-        return {"run": tables.pop("run"), "model": model, **tables}
-
-    def to_toml(self) -> str:
-        return dump_toml(self.tables())
-
-    def change_rule(self, dotted: str) -> str:
-        """How a key may change when a run continues: free, guarded or fixed."""
-        section, _, key = dotted.partition(".")
-        return "fixed" if section == "model" else SECTIONS[section].key_info(key)["change"]
-
-
-def check_run_name(name: str) -> None:
-    """Run names become folder names, so they hold no separators and no surprises."""
-    if not RUN_NAME.fullmatch(name):
-        raise ConfigError(
-            f"run.run_name = {name!r}: use letters, digits, '.', '_' and '-', starting with a letter or digit, "
-            "at most 128; --output_dir takes any path"
-        )
-
-
 def recipe_folder() -> Path:
     """Where the built-in recipes are: inside an installed package, or beside it in a checkout."""
     package = Path(__file__).parent
@@ -181,8 +81,8 @@ def target_layer(target: str | None) -> Layer:
     if path.suffix in RECIPE_SUFFIXES and (path.exists() or path.suffix == ".toml"):
         table = load_table(path)
         return Layer(_with_name(table, path.stem), path.name)
-    if path.is_dir() or path.suffix in DATA_SUFFIXES:
-        if not path.exists():
+    if path.is_dir() or path.suffix in DATA_SUFFIXES or target in BUNDLED:
+        if not path.exists() and target not in BUNDLED:
             raise ConfigError(f"{path} does not exist; give a text file, a folder of text files, or a recipe")
         name = re.sub(r"[^A-Za-z0-9._-]", "_", path.resolve().stem) or "run"
         return Layer({"data": {"path": str(path)}, "run": {"run_name": name.lstrip("._-") or "run"}}, str(path))
@@ -292,6 +192,16 @@ def _model_key(words: Vocabulary, name: str, one: Given, leaf: bool) -> Given:
         return Given(f"model.{key}", fit_value(cls, key, value, one.from_text), one.origin, False)
     except ConfigError as problem:
         raise ConfigError(f"{one.origin}: model.{problem}") from None
+
+
+def settled_folder(layers: list[Layer]) -> Path:
+    """The run folder that layers ask for, from the run section alone (no torch, so that a lock answers at once)."""
+    words = vocabulary()
+    final: dict[str, Given] = {}
+    for layer in layers:
+        given = merge(words.flatten(layer.table, layer.origin, layer.from_text))
+        final.update({key: one for key, one in given.items() if key.startswith("run.")})
+    return Recipe(run=build_section("run", SECTIONS["run"], final)).folder  # type: ignore[arg-type]
 
 
 def from_leaf_names(arch: str = DEFAULT_ARCHITECTURE, **values: Any) -> Recipe:

@@ -1,0 +1,34 @@
+"""One writer a run. The kernel frees the lock when its process dies, so it never goes stale."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+
+from treadle.errors import RunLocked
+
+LOCK_FILE = "LOCK"
+
+
+class RunLock:
+    """Holds a run folder for this process; RunLocked names the process that has it."""
+
+    def __init__(self, run: Path) -> None:
+        run.mkdir(parents=True, exist_ok=True)
+        self.descriptor = os.open(run / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.pread(self.descriptor, 200, 0).decode(errors="replace").strip()
+            os.close(self.descriptor)
+            raise RunLocked(f"{run} is being trained by {holder or 'another process'}; wait for it, stop it, or use "
+                            "another folder with --output_dir") from None  # fmt: skip
+        os.ftruncate(self.descriptor, 0)
+        os.pwrite(self.descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+
+    def release(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1

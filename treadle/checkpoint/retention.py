@@ -1,0 +1,46 @@
+"""Which checkpoints stay: the newest few, the best one, and pinned ones."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from treadle.checkpoint.layout import checkpoint_name, steps_in
+from treadle.checkpoint.writer import remove_checkpoint
+
+BEST_FILE = "best.json"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a small file in one move."""
+    part = path.with_name(f".{path.name}.part")
+    with part.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    part.replace(path)
+
+
+def mark_best(root: Path, step: int, metrics: dict[str, Any]) -> None:
+    """Records which checkpoint is the best and why."""
+    table = {"step": step, "checkpoint": checkpoint_name(step), "metrics": metrics}
+    write_atomically(root / BEST_FILE, json.dumps(table, indent=1, allow_nan=False) + "\n")
+
+
+def best_step(root: Path) -> int | None:
+    """The best checkpoint's step, or None when none was marked (or its mark cannot be read)."""
+    try:
+        step = json.loads((root / BEST_FILE).read_text(encoding="utf-8"))["step"]
+        return step if isinstance(step, int) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def rotate(root: Path, keep: int) -> None:
+    """Deletes all but the `keep` newest checkpoints and the best one."""
+    best = best_step(root)
+    for step in steps_in(root)[keep:]:
+        if step != best:
+            remove_checkpoint(str(root / checkpoint_name(step)))

@@ -1,0 +1,300 @@
+"""The command line: verbs -> functions. Everything heavy is imported inside the verb that needs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+app = typer.Typer(
+    help="Train sequence models from scratch: exact, resumable, fair to compare.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+data_app = typer.Typer(help="Prepare text and look at it.", no_args_is_help=True, rich_markup_mode=None)
+tokenizer_app = typer.Typer(help="Train tokenizers and look at them.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data_app, name="data")
+app.add_typer(tokenizer_app, name="tokenizer")
+
+# train and check take every key of the configuration as a flag; help.py writes their help from the sections.
+OPEN = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+
+
+def _request(arguments: list[str]) -> Any:
+    from treadle.errors import ConfigError
+    from treadle.settings import parse_flags
+    from treadle.start import Request
+
+    allow: list[str] = []
+    rest: list[str] = []
+    index = 0
+    while index < len(arguments):  # the one flag that may be given several times
+        word, _, value = arguments[index].partition("=")
+        index += 1
+        if word not in ("--allow-change", "--allow_change"):
+            rest.append(arguments[index - 1])
+            continue
+        if not value:
+            if index >= len(arguments):
+                raise ConfigError("--allow-change needs a key, as in --allow-change data.seq_len")
+            value = arguments[index]
+            index += 1
+        allow += value.split(",")
+    words, flags = parse_flags(rest)
+    fresh = flags.pop("fresh", "false").lower() == "true"
+    weights = flags.pop("from", None)
+    if len(words) > 1:
+        raise ConfigError(f"one target at a time: {' '.join(words)!r}; several paths go into --data.path a,b")
+    return Request(words[0] if words else None, flags, fresh, weights, tuple(allow))
+
+
+@app.command(context_settings=OPEN)
+def train(ctx: typer.Context) -> None:
+    """Train, or continue: [RECIPE.toml | FILE.txt | DIR] [--key value ...]. Without an argument: the built-in recipe."""
+    if "--help" in ctx.args:
+        from treadle.help import print_options
+
+        print_options("train", ctx.args)
+        return
+    request = _request(ctx.args)
+    from treadle.start import train as run
+
+    run(request)
+
+
+@app.command(context_settings=OPEN)
+def check(ctx: typer.Context) -> None:
+    """Parse, build and run one real micro-step of a recipe; print every value and where it comes from."""
+    if "--help" in ctx.args:
+        from treadle.help import print_options
+
+        print_options("check", ctx.args)
+        return
+    request = _request(ctx.args)
+    from treadle.start import check as run
+
+    run(request)
+
+
+@app.command("eval")
+def evaluate(
+    runs: Annotated[list[str], typer.Argument(help="Runs: a folder, a checkpoint, `last`, RUN@best, RUN@STEP.")],
+    data: Annotated[Optional[str], typer.Option(help="Evaluate on this text instead of the held-out text.")] = None,
+    rows: Annotated[Optional[int], typer.Option(min=1, help="At most this many rows, spread over the text.")] = None,
+    samples: Annotated[int, typer.Option(min=0, help="Samples to generate and check.")] = 3,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows in one pass.")] = 16,
+    output: Annotated[Optional[str], typer.Option(help="Folder for the results; default RUN/results.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Loss, bits per byte, accuracy and samples of one or more runs, beside simple baselines."""
+    from treadle.evaluation.report import evaluate_run, table_of, write_results
+
+    reports = []
+    for run in runs:
+        reports.append(evaluate_run(run, data, rows, samples, batch_size, device=device))
+        checkpoint = Path(reports[-1]["checkpoint"])
+        home = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+        write_results(Path(output) if output else home / "results", reports[-1])
+    for line in table_of(reports):
+        typer.echo(line)
+    for report in reports:
+        for sample in report.get("samples", []):
+            typer.echo(f"\n--- {report['run']}, prompt {sample['prompt']!r}\n{sample['prompt']}{sample['text']}")
+
+
+@app.command()
+def generate(
+    run: Annotated[str, typer.Argument(help="A run, a checkpoint, `last`, RUN@best or RUN@STEP.")] = "last",
+    prompt: Annotated[Optional[str], typer.Option(help="The text to continue.")] = None,
+    prompt_file: Annotated[Optional[str], typer.Option(help="A file with one prompt a line.")] = None,
+    output_file: Annotated[Optional[str], typer.Option(help="Where the continuations of --prompt-file go.")] = None,
+    interactive: Annotated[bool, typer.Option("--interactive", "-i", help="Ask for prompts; /help there.")] = False,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "--max-tokens", min=1, help="Symbols.")] = 100,
+    temperature: Annotated[float, typer.Option(help="Lower is safer, higher is wilder, 0 is greedy.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Keep the likeliest symbols; 0 is off.")] = 50,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest symbols of this total probability.")] = 0.9,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: repeat less.")] = 1.0,
+    greedy: Annotated[bool, typer.Option("--greedy", help="The same as --temperature 0.")] = False,
+    num_samples: Annotated[int, typer.Option(min=1, help="Continuations of each prompt.")] = 1,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    stop: Annotated[Optional[str], typer.Option(help="End before this text.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Let a trained model continue text."""
+    from treadle.errors import ConfigError
+    from treadle.generation.sampling import Sampling
+
+    if sum((prompt is not None, prompt_file is not None, interactive)) > 1:
+        raise ConfigError("--prompt, --prompt-file and --interactive exclude one another; keep one")
+    sampling = Sampling(0.0 if greedy else temperature, top_k, top_p, repetition_penalty)
+    from treadle.generation.session import Session
+    from treadle.models.pretrained import load_run
+
+    loaded = load_run(run, device)
+    session = Session(loaded.model, loaded.tokenizer, sampling, max_new_tokens, seed, stop)
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    if interactive:
+        session.interactive(input, write)
+    elif prompt_file is not None:
+        session.run_file(prompt_file, output_file, num_samples, write)
+    else:
+        for number in range(num_samples):
+            write(prompt or "")
+            session.say(prompt if prompt is not None else "\n", number, on_text=write)
+            write("\n" if number + 1 == num_samples else "\n\n---\n\n")
+
+
+@data_app.command("prepare")
+def data_prepare(
+    path: Annotated[str, typer.Argument(help="A text, JSONL or parquet file, or a folder of them; `austen` ships along.")],
+    output: Annotated[Optional[str], typer.Option(help="Where the shards go; default the cache.")] = None,
+    tokenizer: Annotated[str, typer.Option(help="auto, byte, bpe, wordpiece, unigram, char, or a path.")] = "auto",
+    vocab_size: Annotated[int, typer.Option(help="Size of a tokenizer trained here.")] = 2048,
+    text_column: Annotated[str, typer.Option(help="The column that holds the text.")] = "text",
+    document_separator: Annotated[Optional[str], typer.Option(help="A line that ends a document in .txt.")] = None,
+    validation_fraction: Annotated[float, typer.Option(min=0, max=0.99, help="Share of the text held out.")] = 0.05,
+    min_length: Annotated[int, typer.Option(min=0, help="Leave out documents with fewer symbols.")] = 0,
+    on_bad: Annotated[str, typer.Option(help="skip or error: what a malformed line does.")] = "skip",
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0 is one for each core.")] = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Prepare again, whatever is there.")] = False,
+) -> None:
+    """Tokenise text once, in parallel; run it again to continue where it stopped. Prints statistics."""
+    from treadle.data import summary
+
+    settings = summary.settings(
+        path, text_column=text_column, document_separator=document_separator, validation_fraction=validation_fraction,
+        min_length=min_length, on_bad=on_bad, preparation_workers=workers or "auto",
+    )  # fmt: skip
+    for line in summary.prepare_text(settings, tokenizer, vocab_size, output, fresh, typer.echo):
+        typer.echo(line)
+
+
+@data_app.command("stats")
+def data_stats(
+    path: Annotated[str, typer.Argument(help="Text, or a folder that `data prepare` wrote.")],
+    tokenizer: Annotated[str, typer.Option(help="auto, byte, bpe, ..., or a path.")] = "auto",
+    seq_len: Annotated[int, typer.Option(min=2, help="Symbols in a row.")] = 256,
+) -> None:
+    """Documents, bytes, symbols, lengths, and how well each packing fills rows."""
+    from treadle.data import summary
+
+    for line in summary.statistics(path, tokenizer, seq_len):
+        typer.echo(line)
+
+
+@data_app.command("show")
+def data_show(
+    path: Annotated[str, typer.Argument(help="Text, or a folder that `data prepare` wrote.")],
+    row: Annotated[int, typer.Option(min=0, help="Which row.")] = 0,
+    packing: Annotated[str, typer.Option(help="concat, next_fit, first_fit, best_fit or none.")] = "concat",
+    tokenizer: Annotated[str, typer.Option(help="auto, byte, bpe, ..., or a path.")] = "auto",
+    seq_len: Annotated[int, typer.Option(min=2, help="Symbols in a row.")] = 64,
+) -> None:
+    """One training row as it reaches the model: each document's symbols and text."""
+    from treadle.data import summary
+
+    for line in summary.show_row(path, row, packing, tokenizer, seq_len):
+        typer.echo(line)
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    path: Annotated[str, typer.Argument(help="A text, JSONL or parquet file, or a folder of them.")],
+    output: Annotated[str, typer.Option(help="The folder to write.")] = "tokenizer",
+    kind: Annotated[str, typer.Option(help="bpe, wordpiece, unigram or char.")] = "bpe",
+    vocab_size: Annotated[int, typer.Option(min=257, help="Number of symbols.")] = 2048,
+    text_column: Annotated[str, typer.Option(help="The column that holds the text.")] = "text",
+    train_bytes: Annotated[int, typer.Option(min=1, help="Read at most this much text.")] = 20_000_000,
+) -> None:
+    """Train a tokenizer on text."""
+    from treadle.data.prepare import training_texts
+    from treadle.data.sources import open_source
+    from treadle.text.base import Tokenizer
+
+    made = Tokenizer.train(kind, training_texts(open_source(path, text_column), 0.0, train_bytes), vocab_size)
+    made.save(output)
+    typer.echo(f"{made.kind} tokenizer of {made.vocab_size} symbols written to {output}; "
+               f"use it with --tokenizer.name {output}")  # fmt: skip
+
+
+@tokenizer_app.command("show")
+def tokenizer_show(
+    tokenizer: Annotated[str, typer.Argument(help="byte, a tokenizer folder or file, or a run folder.")],
+    text: Annotated[str, typer.Option(help="Text to split.")] = "The treadle turned; she smiled.",
+) -> None:
+    """What a tokenizer makes of a text."""
+    from treadle.text.base import Tokenizer
+
+    inside = Path(tokenizer) / "tokenizer"
+    made = Tokenizer.load(inside if inside.is_dir() else tokenizer)
+    ids = made.encode(text)
+    typer.echo(f"{made.kind}, {made.vocab_size} symbols, end of document {made.eos_id}")
+    typer.echo(f"{len(text.encode())} bytes -> {len(ids)} symbols")
+    for symbol in ids.tolist():
+        typer.echo(f"{symbol:>8}  {made.decode([symbol])!r}")
+
+
+@app.command()
+def models() -> None:
+    """The architectures and their presets, with parameter counts."""
+    from treadle.models.base import count_label, parameter_count
+    from treadle.models.catalogue import MODELS
+
+    for name in MODELS.names():
+        cls = MODELS.get(name)
+        typer.echo(f"{name}: {(cls.__doc__ or '').strip().splitlines()[0]}")
+        for preset in cls.Config.presets():
+            count = parameter_count(cls, cls.Config.with_preset(preset))
+            typer.echo(f"    {preset:<14}{count_label(count):>7} parameters (random until trained)")
+    typer.echo("choose with --model.arch NAME --model.preset PRESET; keys: treadle train --model.arch NAME --help")
+
+
+@app.command()
+def recipes() -> None:
+    """The built-in recipes."""
+    from treadle.recipe import builtin_recipes
+
+    for name, path in builtin_recipes().items():
+        lines = [line.lstrip("# ") for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+        typer.echo(f"{name:<18}{lines[0] if lines else ''}")
+    typer.echo("run one with: treadle train NAME")
+
+
+@app.command()
+def doctor(
+    run: Annotated[Optional[str], typer.Argument(help="A run folder to verify; without it the machine is checked.")] = None,
+) -> None:
+    """Check this machine, or every checkpoint of a run."""
+    from treadle import examine
+
+    lines, healthy = examine.run(run) if run else examine.machine()
+    for line in lines:
+        typer.echo(line)
+    if not healthy:
+        raise typer.Exit(65)
+
+
+def main() -> None:
+    """The entry point: one clear line and an exit code for every expected error."""
+    from treadle.errors import TreadleError
+
+    try:
+        app()
+    except TreadleError as problem:
+        if problem.exit_code not in (130, 143):  # a stop on request said so already
+            print(f"error: {problem}", file=sys.stderr)
+        sys.exit(problem.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of a pipe left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)

@@ -1,0 +1,92 @@
+"""`treadle data`: preparing text and looking at it, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+from treadle.data.dataset import sources_of
+from treadle.data.prepare import cache_root, is_prepared, open_prepared, prepare, tokenizer_for
+from treadle.data.settings import DataSettings, Packing
+from treadle.data.shards import Rows, TokenSet
+from treadle.errors import ConfigError, InputError
+from treadle.settings import Given, build_section
+from treadle.text.base import Tokenizer
+
+
+def settings(path: str, **keys: Any) -> DataSettings:
+    """A [data] section from a verb's options; ConfigError names the option that is wrong."""
+    given = {f"data.{k}": Given(f"data.{k}", v, "option", False) for k, v in {"path": path, **keys}.items()}
+    return build_section("data", DataSettings, given)  # type: ignore[return-value]
+
+
+def _open(
+    wanted: DataSettings, tokenizer: str, vocab_size: int, output: str | None = None, fresh: bool = False,
+    say: Callable[[str], None] | None = None,
+) -> tuple[Tokenizer, dict[str, TokenSet]]:  # fmt: skip
+    if isinstance(wanted.path, str) and is_prepared(wanted.path):
+        return Tokenizer.load(Path(wanted.path) / "tokenizer"), open_prepared(Path(wanted.path))
+    (source,) = sources_of(wanted)
+    root = cache_root(wanted.cache_dir)
+    made = tokenizer_for(source, tokenizer, vocab_size, root=root, fraction=wanted.validation_fraction)
+
+    def progress(done: int, total: int) -> None:
+        if say is not None and total > 1:
+            say(f"{done}/{total} pieces")
+
+    sets = prepare(
+        source, made, root=root, fraction=wanted.validation_fraction, min_length=wanted.min_length,
+        on_bad=wanted.on_bad, bad_limit=wanted.bad_limit, workers=wanted.preparation_workers, progress=progress,
+        fresh=fresh, output=Path(output) if output else None,
+    )  # fmt: skip
+    return made, sets
+
+
+def _describe(tokenizer: Tokenizer, sets: dict[str, TokenSet]) -> list[str]:
+    lines = [f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size} symbols"]
+    for split, tokens in sets.items():
+        s = tokens.statistics
+        ratio = s["bytes"] / max(1, s["tokens"])
+        lengths = ", ".join(f"{p}% {n}" for p, n in s["length_percentiles"].items())
+        lines.append(f"{split}: {s['documents']:,} documents, {s['bytes']:,} bytes, {s['tokens']:,} symbols "
+                     f"({ratio:.2f} bytes a symbol); document lengths: {lengths}")  # fmt: skip
+    s = sets["train"].statistics
+    lines.append(f"held out: {s['held_out'] if 'validation' in sets else 'nothing'}; left out: {s['empty']} empty, "
+                 f"{s['shorter_than_min_length']} short, {s['malformed']} malformed")  # fmt: skip
+    lines += [f"    malformed: {place}" for place in s["malformed_first"]]
+    return lines
+
+
+def prepare_text(
+    wanted: DataSettings, tokenizer: str, vocab_size: int, output: str | None, fresh: bool, say: Callable[[str], None]
+) -> list[str]:
+    made, sets = _open(wanted, tokenizer, vocab_size, output, fresh, say)
+    folder = sets["train"].folder.parent
+    return [*_describe(made, sets), f"prepared: {folder}", f"train on it: treadle train --data.path {folder}"]
+
+
+def statistics(path: str, tokenizer: str, seq_len: int) -> list[str]:
+    made, sets = _open(settings(path), tokenizer, 2048)
+    lines = _describe(made, sets)
+    for packing in get_args(Packing):
+        rows = Rows(sets["train"], packing, seq_len)
+        lines.append(f"packing {packing:<9}: {len(rows):,} rows of {seq_len}, {rows.efficiency():.1%} filled")
+    return lines
+
+
+def show_row(path: str, number: int, packing: str, tokenizer: str, seq_len: int) -> list[str]:
+    wanted = settings(path, packing=packing, seq_len=seq_len)
+    made, sets = _open(wanted, tokenizer, 2048)
+    rows = Rows(sets["train"], wanted.packing, seq_len)
+    if number >= len(rows):
+        raise ConfigError(f"--row {number}: there are rows 0 to {len(rows) - 1}")
+    row, lines = rows.row(number), []
+    if not len(row.start):
+        raise InputError(f"row {number} is empty")
+    for segment, (start, length) in enumerate(zip(row.start.tolist(), row.length.tolist())):
+        ids = row.shard.ids[start : start + length]
+        lines.append(f"document {segment}: {length} symbols from {start}: {' '.join(map(str, ids[:16].tolist()))}"
+                     + (" ..." if length > 16 else ""))  # fmt: skip
+        lines.append(f"    {made.decode(ids.tolist())!r}")
+    return lines

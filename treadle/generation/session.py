@@ -1,0 +1,109 @@
+"""`treadle generate`: one prompt, many samples, a file of prompts, or a conversation with the sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from treadle.errors import ConfigError, InputError
+from treadle.generation.decode import generate_text
+from treadle.generation.sampling import Sampling
+from treadle.text.base import Tokenizer
+
+if TYPE_CHECKING:
+    from treadle.models.base import Model
+
+HELP = """/quit           leave
+/temp NUMBER    temperature (0 is greedy)
+/topk NUMBER    keep the NUMBER likeliest symbols (0 is off)
+/topp NUMBER    keep the likeliest symbols of this total probability (1 is off)
+/max NUMBER     symbols to generate
+/greedy         temperature 0
+/help           this text
+anything else is a prompt"""
+
+
+class Session:
+    """A model, its tokenizer and the options that the commands change."""
+
+    def __init__(self, model: Model, tokenizer: Tokenizer, sampling: Sampling, max_new_tokens: int, seed: int = 0,
+                 stop: str | None = None) -> None:  # fmt: skip
+        self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
+        self.max_new_tokens, self.seed, self.stop = max_new_tokens, seed, stop
+
+    def say(self, prompt: str, number: int = 0, on_text: Callable[[str], None] | None = None) -> str:
+        """The continuation of a prompt; sample `number` has its own seed."""
+        return generate_text(
+            self.model, self.tokenizer, prompt, self.max_new_tokens, on_text=on_text, stop=self.stop,
+            seed=self.seed + number, **vars(self.sampling),
+        )  # fmt: skip
+
+    def run_file(self, prompt_file: str, output_file: str | None, samples: int, write: Callable[[str], None]) -> None:
+        """One prompt a line; prompts and continuations go to the output file, or to `write`."""
+        path = Path(prompt_file)
+        if not path.is_file():
+            raise InputError(f"{path} does not exist; --prompt-file is a text file with one prompt a line")
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        prompts = [line for line in lines if line.strip()]
+        if not prompts:
+            raise InputError(f"{path} holds no prompt")
+        parts = []
+        for prompt in prompts:
+            for number in range(samples):
+                parts.append(f"{prompt}{self.say(prompt, number)}\n")
+                if output_file is None:
+                    write(parts[-1] + "\n")
+        if output_file is not None:
+            Path(output_file).write_text("\n".join(parts), encoding="utf-8")
+            write(f"{len(parts)} continuations written to {output_file}\n")
+
+    def interactive(self, read: Callable[[str], str], write: Callable[[str], None]) -> None:
+        """Reads prompts and commands until /quit or the end of the input."""
+        write("type a prompt; /help lists the commands\n")
+        number = 0
+        while True:
+            try:
+                line = read("> ")
+            except (EOFError, KeyboardInterrupt):
+                write("\n")
+                return
+            if line.strip() == "/quit":
+                return
+            if line.startswith("/"):
+                try:
+                    write(self.command(line) + "\n")
+                except ConfigError as problem:
+                    write(f"{problem}\n")
+            elif line:
+                write(line)
+                self.say(line, number, on_text=write)
+                write("\n\n")
+                number += 1
+
+    def command(self, line: str) -> str:
+        """Carries out one /command and says what holds now; ConfigError for one that is not understood."""
+        word, _, argument = line.strip().partition(" ")
+        if word == "/help":
+            return HELP
+        if word == "/greedy":
+            self.sampling = replace(self.sampling, temperature=0.0)
+            return "temperature 0"
+        keys: dict[str, tuple[str, Any]] = {
+            "/temp": ("temperature", float), "/topk": ("top_k", int), "/topp": ("top_p", float), "/max": ("max", int)
+        }  # fmt: skip
+        if word not in keys:
+            raise ConfigError(f"{word} is no command; /help lists them")
+        name, kind = keys[word]
+        try:
+            value = kind(argument)
+        except ValueError:
+            raise ConfigError(f"{word} needs a number, as in `{word} {'40' if kind is int else '0.8'}`") from None
+        if name == "max":
+            if value < 1:
+                raise ConfigError("/max needs a number >= 1")
+            self.max_new_tokens = value
+        else:
+            self.sampling = replace(self.sampling, **{name: value})
+        return f"{name} {value}"

@@ -1,0 +1,55 @@
+"""`treadle train --help`: every key of the configuration, from the sections' own documentation."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+
+from treadle.settings import Settings, describe_type, parse_flags
+from treadle.training.config import SECTIONS
+
+INTRODUCTION = {
+    "train": """treadle train [RECIPE.toml | FILE.txt | DIR] [--key value ...]
+
+Trains a model; the same command again continues it. Without an argument: the built-in recipe on the bundled text.
+A key works without its section where it is unambiguous: --max_steps 100 is --train.max_steps 100.
+
+  --fresh             start anew in a new folder
+  --from RUN          start from the weights of another run
+  --allow-change KEY  go on although KEY (or section) differs from what the run was started with
+""",
+    "check": """treadle check [RECIPE.toml | FILE.txt | DIR] [--key value ...]
+
+Parses, builds and runs one real micro-step without writing a run; prints every value and where it comes from.
+""",
+}
+
+
+def section_lines(name: str, cls: type[Settings]) -> list[str]:
+    """Help lines of one section: key, type, default, meaning, other names."""
+    lines = [f"[{name}] {(cls.__doc__ or '').strip().splitlines()[0]}"]
+    for key, info in cls.model_fields.items():
+        default = info.get_default(call_default_factory=True)
+        shown = "" if default is None else f", default {default!r}"
+        lines.append(f"  --{name}.{key}  ({describe_type(info.annotation)}{shown})")
+        meaning = re.sub(r"\s+", " ", info.description or "")
+        aliases = cls.key_info(key)["aliases"]
+        if aliases:
+            meaning += f" Also: {', '.join(aliases)}."
+        lines += textwrap.wrap(meaning, 100, initial_indent="        ", subsequent_indent="        ")
+    return lines
+
+
+def print_options(verb: str, arguments: list[str]) -> None:
+    """The verb's help; with --model.arch NAME also that architecture's keys (which imports torch)."""
+    print(INTRODUCTION[verb])
+    for name, cls in SECTIONS.items():
+        print("\n".join(section_lines(name, cls)) + "\n")
+    _, flags = parse_flags([a for a in arguments if a != "--help"])
+    arch = flags.get("model.arch") or flags.get("arch")
+    if arch is None:
+        print("[model] The architecture's own keys: treadle train --model.arch NAME --help (treadle models lists names)")
+        return
+    from treadle.models.catalogue import MODELS
+
+    print("\n".join(section_lines("model", MODELS.get(arch).Config)))

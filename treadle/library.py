@@ -1,0 +1,57 @@
+"""The functions of the Python interface that are not a class of some room."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from treadle.data.batch import IGNORE, Batch
+from treadle.errors import ConfigError
+from treadle.models.base import Model as BaseModel
+from treadle.models.base import Output
+from treadle.models.catalogue import MODELS
+from treadle.models.pretrained import load_model, load_run
+from treadle.monitor.console import Console
+from treadle.start import Request
+from treadle.start import train as run_training
+from treadle.text.base import Tokenizer
+
+
+class Model(BaseModel):
+    """`Model.load(run | folder)`: a trained model; a preset's name needs pretrained=False and gives random weights."""
+
+    @staticmethod
+    def load(source: str | Path, device: Any = None, pretrained: bool = True) -> BaseModel:
+        return load_model(str(source), device, pretrained)
+
+
+def architectures() -> list[str]:
+    """Names of all registered architectures."""
+    return MODELS.names()
+
+
+def load(run: str | Path) -> tuple[BaseModel, Tokenizer]:
+    """The trained model and the tokenizer of a run (a folder, a checkpoint, `last`, RUN@best, RUN@STEP)."""
+    loaded = load_run(str(run))
+    return loaded.model, loaded.tokenizer
+
+
+def train(recipe: str | Path | None = None, *, quiet: bool = False, allow_change: Sequence[str] = (), **keys: Any) -> dict[str, Any]:
+    """What `treadle train` does, with keys of the configuration as keyword arguments; returns the summary."""
+    request = Request(str(recipe) if recipe is not None else None, keys, allow_change=allow_change, flags_are_text=False)
+    return run_training(request, Console(quiet=quiet))
+
+
+def loss(out: Output, batch: Batch) -> tuple[Tensor, int]:
+    """(sum of nats over labels, number of labels); the caller divides, over as many batches as it likes."""
+    import torch.nn.functional as F
+
+    if batch.labels is None or out.logits is None:
+        raise ConfigError("loss needs logits and labels; make the batch with Batch.for_training(ids)")
+    total = F.cross_entropy(
+        out.logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+    return total, batch.counts["labels"]

@@ -1,0 +1,151 @@
+"""Finding and loading what was trained: a run, one of its checkpoints, or a saved model folder."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from treadle.checkpoint.layout import MANIFEST, checkpoint_name, steps_in
+from treadle.checkpoint.reader import Checkpoint, newest_valid
+from treadle.checkpoint.retention import best_step
+from treadle.errors import CheckpointError, ConfigError, InputError
+from treadle.models.base import Model
+from treadle.models.catalogue import MODELS
+from treadle.text.base import Tokenizer
+
+PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
+
+
+@dataclass
+class Loaded:
+    """A trained model with what goes with it."""
+
+    model: Model
+    tokenizer: Tokenizer
+    checkpoint: Checkpoint
+    config: dict[str, Any]  # the checkpoint's config.toml
+
+
+def locate(run: str, warn: Any = None) -> Checkpoint:
+    """RUN (a run folder, a checkpoint folder, `last`, RUN@best, RUN@STEP) -> its checkpoint, verified when it is the
+    newest of a run. InputError when there is nothing there."""
+    name, _, choice = run.partition("@")
+    path = Path(name)
+    if name == "last" and not path.exists():
+        path = _last_run()
+    if path.is_file():
+        if path.suffix in PICKLE_SUFFIXES:
+            raise InputError(f"{path} looks like a pickle, which treadle never reads; convert it to safetensors first")
+        raise InputError(f"{path} is a file; give a run folder or a checkpoint folder")
+    if not path.is_dir():
+        known = ", ".join(str(p) for p in sorted(Path("runs").glob("*"))[:10]) if Path("runs").is_dir() else ""
+        raise InputError(f"{path} does not exist" + (f"; there is: {known}" if known else "; train one: treadle train"))
+    if (path / MANIFEST).is_file():
+        return Checkpoint(path)
+    root = checkpoint_root(path)
+    if choice == "best":
+        step = best_step(root)
+        if step is None:
+            raise InputError(f"{path} has no best checkpoint: nothing was evaluated; use {path} or {path}@STEP")
+        return Checkpoint(root / checkpoint_name(step))
+    if choice:
+        if not choice.isdigit() or int(choice) not in steps_in(root):
+            have = ", ".join(str(s) for s in sorted(steps_in(root))) or "none"
+            raise InputError(f"{run}: no checkpoint of step {choice!r} (there is: {have}, and best)")
+        return Checkpoint(root / checkpoint_name(int(choice)))
+    found = newest_valid(root, warn or _warn, quarantine=False)
+    if found is None:
+        raise InputError(f"{path} holds no checkpoint; train it: treadle train")
+    return found
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def _last_run() -> Path:
+    runs = [p for p in Path("runs").glob("*") if (p / "config.toml").is_file()] if Path("runs").is_dir() else []
+    if not runs:
+        raise InputError("there is no run in runs/ yet; train one: treadle train")
+    return max(runs, key=lambda p: max((f.stat().st_mtime for f in p.glob("*.jsonl")), default=p.stat().st_mtime))
+
+
+def checkpoint_root(run: Path) -> Path:
+    """Where a run's checkpoints are; its config.toml may name another place."""
+    try:
+        configured = tomllib.loads((run / "config.toml").read_text("utf-8")).get("checkpoint", {}).get("checkpoint_dir")
+    except (OSError, ValueError):
+        configured = None
+    return Path(configured) if configured else run / "checkpoints"
+
+
+def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    try:
+        return tomllib.loads(checkpoint.text("config.toml"))
+    except tomllib.TOMLDecodeError as problem:
+        raise CheckpointError(f"{checkpoint.folder}/config.toml cannot be read: {problem}") from None
+
+
+def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer inside a checkpoint, from its verified bytes."""
+    with tempfile.TemporaryDirectory(prefix="treadle-") as folder:
+        for member in checkpoint.members("tokenizer/"):
+            Path(folder, Path(member).name).write_bytes(checkpoint.raw(member))
+        return Tokenizer.load(folder)
+
+
+def load_run(run: str, device: Any = None, warn: Any = None) -> Loaded:
+    """The model (in evaluation mode) and tokenizer of a run."""
+    checkpoint = locate(run, warn)
+    config = read_config(checkpoint)
+    keys = dict(config.get("model", {}))
+    arch, _ = keys.pop("arch", None), keys.pop("preset", None)
+    if arch is None:
+        raise CheckpointError(f"{checkpoint.folder}/config.toml names no architecture")
+    cls = MODELS.get(str(arch))
+    with torch.device("meta"):
+        model = cls(cls.Config.with_preset(None, **keys))
+    model.to_empty(device=pick_device(device or "auto"))
+    model.tie()
+    model.load_weights(checkpoint.tensors("model"))
+    return Loaded(model.eval(), read_tokenizer(checkpoint), checkpoint, config)
+
+
+def load_model(source: str, device: Any = None, pretrained: bool = True) -> Model:
+    """A model from a run, a checkpoint, or a folder of save_pretrained; a preset's name only with pretrained=False."""
+    from treadle.models.base import CONFIG_FILE, build, from_pretrained
+
+    presets = {name: arch for arch in MODELS.names() for name in MODELS.get(arch).Config.presets()}
+    plain = source.lower().replace("-", "_")
+    if plain in presets and not Path(source).exists():
+        if pretrained:
+            raise ConfigError(f"{source!r} is a preset, a shape without weights: give a run or a model folder for trained "
+                              "weights, or say pretrained=False for random ones")  # fmt: skip
+        return build(presets[plain], plain, device=pick_device(device or "auto"))
+    if (Path(source) / CONFIG_FILE).is_file():
+        return from_pretrained(source, pick_device(device or "auto"))
+    return load_run(source, device).model
+
+
+def pick_device(name: Any) -> torch.device:
+    """auto -> a GPU where there is one, else the CPU; ConfigError for a device that is not here."""
+    if isinstance(name, torch.device):
+        return name
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"run.device = {name!r}: use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"run.device = {name!r}: use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise ConfigError(f"run.device = {name!r}, but this machine has {torch.cuda.device_count()} GPU(s); use "
+                          "--device cpu")  # fmt: skip
+    return device

@@ -1,0 +1,87 @@
+"""What people see: a live line in a terminal, plain lines in a pipe."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, TextIO
+
+
+def duration(seconds: float) -> str:
+    """3725 -> "1:02:05"."""
+    seconds = int(max(0, seconds))
+    hours, rest = divmod(seconds, 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+
+
+def rate(value: float) -> str:
+    return f"{value / 1e6:.2f}M" if value >= 1e6 else f"{value / 1e3:.1f}k" if value >= 1e3 else f"{value:.0f}"
+
+
+class Console:
+    """Messages, progress and warnings. quiet=True prints nothing (library use, tests)."""
+
+    def __init__(self, quiet: bool = False, stream: TextIO | None = None) -> None:
+        self.quiet = quiet
+        self.stream = stream or sys.stdout
+        self.live = not quiet and self.stream.isatty()
+        self._progress: Any = None
+        self._task: Any = None
+
+    def say(self, text: str = "") -> None:
+        if self.quiet:
+            return
+        if self._progress is not None:
+            self._progress.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=self.stream, flush=True)
+
+    def warn(self, text: str) -> None:
+        """Warnings go to the error stream, so that a piped output stays clean, and are never quiet."""
+        if self._progress is not None:
+            self._progress.console.print(f"warning: {text}", markup=False, highlight=False, style="yellow")
+        else:
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    def start(self, done: int, total: int) -> None:
+        """Opens the live line (in a terminal)."""
+        if not self.live:
+            return
+        from rich.console import Console as RichConsole
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        self._progress = Progress(
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"), BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.fields[detail]}"),
+            console=RichConsole(file=self.stream), refresh_per_second=4,
+        )  # fmt: skip
+        self._task = self._progress.add_task("train", total=total, completed=done, detail="")
+        self._progress.start()
+
+    def step(self, step: int) -> None:
+        """Moves the bar."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
+
+    def row(self, row: dict[str, Any], total: int, remaining: float) -> None:
+        """One logged step: into the live line, or a plain line."""
+        if self.quiet:
+            return
+        parts = [f"loss {row['loss']:.4f}"]
+        if row.get("bpb") is not None:
+            parts.append(f"bpb {row['bpb']:.4f}")
+        parts += [f"lr {row['learning_rate']:.2e}", f"grad {row['grad_norm']:.2f}",
+                  f"{rate(row['tokens_per_second'])} tok/s", f"{row['memory_gb']:.2f} GB"]  # fmt: skip
+        if row.get("mfu") is not None:
+            parts.append(f"mfu {row['mfu']:.0%}")
+        parts.append(f"ETA {duration(remaining)}")
+        text = "  ".join(parts)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=row["step"], detail=text)
+        else:
+            self.say(f"step {row['step']}/{total}  {text}")
+
+    def stop(self) -> None:
+        """Closes the live line."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None

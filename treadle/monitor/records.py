@@ -1,0 +1,66 @@
+"""The small JSON files of a run: what happened when, on what, and how it ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from treadle.monitor.sinks import finite
+
+PACKAGES = ("treadle", "torch", "numpy", "tokenizers", "safetensors", "pydantic")
+
+
+def write_event(run: Path, kind: str, **details: Any) -> None:
+    """Appends one object to events.jsonl."""
+    event = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": kind, **details}
+    with (run / "events.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps({k: finite(v) for k, v in event.items()}) + "\n")
+
+
+def write_json(path: Path, table: dict[str, Any]) -> None:
+    """Replaces a JSON file in one move."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(_clean(table), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _clean(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_clean(v) for v in value]
+    return finite(value)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the software of this start; holds no names of people and no environment variables."""
+    import torch
+
+    return {
+        "versions": versions(),
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }

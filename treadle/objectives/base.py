@@ -1,0 +1,56 @@
+"""What is wanted of a model: an objective turns a forward pass into named sums."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor, nn
+
+from treadle.data.batch import Batch
+from treadle.models.base import Model
+from treadle.registry import Registry
+
+CountUnit = Literal["labels", "tokens", "rows", "documents"]
+
+OBJECTIVES = Registry("objective", {"next_token": "treadle.objectives.next_token:NextToken"})
+
+
+@dataclass
+class Part:
+    """One part of a loss: a fresh scalar sum, the unit it is divided by, and its own weight. Only training/step divides."""
+
+    total: Tensor
+    unit: CountUnit
+    weight: float = 1.0
+
+
+@dataclass
+class Parts:
+    """All parts of one forward pass by name, and statistics that ride along."""
+
+    losses: dict[str, Part]
+    stats: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Objective(ABC):
+    """Base of every objective. `main` names the part that is the loss people speak of."""
+
+    main: str
+
+    @abstractmethod
+    def __call__(self, model: Model, batch: Batch) -> Parts:
+        """One forward pass; sums only."""
+
+
+class Unit(nn.Module):
+    """A model with its objective: what training wraps, so that head and loss run inside one forward."""
+
+    def __init__(self, model: Model, objective: Objective) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+
+    def forward(self, batch: Batch) -> Parts:
+        return self.objective(self.model, batch)

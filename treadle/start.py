@@ -1,0 +1,277 @@
+"""From what a user typed to a trained run: compose, compare with what the folder holds, prepare, build, train."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from treadle.checkpoint.lock import LOCK_FILE, RunLock
+from treadle.errors import ConfigError
+from treadle.monitor.console import Console
+from treadle.recipe import Layer, compose, settled_folder, target_layer
+from treadle.settings import load_table
+from treadle.text.base import Tokenizer
+from treadle.training.config import Recipe
+
+if TYPE_CHECKING:
+    from treadle.data.dataset import Dataset
+    from treadle.models.base import Model
+    from treadle.training.trainer import Trainer
+
+CONFIG = "config.toml"
+LOGS = ("metrics.jsonl", "training_log.csv", "eval_log.csv")
+
+
+@dataclass
+class Request:
+    """What a user asked for."""
+
+    target: str | None = None
+    flags: dict[str, Any] | None = None
+    fresh: bool = False
+    weights_from: str | None = None
+    allow_change: Sequence[str] = ()
+    flags_are_text: bool = True
+
+    def layers(self) -> list[Layer]:
+        layers = [target_layer(self.target), Layer(dict(self.flags or {}), "flag", from_text=self.flags_are_text)]
+        if self.weights_from is not None:
+            from treadle.models.pretrained import locate, read_config
+
+            config = read_config(locate(self.weights_from))
+            layers.insert(0, Layer({"model": config["model"]}, f"the model of {self.weights_from}"))
+        return layers
+
+
+def configure(request: Request, folder: Path) -> Recipe:
+    """The recipe to run in `folder`: what the folder's run was started with, changed only where that is allowed."""
+    layers = request.layers()
+    stored_path = folder / CONFIG
+    if request.fresh or not stored_path.is_file():
+        recipe = compose(layers)
+    else:
+        stored = Layer(load_table(stored_path), "the run", weak=True)
+        recipe = compose([stored, *layers])
+        _refuse_changes(compose([stored]), recipe, request.allow_change)
+    recipe.run.output_dir = str(folder)
+    recipe.run.run_name = recipe.run.run_name or folder.name
+    return recipe
+
+
+def free_folder(folder: Path) -> Path:
+    """`folder`, or folder-2, folder-3, ... : the first that is not used yet."""
+    number, candidate = 1, folder
+    while candidate.exists():
+        number += 1
+        candidate = folder.with_name(f"{folder.name}-{number}")
+    return candidate
+
+
+def _allowed(key: str, allow: Sequence[str]) -> bool:
+    section, _, leaf = key.partition(".")
+    return any(word in (key, section, leaf) for word in allow)
+
+
+def _refuse_changes(stored: Recipe, wanted: Recipe, allow: Sequence[str]) -> None:
+    before, after = stored.tables(), wanted.tables()
+    for section, table in after.items():
+        for name, value in table.items():
+            key, old = f"{section}.{name}", before.get(section, {}).get(name)
+            if value == old or value == "auto" or section == "run" and name != "seed":
+                continue
+            rule = wanted.change_rule(key)
+            if rule == "guarded" and not _allowed(key, allow):
+                raise ConfigError(f"{key} was {old!r} when this run started and is now {value!r} "
+                                  f"({wanted.origins.get(key, '')}). Start a new run with --fresh, or go on with the new value: "
+                                  f"--allow-change {key}")  # fmt: skip
+            if rule == "fixed":
+                raise ConfigError(f"{key} was {old!r} when this run started and cannot become {value!r} "
+                                  f"({wanted.origins.get(key, '')}); start a new run with --fresh")  # fmt: skip
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[RunLock]:
+    """The run's lock; a folder that nothing came of is removed again."""
+    existed = folder.exists()
+    lock = RunLock(folder)
+    try:
+        yield lock
+    finally:
+        if not existed and {p.name for p in folder.iterdir()} <= {LOCK_FILE}:
+            shutil.rmtree(folder, ignore_errors=True)
+        lock.release()
+
+
+def load_data(recipe: Recipe, console: Console, tokenizer: Tokenizer | None = None) -> dict[str, Dataset]:
+    """The prepared train and validation rows; says what is being done when it takes a while."""
+    from treadle.data.dataset import load_splits
+
+    def progress(done: int, total: int) -> None:
+        if total > 1:
+            console.say(f"preparing data: {done}/{total} pieces")
+
+    splits = load_splits(recipe.data, recipe.tokenizer, tokenizer, progress)
+    for name, data in splits.items():
+        stats = data.stats()
+        console.say(f"{name}: {stats['documents']} document(s), {stats['bytes']:,} bytes, {stats['tokens']:,} tokens, "
+                    f"{stats['rows']:,} rows of {stats['row_length']}")  # fmt: skip
+        if stats["malformed"]:
+            places = "; ".join(p for t in data.sets for p in t.statistics["malformed_first"][:3])
+            console.warn(f"{name}: {stats['malformed']} malformed document(s) were left out: {places}")
+    return splits
+
+
+def build_model(recipe: Recipe, tokenizer: Tokenizer) -> Model:
+    """The recipe's model, randomly initialised; the recipe then holds every resolved key of it."""
+    from treadle.models.base import build_from
+    from treadle.models.catalogue import MODELS
+    from treadle.models.pretrained import pick_device
+
+    cls = MODELS.get(recipe.arch)
+    keys = {"vocab_size": tokenizer.vocab_size, **recipe.model}
+    config = cls.Config.with_preset(recipe.preset, **keys)
+    if config.vocab_size < tokenizer.vocab_size:
+        raise ConfigError(f"model.vocab_size = {config.vocab_size} is smaller than the tokenizer's "
+                          f"{tokenizer.vocab_size}; leave it out or make it larger")  # fmt: skip
+    recipe.model = config.model_dump()
+    return build_from(cls, config, recipe.run.seed, pick_device(recipe.run.device))
+
+
+def make_trainer(request: Request, recipe: Recipe, console: Console) -> Trainer:
+    """Everything up to the first step: data, model, trainer, and the checkpoint to go on from."""
+    from treadle.checkpoint.reader import Checkpoint, newest_valid
+    from treadle.models.base import count_label
+    from treadle.models.pretrained import locate, read_tokenizer
+    from treadle.ops.memory import keep_freed_memory
+    from treadle.training import snapshot
+    from treadle.training.trainer import Trainer
+
+    keep_freed_memory()
+    for note in recipe.notes:
+        console.say(f"note: {note}")
+    folder = recipe.folder
+    tokenizer = Tokenizer.load(folder / "tokenizer") if (folder / "tokenizer").is_dir() else None
+    start_weights = locate(request.weights_from) if request.weights_from else None
+    if start_weights is not None and tokenizer is None:
+        tokenizer = read_tokenizer(start_weights)
+    splits = load_data(recipe, console, tokenizer)
+    tokenizer = splits["train"].tokenizer
+    model = build_model(recipe, tokenizer)
+    trainer = Trainer(model, splits["train"], splits.get("validation"), recipe, resume=True, console=console)
+    console.say(f"{recipe.arch}: {count_label(model.parameter_count())} parameters, {trainer.plan.max_steps} steps of "
+                f"{trainer.plan.global_batch} rows x {recipe.data.seq_len}, {trainer.precision} on {model.device}")  # fmt: skip
+    if recipe.checkpoint.resume_from_checkpoint is not None:
+        checkpoint: Checkpoint | None = locate(recipe.checkpoint.resume_from_checkpoint, console.warn)
+        assert checkpoint is not None
+        checkpoint.verify()
+        _new_segment(trainer, checkpoint)
+    else:
+        checkpoint = newest_valid(trainer.checkpoints, console.warn)
+    if checkpoint is not None:
+        console.say(f"Loading checkpoint: {checkpoint.folder}")
+        snapshot.restore(trainer, checkpoint)
+        _check_data(trainer, splits["train"], request.allow_change)
+        console.say(f"Resumed from step {trainer.state.step}")
+    elif start_weights is not None:
+        model.load_weights(start_weights.tensors("model"))
+        console.say(f"Weights from {start_weights.folder}")
+    recipe.train.precision = trainer.precision  # type: ignore[assignment]
+    recipe.train.global_batch_size = trainer.plan.global_batch
+    return trainer
+
+
+def _check_data(trainer: Trainer, data: Dataset, allow: Sequence[str]) -> None:
+    now = data.fingerprint()
+    if trainer.state.data_fingerprint != now:
+        if not any(word.partition(".")[0] in ("data", "tokenizer") for word in allow):
+            raise ConfigError("the data is not what this run was started with (other text, tokenizer, packing or row "
+                              "length). Start a new run with --fresh, or go on with it: --allow-change data")  # fmt: skip
+        trainer.state.data_fingerprint = now
+
+
+def _new_segment(trainer: Trainer, checkpoint: Any) -> None:
+    """An explicit resume from an older step deletes nothing: logs are copied and newer checkpoints set aside."""
+    from treadle.checkpoint.layout import checkpoint_name, steps_in
+
+    newer = [step for step in steps_in(trainer.checkpoints) if step > checkpoint.step]
+    if not newer:
+        return
+    aside = free_folder(trainer.folder / "segments" / f"before-step-{checkpoint.step:08d}")
+    aside.mkdir(parents=True)
+    for name in LOGS:
+        if (trainer.log_folder / name).exists():
+            shutil.copy2(trainer.log_folder / name, aside / name)
+    for step in newer:
+        (trainer.checkpoints / checkpoint_name(step)).rename(aside / checkpoint_name(step))
+    trainer.console.say(f"{len(newer)} newer checkpoint(s) and the logs up to now are kept in {aside}")
+
+
+def train(request: Request, console: Console | None = None) -> dict[str, Any]:
+    """Trains (or continues) what was asked and returns the run's summary."""
+    console = console or Console()
+    folder = settled_folder(request.layers()[-2:])
+    if request.fresh:
+        folder = free_folder(folder)
+    with _locked(folder) as lock:
+        recipe = configure(request, folder)
+        trainer = make_trainer(request, recipe, console)
+        trainer.adopt_lock(lock)
+        if not (folder / "tokenizer").is_dir():
+            trainer.tokenizer.save(folder / "tokenizer")
+        # The resolved configuration is on disk before the first step, so that a kill at any time can be continued.
+        from treadle.checkpoint.retention import write_atomically
+
+        write_atomically(folder / CONFIG, recipe.to_toml())
+        if trainer.state.step >= trainer.plan.max_steps:
+            console.say(f"{folder} is finished: {trainer.state.step} of {trainer.plan.max_steps} steps are done. "
+                        f"To go on: --max_steps {trainer.plan.max_steps * 2}")  # fmt: skip
+            return trainer.summary("finished")
+        summary = trainer.train()
+    console.say(f"Finished at step {summary['step']}: {folder}")
+    if recipe.eval.at_end:
+        from treadle.evaluation.report import evaluate_run, write_results
+
+        report = evaluate_run(str(folder), samples=3)
+        write_results(folder / "results", report)
+        console.say(f"Results: {folder / 'results'}")
+    return summary
+
+
+def check(request: Request, console: Console | None = None) -> dict[str, Any]:
+    """Composes, builds and runs one real micro-step without writing a run; returns what it saw."""
+    import tempfile
+    import time
+
+    from treadle.ops.memory import peak_resident_bytes
+    from treadle.training import advice
+
+    console = console or Console()
+    request = Request(request.target, request.flags, True, request.weights_from)
+    with tempfile.TemporaryDirectory(prefix="treadle-check-") as scratch:
+        recipe = configure(request, Path(scratch))
+        origins = dict(recipe.origins)
+        trainer = make_trainer(request, recipe, console)
+        order = trainer.dataset.order(recipe.run.seed, trainer.plan.end)
+        from treadle.data.loader import StepBatches
+        from treadle.training.schedule import learning_rate
+
+        batches = StepBatches(trainer.dataset, order, trainer.plan.global_batch, trainer.plan.accumulation)
+        with advice.on_out_of_memory(recipe, trainer.plan):
+            begun = time.perf_counter()
+            result = trainer.stepper.run(0, batches[0][:1], learning_rate(recipe.optim, 0, trainer.plan.max_steps), False)
+            seconds = time.perf_counter() - begun
+    for section, table in recipe.tables().items():
+        for key, value in table.items():
+            dotted = f"{section}.{key}"
+            if value is not None and dotted != "run.output_dir":
+                console.say(f"{dotted} = {value}    ({origins.get(dotted, 'default')})")
+    loss = float(result.losses[trainer.objective.main])
+    found = {"loss": loss, "grad_norm": result.grad_norm, "seconds": seconds, "peak_gb": peak_resident_bytes() / 1e9,
+             "parameters": trainer.model.parameter_count(), "max_steps": trainer.plan.max_steps}  # fmt: skip
+    console.say(f"one micro-step of {trainer.plan.micro_batch} x {recipe.data.seq_len}: loss {loss:.4f}, "
+                f"grad {result.grad_norm:.3f}, {seconds:.2f} s, peak {found['peak_gb']:.2f} GB. It works.")  # fmt: skip
+    return found

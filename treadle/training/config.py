@@ -1,0 +1,108 @@
+"""The configuration of one run: every section, and the model's own keys beside them.
+
+recipe.py composes it from files and flags; whatever trains takes it from here.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from treadle.checkpoint.settings import CheckpointSettings
+from treadle.data.settings import DataSettings
+from treadle.errors import ConfigError
+from treadle.evaluation.settings import EvalSettings
+from treadle.monitor.settings import LogSettings
+from treadle.settings import Settings, dump_toml, option
+from treadle.text.settings import TokenizerSettings
+from treadle.training.settings import OptimSettings, TrainSettings
+
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+DEFAULT_ARCHITECTURE = "transformer"
+
+
+class RunSettings(Settings):
+    """Which run, where, on what."""
+
+    output_dir: str | None = option(None)
+    """The run folder itself; default runs/<run_name>."""
+
+    run_name: str | None = option(None, aliases=("experiment_name",))
+    """The run's name; default the recipe's or file's name without its suffix."""
+
+    seed: int = option(0, change="guarded", ge=0, lt=2**63)
+    """Everything random is a function of this number and the step."""
+
+    device: str = option("auto", spellings={"gpu": "cuda"})
+    """auto (a GPU where there is one), cpu, cuda, or cuda:N."""
+
+
+SECTIONS: dict[str, type[Settings]] = {
+    "run": RunSettings,
+    "tokenizer": TokenizerSettings,
+    "data": DataSettings,
+    "train": TrainSettings,
+    "optim": OptimSettings,
+    "checkpoint": CheckpointSettings,
+    "eval": EvalSettings,
+    "log": LogSettings,
+}
+
+
+@dataclass
+class Recipe:
+    """A composed configuration. `model` holds the architecture's own keys as given, `origins` where each value came from."""
+
+    run: RunSettings = field(default_factory=RunSettings)
+    tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    eval: EvalSettings = field(default_factory=EvalSettings)
+    log: LogSettings = field(default_factory=LogSettings)
+    arch: str = DEFAULT_ARCHITECTURE
+    preset: str | None = None
+    model: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.run.run_name or "run"
+
+    @property
+    def folder(self) -> Path:
+        """The run folder; a name that would leave `runs/` is refused."""
+        if self.run.output_dir is not None:
+            return Path(self.run.output_dir)
+        check_run_name(self.name)
+        return Path("runs") / self.name
+
+    def section(self, name: str) -> Settings:
+        return getattr(self, name)
+
+    def tables(self) -> dict[str, dict[str, Any]]:
+        """All sections as plain tables, the model's choice and keys included."""
+        tables = {name: self.section(name).model_dump() for name in SECTIONS}
+        model = {"arch": self.arch, "preset": self.preset, **self.model}
+        return {"run": tables.pop("run"), "model": model, **tables}
+
+    def to_toml(self) -> str:
+        return dump_toml(self.tables())
+
+    def change_rule(self, dotted: str) -> str:
+        """How a key may change when a run continues: free, guarded or fixed."""
+        section, _, key = dotted.partition(".")
+        return "fixed" if section == "model" else SECTIONS[section].key_info(key)["change"]
+
+
+def check_run_name(name: str) -> None:
+    """Run names become folder names, so they hold no separators and no surprises."""
+    if not RUN_NAME.fullmatch(name):
+        raise ConfigError(
+            f"run.run_name = {name!r}: use letters, digits, '.', '_' and '-', starting with a letter or digit, "
+            "at most 128; --output_dir takes any path"
+        )

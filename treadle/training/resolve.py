@@ -1,0 +1,117 @@
+"""From what was asked to what will be done: every `auto` and every default that depends on data, model or machine."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from treadle.data.dataset import Dataset
+from treadle.errors import ConfigError
+from treadle.models.base import Model
+from treadle.monitor.console import Console
+from treadle.ops import precision
+from treadle.training.config import Recipe
+
+SAVES_A_RUN = EVALUATIONS_A_RUN = 10
+PROBE_WARNS_BELOW = 0.9
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The resolved numbers of a run."""
+
+    micro_batch: int
+    accumulation: int
+    global_batch: int
+    max_steps: int
+    end: int | None  # draws from here on are surplus (after the last epoch) and masked
+    save_steps: int
+    eval_steps: int
+
+
+def divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def batch_sizes(recipe: Recipe, world: int = 1) -> tuple[int, int, int]:
+    """(micro-batch, accumulation, global batch). ConfigError names the sizes that fit when they do not multiply."""
+    micro, accumulation = recipe.train.per_device_train_batch_size, recipe.train.gradient_accumulation_steps
+    total = recipe.train.global_batch_size
+    if total is None:
+        accumulation = accumulation or 1
+        return micro, accumulation, micro * accumulation * world
+    if total % (micro * world):
+        fits = [n for n in divisors(total) if total % (n * world) == 0]
+        raise ConfigError(
+            f"global_batch_size = {total} does not divide by per_device_train_batch_size = {micro} x {world} process(es); "
+            f"per_device_train_batch_size may be {', '.join(map(str, fits))}"
+            + _change_hint(recipe, "train.global_batch_size")
+        )
+    derived = total // (micro * world)
+    stored = recipe.origins.get("train.global_batch_size") == "the run"
+    if accumulation is not None and accumulation != derived and not stored:
+        raise ConfigError(f"global_batch_size = {total} is {micro} x {derived} x {world} process(es), but "
+                          f"gradient_accumulation_steps = {accumulation}; leave one of the two out")  # fmt: skip
+    return micro, derived, total
+
+
+def _change_hint(recipe: Recipe, key: str) -> str:
+    if recipe.origins.get(key) != "the run":
+        return ""
+    return f"; this run was started with {key} = that; another one needs --allow-change {key}"
+
+
+def schedule(recipe: Recipe, data: Dataset) -> Schedule:
+    """Batch sizes, the number of steps, and how often to save and evaluate."""
+    micro, accumulation, total = batch_sizes(recipe)
+    end = None
+    if recipe.train.max_steps is not None:
+        max_steps = recipe.train.max_steps
+    else:
+        end = math.ceil(recipe.train.num_train_epochs * len(data))
+        max_steps = max(1, math.ceil(end / total))
+    return Schedule(
+        micro, accumulation, total, max_steps, end,
+        save_steps=recipe.checkpoint.save_steps or max(1, max_steps // SAVES_A_RUN),
+        eval_steps=recipe.eval.eval_steps or max(1, max_steps // EVALUATIONS_A_RUN),
+    )  # fmt: skip
+
+
+def resolve_precision(recipe: Recipe, model: Model, console: Console) -> str:
+    """fp32, bf16 or fp16; a quick probe only verifies a choice that was made for the user."""
+    width = model.head.weight.shape[1]
+    chosen = precision.resolve(recipe.train.precision, model.device, width)
+    if recipe.train.precision == "auto" and chosen == "bf16" and model.device.type == "cpu":
+        gain = precision.probe(width)
+        if gain < PROBE_WARNS_BELOW:
+            console.warn(f"bf16 products are {gain:.2f}x as fast as fp32 on this machine just now; "
+                         "--precision fp32 may be faster")  # fmt: skip
+    return chosen
+
+
+def set_checkpointing(model: Model, wanted: bool | int | list[int]) -> None:
+    """Marks the blocks that recompute their activations: none, all, every n-th, or those listed."""
+    blocks = model.blocks()
+    if isinstance(wanted, list):
+        outside = [n for n in wanted if not 0 <= n < len(blocks)]
+        if outside:
+            raise ConfigError(f"gradient_checkpointing names block {outside[0]}; there are 0 to {len(blocks) - 1}")
+        chosen = set(wanted)
+    elif isinstance(wanted, bool):
+        chosen = set(range(len(blocks))) if wanted else set()
+    else:
+        chosen = set(range(0, len(blocks), wanted))
+    for index, block in enumerate(blocks):
+        block.gradient_checkpointing = index in chosen  # type: ignore[assignment]
+
+
+def compile_blocks(model: Model) -> None:
+    """torch.compile of each block; what cannot compile says so at the mock step."""
+    for block in model.blocks():
+        block.compile()
+
+
+def thread_count() -> int:
+    return torch.get_num_threads()

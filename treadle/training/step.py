@@ -1,0 +1,114 @@
+"""One optimiser step: forward and backward over micro-batches, the division of the loss, clipping, the update.
+
+The only place where a loss is divided: each part's sum over all micro-batches by the global count of its unit, which
+depends on the batch alone and is known before the first forward pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from treadle.data.batch import Batch
+from treadle.data.order import model_seed
+from treadle.models.base import merged_stats
+from treadle.objectives.base import Unit
+from treadle.ops.precision import autocast
+from treadle.training.optim import Optimizers
+
+
+@dataclass
+class StepResult:
+    """What one step did. Losses stay tensors so that reading them is the logger's choice."""
+
+    losses: dict[str, Tensor]  # by part, already divided
+    counts: dict[str, int]
+    grad_norm: float
+    skipped: bool
+    stats: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class LossScale:
+    """Keeps fp16 gradients in range (Micikevicius et al. 2018, arXiv 1710.03740): halved after an overflow, doubled
+    after 2000 steps without one. Two numbers, saved with the run."""
+
+    scale: float = 2.0**14
+    good_steps: int = 0
+
+    def after(self, finite: bool) -> None:
+        self.good_steps = self.good_steps + 1 if finite else 0
+        if not finite:
+            self.scale = max(1.0, self.scale / 2)
+        elif self.good_steps == 2000:
+            self.scale, self.good_steps = self.scale * 2, 0
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds every generator a forward pass may draw from."""
+    torch.manual_seed(seed)
+
+
+class Stepper:
+    """Runs optimiser steps on a unit."""
+
+    def __init__(
+        self,
+        unit: Unit,
+        optimizers: Optimizers,
+        *,
+        seed: int,
+        precision: str,
+        max_grad_norm: float,
+        loss_weights: dict[str, float],
+        rank: int = 0,
+    ) -> None:
+        self.unit, self.optimizers = unit, optimizers
+        self.seed, self.precision, self.rank = seed, precision, rank
+        self.max_grad_norm, self.loss_weights = max_grad_norm, loss_weights
+        self.device = unit.model.device
+        self.loss_scale = LossScale() if precision == "fp16" else None
+
+    def run(self, step: int, micro_batches: Sequence[Batch], learning_rate: float, update: bool = True) -> StepResult:
+        """Step number `step`. A loss or gradient that is not finite leaves the weights as they were (skipped)."""
+        counts = {unit: sum(b.counts[unit] for b in micro_batches) for unit in micro_batches[0].counts}
+        self.optimizers.zero_grad()
+        sums: dict[str, Tensor] = {}
+        stats = []
+        self.unit.train()
+        for micro, batch in enumerate(micro_batches):
+            seed_everything(model_seed(self.seed, step, micro, self.rank))
+            with autocast(self.precision, self.device):
+                parts = self.unit(batch.to(self.device, non_blocking=True))
+            objective = torch.zeros((), device=self.device)
+            for name, part in parts.losses.items():
+                divided = part.total / max(1, counts[part.unit])
+                sums[name] = sums.get(name, 0) + divided.detach()
+                objective = objective + divided * (part.weight * self.loss_weights.get(name, 1.0))
+            (objective * (self.loss_scale.scale if self.loss_scale else 1.0)).backward()
+            stats.append(parts.stats)
+        norm, finite = self._finish(learning_rate, update, sums)
+        return StepResult(sums, counts, norm, not finite, merged_stats(stats))
+
+    def _finish(self, learning_rate: float, update: bool, sums: dict[str, Tensor]) -> tuple[float, bool]:
+        gradients = [p.grad for _, p in self.optimizers.parameters if p.grad is not None]
+        scale = self.loss_scale.scale if self.loss_scale else 1.0
+        if not gradients:
+            return 0.0, True
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) / scale
+        # One read decides: the norm is not finite when any gradient is not.
+        value = float(norm)
+        finite = math.isfinite(value) and all(math.isfinite(float(total)) for total in sums.values())
+        if update and finite:
+            clip = self.max_grad_norm / (value + 1e-6) if 0 < self.max_grad_norm < value else 1.0
+            if clip / scale != 1.0:
+                torch._foreach_mul_(gradients, clip / scale)
+            self.optimizers.set_learning_rate(learning_rate)
+            self.optimizers.step()
+        if update and self.loss_scale is not None:
+            self.loss_scale.after(finite)
+        return value, finite
