@@ -153,7 +153,7 @@ class Block(nn.Module):
         )  # fmt: skip
         self.mlp_norm = make_norm(norm, width, config.norm_eps)
         self.mlp = MLP(width, config.inner, config.activation) if gpt2 else SwiGLU(width, config.inner)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()  # Dropout(0) still multiplies
 
     def forward(self, x: Tensor, context: Context, cache: KeyValueCache | None = None) -> Tensor:
         if not self.pre_norm:
@@ -177,7 +177,7 @@ class Transformer(Backbone):
         super().__init__(config, config.hidden_size, config.num_layers, norm, config.tie_embeddings)
         learned = config.style == "gpt2"
         self.positions = nn.Embedding(config.max_position_embeddings, config.hidden_size) if learned else None
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def make_block(self, index: int) -> nn.Module:
         return Block(self._block_config)

@@ -27,33 +27,35 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, chunk: int, train: bool):  # type: ignore[override]
         total = hidden.new_zeros((), dtype=torch.float32)
         cast_weight = weight.to(dtype)
-        grad_hidden = torch.empty_like(hidden) if train else None
+        grad_hidden = torch.empty_like(hidden, dtype=dtype) if train else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if train else None
         for start in range(0, hidden.shape[0], chunk):
             part = hidden[start : start + chunk].to(dtype)
-            scored = labels[start : start + chunk] != IGNORE
-            target = labels[start : start + chunk].clamp_min(0)[:, None]
-            logp = torch.log_softmax(part @ cast_weight.t(), -1, dtype=torch.float32)  # [C, V]
-            total -= (logp.gather(1, target)[:, 0] * scored).sum()
+            scored = labels[start : start + chunk, None] != IGNORE
+            target = labels[start : start + chunk, None].clamp_min(0)
+            logits = part @ cast_weight.t()  # [C, V]
+            nats = torch.log_softmax(logits, -1, dtype=torch.float32).gather(1, target)
+            total -= (nats * scored).sum()
             if grad_hidden is None or grad_weight is None:
                 continue
-            slope = logp.exp_()
-            slope.scatter_add_(1, target, torch.full_like(target, -1, dtype=slope.dtype))
-            slope = slope.mul_(scored[:, None]).to(dtype)  # d nats / d logits
-            grad_hidden[start : start + chunk] = slope @ cast_weight
+            # d nats / d logits. A second softmax pass in `dtype` costs less than exp of the first and a conversion, and
+            # unscored places are masked in the narrow factors of the products, not in [C, V].
+            slope = torch.softmax(logits, -1)
+            slope.scatter_add_(1, target, torch.full_like(target, -1, dtype=dtype))
+            torch.mul(slope @ cast_weight, scored, out=grad_hidden[start : start + chunk])
             if dtype == torch.float32:
-                grad_weight.addmm_(slope.t(), part)
+                grad_weight.addmm_(slope.t(), part * scored)
             else:
-                grad_weight += slope.t() @ part
+                grad_weight += slope.t() @ (part * scored)
         if train:
             ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
+        ctx.weight_dtype, ctx.hidden_dtype = weight.dtype, hidden.dtype
         return total
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad.to(grad_hidden.dtype), (grad_weight * grad).to(ctx.weight_dtype), None, None, None, None
+        return (grad_hidden * grad).to(ctx.hidden_dtype), (grad_weight * grad).to(ctx.weight_dtype), None, None, None, None
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

@@ -72,8 +72,8 @@ class LibraryTokenizer(Tokenizer):
                 eos_token = eos_token.get("content") if isinstance(eos_token, dict) else eos_token
         return cls.from_file(folder / "tokenizer.json", eos_token)
 
-    @property
-    def vocab_size(self) -> int:
+    @functools.cached_property
+    def vocab_size(self) -> int:  # type: ignore[override]
         # Ids may have holes, and an id is what an embedding is indexed by.
         return max(self.inner.get_vocab(with_added_tokens=True).values()) + 1
 
