@@ -5,11 +5,22 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import weakref
 from pathlib import Path
 
 from treadle.errors import RunLocked
 
 LOCK_FILE = "LOCK"
+_held: weakref.WeakSet[RunLock] = weakref.WeakSet()
+
+
+def _forget_in_child() -> None:
+    """A forked child shares the open file, and would keep the lock after its parent was killed."""
+    for lock in list(_held):
+        lock.release()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
 
 
 class RunLock:
@@ -27,6 +38,7 @@ class RunLock:
                             "another folder with --output_dir") from None  # fmt: skip
         os.ftruncate(self.descriptor, 0)
         os.pwrite(self.descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        _held.add(self)
 
     def release(self) -> None:
         if self.descriptor >= 0:

@@ -6,7 +6,10 @@ the same batches.
 
 from __future__ import annotations
 
+import ctypes
 import queue
+import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -40,6 +43,14 @@ class StepBatches(TorchDataset):
         return list(zip(source.tolist(), row.tolist()))
 
 
+def _die_with_parent(worker: int) -> None:
+    """No worker outlives a killed training: Linux sends it SIGKILL when its parent ends. Ctrl-C is the parent's."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 class Loader:
     """Iterates over (step, micro-batches) from `start` to `stop`, measuring how long the step waits for data."""
 
@@ -68,6 +79,7 @@ class Loader:
         return DataLoader(
             self.batches, batch_size=None, sampler=range(self.start, self.stop), num_workers=self.workers,
             prefetch_factor=self.prefetch, pin_memory=False, multiprocessing_context="fork",
+            worker_init_fn=_die_with_parent,
             generator=torch.Generator(),  # workers draw their base seed from here, not from the model's generator
         )  # fmt: skip
 

@@ -1,0 +1,78 @@
+"""What tests share: tiny text, tiny models, tiny runs; a cache of their own; no network."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+SENTENCES = (
+    "The wheel turned and the thread ran on.",
+    "She had been told that the house was empty.",
+    "It is a truth that nobody wishes to hear twice.",
+    "He said nothing, and looked out of the window at the rain.",
+    "They walked along the river until the light was gone.",
+)
+
+
+def make_text(lines: int = 400, seed: int = 0) -> str:
+    """Deterministic text with words, numbers and paragraphs."""
+    state, out = seed + 12345, []
+    for n in range(lines):
+        state = (1103515245 * state + 12345) % 2**31
+        out.append(f"{SENTENCES[state % len(SENTENCES)]} {SENTENCES[(state // 7) % len(SENTENCES)]}" + ("\n" if n % 5 == 4 else ""))
+    return "\n".join(out) + "\n"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared data of the tests stays out of the user's cache."""
+    cache = tmp_path_factory.mktemp("cache")
+    os.environ["TREADLE_CACHE"] = str(cache)
+    return cache
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "story.txt"
+    path.write_text(make_text(), encoding="utf-8")
+    return path
+
+
+TINY = {
+    "hidden_size": "32",
+    "num_layers": "2",
+    "num_heads": "2",
+    "seq_len": "32",
+    "batch_size": "4",
+    "tokenizer.name": "byte",
+    "logging_steps": "1",
+    "sample_tokens": "0",
+    "eval_rows": "4",
+}
+
+
+def flags(**keys: object) -> list[str]:
+    """TINY with changes, as command-line flags ('__' stands for '.')."""
+    merged = {**TINY, **{k.replace("__", "."): str(v) for k, v in keys.items()}}
+    return [part for key, value in merged.items() for part in (f"--{key}", value)]
+
+
+def treadle(*arguments: object, cwd: Path | None = None, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command line in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "treadle", *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=timeout,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+@pytest.fixture()
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -1,0 +1,48 @@
+"""The contract tests run over every registered architecture, and print which contracts a declared capability skips."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from treadle.models.base import Model, build_from
+from treadle.models.catalogue import MODELS
+
+# The small shapes under test; an architecture without one here fails, it is not left out. A list holds variants.
+SHAPES: dict[str, list[dict[str, Any]]] = {
+    "transformer": [
+        {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "qk_norm": True},
+        {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "style": "gpt2", "max_position_embeddings": 64},
+        {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "style": "gpt2", "pre_norm": False, "tie_embeddings": False},
+    ],
+}
+CASES = [(name, number) for name in MODELS.names() for number in range(len(SHAPES.get(name, [{}])))]
+
+
+def make(name: str, number: int = 0, seed: int = 0, **more: Any) -> Model:
+    assert name in SHAPES, f"add small shapes for {name} to tests/contracts/conftest.py"
+    cls = MODELS.get(name)
+    config = cls.Config.with_preset(None, **{"vocab_size": 61, **SHAPES[name][number], **more})
+    return build_from(cls, config, seed)
+
+
+@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+def case(request: pytest.FixtureRequest) -> tuple[str, int]:
+    return request.param
+
+
+@pytest.fixture()
+def model(case: tuple[str, int]) -> Model:
+    return make(*case).eval()
+
+
+def needs(model: Model, capability: str) -> None:
+    """Skips a contract only by a declared capability."""
+    if not getattr(model.capabilities, capability):
+        pytest.skip(f"{model.arch} declares {capability} = False")
+
+
+def random_ids(rows: int, length: int, vocabulary: int = 61, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
