@@ -119,9 +119,9 @@ def load_data(recipe: Recipe, console: Console, tokenizer: Tokenizer | None = No
         stats = data.stats()
         console.say(f"{name}: {stats['documents']} document(s), {stats['bytes']:,} bytes, {stats['tokens']:,} tokens, "
                     f"{stats['rows']:,} rows of {stats['row_length']}")  # fmt: skip
-        if stats["malformed"]:
+        if stats["malformed"] and name == "train":
             places = "; ".join(p for t in data.sets for p in t.statistics["malformed_first"][:3])
-            console.warn(f"{name}: {stats['malformed']} malformed document(s) were left out: {places}")
+            console.warn(f"{stats['malformed']} malformed document(s) were left out: {places}")
     return splits
 
 

@@ -95,7 +95,6 @@ def test_interrupted_softly_it_saves_and_continues(text_file: Path, tmp_path: Pa
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "stopped"
     out = finish(run_line(text_file, tmp_path / "run", **{**keys, "max_steps": step + 3}))
     assert f"Resumed from step {step}" in out
-    finish(run_line(text_file, tmp_path / "whole", **{**keys, "max_steps": step + 3, "lr_scheduler_type": "constant"}))
 
 
 def test_sigint_exits_130_and_usr1_saves_and_goes_on(text_file: Path, tmp_path: Path) -> None:

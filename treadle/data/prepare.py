@@ -248,7 +248,8 @@ def prepare(
         if fresh and folder.exists():
             shutil.rmtree(folder)
         if not (folder / DATASET_FILE).is_file():
-            _prepare_into(folder, asked, source, tokenizer, fraction, min_length, on_bad, bad_limit, workers, progress)
+            _prepare_into(folder, asked, source, tokenizer, fraction, min_length, on_bad, workers, progress)
+    _check_bad(folder, on_bad, bad_limit)
     return open_prepared(folder)
 
 
@@ -264,7 +265,7 @@ def is_prepared(path: str | Path) -> bool:
 
 def _prepare_into(
     folder: Path, asked: str, source: Source, tokenizer: Tokenizer, fraction: float, min_length: int, on_bad: str,
-    bad_limit: float, workers: int | str, progress: Progress | None,
+    workers: int | str, progress: Progress | None,
 ) -> None:  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     asked_path = folder / "asked.json"
@@ -304,19 +305,18 @@ def _prepare_into(
     records = [
         PieceRecord(**json.loads(_record_path(folder, n).read_text(encoding="utf-8"))) for n in range(len(pieces))
     ]
-    _check_bad(records, bad_limit)
     _finish(folder, records, tokenizer, split)
 
 
-def _check_bad(records: list[PieceRecord], bad_limit: float) -> None:
-    bad, good = sum(r.bad for r in records), sum(r.documents for r in records)
-    ledger = [place for r in records for place in r.ledger]
+def _check_bad(folder: Path, on_bad: str, bad_limit: float) -> None:
+    """Refuses data with too many malformed documents; looked at on every use, since another use may allow more."""
+    statistics = TokenSet.load(folder / "train").statistics
+    bad, good, ledger = statistics["malformed"], statistics["well_formed"], statistics["malformed_first"]
+    if bad and on_bad == "error":
+        raise DataError(f"{ledger[0]}; mend it, or go on without it: --data.on_bad skip")
     if bad > max(ALWAYS_TOLERATED, bad_limit * (bad + good)):
         raise DataError(f"{bad} of {bad + good} documents are malformed; the first: {ledger[0]}; mend the file, or "
                         "allow more: --data.bad_limit 1")  # fmt: skip
-    if good == 0:
-        reason = f"; the first problem: {ledger[0]}" if ledger else ": every document is empty"
-        raise InputError(f"no text is left to train on{reason}")
 
 
 def _finish(folder: Path, records: list[PieceRecord], tokenizer: Tokenizer, split: Split) -> None:
@@ -325,7 +325,9 @@ def _finish(folder: Path, records: list[PieceRecord], tokenizer: Tokenizer, spli
         shards = [r.shards[name] for r in records]
         lengths = np.concatenate([np.fromfile(folder / name / s["file"].replace(".bin", ".idx"), "<i8") for s in shards])
         if name == "train" and len(lengths) == 0:
-            raise InputError("no text is left to train on: every document is empty or shorter than data.min_length")
+            first = next((place for r in records for place in r.ledger), None)
+            reason = f"the first problem: {first}" if first else "every document is empty or shorter than data.min_length"
+            raise (DataError if first else InputError)(f"no text is left to train on; {reason}")
         digest = hashlib.sha256(json.dumps([s["sha256"] for s in shards], sort_keys=True).encode())
         statistics = {
             "documents": int(len(lengths)),
@@ -336,6 +338,7 @@ def _finish(folder: Path, records: list[PieceRecord], tokenizer: Tokenizer, spli
             },
             "empty": sum(r.empty for r in records),
             "shorter_than_min_length": sum(r.short for r in records),
+            "well_formed": sum(r.documents for r in records),
             "malformed": sum(r.bad for r in records),
             "malformed_first": [place for r in records for place in r.ledger][:LEDGER_LENGTH],
             "held_out": "whole documents" if split.whole_documents else "the end of each document",
