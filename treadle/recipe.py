@@ -79,8 +79,10 @@ def target_layer(target: str | None) -> Layer:
         table.setdefault("run", {})["output_dir"] = str(path)
         return Layer(table, str(path / "config.toml"))
     if path.suffix in RECIPE_SUFFIXES and (path.exists() or path.suffix == ".toml"):
-        table = load_table(path)
-        return Layer(_with_name(table, path.stem), path.name)
+        table = _with_name(load_table(path), path.stem)
+        if path.suffix == ".json" and "at_end" not in str(table.get("eval", "")):
+            table = {**table, "eval.at_end": True}  # an experiment file wants its results in the same command
+        return Layer(table, path.name)
     if path.is_dir() or path.suffix in DATA_SUFFIXES or target in BUNDLED:
         if not path.exists() and target not in BUNDLED:
             raise ConfigError(f"{path} does not exist; give a text file, a folder of text files, or a recipe")

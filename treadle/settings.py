@@ -7,6 +7,7 @@ value came from. Values given as text (flags, YAML's `3e-4`) are read by TOML's 
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import tomllib
@@ -15,9 +16,9 @@ import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from treadle.errors import ConfigError
 from treadle.registry import nearest
@@ -102,6 +103,14 @@ def _accepts_list(section: type[Settings], name: str) -> bool:
     return any(typing.get_origin(a) is list for a in (annotation, *typing.get_args(annotation)))
 
 
+@functools.cache
+def _adapter(section: type[Settings], name: str) -> TypeAdapter[Any]:
+    """Validates one key alone; rules that span keys wait until the whole section is built."""
+    info = section.model_fields[name]
+    kind: Any = Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation  # type: ignore[misc]
+    return TypeAdapter(kind, config=ConfigDict(strict=True))
+
+
 def fit_value(section: type[Settings], name: str, value: Any, from_text: bool) -> Any:
     """`value` as key `name` of `section` wants it, or ConfigError saying key, value, and what is allowed."""
     info = section.key_info(name)
@@ -132,9 +141,7 @@ def fit_value(section: type[Settings], name: str, value: Any, from_text: bool) -
     first_problem: ValidationError | None = None
     for candidate in candidates:
         try:
-            probe = section.model_construct()
-            section.__pydantic_validator__.validate_assignment(probe, name, candidate)
-            return getattr(probe, name)
+            return _adapter(section, name).validate_python(candidate)
         except ValidationError as problem:
             first_problem = first_problem or problem
     assert first_problem is not None
@@ -204,7 +211,7 @@ def _toml(value: Any) -> str:
     if isinstance(value, int):
         return str(value)
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=True).replace("\x7f", "\\u007f")
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     if isinstance(value, dict):

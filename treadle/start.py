@@ -179,8 +179,6 @@ def make_trainer(request: Request, recipe: Recipe, console: Console) -> Trainer:
     elif start_weights is not None:
         model.load_weights(start_weights.tensors("model"))
         console.say(f"Weights from {start_weights.folder}")
-    recipe.train.precision = trainer.precision  # type: ignore[assignment]
-    recipe.train.global_batch_size = trainer.plan.global_batch
     return trainer
 
 
@@ -220,12 +218,6 @@ def train(request: Request, console: Console | None = None) -> dict[str, Any]:
         recipe = configure(request, folder)
         trainer = make_trainer(request, recipe, console)
         trainer.adopt_lock(lock)
-        if not (folder / "tokenizer").is_dir():
-            trainer.tokenizer.save(folder / "tokenizer")
-        # The resolved configuration is on disk before the first step, so that a kill at any time can be continued.
-        from treadle.checkpoint.retention import write_atomically
-
-        write_atomically(folder / CONFIG, recipe.to_toml())
         if trainer.state.step >= trainer.plan.max_steps:
             console.say(f"{folder} is finished: {trainer.state.step} of {trainer.plan.max_steps} steps are done. "
                         f"To go on: --max_steps {trainer.plan.max_steps * 2}")  # fmt: skip

@@ -72,7 +72,7 @@ def parse_tensors(data: np.ndarray, name: str) -> dict[str, Tensor]:
             raise ValueError("the header is no table")
         body = data[8 + length :]
         return _parse_body(header, body)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, RuntimeError) as problem:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError, RuntimeError) as problem:
         raise CheckpointError(f"{name} is not a sound safetensors file ({problem})") from None
 
 
@@ -90,7 +90,8 @@ def _parse_body(header: dict, body: np.ndarray) -> dict[str, Tensor]:
             raise ValueError(f"{name}: offsets do not fit")
         position = stop
         # A copy: the slice may be unaligned for its type, and the buffer of the whole file must not stay alive.
-        tensors[name] = torch.from_numpy(body[start:stop].copy()).view(dtype).reshape(shape)
+        part = torch.from_numpy(body[start:stop].copy())
+        tensors[name] = part.view(dtype).reshape(shape) if stop > start else torch.empty(shape, dtype=dtype)
     if position != len(body):
         raise ValueError("bytes are left over")
     return tensors

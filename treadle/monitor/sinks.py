@@ -9,6 +9,7 @@ import csv
 import json
 import math
 import os
+import uuid
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -168,7 +169,7 @@ class WandbSink(Sink):
             raise MissingExtra("report_to = wandb", "wandb") from None
         id_file = self.folder / "wandb_id"
         if not id_file.exists():
-            id_file.write_text(wandb.util.generate_id(), encoding="utf-8")
+            id_file.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
         self.run = wandb.init(
             project=self.project, name=self.run_name, id=id_file.read_text(encoding="utf-8").strip(), resume="allow",
             dir=str(self.folder), config=self.config, settings=wandb.Settings(silent=True),

@@ -142,7 +142,9 @@ class LibraryTokenizer(Tokenizer):
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
     def canonical(self) -> str:
-        return json.dumps(json.loads(self.inner.to_str()), sort_keys=True) + self.eos_token
+        # Scores lose their last digits each time the library writes and reads them; nine digits stay.
+        described = json.loads(self.inner.to_str(), parse_float=lambda digits: f"{float(digits):.9g}")
+        return json.dumps(described, sort_keys=True) + self.eos_token
 
 
 class _ByteLevelTrained(LibraryTokenizer):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import BeforeValidator, model_validator
 
 from treadle.settings import Settings, option
 
@@ -20,6 +20,12 @@ def _boolean_precision(name: str) -> Callable[[Any], dict[str, Any]]:
         return {"train.precision": name} if value else {}
 
     return translate
+
+
+def _every_n(value: Any) -> Any:
+    """"every_3" is 3."""
+    match = re.fullmatch(r"every[_-](\d+)", value) if isinstance(value, str) else None
+    return int(match[1]) if match else value
 
 
 class TrainSettings(Settings):
@@ -45,7 +51,7 @@ class TrainSettings(Settings):
     )
     """auto picks bf16 (autocast over fp32 weights) where it is known to pay, else fp32; fp16 scales the loss."""
 
-    gradient_checkpointing: bool | int | list[int] = option(
+    gradient_checkpointing: Annotated[bool | int | list[int], BeforeValidator(_every_n)] = option(
         False, aliases=("use_gradient_checkpointing", "activation_checkpointing")
     )
     """Recompute activations in backward to save memory: false, true (all blocks), n (every n-th), or a list of blocks."""
@@ -65,12 +71,6 @@ class TrainSettings(Settings):
         # use_amp alone leaves the type to `auto`; amp_dtype (an alias of precision) names it.
         "use_amp": lambda value: {} if value is True else {"train.precision": "fp32"},
     }
-
-    @field_validator("gradient_checkpointing", mode="before")
-    @classmethod
-    def _every_n(cls, value: Any) -> Any:
-        match = re.fullmatch(r"every[_-](\d+)", value) if isinstance(value, str) else None
-        return int(match[1]) if match else value
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainSettings:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from treadle.checkpoint.layout import steps_in
 from treadle.checkpoint.lock import RunLock
+from treadle.checkpoint.retention import write_atomically
 from treadle.checkpoint.writer import clean
 from treadle.data.batch import IGNORE, Batch
 from treadle.data.dataset import Dataset
@@ -82,6 +83,10 @@ class Trainer:
             raise ConfigError(f"{self.folder} already holds a run; continue it with resume=True or use another output_dir")
         self.plan = resolve.schedule(self.recipe, dataset)
         self.precision = resolve.resolve_precision(self.recipe, self.model, self.console)
+        # What was resolved is what the run's config.toml says, and what a resumed run keeps.
+        self.recipe.arch, self.recipe.model = model.arch, model.config.model_dump()
+        self.recipe.train.precision = self.precision  # type: ignore[assignment]
+        self.recipe.train.global_batch_size = self.plan.global_batch
         resolve.set_checkpointing(self.model, self.recipe.train.gradient_checkpointing)
         if self.recipe.train.torch_compile:
             resolve.compile_blocks(self.model)
@@ -402,6 +407,10 @@ class Trainer:
     # ---- the run's own files ----
 
     def _write_start(self) -> None:
+        """On disk before the first step, so that a kill at any time can be continued."""
+        if not (self.folder / "tokenizer").is_dir():
+            self.tokenizer.save(self.folder / "tokenizer")
+        write_atomically(self.folder / "config.toml", self.recipe.to_toml())
         records.write_json(self.folder / "environment.json", records.environment())
         started = "resumed" if self.state.step else "started"
         records.write_event(self.folder, started, step=self.state.step, precision=self.precision, plan=asdict(self.plan))

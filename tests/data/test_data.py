@@ -1,0 +1,384 @@
+"""Order, packing, preparation, batches and the loader: every row once, nothing leaks, nothing is lost."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import make_text
+from treadle.data import packing
+from treadle.data.batch import IGNORE, PAD, Batch
+from treadle.data.dataset import Dataset, load_splits
+from treadle.data.loader import Loader, StepBatches
+from treadle.data.order import Order, key, permute, step_draws
+from treadle.data.prepare import parts_of, prepare
+from treadle.data.settings import DataSettings
+from treadle.data.sources import Bad, open_source
+from treadle.errors import DataError, InputError
+from treadle.text.base import Tokenizer
+from treadle.text.settings import TokenizerSettings
+
+MODES = ["concat", "next_fit", "first_fit", "best_fit", "none"]
+
+
+# ---- order ----
+
+
+@given(st.integers(1, 50_000), st.integers(0, 2**64 - 1))
+@settings(max_examples=40, deadline=None)
+def test_permutations_are_bijective(size: int, seed: int) -> None:
+    assert sorted(permute(np.arange(size), size, seed).tolist()) == list(range(size))
+
+
+def test_large_permutations_are_reached_in_constant_time_and_look_random() -> None:
+    size = 10**12 + 7
+    index = np.arange(size - 4000, size)
+    image = permute(index, size, 3)
+    assert image.min() >= 0 and image.max() < size and len(set(image.tolist())) == 4000
+    assert abs(np.corrcoef(index, image)[0, 1]) < 0.1
+    assert not np.array_equal(image, permute(index, size, 4))
+
+
+def test_order_is_random_between_epochs_and_complete_in_each() -> None:
+    order = Order((700, 323), seed=1)
+    epochs = [list(zip(*(a.tolist() for a in order.draws(np.arange(e * 1023, (e + 1) * 1023))))) for e in range(3)]
+    for epoch in epochs:
+        assert Counter(epoch) == Counter([(0, r) for r in range(700)] + [(1, r) for r in range(323)])
+    assert epochs[0] != epochs[1] != epochs[2]
+    rows = [r + 700 * s for s, r in epochs[0]]
+    assert abs(np.corrcoef(np.arange(1023), rows)[0, 1]) < 0.1
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_world_sizes_see_the_same_global_batches(world: int) -> None:
+    order = Order((1000,), seed=0, weights=None)
+    whole = order.draws(step_draws(7, 16))[1]
+    parts = np.concatenate([order.draws(step_draws(7, 16, rank, world))[1] for rank in range(world)])
+    assert np.array_equal(whole, parts)
+
+
+def test_mixing_holds_exact_quotas_and_seeks() -> None:
+    order = Order((50, 500, 5000), seed=2, weights=(1, 2, 5))
+    source, row = order.draws(np.arange(8 * 1024))
+    for block in range(8):
+        assert Counter(source[block * 1024 : (block + 1) * 1024].tolist()) == {0: 128, 1: 256, 2: 640}
+    for s, size in enumerate(order.sizes):  # each source runs through its own rows evenly
+        counts = Counter(row[source == s].tolist())
+        assert max(counts.values()) - min(counts.get(r, 0) for r in range(size)) <= 1
+    again = order.draws(np.array([5000, 17, 8191]))
+    assert again[0].tolist() == source[[5000, 17, 8191]].tolist() and again[1].tolist() == row[[5000, 17, 8191]].tolist()
+
+
+def test_surplus_draws_are_masked() -> None:
+    order = Order((10,), seed=0, end=20)
+    source, row = order.draws(np.arange(16, 24))
+    assert (row[:4] >= 0).all() and (row[4:] == -1).all()
+
+
+def test_keys_differ() -> None:
+    assert len({key(), key(0), key(0, 0), key(1), key(0, 1), key(1, 0)}) == 6
+
+
+# ---- packing ----
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=200), st.integers(2, 128), st.sampled_from(MODES[1:]))
+@settings(max_examples=150, deadline=None)
+def test_every_symbol_is_packed_exactly_once(lengths: list[int], row_length: int, mode: str) -> None:
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    total = sum(lengths)
+    plan = packing.plan(mode, starts, total, row_length)
+    seen = np.zeros(total, dtype=int)
+    for s, n in zip(plan.start.tolist(), plan.length.tolist()):
+        seen[s : s + n] += 1
+        owner = np.searchsorted(starts, s, side="right") - 1
+        assert s + n <= starts[owner] + lengths[owner]  # a segment stays inside its document
+        assert lengths[owner] > row_length or n == lengths[owner]  # and is cut only when it must be
+    assert (seen == 1).all()
+    for r in range(plan.rows):
+        assert plan.length[plan.row_starts[r] : plan.row_starts[r + 1]].sum() <= row_length
+
+
+def test_packing_efficiency() -> None:
+    """lognormal(4.8, .8) lengths in rows of 512: the figures of docs/data.md, to a percent."""
+    lengths = np.clip(np.random.default_rng(0).lognormal(4.8, 0.8, 20_000), 1, None).astype(int)
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    filled = {m: packing.plan(m, starts, int(lengths.sum()), 512).efficiency(512) for m in MODES[1:]}
+    assert filled["none"] < 0.4 < 0.78 < filled["next_fit"] < 0.82 < 0.98 < filled["first_fit"] < filled["best_fit"]
+    assert filled["best_fit"] > 0.999
+
+
+# ---- sources and preparation ----
+
+
+def byte_set(path: Path, root: Path, **options: object):  # type: ignore[no-untyped-def]
+    return prepare(open_source(path), Tokenizer.load("byte"), root=root, **{"fraction": 0.0, **options})  # type: ignore[arg-type]
+
+
+def test_parts_have_the_ids_of_the_whole(own_cache: Path) -> None:
+    text = make_text(3000)
+    parts = parts_of(text, 1000)
+    assert len(parts) > 50 and "".join(parts) == text
+    tokenizer = Tokenizer.train("bpe", iter([text]), 400)
+    assert np.array_equal(np.concatenate([tokenizer.encode(p) for p in parts]), tokenizer.encode(text))
+
+
+@pytest.mark.parametrize("kind", ["txt", "separator", "folder", "jsonl", "parquet", "bin"])
+def test_every_source_gives_the_same_documents(tmp_path: Path, kind: str) -> None:
+    documents = [f"Document {n}.\nIt has two lines, and é.\n" for n in range(5)]
+    separator = None
+    if kind == "txt":
+        documents = ["".join(documents)]
+        path = tmp_path / "a.txt"
+        path.write_text(documents[0])
+    elif kind == "separator":
+        path, separator = tmp_path / "a.txt", "<|endoftext|>"
+        path.write_text("<|endoftext|>\n".join(documents))
+    elif kind == "folder":
+        path = tmp_path / "texts"
+        path.mkdir()
+        for n, text in enumerate(documents):
+            (path / f"{n}.txt").write_text(text)
+    elif kind == "jsonl":
+        path = tmp_path / "a.jsonl"
+        path.write_text("\n".join(json.dumps({"text": d}, ensure_ascii=n % 2 == 0) for n, d in enumerate(documents)))
+    elif kind == "parquet":
+        parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+        import pyarrow
+
+        path = tmp_path / "a.parquet"
+        parquet.write_table(pyarrow.table({"text": documents}), path, row_group_size=2)
+    else:
+        path = tmp_path / "a.bin"
+        ids = [i for d in documents for i in [*d.encode(), 255]]
+        np.array(ids, dtype="<u2").tofile(path)
+    tokenizer = Tokenizer.load("byte")
+    source = open_source(path, separator=separator)
+    tokens = prepare(source, tokenizer, root=tmp_path / "cache", fraction=0.0)["train"]
+    found = [tokens.document(n) for n in range(tokens.documents())]
+    assert [tokenizer.decode(d.tolist()) for d in found] == documents
+    assert all(d[-1] == 255 for d in found)  # one end-of-document symbol each
+    assert tokens.statistics["bytes"] == sum(len(d.encode()) for d in documents)
+    tokens.verify()
+
+
+def test_jsonl_pieces_cover_every_line_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("treadle.data.sources.PIECE_BYTES", 1000)
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": "x" * (n % 300 + 1)}) for n in range(200)) + "\n")
+    source = open_source(path)
+    pieces = source.pieces()
+    assert len(pieces) > 10
+    assert [len(d) for p in pieces for d in source.read(p)] == [n % 300 + 1 for n in range(200)]
+
+
+def test_preparation_continues_and_verifies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between pieces, it goes on; the result is that of one go. A cut or damaged shard is named."""
+    monkeypatch.setattr("treadle.data.sources.PIECE_BYTES", 2000)
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": make_text(4, seed=n)}) for n in range(60)) + "\n")
+    whole = byte_set(path, tmp_path / "one")["train"]
+
+    class Killed(Exception):
+        pass
+
+    import treadle.data.prepare as module
+
+    real, done = module.prepare_piece, []
+
+    def dies(job: module.PieceJob, tokenizer: object = None) -> object:
+        if len(done) == 3:
+            raise Killed
+        done.append(job.number)
+        return real(job, tokenizer)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "prepare_piece", dies)
+    with pytest.raises(Killed):
+        byte_set(path, tmp_path / "two")
+    rest: list[int] = []
+    monkeypatch.setattr(module, "prepare_piece", lambda job, t=None: (rest.append(job.number), real(job, t))[1])
+    again = byte_set(path, tmp_path / "two")["train"]
+    assert rest and not set(rest) & set(done)
+    assert again.fingerprint == whole.fingerprint
+    shard = next(again.folder.glob("shard-*.bin"))
+    data = bytearray(shard.read_bytes())
+    data[5] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(DataError, match="damaged"):
+        again.verify()
+    shard.write_bytes(data[:-3])
+    with pytest.raises(DataError, match="bytes where dataset.json says"):
+        byte_set(path, tmp_path / "two")
+    shard.unlink()
+    with pytest.raises(DataError, match=r"missing.*--fresh"):
+        byte_set(path, tmp_path / "two")
+    assert byte_set(path, tmp_path / "two", fresh=True)["train"].fingerprint == whole.fingerprint
+
+
+def test_parallel_preparation_gives_the_same_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("treadle.data.sources.PIECE_BYTES", 20_000)
+    monkeypatch.setattr("treadle.data.prepare.PARALLEL_FROM", 1)
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": make_text(4, seed=n)}) for n in range(300)) + "\n")
+    one, two = byte_set(path, tmp_path / "one", workers=1), byte_set(path, tmp_path / "two", workers=2)
+    assert one["train"].fingerprint == two["train"].fingerprint and len(one["train"].shards) > 2
+
+
+def test_held_out_text_is_the_end_or_whole_documents(tmp_path: Path) -> None:
+    few = tmp_path / "few.txt"
+    text = make_text(500)
+    few.write_text(text)
+    sets = byte_set(few, tmp_path / "c", fraction=0.1)
+    parts = [bytes(sets[s].document(0)[:-1].astype(np.uint8)).decode() for s in ("train", "validation")]
+    assert "".join(parts) == text and 0.08 < len(parts[1]) / len(text) < 0.12 and parts[0].endswith("\n")
+    many = tmp_path / "many.jsonl"
+    many.write_text("\n".join(json.dumps({"text": f"document number {n}"}) for n in range(1000)))
+    sets = byte_set(many, tmp_path / "c", fraction=0.1)
+    assert sets["train"].documents() + sets["validation"].documents() == 1000
+    assert 60 < sets["validation"].documents() < 140
+    names = [{sets[s].document(n).tobytes() for n in range(sets[s].documents())} for s in sets]
+    assert not names[0] & names[1]
+
+
+def test_short_and_empty_documents_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": t}) for t in ["", "ab", "a long enough document", ""]))
+    s = byte_set(path, tmp_path / "c", min_length=5)["train"].statistics
+    assert (s["documents"], s["empty"], s["shorter_than_min_length"]) == (1, 2, 1)
+
+
+def test_missing_column_and_mixed_kinds(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    import pyarrow
+
+    parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"no column 'text' \(there is: body\)"):
+        open_source(tmp_path / "a.parquet").pieces()
+    (tmp_path / "b.txt").write_text("x")
+    with pytest.raises(Exception, match="mixes"):
+        open_source(tmp_path)
+
+
+@given(st.binary(max_size=300))
+@settings(max_examples=300, deadline=None)
+def test_any_jsonl_bytes_give_documents_or_bad_records(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    """Whatever a file holds, reading it yields text or a Bad that names a place inside it; it never raises."""
+    path = tmp_path_factory.mktemp("fuzz") / "a.jsonl"
+    path.write_bytes(data + b"\n")
+    source = open_source(path)
+    for piece in source.pieces():
+        for document in source.read(piece):
+            if isinstance(document, Bad):
+                assert document.reason and 0 <= document.offset <= len(data) + 1
+            else:
+                assert isinstance(document, str)
+                document.encode()
+
+
+# ---- batches ----
+
+
+def documents_dataset(tmp_path: Path, mode: str, lengths: list[int], row: int = 16) -> Dataset:
+    path = tmp_path / "d.jsonl"
+    text = "abcdefghijklmnopqrstuvwxyz" * 9
+    path.write_text("\n".join(json.dumps({"text": text[n % 26 :][:size]}) for n, size in enumerate(lengths)))
+    return Dataset([byte_set(path, tmp_path / "c")["train"]], Tokenizer.load("byte"), row, mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_each_transition_is_trained_once_and_none_crosses_documents(tmp_path: Path, mode: str) -> None:
+    lengths = [1, 5, 40, 7, 15, 16, 17, 3, 33, 2]
+    data = documents_dataset(tmp_path, mode, lengths)
+    tokens = data.sets[0]
+    want = Counter()
+    for n in range(tokens.documents()):
+        ids = tokens.document(n).tolist()
+        want.update(zip(ids[:-1], ids[1:]))
+    got: Counter = Counter()
+    for source, row in data.in_sequence(3):
+        batch = data.batch(source, row)
+        assert batch.labels is not None and batch.doc_ids is not None and batch.position_ids is not None
+        scored = batch.labels != IGNORE
+        got.update(zip(batch.input_ids[scored].tolist(), batch.labels[scored].tolist()))
+        assert not scored[batch.doc_ids == PAD].any()
+        for r, runs in enumerate(batch.segments or ()):
+            assert sum(map(abs, runs)) == 16
+            at = 0
+            for d, run in enumerate(runs):
+                inside = slice(at, at + abs(run))
+                expected = d if run > 0 else PAD
+                assert (batch.doc_ids[r, inside] == expected).all()
+                if run > 0:
+                    assert batch.position_ids[r, inside].tolist() == list(range(run))
+                at += abs(run)
+        assert batch.counts["labels"] == int(scored.sum())
+    assert got == want
+
+
+def test_surplus_rows_score_nothing(tmp_path: Path) -> None:
+    data = documents_dataset(tmp_path, "concat", [50])
+    batch = data.batch(np.array([0, 0]), np.array([0, -1]))
+    assert batch.counts == {"labels": 16, "tokens": 16, "rows": 1, "documents": 1}
+    assert (batch.doc_ids[1] == PAD).all()  # type: ignore[index]
+
+
+def test_batches_by_hand() -> None:
+    batch = Batch.for_training([[1, 2, 3, 4, 0]], doc_ids=[[0, 0, 1, 1, -1]])
+    assert batch.labels is not None and batch.labels.tolist() == [[2, -100, 4, -100, -100]]
+    assert batch.position_ids is not None and batch.position_ids.tolist() == [[0, 1, 0, 1, 0]]
+    assert batch.segments == ((2, 2, -1),) and batch.counts["documents"] == 2
+    assert Batch.from_ids([1, 2, 3]).labels is None and Batch.from_ids([1, 2, 3]).shape == (1, 3)
+    with pytest.raises(Exception, match="labels is"):
+        Batch.from_ids([[1, 2]], labels=[[1]])
+
+
+# ---- loader ----
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_loader_is_the_function_of_the_step(tmp_path: Path, workers: int) -> None:
+    data = documents_dataset(tmp_path, "best_fit", [9, 30, 12, 5, 77, 8, 3, 14] * 5)
+    batches = StepBatches(data, data.order(3), 6, accumulation=3)
+    loader = Loader(batches, 4, 11, workers=workers, prefetch=2)
+    seen = []
+    for step, micro in loader:
+        assert len(micro) == 3 and micro[0].shape == (2, 16)
+        for got, want in zip(micro, batches[step]):
+            assert torch.equal(got.input_ids, want.input_ids) and got.counts == want.counts
+        seen.append(step)
+    loader.close()
+    assert seen == list(range(4, 11))
+
+
+def test_an_error_in_the_data_thread_reaches_the_step(tmp_path: Path) -> None:
+    data = documents_dataset(tmp_path, "concat", [300])
+    batches = StepBatches(data, data.order(0), 2, 1)
+    data.parts[0].row = lambda number: 1 / 0  # type: ignore[method-assign, assignment]
+    with pytest.raises(ZeroDivisionError):
+        list(Loader(batches, 0, 5))
+
+
+def test_load_splits_caches_and_reports(text_file: Path, own_cache: Path) -> None:
+    splits = load_splits(DataSettings(path=str(text_file), seq_len=32), TokenizerSettings(name="bpe", vocab_size=300))
+    stats = splits["train"].stats()
+    assert stats["bytes_per_token"] > 1.5 and stats["packing_efficiency"] > 0.99 and stats["rows"] == len(splits["train"])
+    again = load_splits(DataSettings(path=str(text_file), seq_len=32), TokenizerSettings(name="bpe", vocab_size=300))
+    assert again["train"].fingerprint() == splits["train"].fingerprint()
+    assert again["train"].tokenizer.fingerprint() == splits["train"].tokenizer.fingerprint()
+    assert splits["validation"].fingerprint() != splits["train"].fingerprint()
+
+
+def test_hugging_face_folders(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="the extra hf (datasets) is not installed")
+    documents = [f"story {n}" for n in range(20)]
+    datasets.Dataset.from_dict({"story": documents}).save_to_disk(str(tmp_path / "set"))
+    wanted = DataSettings(dataset_name=str(tmp_path / "set"), text_column="story", seq_len=8, validation_fraction=0.0)
+    data = load_splits(wanted, TokenizerSettings(name="byte"))["train"]
+    assert [data.tokenizer.decode(data.sets[0].document(n).tolist()) for n in range(20)] == documents
