@@ -26,7 +26,10 @@ def make_text(lines: int = 400, seed: int = 0) -> str:
     state, out = seed + 12345, []
     for n in range(lines):
         state = (1103515245 * state + 12345) % 2**31
-        out.append(f"{SENTENCES[state % len(SENTENCES)]} {SENTENCES[(state // 7) % len(SENTENCES)]}" + ("\n" if n % 5 == 4 else ""))
+        out.append(
+            f"{SENTENCES[state % len(SENTENCES)]} {SENTENCES[(state // 7) % len(SENTENCES)]}"
+            + ("\n" if n % 5 == 4 else "")
+        )
     return "\n".join(out) + "\n"
 
 
@@ -64,7 +67,9 @@ def flags(**keys: object) -> list[str]:
     return [part for key, value in merged.items() for part in (f"--{key}", value)]
 
 
-def treadle(*arguments: object, cwd: Path | None = None, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+def treadle(
+    *arguments: object, cwd: Path | None = None, timeout: float = 120, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Runs the command line in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "treadle", *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=timeout,

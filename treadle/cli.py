@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -84,11 +84,11 @@ def check(ctx: typer.Context) -> None:
 @app.command("eval")
 def evaluate(
     runs: Annotated[list[str], typer.Argument(help="Runs: a folder, a checkpoint, `last`, RUN@best, RUN@STEP.")],
-    data: Annotated[Optional[str], typer.Option(help="Evaluate on this text instead of the held-out text.")] = None,
-    rows: Annotated[Optional[int], typer.Option(min=1, help="At most this many rows, spread over the text.")] = None,
+    data: Annotated[str | None, typer.Option(help="Evaluate on this text instead of the held-out text.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="At most this many rows, spread over the text.")] = None,
     samples: Annotated[int, typer.Option(min=0, help="Samples to generate and check.")] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows in one pass.")] = 16,
-    output: Annotated[Optional[str], typer.Option(help="Folder for the results; default RUN/results.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder for the results; default RUN/results.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Loss, bits per byte, accuracy and samples of one or more runs, beside simple baselines."""
@@ -110,9 +110,9 @@ def evaluate(
 @app.command()
 def generate(
     run: Annotated[str, typer.Argument(help="A run, a checkpoint, `last`, RUN@best or RUN@STEP.")] = "last",
-    prompt: Annotated[Optional[str], typer.Option(help="The text to continue.")] = None,
-    prompt_file: Annotated[Optional[str], typer.Option(help="A file with one prompt a line.")] = None,
-    output_file: Annotated[Optional[str], typer.Option(help="Where the continuations of --prompt-file go.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
+    prompt_file: Annotated[str | None, typer.Option(help="A file with one prompt a line.")] = None,
+    output_file: Annotated[str | None, typer.Option(help="Where the continuations of --prompt-file go.")] = None,
     interactive: Annotated[bool, typer.Option("--interactive", "-i", help="Ask for prompts; /help there.")] = False,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "--max-tokens", min=1, help="Symbols.")] = 100,
     temperature: Annotated[float, typer.Option(help="Lower is safer, higher is wilder, 0 is greedy.")] = 1.0,
@@ -122,7 +122,7 @@ def generate(
     greedy: Annotated[bool, typer.Option("--greedy", help="The same as --temperature 0.")] = False,
     num_samples: Annotated[int, typer.Option(min=1, help="Continuations of each prompt.")] = 1,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
-    stop: Annotated[Optional[str], typer.Option(help="End before this text.")] = None,
+    stop: Annotated[str | None, typer.Option(help="End before this text.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Let a trained model continue text."""
@@ -155,12 +155,14 @@ def generate(
 
 @data_app.command("prepare")
 def data_prepare(
-    path: Annotated[str, typer.Argument(help="A text, JSONL or parquet file, or a folder of them; `austen` ships along.")],
-    output: Annotated[Optional[str], typer.Option(help="Where the shards go; default the cache.")] = None,
+    path: Annotated[
+        str, typer.Argument(help="A text, JSONL or parquet file, or a folder of them; `austen` ships along.")
+    ],
+    output: Annotated[str | None, typer.Option(help="Where the shards go; default the cache.")] = None,
     tokenizer: Annotated[str, typer.Option(help="auto, byte, bpe, wordpiece, unigram, char, or a path.")] = "auto",
     vocab_size: Annotated[int, typer.Option(help="Size of a tokenizer trained here.")] = 2048,
     text_column: Annotated[str, typer.Option(help="The column that holds the text.")] = "text",
-    document_separator: Annotated[Optional[str], typer.Option(help="A line that ends a document in .txt.")] = None,
+    document_separator: Annotated[str | None, typer.Option(help="A line that ends a document in .txt.")] = None,
     validation_fraction: Annotated[float, typer.Option(min=0, max=0.99, help="Share of the text held out.")] = 0.05,
     min_length: Annotated[int, typer.Option(min=0, help="Leave out documents with fewer symbols.")] = 0,
     on_bad: Annotated[str, typer.Option(help="skip or error: what a malformed line does.")] = "skip",
@@ -271,7 +273,9 @@ def recipes() -> None:
 
 @app.command()
 def doctor(
-    run: Annotated[Optional[str], typer.Argument(help="A run folder to verify; without it the machine is checked.")] = None,
+    run: Annotated[
+        str | None, typer.Argument(help="A run folder to verify; without it the machine is checked.")
+    ] = None,
 ) -> None:
     """Check this machine, or every checkpoint of a run."""
     from treadle import examine

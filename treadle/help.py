@@ -48,7 +48,9 @@ def print_options(verb: str, arguments: list[str]) -> None:
     _, flags = parse_flags([a for a in arguments if a != "--help"])
     arch = flags.get("model.arch") or flags.get("arch")
     if arch is None:
-        print("[model] The architecture's own keys: treadle train --model.arch NAME --help (treadle models lists names)")
+        print(
+            "[model] The architecture's own keys: treadle train --model.arch NAME --help (treadle models lists names)"
+        )
         return
     from treadle.models.catalogue import MODELS
 

@@ -39,9 +39,13 @@ def load(run: str | Path) -> tuple[BaseModel, Tokenizer]:
     return loaded.model, loaded.tokenizer
 
 
-def train(recipe: str | Path | None = None, *, quiet: bool = False, allow_change: Sequence[str] = (), **keys: Any) -> dict[str, Any]:
+def train(
+    recipe: str | Path | None = None, *, quiet: bool = False, allow_change: Sequence[str] = (), **keys: Any
+) -> dict[str, Any]:
     """What `treadle train` does, with keys of the configuration as keyword arguments; returns the summary."""
-    request = Request(str(recipe) if recipe is not None else None, keys, allow_change=allow_change, flags_are_text=False)
+    request = Request(
+        str(recipe) if recipe is not None else None, keys, allow_change=allow_change, flags_are_text=False
+    )
     return run_training(request, Console(quiet=quiet))
 
 

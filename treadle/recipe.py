@@ -111,7 +111,7 @@ def compose(layers: list[Layer], with_model: bool = True) -> Recipe:
     words = vocabulary()
     stacked = [(layer, merge(words.flatten(layer.table, layer.origin, layer.from_text))) for layer in layers]
     arch, preset = DEFAULT_ARCHITECTURE, None
-    for layer, given in stacked:
+    for _, given in stacked:
         for key, value in given.items():
             choice = _model_choice(key)
             if choice == "config_file":
@@ -165,7 +165,9 @@ def _understood(words: Vocabulary, given: dict[str, Given], with_model: bool) ->
         if choice == "config_file":
             table = load_table(str(one.value))
             table.pop("model_type", None)
-            understood += _understood(words, merge(words.flatten({"model": table}, str(one.value))), with_model).values()
+            understood += _understood(
+                words, merge(words.flatten({"model": table}, str(one.value))), with_model
+            ).values()
         elif choice is not None:
             continue
         elif section == "?" and not with_model:

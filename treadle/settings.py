@@ -36,7 +36,7 @@ def option(
     **constraints: Any,
 ) -> Any:
     """A configuration key: its default, other names for it, other spellings of its values, and how it may change."""
-    extra = {"aliases": tuple(aliases), "change": change, "spellings": dict(spellings or {})}
+    extra: Any = {"aliases": tuple(aliases), "change": change, "spellings": dict(spellings or {})}
     return Field(default, json_schema_extra=extra, **constraints)
 
 

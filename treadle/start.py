@@ -81,7 +81,7 @@ def _refuse_changes(stored: Recipe, wanted: Recipe, allow: Sequence[str]) -> Non
     for section, table in after.items():
         for name, value in table.items():
             key, old = f"{section}.{name}", before.get(section, {}).get(name)
-            if value == old or value == "auto" or section == "run" and name != "seed":
+            if value == old or value == "auto" or (section == "run" and name != "seed"):
                 continue
             rule = wanted.change_rule(key)
             if rule == "guarded" and not _allowed(key, allow):
@@ -254,7 +254,9 @@ def check(request: Request, console: Console | None = None) -> dict[str, Any]:
         batches = StepBatches(trainer.dataset, order, trainer.plan.global_batch, trainer.plan.accumulation)
         with advice.on_out_of_memory(recipe, trainer.plan):
             begun = time.perf_counter()
-            result = trainer.stepper.run(0, batches[0][:1], learning_rate(recipe.optim, 0, trainer.plan.max_steps), False)
+            result = trainer.stepper.run(
+                0, batches[0][:1], learning_rate(recipe.optim, 0, trainer.plan.max_steps), False
+            )
             seconds = time.perf_counter() - begun
     for section, table in recipe.tables().items():
         for key, value in table.items():

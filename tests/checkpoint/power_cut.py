@@ -147,7 +147,12 @@ class Disk:
                 contents = {}
                 for number, data in self.data.items():
                     sure, rest = self.synced[number], len(data) - self.synced[number]
-                    tail = {"lost": b"", "half": data[sure : sure + rest // 2], "whole": data[sure:], "zeros": b"\0" * rest}
+                    tail = {
+                        "lost": b"",
+                        "half": data[sure : sure + rest // 2],
+                        "whole": data[sure:],
+                        "zeros": b"\0" * rest,
+                    }
                     contents[number] = data[:sure] + tail[mode]
                 yield folders, contents
 

@@ -105,7 +105,7 @@ def test_mutated_headers_are_errors_and_allocate_nothing(tmp_path: Path) -> None
 
 def newest_step(root: Path) -> int | str:
     """The step whose tensors load, all of one save; 0 when there is none."""
-    said, warn = warnings_of()
+    _said, warn = warnings_of()
     try:
         found = newest_valid(root, warn, quarantine=False)  # type: ignore[arg-type]
     except CheckpointError as problem:
@@ -157,7 +157,9 @@ def test_the_power_cut_model_sees_mistakes(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setattr(writer, "_fsync_directory", lambda path: None)
     elif mistake == "no file fsync":
         real = RecordingOs.fsync
-        monkeypatch.setattr(RecordingOs, "fsync", lambda self, d: real(self, d) if os.path.isdir(self._open[d]) else None)
+        monkeypatch.setattr(
+            RecordingOs, "fsync", lambda self, d: real(self, d) if os.path.isdir(self._open[d]) else None
+        )
     else:
 
         def in_place(root: Path, step: int, *contents: object) -> str:
@@ -263,7 +265,9 @@ def test_manifests_from_elsewhere_cannot_point_outside(tmp_path: Path) -> None:
         Checkpoint(good).verify()
 
 
-@pytest.mark.parametrize("manifest", ["", "{}", "[]", "null", '{"body": 5, "sha256": ""}', '{"body": "[]", "sha256": ""}', "[" * 5000])
+@pytest.mark.parametrize(
+    "manifest", ["", "{}", "[]", "null", '{"body": 5, "sha256": ""}', '{"body": "[]", "sha256": ""}', "[" * 5000]
+)
 def test_nonsense_manifests(tmp_path: Path, manifest: str) -> None:
     folder = Path(save(tmp_path, 1))
     (folder / "manifest.json").write_text(manifest)
@@ -276,14 +280,16 @@ def test_nonsense_manifests(tmp_path: Path, manifest: str) -> None:
 
 @pytest.mark.parametrize("call", ["write", "fsync", "open", "rename", "mkdir"])
 @pytest.mark.parametrize("number", [28, 122, 5, 30], ids=["ENOSPC", "EDQUOT", "EIO", "EROFS"])
-def test_a_failing_disk_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int) -> None:
+def test_a_failing_disk_leaves_the_previous_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
+) -> None:
     save(tmp_path, 1)
     for failing in range(30):
 
         class Failing(RecordingOs):
             calls = 0
 
-            def _count(self) -> None:
+            def _count(self, failing: int = failing) -> None:
                 self.calls += 1
                 if self.calls == failing + 1:
                     raise OSError(number, os.strerror(number))

@@ -18,14 +18,24 @@ from treadle.start import Request, train
 
 def attempt(target: object, folder: Path, allow: tuple[str, ...] = (), **keys: Any) -> TreadleError:
     """Trains in this process and returns the error it ends with."""
-    merged = {**TINY, "max_steps": "2", "output_dir": str(folder), **{k.replace("__", "."): str(v) for k, v in keys.items()}}
+    merged = {
+        **TINY,
+        "max_steps": "2",
+        "output_dir": str(folder),
+        **{k.replace("__", "."): str(v) for k, v in keys.items()},
+    }
     with pytest.raises(TreadleError) as caught:
         train(Request(str(target), merged, allow_change=allow), Console(quiet=True))
     return caught.value
 
 
 def succeed(target: object, folder: Path, allow: tuple[str, ...] = (), **keys: Any) -> dict:
-    merged = {**TINY, "max_steps": "2", "output_dir": str(folder), **{k.replace("__", "."): str(v) for k, v in keys.items()}}
+    merged = {
+        **TINY,
+        "max_steps": "2",
+        "output_dir": str(folder),
+        **{k.replace("__", "."): str(v) for k, v in keys.items()},
+    }
     return train(Request(str(target), merged, allow_change=allow), Console(quiet=True))
 
 
@@ -145,8 +155,13 @@ def test_guarded_changes_need_the_flag_they_print(text_file: Path, tmp_path: Pat
     assert "--allow-change data" in str(problem)
     assert succeed(text_file, tmp_path / "run", ("data",), seq_len=16, max_steps=3)["step"] == 3
     # What may always change: micro-batch (the global batch stays), accumulation, workers, checkpointing, steps.
-    assert succeed(text_file, tmp_path / "run", ("data",), seq_len=16, batch_size=2, gradient_checkpointing="true", max_steps=4)["step"] == 4
-    assert 'global_batch_size = 4' in (tmp_path / "run" / "config.toml").read_text()
+    assert (
+        succeed(
+            text_file, tmp_path / "run", ("data",), seq_len=16, batch_size=2, gradient_checkpointing="true", max_steps=4
+        )["step"]
+        == 4
+    )
+    assert "global_batch_size = 4" in (tmp_path / "run" / "config.toml").read_text()
 
 
 def test_changed_text_is_refused(in_folder: Path) -> None:
@@ -158,7 +173,9 @@ def test_changed_text_is_refused(in_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", ["truncate", "flip", "remove", "swap"])
-def test_a_damaged_newest_checkpoint_falls_back(text_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], harm: str) -> None:
+def test_a_damaged_newest_checkpoint_falls_back(
+    text_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], harm: str
+) -> None:
     folder = tmp_path / "run"
     succeed(text_file, folder, max_steps=4, save_steps=2)
     root = folder / "checkpoints"

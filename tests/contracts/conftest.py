@@ -15,7 +15,14 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
     "transformer": [
         {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "qk_norm": True},
         {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "style": "gpt2", "max_position_embeddings": 64},
-        {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "style": "gpt2", "pre_norm": False, "tie_embeddings": False},
+        {
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 2,
+            "style": "gpt2",
+            "pre_norm": False,
+            "tie_embeddings": False,
+        },
     ],
 }
 CASES = [(name, number) for name in MODELS.names() for number in range(len(SHAPES.get(name, [{}])))]

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.conftest import make_text
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.conftest import make_text
 from treadle.data.batch import IGNORE, Batch
 from treadle.models.base import Model, build_from, from_pretrained
 from treadle.objectives.base import Unit
@@ -209,7 +209,9 @@ def test_11_export_and_import_are_bit_equal(model: Model, tmp_path: Path) -> Non
 def test_12_a_low_precision_step_is_finite(case: tuple[str, int], precision: str) -> None:
     model = make(*case)
     optimizers = Optimizers(model, OptimSettings())
-    stepper = Stepper(Unit(model, NextToken()), optimizers, seed=0, precision=precision, max_grad_norm=1.0, loss_weights={})
+    stepper = Stepper(
+        Unit(model, NextToken()), optimizers, seed=0, precision=precision, max_grad_norm=1.0, loss_weights={}
+    )
     for step in range(3):
         result = stepper.run(step, [Batch.for_training(random_ids(4, 24))], 1e-3)
         assert not result.skipped and result.grad_norm > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -73,12 +74,14 @@ def test_mixing_holds_exact_quotas_and_seeks() -> None:
         counts = Counter(row[source == s].tolist())
         assert max(counts.values()) - min(counts.get(r, 0) for r in range(size)) <= 1
     again = order.draws(np.array([5000, 17, 8191]))
-    assert again[0].tolist() == source[[5000, 17, 8191]].tolist() and again[1].tolist() == row[[5000, 17, 8191]].tolist()
+    assert (
+        again[0].tolist() == source[[5000, 17, 8191]].tolist() and again[1].tolist() == row[[5000, 17, 8191]].tolist()
+    )
 
 
 def test_surplus_draws_are_masked() -> None:
     order = Order((10,), seed=0, end=20)
-    source, row = order.draws(np.arange(16, 24))
+    _source, row = order.draws(np.arange(16, 24))
     assert (row[:4] >= 0).all() and (row[4:] == -1).all()
 
 
@@ -214,7 +217,7 @@ def test_preparation_continues_and_verifies(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(DataError, match="damaged"):
         again.verify()
     shard.write_bytes(data[:-3])
-    with pytest.raises(DataError, match="bytes where dataset.json says"):
+    with pytest.raises(DataError, match=r"bytes where dataset\.json says"):
         byte_set(path, tmp_path / "two")
     shard.unlink()
     with pytest.raises(DataError, match=r"missing.*--fresh"):
@@ -300,7 +303,7 @@ def test_each_transition_is_trained_once_and_none_crosses_documents(tmp_path: Pa
     want = Counter()
     for n in range(tokens.documents()):
         ids = tokens.document(n).tolist()
-        want.update(zip(ids[:-1], ids[1:]))
+        want.update(itertools.pairwise(ids))
     got: Counter = Counter()
     for source, row in data.in_sequence(3):
         batch = data.batch(source, row)
@@ -368,7 +371,9 @@ def test_an_error_in_the_data_thread_reaches_the_step(tmp_path: Path) -> None:
 def test_load_splits_caches_and_reports(text_file: Path, own_cache: Path) -> None:
     splits = load_splits(DataSettings(path=str(text_file), seq_len=32), TokenizerSettings(name="bpe", vocab_size=300))
     stats = splits["train"].stats()
-    assert stats["bytes_per_token"] > 1.5 and stats["packing_efficiency"] > 0.99 and stats["rows"] == len(splits["train"])
+    assert (
+        stats["bytes_per_token"] > 1.5 and stats["packing_efficiency"] > 0.99 and stats["rows"] == len(splits["train"])
+    )
     again = load_splits(DataSettings(path=str(text_file), seq_len=32), TokenizerSettings(name="bpe", vocab_size=300))
     assert again["train"].fingerprint() == splits["train"].fingerprint()
     assert again["train"].tokenizer.fingerprint() == splits["train"].tokenizer.fingerprint()
@@ -382,3 +387,15 @@ def test_hugging_face_folders(tmp_path: Path) -> None:
     wanted = DataSettings(dataset_name=str(tmp_path / "set"), text_column="story", seq_len=8, validation_fraction=0.0)
     data = load_splits(wanted, TokenizerSettings(name="byte"))["train"]
     assert [data.tokenizer.decode(data.sets[0].document(n).tolist()) for n in range(20)] == documents
+
+
+def test_the_bundled_corpus_is_the_documented_text() -> None:
+    import hashlib
+    import lzma
+
+    folder = Path(__file__).parents[2] / "treadle" / "corpus"
+    text = lzma.decompress((folder / "austen.txt.xz").read_bytes())
+    assert len(text) == 4_025_023
+    assert hashlib.sha256(text).hexdigest() in (folder / "LICENCE.md").read_text()
+    (document,) = (d for p in open_source("austen").pieces() for d in open_source("austen").read(p))
+    assert isinstance(document, str) and document.encode() == text

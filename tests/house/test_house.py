@@ -80,7 +80,7 @@ def test_no_architecture_is_named_outside_models() -> None:
     for path in FILES:
         if room_of(path) in ("training", "evaluation", "generation", "data", "objectives", "monitor", "checkpoint"):
             words = re.findall(r'"(transformer|shc|ssm|hgrn_bit|hnet)"', path.read_text())
-            assert path.name == "config.py" and words == ["transformer"] or not words, f"{path} names {words}"
+            assert (path.name == "config.py" and words == ["transformer"]) or not words, f"{path} names {words}"
 
 
 def _attributes(files: list[Path]) -> set[str]:
@@ -105,7 +105,9 @@ def test_every_model_key_is_read(name: str) -> None:
         assert key in read, f"model.{key} of {name} is read by no code"
 
 
-@pytest.mark.parametrize("cls", [*SECTIONS.values(), *(MODELS.get(n).Config for n in MODELS.names())], ids=lambda c: c.__name__)
+@pytest.mark.parametrize(
+    "cls", [*SECTIONS.values(), *(MODELS.get(n).Config for n in MODELS.names())], ids=lambda c: c.__name__
+)
 def test_every_key_has_help(cls: type[Settings]) -> None:
     for key, info in cls.model_fields.items():
         assert info.description and len(info.description) > 10, f"{cls.__name__}.{key} has no documentation"

@@ -126,7 +126,7 @@ def test_flags_win_over_file_and_presets_win_over_defaults(tmp_path: Path) -> No
 @pytest.mark.parametrize("suffix", ["toml", "yaml", "json"])
 def test_one_recipe_in_three_formats(tmp_path: Path, suffix: str) -> None:
     text = {
-        "toml": '[train]\nmax_steps = 4\n[optim]\nlearning_rate = 3e-4\n[model]\nd_model = 64\n',
+        "toml": "[train]\nmax_steps = 4\n[optim]\nlearning_rate = 3e-4\n[model]\nd_model = 64\n",
         "yaml": "train:\n  max_steps: 4\noptim:\n  learning_rate: 3e-4\nmodel:\n  d_model: 64\n",
         "json": json.dumps({"train": {"max_steps": 4}, "optim": {"learning_rate": 3e-4}, "model": {"d_model": 64}}),
     }[suffix]
@@ -177,12 +177,16 @@ def test_every_built_in_recipe_works(name: str, tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "runs" / name / "metrics.jsonl").is_file()
 
 
-def test_check_says_where_each_value_comes_from(text_file: Path, in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_says_where_each_value_comes_from(
+    text_file: Path, in_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from tests.conftest import TINY
 
     found = check(Request(str(text_file), {**TINY, "max_steps": "3"}))
     out = capsys.readouterr().out
-    assert "train.max_steps = 3    (flag)" in out and "optim.weight_decay = 0.1    (default)" in out and "It works" in out
+    assert (
+        "train.max_steps = 3    (flag)" in out and "optim.weight_decay = 0.1    (default)" in out and "It works" in out
+    )
     assert found["loss"] > 0 and found["max_steps"] == 3 and not (in_folder / "runs").exists()
 
 
@@ -200,9 +204,12 @@ def test_flags_are_parsed() -> None:
         parse_flags(["--a", "1", "--a", "2"])
 
 
-values = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=12), st.lists(st.integers(), max_size=3))
+values = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=12), st.lists(st.integers(), max_size=3)
+)
 words = st.one_of(
-    st.sampled_from([n for s, c in SECTIONS.items() for k in c.model_fields for n in (k, f"{s}.{k}")]), st.text(max_size=20)
+    st.sampled_from([n for s, c in SECTIONS.items() for k in c.model_fields for n in (k, f"{s}.{k}")]),
+    st.text(max_size=20),
 )
 
 

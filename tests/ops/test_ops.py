@@ -74,7 +74,9 @@ def test_attention_over_whole_rows(length: int, groups: int) -> None:
     both(lambda *x: causal_attention(*x, segments=segments), attention_reference, [q, k, v])
 
 
-@pytest.mark.parametrize("documents", [[[0] * 150 + [1] * 50, [0] * 200], [[0] * 7 + [1] * 90 + [2] * 90 + [-1] * 13, [-1] * 200]])
+@pytest.mark.parametrize(
+    "documents", [[[0] * 150 + [1] * 50, [0] * 200], [[0] * 7 + [1] * 90 + [2] * 90 + [-1] * 13, [-1] * 200]]
+)
 def test_attention_over_documents(documents: list[list[int]]) -> None:
     torch.manual_seed(0)
     doc_ids = torch.tensor(documents)

@@ -20,7 +20,9 @@ _made: dict[str, Tokenizer] = {}
 
 def tokenizer(kind: str) -> Tokenizer:
     if kind not in _made:
-        _made[kind] = Tokenizer.load("byte") if kind == "byte" else Tokenizer.train(kind, iter([make_text(300) + "é½"]), 320)
+        _made[kind] = (
+            Tokenizer.load("byte") if kind == "byte" else Tokenizer.train(kind, iter([make_text(300) + "é½"]), 320)
+        )
     return _made[kind]
 
 

@@ -22,7 +22,16 @@ HARD = {"dropout": 0.1, "gradient_accumulation_steps": 3, "max_steps": 20, "save
 
 
 def run_line(text: Path, folder: Path, **keys: object) -> list[str]:
-    return [sys.executable, "-m", "treadle", "train", str(text), "--output_dir", str(folder), *flags(**{**HARD, **keys})]
+    return [
+        sys.executable,
+        "-m",
+        "treadle",
+        "train",
+        str(text),
+        "--output_dir",
+        str(folder),
+        *flags(**{**HARD, **keys}),
+    ]
 
 
 def start(line: list[str], **environment: str) -> subprocess.Popen[str]:
@@ -77,7 +86,7 @@ def test_killed_at_any_moment_it_continues_bit_for_bit(text_file: Path, tmp_path
         process.send_signal(signal.SIGKILL)
         process.wait()
     out = finish(line)
-    assert "Loading checkpoint: " in out and "Resumed from step " in out or "is finished" in out
+    assert ("Loading checkpoint: " in out and "Resumed from step " in out) or "is finished" in out
     same_end(tmp_path / "whole", tmp_path / "killed")
 
 
@@ -133,4 +142,6 @@ def test_a_second_process_is_refused_with_73(text_file: Path, tmp_path: Path) ->
     assert second.returncode == 73 and f"process {process.pid}" in second.stderr
     process.kill()
     process.wait()
-    assert treadle("train", text_file, "--output_dir", tmp_path / "run", *flags(**{**HARD, "max_steps": 1})).returncode in (0, 2)
+    assert treadle(
+        "train", text_file, "--output_dir", tmp_path / "run", *flags(**{**HARD, "max_steps": 1})
+    ).returncode in (0, 2)

@@ -42,7 +42,7 @@ def stream_tensors(tensors: dict[str, Tensor], metadata: dict[str, str] | None =
     for name in sorted(tensors):
         if tensors[name].numel():
             flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-            yield memoryview(flat.view(torch.uint8).numpy())
+            yield flat.view(torch.uint8).numpy().data
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -57,7 +57,7 @@ class Batch:
         rows, length = input_ids.shape
         if documents is None:
             positions = torch.arange(length).expand(rows, length)
-            segments = tuple((length,) for _ in range(rows))
+            segments: tuple[tuple[int, ...], ...] = tuple((length,) for _ in range(rows))
         else:
             segments = tuple(_runs(row) for row in documents.tolist())
             positions = _positions(documents)
@@ -89,7 +89,7 @@ class Batch:
 
     def _count(self) -> dict[str, int]:
         """How many of each unit there are; on the host, once, when the batch is made."""
-        rows, length = self.input_ids.shape
+        _rows, _length = self.input_ids.shape
         scored = 0 if self.labels is None else int((self.labels != IGNORE).sum())
         runs = [run for row in self.segments or () for run in row if run > 0]
         real_rows = sum(any(run > 0 for run in row) for row in self.segments or ())
@@ -113,9 +113,7 @@ class Batch:
         return self._each(lambda t: t.pin_memory())
 
     def _each(self, change: Any) -> Batch:
-        moved = {
-            f.name: change(value) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
-        }
+        moved = {f.name: change(value) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
         return replace(self, **moved, extras={name: change(t) for name, t in self.extras.items()})
 
     def rows(self, start: int, stop: int) -> Batch:
@@ -169,7 +167,8 @@ def collate(rows: Sequence[Row | None], row_length: int) -> Batch:
             at += length
         runs = tuple(row.length.tolist()) if row else ()
         segments.append((*runs, at - row_length) if at < row_length else runs)
-    batch = Batch(*(torch.from_numpy(a) for a in (ids, labels, positions, documents)), segments=tuple(segments))
+    tensors = [torch.from_numpy(array) for array in (ids, labels, positions, documents)]
+    batch = Batch(tensors[0], tensors[1], tensors[2], tensors[3], segments=tuple(segments))
     batch.counts = batch._count()
     return batch
 

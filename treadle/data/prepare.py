@@ -323,10 +323,14 @@ def _finish(folder: Path, records: list[PieceRecord], tokenizer: Tokenizer, spli
     """Writes each split's dataset.json, statistics included; the train split's last, since it marks completion."""
     for name in reversed(SPLITS):
         shards = [r.shards[name] for r in records]
-        lengths = np.concatenate([np.fromfile(folder / name / s["file"].replace(".bin", ".idx"), "<i8") for s in shards])
+        lengths = np.concatenate(
+            [np.fromfile(folder / name / s["file"].replace(".bin", ".idx"), "<i8") for s in shards]
+        )
         if name == "train" and len(lengths) == 0:
             first = next((place for r in records for place in r.ledger), None)
-            reason = f"the first problem: {first}" if first else "every document is empty or shorter than data.min_length"
+            reason = (
+                f"the first problem: {first}" if first else "every document is empty or shorter than data.min_length"
+            )
             raise (DataError if first else InputError)(f"no text is left to train on; {reason}")
         digest = hashlib.sha256(json.dumps([s["sha256"] for s in shards], sort_keys=True).encode())
         statistics = {

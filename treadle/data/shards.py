@@ -1,8 +1,8 @@
 """Prepared tokens on disk: one folder a split, one shard a piece of the source.
 
-    shard-00000.bin    ids, little-endian uint16 or uint32
-    shard-00000.idx    int64 numbers of ids of each document
-    dataset.json       counts, checksums, tokenizer and statistics; written last
+shard-00000.bin    ids, little-endian uint16 or uint32
+shard-00000.idx    int64 numbers of ids of each document
+dataset.json       counts, checksums, tokenizer and statistics; written last
 """
 
 from __future__ import annotations

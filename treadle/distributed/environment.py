@@ -11,4 +11,6 @@ def refuse_many() -> None:
     """ConfigError when a launcher started several processes."""
     world = int(os.environ.get("WORLD_SIZE") or 1)
     if world > 1:
-        raise ConfigError(f"{world} processes were started, and this version trains in one; start `treadle train` alone")
+        raise ConfigError(
+            f"{world} processes were started, and this version trains in one; start `treadle train` alone"
+        )

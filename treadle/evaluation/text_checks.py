@@ -18,16 +18,24 @@ def utf8_validity(data: bytes) -> float:
     """Share of bytes that belong to valid UTF-8; a character cut at the very end is not counted against it."""
     if not data:
         return 1.0
-    for cut in range(min(3, len(data) - 1) + 1):
-        tail = data[len(data) - cut :]
-        if cut == 0 or tail[0] >= 0xC2:  # the start of a longer character that the end cuts off
-            try:
-                data[: len(data) - cut].decode("utf-8")
-                return 1.0
-            except UnicodeDecodeError:
-                continue
+    for cut in range(min(4, len(data) + 1)):
+        whole, tail = data[: len(data) - cut], data[len(data) - cut :]
+        if cut and not _starts_a_character(tail):
+            continue
+        try:
+            whole.decode("utf-8")
+            return 1.0
+        except UnicodeDecodeError:
+            continue
     bad = sum(0xDC80 <= ord(c) <= 0xDCFF for c in data.decode("utf-8", "surrogateescape"))
     return 1 - bad / len(data)
+
+
+def _starts_a_character(tail: bytes) -> bool:
+    """A lead byte with fewer continuation bytes than it asks for."""
+    lead = tail[0]
+    wanted = 2 if 0xC2 <= lead < 0xE0 else 3 if 0xE0 <= lead < 0xF0 else 4 if 0xF0 <= lead <= 0xF4 else 0
+    return len(tail) < wanted and all(0x80 <= byte <= 0xBF for byte in tail[1:])
 
 
 def distinct(text: str, n: int) -> float:
@@ -44,7 +52,9 @@ def sample_texts(
     found, validity, texts = [], [], []
     for number, prompt in enumerate(prompts):
         ids = tokenizer.encode(prompt).tolist() or [tokenizer.start_id]
-        out = model.generate(ids, tokens, eos_id=tokenizer.eos_id, seed=seed + number, **sampling)[0, len(ids) :].tolist()
+        out = model.generate(ids, tokens, eos_id=tokenizer.eos_id, seed=seed + number, **sampling)[
+            0, len(ids) :
+        ].tolist()
         validity.append(utf8_validity(raw_bytes(tokenizer, out)))
         texts.append(tokenizer.decode(out))
         found.append({"prompt": prompt, "text": texts[-1]})

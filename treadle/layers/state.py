@@ -17,7 +17,9 @@ class LayerState:
     """Base of a layer's memory: dataclass fields that are tensors have the rows as their first dimension."""
 
     def _each(self, change: Any) -> Any:
-        return replace(self, **{f.name: change(v) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)})
+        return replace(
+            self, **{f.name: change(v) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        )
 
     def select(self, rows: Tensor) -> Any:
         return self._each(lambda t: t.index_select(0, rows))

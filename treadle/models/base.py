@@ -124,7 +124,7 @@ class Model(nn.Module):
     def initial(self, name: str, parameter: Tensor) -> float | str:
         """How a parameter starts: "zeros", "ones", or the standard deviation of a normal distribution."""
 
-    def tie(self) -> None:  # noqa: B027 - most models share nothing
+    def tie(self) -> None:
         """Restores shared parameters after materialising from the meta device."""
 
     def parameter_rules(self) -> dict[str, ParameterRule]:
@@ -225,7 +225,9 @@ class Model(nn.Module):
         write_tensors(folder / WEIGHTS_FILE, self.named_weights(), {"format": "pt"})
 
 
-def build(arch: str = "transformer", preset: str | None = None, seed: int = 0, device: Any = "cpu", **keys: Any) -> Model:
+def build(
+    arch: str = "transformer", preset: str | None = None, seed: int = 0, device: Any = "cpu", **keys: Any
+) -> Model:
     """A randomly initialised model: `build("transformer", hidden_size=256)`. ConfigError for bad names or values."""
     cls = MODELS.get(arch)
     return build_from(cls, cls.Config.with_preset(preset, **keys), seed, device)

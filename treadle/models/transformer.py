@@ -185,7 +185,9 @@ class Transformer(Backbone):
     def context(self, batch: Batch, state: State | None) -> Context:
         context = super().context(batch, state)
         if self.positions is None:
-            context.rotary = rotation(self._position_ids(batch, context), self.config.width_of_head, self.config.rope_theta)
+            context.rotary = rotation(
+                self._position_ids(batch, context), self.config.width_of_head, self.config.rope_theta
+            )
         return context
 
     def _position_ids(self, batch: Batch, context: Context) -> Tensor:

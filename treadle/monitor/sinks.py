@@ -186,4 +186,4 @@ class WandbSink(Sink):
         self._write("eval", row)
 
     def close(self) -> None:
-        self.run.finish(quiet=True)
+        self.run.finish()

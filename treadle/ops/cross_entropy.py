@@ -55,7 +55,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         grad_hidden, grad_weight = ctx.saved_tensors
-        return (grad_hidden * grad).to(ctx.hidden_dtype), (grad_weight * grad).to(ctx.weight_dtype), None, None, None, None
+        return (
+            (grad_hidden * grad).to(ctx.hidden_dtype),
+            (grad_weight * grad).to(ctx.weight_dtype),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

@@ -22,7 +22,9 @@ def keep_freed_memory() -> bool:
     try:
         libc = ctypes.CDLL("libc.so.6")
         return bool(
-            libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1) and libc.mallopt(M_TOP_PAD, 64 << 20)
+            libc.mallopt(M_MMAP_MAX, 0)
+            and libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+            and libc.mallopt(M_TOP_PAD, 64 << 20)
         )
     except (OSError, AttributeError):
         return False

@@ -93,7 +93,7 @@ class Optimizers:
             parameter.grad = None
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """"parameter|key" -> tensor, for a checkpoint; keyed by name so that group order can never mix moments up."""
+        """ "parameter|key" -> tensor, for a checkpoint; keyed by name so that group order can never mix moments up."""
         tensors: dict[str, Tensor] = {}
         for optimizer in self.inner:
             for group in optimizer.param_groups:
@@ -120,7 +120,9 @@ class Optimizers:
             state = found.get(name, {})
             for key, tensor in state.items():
                 if tensor.dim() and tensor.shape != parameter.shape:
-                    raise ShapeError(f"optimiser state {name}|{key} is {list(tensor.shape)}, not {list(parameter.shape)}")
+                    raise ShapeError(
+                        f"optimiser state {name}|{key} is {list(tensor.shape)}, not {list(parameter.shape)}"
+                    )
             if state:
                 # Fused AdamW keeps its step count on the parameter's device, as fp32.
                 optimizer.state[parameter] = {k: t.to(parameter.device) for k, t in state.items()}

@@ -23,7 +23,7 @@ def _boolean_precision(name: str) -> Callable[[Any], dict[str, Any]]:
 
 
 def _every_n(value: Any) -> Any:
-    """"every_3" is 3."""
+    """ "every_3" is 3."""
     match = re.fullmatch(r"every[_-](\d+)", value) if isinstance(value, str) else None
     return int(match[1]) if match else value
 

@@ -80,7 +80,9 @@ class Trainer:
         self.checkpoints = Path(self.recipe.checkpoint.checkpoint_dir or self.folder / "checkpoints")
         self.log_folder = Path(self.recipe.log.log_dir or self.folder)
         if not resume and (steps_in(self.checkpoints) or (self.folder / "metrics.jsonl").exists()):
-            raise ConfigError(f"{self.folder} already holds a run; continue it with resume=True or use another output_dir")
+            raise ConfigError(
+                f"{self.folder} already holds a run; continue it with resume=True or use another output_dir"
+            )
         self.plan = resolve.schedule(self.recipe, dataset)
         self.precision = resolve.resolve_precision(self.recipe, self.model, self.console)
         # What was resolved is what the run's config.toml says, and what a resumed run keeps.
@@ -413,7 +415,9 @@ class Trainer:
         write_atomically(self.folder / "config.toml", self.recipe.to_toml())
         records.write_json(self.folder / "environment.json", records.environment())
         started = "resumed" if self.state.step else "started"
-        records.write_event(self.folder, started, step=self.state.step, precision=self.precision, plan=asdict(self.plan))
+        records.write_event(
+            self.folder, started, step=self.state.step, precision=self.precision, plan=asdict(self.plan)
+        )
 
     def summary(self, status: str) -> dict[str, Any]:
         """Writes and returns summary.json."""
@@ -459,7 +463,9 @@ class _Window:
 
     def add(self, result: StepResult, scored_bytes: int) -> None:
         for name, value in result.losses.items():
-            self.sums[name] = self.sums.get(name, torch.zeros((), dtype=torch.float64)).to(value.device) + value.double()
+            self.sums[name] = (
+                self.sums.get(name, torch.zeros((), dtype=torch.float64)).to(value.device) + value.double()
+            )
         main = next(iter(result.losses.values()))
         self.nats = self.nats.to(main.device) + main.double() * result.counts["labels"]
         self.added += 1
