@@ -55,3 +55,17 @@ def print_options(verb: str, arguments: list[str]) -> None:
     from treadle.models.catalogue import MODELS
 
     print("\n".join(section_lines("model", MODELS.get(arch).Config)))
+
+
+def write_options() -> None:
+    """Prints docs/options.md: every key of every section and every architecture."""
+    from treadle.models.catalogue import MODELS
+
+    sections = {**SECTIONS, **{f"model ({name})": MODELS.get(name).Config for name in MODELS.names()}}
+    print("# Every option\n\nWritten by `python -m treadle.help`. A key works as a flag, with or without its section.\n")
+    for name, cls in sections.items():
+        print("```text\n" + "\n".join(section_lines(name, cls)) + "\n```\n")
+
+
+if __name__ == "__main__":
+    write_options()

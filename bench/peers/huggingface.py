@@ -1,0 +1,53 @@
+"""Hugging Face's Trainer with its own GPT-2, as its documentation shows; fp32, or bf16 by its own flag."""
+
+from __future__ import annotations
+
+import tempfile
+
+from bench import hook
+from bench.task import Task, arguments
+
+
+def main() -> None:
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+
+    given, task = arguments("Hugging Face Trainer"), Task()
+    config = GPT2Config(
+        vocab_size=task.vocabulary, n_positions=task.length, n_embd=task.width, n_layer=task.layers, n_head=task.heads,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=254, eos_token_id=255,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config)
+    data = task.data()
+
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return task.rows * given.steps
+
+        def __getitem__(self, index: int) -> dict:
+            row = torch.from_numpy(task.batch(data, index // task.rows)[index % task.rows, : task.length])
+            return {"input_ids": row, "labels": row}
+
+    class Logged(Trainer):
+        losses: list[float] = []  # noqa: RUF012 - one trainer a process
+
+        def log(self, logs: dict, *rest: object, **named: object) -> None:
+            if "loss" in logs:
+                self.losses.append(float(logs["loss"]))
+
+    with tempfile.TemporaryDirectory() as folder:
+        settings = TrainingArguments(
+            output_dir=folder, max_steps=given.steps, per_device_train_batch_size=task.rows, logging_steps=1,
+            learning_rate=task.learning_rate, weight_decay=task.weight_decay, adam_beta2=0.95, save_strategy="no",
+            report_to=[], use_cpu=True, bf16=given.precision == "bf16", disable_tqdm=True, lr_scheduler_type="constant",
+            dataloader_num_workers=0, max_grad_norm=1.0,
+        )  # fmt: skip
+        hook.watch(given.log, name="huggingface", parameters=model.num_parameters(), precision=given.precision,
+                   tokens_per_step=task.tokens_per_step)  # fmt: skip
+        trainer = Logged(model=model, args=settings, train_dataset=Rows())
+        trainer.train()
+    hook.describe(given.log, losses=Logged.losses)
+
+
+if __name__ == "__main__":
+    main()

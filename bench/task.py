@@ -1,0 +1,53 @@
+"""What all contestants train: one GPT-2 shape, one text, the same tokens per step."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from treadle.data.sources import open_source
+
+
+@dataclass(frozen=True)
+class Task:
+    """10.8M parameters at the default shape, bytes as symbols, 4096 tokens a step, AdamW."""
+
+    width: int = 384
+    layers: int = 6
+    heads: int = 6
+    vocabulary: int = 256
+    length: int = 256
+    rows: int = 16
+    steps: int = 12
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.1
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.rows * self.length
+
+    def data(self) -> np.ndarray:
+        """The bundled text as bytes, uint8 [N]."""
+        source = open_source("austen")
+        text = "".join(str(d) for piece in source.pieces() for d in source.read(piece))
+        return np.frombuffer(text.encode(), dtype=np.uint8)
+
+    def batch(self, data: np.ndarray, step: int) -> np.ndarray:
+        """Rows of length + 1 symbols at random places, int64 [rows, length + 1]."""
+        starts = np.random.default_rng(step).integers(0, len(data) - self.length - 1, self.rows)
+        return np.stack([data[s : s + self.length + 1] for s in starts]).astype(np.int64)
+
+
+def arguments(description: str) -> argparse.Namespace:
+    """The options every contestant takes."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--steps", type=int, default=Task.steps)
+    parser.add_argument("--log", type=Path, required=True, help="where the hook writes a line a step")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="fp32")
+    given = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    return given
