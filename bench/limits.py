@@ -11,7 +11,12 @@ from bench.task import Task
 
 def gemm_gflops(task: Task, dtype: torch.dtype, seconds: float = 0.5) -> float:
     """GFLOP/s over the products of one block's forward pass, weighted as they occur."""
-    shapes = [(task.width, 3 * task.width), (task.width, task.width), (task.width, 4 * task.width), (4 * task.width, task.width)]
+    shapes = [
+        (task.width, 3 * task.width),
+        (task.width, task.width),
+        (task.width, 4 * task.width),
+        (4 * task.width, task.width),
+    ]
     pairs = [(torch.randn(task.tokens_per_step, k).to(dtype), torch.randn(k, n).to(dtype)) for k, n in shapes]
     flops = sum(2 * task.tokens_per_step * k * n for k, n in shapes)
     for left, right in pairs:

@@ -96,7 +96,9 @@ def report(
             pairs = [a / b for a, b in zip(speed[goal["numerator"]], speed[goal["denominator"]])]
             ratio = statistics.median(pairs)
             verdict = "reached" if ratio >= goal["at_least"] else "MISSED"
-            print(f"{goal['name']}: {ratio:.2f} ({min(pairs):.2f} to {max(pairs):.2f}), goal {goal['at_least']}: {verdict}")
+            print(
+                f"{goal['name']}: {ratio:.2f} ({min(pairs):.2f} to {max(pairs):.2f}), goal {goal['at_least']}: {verdict}"
+            )
             goals.append({**goal, "ratio": ratio, "pairs": pairs})
     if write:
         import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -302,3 +303,8 @@ def main() -> None:
     except BrokenPipeError:  # the reader of a pipe left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as problem:
+        full = problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        hint = "free some space or write elsewhere with --output_dir" if full else "check the path and its permissions"
+        print(f"error: {problem}; {hint}, then run the same command again", file=sys.stderr)
+        sys.exit(74 if full else 2)

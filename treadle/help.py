@@ -62,7 +62,9 @@ def write_options() -> None:
     from treadle.models.catalogue import MODELS
 
     sections = {**SECTIONS, **{f"model ({name})": MODELS.get(name).Config for name in MODELS.names()}}
-    print("# Every option\n\nWritten by `python -m treadle.help`. A key works as a flag, with or without its section.\n")
+    print(
+        "# Every option\n\nWritten by `python -m treadle.help`. A key works as a flag, with or without its section.\n"
+    )
     for name, cls in sections.items():
         print("```text\n" + "\n".join(section_lines(name, cls)) + "\n```\n")
 

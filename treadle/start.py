@@ -171,6 +171,7 @@ def make_trainer(request: Request, recipe: Recipe, console: Console) -> Trainer:
         _new_segment(trainer, checkpoint)
     else:
         checkpoint = newest_valid(trainer.checkpoints, console.warn)
+    recipe.checkpoint.resume_from_checkpoint = None  # said once; the stored configuration goes on from the newest
     if checkpoint is not None:
         console.say(f"Loading checkpoint: {checkpoint.folder}")
         snapshot.restore(trainer, checkpoint)
@@ -218,9 +219,15 @@ def train(request: Request, console: Console | None = None) -> dict[str, Any]:
         recipe = configure(request, folder)
         trainer = make_trainer(request, recipe, console)
         trainer.adopt_lock(lock)
-        if trainer.state.step >= trainer.plan.max_steps:
-            console.say(f"{folder} is finished: {trainer.state.step} of {trainer.plan.max_steps} steps are done. "
-                        f"To go on: --max_steps {trainer.plan.max_steps * 2}")  # fmt: skip
+        if trainer.finished:
+            early = trainer.state.ended
+            on = (
+                "--early_stopping_patience none --target_loss none"
+                if early
+                else f"--max_steps {trainer.plan.max_steps * 2}"
+            )
+            done = f"{trainer.state.step} of {trainer.plan.max_steps} steps are done" + (f" ({early})" if early else "")
+            console.say(f"{folder} is finished: {done}. To go on: {on}")
             return trainer.summary("finished")
         summary = trainer.train()
     console.say(f"Finished at step {summary['step']}: {folder}")

@@ -151,6 +151,27 @@ def test_an_explicit_resume_from_an_older_step_keeps_everything(run: Path, tmp_p
     assert steps == list(range(1, 13))
 
 
+def test_an_explicit_resume_is_not_repeated_by_the_stored_configuration(run: Path) -> None:
+    assert "resume_from_checkpoint" not in (run / "runs" / "r" / "config.toml").read_text()
+
+
+def test_an_architecture_of_ones_own(tmp_path: Path, text_file: Path) -> None:
+    """--model.arch file.py:Class trains, resumes and generates like a built-in one."""
+    (tmp_path / "mine.py").write_text(
+        "from treadle.models.transformer import Transformer\n\n\nclass Mine(Transformer):\n    arch = 'mine'\n"
+    )
+    line = ["train", text_file, "--run_name", "m", "--model.arch", "mine.py:Mine"]
+    ok(*line, *flags(max_steps=2), cwd=tmp_path)
+    assert "Resumed from step 2" in ok(*line, *flags(max_steps=3), cwd=tmp_path)
+    ok("generate", "runs/m", "--max-tokens", 3, cwd=tmp_path)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, text_file: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    out = treadle("train", text_file, "--output_dir", tmp_path / "file" / "run", *flags(max_steps=1))
+    assert out.returncode == 2 and "Traceback" not in out.stderr and "check the path" in out.stderr
+
+
 def test_several_processes_are_refused(text_file: Path, tmp_path: Path) -> None:
     out = treadle("train", text_file, "--output_dir", tmp_path / "r", *flags(max_steps=1), WORLD_SIZE="2")
     assert out.returncode == 2 and "2 processes" in out.stderr

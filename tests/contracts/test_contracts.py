@@ -1,4 +1,5 @@
-"""The contracts of DESIGN section 3, over every registered model. (8, bit-equal resume, is in test_resume.py.)"""
+"""The contracts of DESIGN section 3, over every registered model. (8 runs here in one process, and with kill -9 in
+tests/training/test_resume.py; 7 comes with several processes.)"""
 
 from __future__ import annotations
 
@@ -161,6 +162,38 @@ def test_06_meta_initialisation_is_direct_initialisation(case: tuple[str, int]) 
         assert torch.equal(a, b) and torch.equal(a, c), n
         differ = differ or not torch.equal(a, d)
     assert differ
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_08_resume_is_bit_equal(case: tuple[str, int], optimizer: str, tmp_path: Path) -> None:
+    """Six steps in one go, and three and three over a checkpoint, with packing and accumulation: equal bits."""
+    import json
+
+    import treadle
+    from treadle.checkpoint.layout import checkpoint_name
+    from treadle.data.dataset import Dataset
+
+    path = tmp_path / "d.jsonl"
+    path.write_text("\n".join(json.dumps({"text": make_text(1 + n % 4, seed=n)}) for n in range(40)))
+    data = Dataset.load(str(path), "byte", 48, packing="best_fit")
+
+    def trainer(folder: str, steps: int, resume: bool = False) -> treadle.Trainer:
+        config = treadle.TrainConfig(
+            **{"output_dir": str(tmp_path / folder), "max_steps": steps, "batch_size": 2, "optim.name": optimizer,
+               "gradient_accumulation_steps": 3, "report_to": ["jsonl"], "lr_scheduler_type": "constant"}
+        )  # fmt: skip
+        return treadle.Trainer(make(*case, vocab_size=256), data, config=config, resume=resume)
+
+    whole = trainer("whole", 6)
+    whole.train()
+    trainer("parts", 3).train()
+    rest = trainer("parts", 6, resume=True)
+    rest.load_checkpoint(tmp_path / "parts" / "checkpoints" / checkpoint_name(3))
+    rest.train()
+    for (name, a), (_, b) in zip(whole.model.named_parameters(), rest.model.named_parameters()):
+        assert torch.equal(a, b), name
+    ours, theirs = whole.optimizers.state_tensors(), rest.optimizers.state_tensors()
+    assert ours.keys() == theirs.keys() and all(torch.equal(t, theirs[k]) for k, t in ours.items())
 
 
 def test_09_flops_agree_with_the_counter(model: Model) -> None:

@@ -53,7 +53,9 @@ def test_the_readmes_commands_run(in_folder: Path) -> None:
     seen = 0
     for _, *line in commands(ROOT / "README.md"):
         if line[0] == "train" and "--help" not in line:
-            skip = [i for f in ("--max_steps", "--hidden_size") if f in line for i in (line.index(f), line.index(f) + 1)]
+            skip = [
+                i for f in ("--max_steps", "--hidden_size") if f in line for i in (line.index(f), line.index(f) + 1)
+            ]
             line = [word for i, word in enumerate(line) if i not in skip]
             shape = SHORT if "--from" not in line else SHORT[6:-2]
             line += [*shape, "--max_steps", str(next(steps))]

@@ -266,12 +266,28 @@ def test_the_best_checkpoint_is_the_argmin_and_survives(tmp_path: Path, data: di
     ]
 
 
+def test_a_lost_best_mark_is_restored(tmp_path: Path, data: dict) -> None:
+    """Killed between the save and its mark: the next start knows the best step from the state."""
+    made = trainer(tmp_path, data, max_steps=4, eval_steps=4)
+    made.train()
+    (tmp_path / "checkpoints" / "best.json").unlink()
+    again = trainer(tmp_path, data, resume=True)
+    again.load_checkpoint(tmp_path / "checkpoints" / "step-00000004")
+    assert best_step(tmp_path / "checkpoints") == 4
+
+
 def test_early_stopping_and_target(tmp_path: Path, data: dict) -> None:
     losses = iter([3.0, 2.0, 2.0, 1.99, 1.0, 0.5])
     made = trainer(tmp_path / "a", data, eval_steps=1, early_stopping_patience=2, early_stopping_threshold=0.05)
     real = made.evaluator.evaluate
     made.evaluator.evaluate = lambda *a, **k: {**real(*a, **k), "loss": next(losses)}  # type: ignore[method-assign, dict-item]
     assert made.train()["step"] == 4
+    again = trainer(tmp_path / "a", data, resume=True, early_stopping_patience=2)
+    again.load_checkpoint(tmp_path / "a" / "checkpoints" / "step-00000004")
+    assert again.finished and again.train()["step"] == 4  # the same command does not go past it
+    on = trainer(tmp_path / "a", data, resume=True)
+    on.load_checkpoint(tmp_path / "a" / "checkpoints" / "step-00000004")
+    assert not on.finished and on.train()["step"] == 6
     assert trainer(tmp_path / "b", data, eval_steps=2, target_loss=100.0).train()["step"] == 2
 
 
@@ -331,6 +347,11 @@ def test_a_used_folder_is_refused_unless_resumed(tmp_path: Path, data: dict) -> 
     again = trainer(tmp_path, data, resume=True, max_steps=8)
     again.load_checkpoint(tmp_path / "checkpoints" / "step-00000006")
     assert again.train()["step"] == 8
+
+
+def test_a_loss_weight_for_no_loss_is_refused(tmp_path: Path, data: dict) -> None:
+    with pytest.raises(ConfigError, match="next_token"):
+        trainer(tmp_path, data, loss_weights={"next_tokn": 0.5}).train()
 
 
 def test_callbacks_and_pinned_checkpoints(tmp_path: Path, data: dict) -> None:

@@ -19,6 +19,7 @@ class RunState:
     best_metric: float | None = None
     best_step: int | None = None
     stale_evaluations: int = 0  # evaluations since the best one
+    ended: str = ""  # why training ended before its last step (early stopping), if it did
     best_loss: float | None = None  # of early stopping, which looks at the loss whatever picks the best checkpoint
     seconds: float = 0.0  # spent training, over all starts
     loss_scale: dict[str, Any] = field(default_factory=dict)  # of fp16

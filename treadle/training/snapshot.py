@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from treadle.checkpoint import retention, writer
+from treadle.checkpoint.layout import steps_in
 from treadle.checkpoint.reader import Checkpoint
 from treadle.monitor import records
 from treadle.training.run_state import RunState
@@ -53,10 +54,15 @@ def save(trainer: Trainer, best: bool) -> None:
     step = trainer.state.step
     writer.save(trainer.checkpoints, step, *_contents(trainer))
     if best:
-        metric = trainer.recipe.checkpoint.metric_for_best_model
-        retention.mark_best(trainer.checkpoints, step, {metric: trainer.state.best_metric})
+        _mark_best(trainer)
     retention.rotate(trainer.checkpoints, trainer.recipe.checkpoint.save_total_limit)
     records.write_event(trainer.folder, "saved", step=step, best=best)
+
+
+def _mark_best(trainer: Trainer) -> None:
+    assert trainer.state.best_step is not None
+    metric = trainer.recipe.checkpoint.metric_for_best_model
+    retention.mark_best(trainer.checkpoints, trainer.state.best_step, {metric: trainer.state.best_metric})
 
 
 def save_to(trainer: Trainer, path: Path) -> str:
@@ -77,3 +83,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     state.threads = trainer.state.threads
     trainer.state = state
     trainer.restore_window()
+    # A kill between a save and its mark, or a return to an older step, leaves a mark that is not this state's.
+    marked = retention.best_step(trainer.checkpoints)
+    if state.best_step != marked and state.best_step in steps_in(trainer.checkpoints):
+        _mark_best(trainer)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from treadle.checkpoint.layout import steps_in
 from treadle.checkpoint.lock import RunLock
@@ -21,8 +20,9 @@ from treadle.data.dataset import Dataset
 from treadle.data.loader import Loader, StepBatches
 from treadle.distributed.environment import refuse_many
 from treadle.errors import ConfigError, Diverged, SaveError, Stopped
-from treadle.evaluation.evaluator import LN2, LOWER_IS_BETTER, Evaluator
+from treadle.evaluation.evaluator import LOWER_IS_BETTER, Evaluator
 from treadle.models.base import Model
+from treadle.models.catalogue import MODELS
 from treadle.models.pretrained import pick_device
 from treadle.monitor import records
 from treadle.monitor.console import Console
@@ -32,12 +32,15 @@ from treadle.monitor.sinks import SINKS, Sink
 from treadle.objectives.base import Objective, Unit
 from treadle.objectives.next_token import NextToken
 from treadle.ops.memory import resident_bytes
+from treadle.ops.peak import peak_flops
+from treadle.registry import nearest
 from treadle.training import advice, resolve, snapshot
 from treadle.training.config import Recipe
 from treadle.training.optim import Optimizers
 from treadle.training.run_state import RunState
 from treadle.training.schedule import learning_rate
 from treadle.training.step import Stepper, StepResult
+from treadle.training.window import Window
 
 SAVE_ATTEMPTS = 3
 WAIT_STEPS, WAIT_SHARE, AUTO_WORKERS = 50, 0.1, 2  # num_workers = auto looks once, after this many steps
@@ -86,7 +89,9 @@ class Trainer:
         self.plan = resolve.schedule(self.recipe, dataset)
         self.precision = resolve.resolve_precision(self.recipe, self.model, self.console)
         # What was resolved is what the run's config.toml says, and what a resumed run keeps.
-        self.recipe.arch, self.recipe.model = model.arch, model.config.model_dump()
+        if MODELS.get(self.recipe.arch) is not type(model):
+            self.recipe.arch = model.arch
+        self.recipe.model = model.config.model_dump()
         self.recipe.train.precision = self.precision  # type: ignore[assignment]
         self.recipe.train.global_batch_size = self.plan.global_batch
         resolve.set_checkpointing(self.model, self.recipe.train.gradient_checkpointing)
@@ -105,7 +110,7 @@ class Trainer:
         self._byte_lengths = torch.as_tensor(self.tokenizer.byte_lengths, dtype=torch.int64)
         self._save_failures = 0
         self._saved_step = -1
-        self._window = _Window(self.state)
+        self._window = Window(self.state)
         self._lock: RunLock | None = None
 
     # ---- the loop ----
@@ -143,8 +148,9 @@ class Trainer:
     def _train(self) -> None:
         self.log_folder.mkdir(parents=True, exist_ok=True)
         self._write_start()
-        if self.state.step >= self.plan.max_steps:
+        if self.finished:
             return
+        self.state.ended = ""
         self.sinks = [
             SINKS.get(name)(self.log_folder, self.state.step, self.recipe.name, self.recipe.log.project,
                             self.recipe.tables())
@@ -163,12 +169,17 @@ class Trainer:
     def _mock_step(self) -> None:
         """One step that changes nothing: memory and shape errors come before the first real one."""
         try:
-            self.stepper.run(0, self.batches[0], 0.0, update=False)
+            result = self.stepper.run(0, self.batches[0], 0.0, update=False)
         except Exception as problem:
             if self.recipe.train.torch_compile and "dynamo" in f"{type(problem).__module__}{problem}".lower():
                 raise ConfigError(f"torch.compile does not work here ({type(problem).__name__}); leave out "
                                   "--torch_compile") from problem  # fmt: skip
             raise
+        unknown = sorted(set(self.recipe.train.loss_weights) - set(result.losses))
+        if unknown:
+            raise ConfigError(
+                f"loss_weights.{unknown[0]}: {nearest(unknown[0], list(result.losses))} (the parts of this model's loss)"
+            )
         self.optimizers.zero_grad()
 
     def _loop(self) -> None:
@@ -296,11 +307,18 @@ class Trainer:
         remaining = (self.plan.max_steps - state.step) * window.step_seconds / max(1, window.steps)
         if row["bpb"] is None:
             del row["bpb"]
+        peak = peak_flops(self.model.device)
+        if peak is not None:
+            row["mfu"] = self._step_flops() * window.steps / max(1e-9, window.step_seconds) / peak
         for sink in self.sinks:
             sink.train(row)
         self.console.row(row, self.plan.max_steps, remaining)
         self._tell("log", row)
         window.reset()
+
+    def _step_flops(self) -> float:
+        """Forward and backward (twice the forward) of one step, recomputation not counted (PaLM, appendix B)."""
+        return 3.0 * self.model.flops(self.dataset.seq_len) * self.plan.global_batch
 
     def _memory_gb(self) -> float:
         if self.model.device.type == "cuda":
@@ -355,13 +373,23 @@ class Trainer:
         else:
             state.stale_evaluations += 1
         if wanted.target_loss is not None and loss <= wanted.target_loss:
-            self.console.say(f"target_loss {wanted.target_loss} is reached; training ends")
-            return True
+            return self._end(f"target_loss {wanted.target_loss} is reached")
         patience = wanted.early_stopping_patience
         if patience is not None and state.stale_evaluations >= patience:
-            self.console.say(f"no better loss in {patience} evaluations; training ends")
-            return True
+            return self._end(f"no better loss in {patience} evaluations")
         return False
+
+    def _end(self, reason: str) -> bool:
+        self.state.ended = reason
+        self.console.say(f"{reason}; training ends")
+        return True
+
+    @property
+    def finished(self) -> bool:
+        """All steps are done, or training ended early and is still asked to end early."""
+        wanted = self.recipe.eval
+        still = wanted.early_stopping_patience is not None or wanted.target_loss is not None
+        return self.state.step >= self.plan.max_steps or bool(self.state.ended and still)
 
     def _sample(self) -> None:
         if self.recipe.eval.sample_tokens == 0 or not self.model.capabilities.decodes:
@@ -404,7 +432,7 @@ class Trainer:
         return self._window.to_json()
 
     def restore_window(self) -> None:
-        self._window = _Window(self.state)
+        self._window = Window(self.state)
 
     # ---- the run's own files ----
 
@@ -442,42 +470,3 @@ class Trainer:
         records.write_json(self.folder / "summary.json", table)
         self._tell("end", table)
         return table
-
-
-class _Window:
-    """Sums since the last log row. They go into the checkpoint, so that the first row after a resume is the row that an
-    uninterrupted run would have written. Sums stay on the device until a row is due."""
-
-    def __init__(self, state: RunState) -> None:
-        self.reset()
-        for name, value in state.window.get("sums", {}).items():
-            self.sums[name] = torch.tensor(value, dtype=torch.float64)
-        self.added, self.labels, self.bytes = (int(state.window.get(k, 0)) for k in ("added", "labels", "bytes"))
-        self.nats = torch.tensor(float(state.window.get("nats", 0.0)), dtype=torch.float64)
-
-    def reset(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.nats = torch.zeros((), dtype=torch.float64)
-        self.added = self.labels = self.bytes = self.steps = self.step_tokens = 0
-        self.step_seconds = 0.0
-
-    def add(self, result: StepResult, scored_bytes: int) -> None:
-        for name, value in result.losses.items():
-            self.sums[name] = (
-                self.sums.get(name, torch.zeros((), dtype=torch.float64)).to(value.device) + value.double()
-            )
-        main = next(iter(result.losses.values()))
-        self.nats = self.nats.to(main.device) + main.double() * result.counts["labels"]
-        self.added += 1
-        self.labels += result.counts["labels"]
-        self.bytes += scored_bytes
-
-    def means(self, main: str) -> dict[str, float]:
-        return {name: float(total) / max(1, self.added) for name, total in self.sums.items()}
-
-    def bits_per_byte(self) -> float | None:
-        return float(self.nats) / LN2 / self.bytes if self.bytes else None
-
-    def to_json(self) -> dict[str, Any]:
-        return {"sums": {name: float(v) for name, v in self.sums.items()}, "nats": float(self.nats), "added": self.added,
-                "labels": self.labels, "bytes": self.bytes}  # fmt: skip
