@@ -156,7 +156,7 @@ class Trainer:
                             self.recipe.tables())
             for name in self.recipe.log.report_to
         ]  # fmt: skip
-        if self.state.step and self.state.evaluated_step < self.state.step and self._due(self.plan.eval_steps):
+        if self.state.step > self.state.evaluated_step and self._evaluation_due():
             self._evaluate()  # the last start was stopped between this step and its evaluation
         order = self.dataset.order(self.recipe.run.seed, self.plan.end)
         self.batches = StepBatches(self.dataset, order, self.plan.global_batch, self.plan.accumulation)
@@ -221,10 +221,13 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return self.state.step % every == 0 or self.state.step == self.plan.max_steps
 
+    def _evaluation_due(self) -> bool:
+        return self.eval_dataset is not None and self.state.step > 0 and self._due(self.plan.eval_steps)
+
     def _look_around(self) -> bool:
         """Between steps: log, evaluate, save, obey. True when training ends here."""
         improved, ended = False, False
-        if self.eval_dataset is not None and self._due(self.plan.eval_steps):
+        if self._evaluation_due():
             improved, ended = self._evaluate()
         stopping = self.control.should_stop()
         if self._due(self.plan.save_steps) or improved or ended or stopping or self.control.save_requested:
