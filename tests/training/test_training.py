@@ -60,7 +60,7 @@ def test_schedules(kind: str) -> None:
     rates = [learning_rate(settings, step, 100) for step in range(100)]
     assert rates[0] == 0.1 and rates[9] == 1.0 and max(rates) == 1.0
     assert rates[-1] == pytest.approx(1.0 if kind == "constant" else 0.1)
-    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(rates))
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(rates[10:]))
     if kind == "wsd":
         assert rates[79] == 1.0 and rates[81] < 1.0
     halved = OptimSettings(**{**settings.model_dump(), "learning_rate": 0.5})
