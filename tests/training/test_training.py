@@ -442,3 +442,27 @@ def test_presets_say_the_truth() -> None:
         count = parameter_count(Transformer, TransformerConfig.with_preset(name))
         assert abs(count / size - 1) < 0.05, f"{name} has {count}"
     assert make_text(1)
+
+
+def test_an_evaluation_that_is_not_finite_is_never_the_best(tmp_path: Path, data: dict) -> None:
+    losses = iter([math.nan, 2.0, math.nan])
+    made = trainer(tmp_path, data, eval_steps=2, early_stopping_patience=5)
+    real = made.evaluator.evaluate
+    made.evaluator.evaluate = lambda *a, **k: {**real(*a, **k), "loss": next(losses)}  # type: ignore[method-assign, dict-item]
+    assert made.train()["best_step"] == 4 == best_step(tmp_path / "checkpoints")
+    assert made.state.best_loss == 2.0 and "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_alike(tmp_path: Path, data: dict) -> None:
+    """Compiled and eager losses agree; where no compiler works, the error says to leave the flag out."""
+    plain = trainer(tmp_path / "a", data, max_steps=3)
+    plain.train()
+    fast = trainer(tmp_path / "b", data, max_steps=3, torch_compile=True)
+    try:
+        fast.train()
+    except ConfigError as problem:
+        assert "--torch_compile" in str(problem)
+        pytest.skip(f"no compiler works here: {problem}")
+    for a, b in zip(plain.model.parameters(), fast.model.parameters()):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-2)

@@ -40,4 +40,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [B, H, T, E] turned by its positions' angles."""
+    if torch.compiler.is_compiling():  # a compiler fuses the plain form, and cannot follow writes into slices
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
     return _Rotate.apply(x, cos, sin)  # type: ignore[no-untyped-call]

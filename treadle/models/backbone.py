@@ -40,7 +40,10 @@ class Backbone(Model):
 
     def context(self, batch: Batch, state: State | None) -> Context:
         """What the blocks of this pass share."""
-        context = Context(batch.doc_ids, batch.segments)
+        context = Context()
+        if not batch.whole_rows:  # whole rows look alike at every step, which keeps compiled blocks from recompiling
+            compiled = self.layers[0]._compiled_call_impl is not None
+            context = Context(batch.doc_ids, None if compiled else batch.segments)
         if state is not None:
             context.places = state.places(*batch.shape, batch.doc_ids, batch.segments)
             context.used = state.used

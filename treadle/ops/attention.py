@@ -123,7 +123,7 @@ def causal_attention(
     whole = all(len(row) == 1 and row[0] > 0 for row in segments) if segments is not None else doc_ids is None
     if dropout > 0 or (segments is None and not whole):
         return attention_reference(q, k, v, None if whole else doc_ids, dropout)
-    if q.device.type == "cuda":
+    if q.device.type != "cpu" or torch.compiler.is_compiling():
         if whole:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         return attention_reference(q, k, v, doc_ids)

@@ -41,6 +41,6 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """x [..., D], weight [D] -> [..., D], in autocast's type where that is on (what reads it is a product)."""
-    if x.device.type == "cpu":
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
         return _RMSNorm.apply(x, weight, eps, compute_dtype(x))  # type: ignore[no-untyped-call]
     return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)

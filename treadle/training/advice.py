@@ -13,7 +13,7 @@ from treadle.training.config import Recipe
 from treadle.training.resolve import Schedule
 
 
-def _is_out_of_memory(problem: BaseException) -> bool:
+def is_out_of_memory(problem: BaseException) -> bool:
     if isinstance(problem, (MemoryError, torch.OutOfMemoryError)):
         return True
     text = str(problem).lower()
@@ -26,7 +26,7 @@ def on_out_of_memory(recipe: Recipe, plan: Schedule) -> Iterator[None]:
     try:
         yield
     except Exception as problem:
-        if not _is_out_of_memory(problem):
+        if not is_out_of_memory(problem):
             raise
         raise OutOfMemory(
             f"out of memory: at most {peak_resident_bytes() / 1e9:.2f} GB were in use of {machine_bytes() / 1e9:.2f} GB; "

@@ -19,7 +19,7 @@ from treadle.data.batch import IGNORE, Batch
 from treadle.data.dataset import Dataset
 from treadle.data.loader import Loader, StepBatches
 from treadle.distributed.environment import refuse_many
-from treadle.errors import ConfigError, Diverged, SaveError, Stopped
+from treadle.errors import ConfigError, Diverged, SaveError, Stopped, TreadleError
 from treadle.evaluation.evaluator import LOWER_IS_BETTER, Evaluator
 from treadle.models.base import Model
 from treadle.models.catalogue import MODELS
@@ -171,10 +171,14 @@ class Trainer:
         try:
             result = self.stepper.run(0, self.batches[0], 0.0, update=False)
         except Exception as problem:
-            if self.recipe.train.torch_compile and "dynamo" in f"{type(problem).__module__}{problem}".lower():
-                raise ConfigError(f"torch.compile does not work here ({type(problem).__name__}); leave out "
-                                  "--torch_compile") from problem  # fmt: skip
-            raise
+            if (
+                not self.recipe.train.torch_compile
+                or isinstance(problem, TreadleError)
+                or advice.is_out_of_memory(problem)
+            ):
+                raise
+            raise ConfigError(f"torch.compile does not work here ({type(problem).__name__}: {str(problem)[:200]}); leave "
+                              "out --torch_compile") from problem  # fmt: skip
         unknown = sorted(set(self.recipe.train.loss_weights) - set(result.losses))
         if unknown:
             raise ConfigError(
@@ -364,14 +368,16 @@ class Trainer:
         self._tell("evaluate", row)
         name = self.recipe.checkpoint.metric_for_best_model
         sign = 1 if LOWER_IS_BETTER[name] else -1
-        improved = state.best_metric is None or sign * metrics[name] < sign * state.best_metric
+        value = sign * metrics[name]
+        improved = math.isfinite(value) and (state.best_metric is None or value < sign * state.best_metric)
         if improved:
             state.best_metric, state.best_step = metrics[name], state.step
         return improved, self._early_stop(metrics["loss"])
 
     def _early_stop(self, loss: float) -> bool:
         state, wanted = self.state, self.recipe.eval
-        if state.best_loss is None or loss < state.best_loss - wanted.early_stopping_threshold:
+        bar = math.inf if state.best_loss is None else state.best_loss - wanted.early_stopping_threshold
+        if loss < bar:
             state.best_loss, state.stale_evaluations = loss, 0
         else:
             state.stale_evaluations += 1
