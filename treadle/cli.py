@@ -82,6 +82,18 @@ def check(ctx: typer.Context) -> None:
     run(request)
 
 
+@app.command()
+def ctl(
+    run: Annotated[str, typer.Argument(help="The folder of a run that is being trained.")],
+    words: Annotated[list[str], typer.Argument(help="stop, status, save, eval, help, or set KEY=VALUE.")],
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for the answer.")] = 60.0,
+) -> None:
+    """Say something to a running training, from any terminal that sees its folder."""
+    from treadle.monitor.control import send
+
+    typer.echo(send(Path(run), " ".join(words), timeout))
+
+
 @app.command("eval")
 def evaluate(
     runs: Annotated[list[str], typer.Argument(help="Runs: a folder, a checkpoint, `last`, RUN@best, RUN@STEP.")],

@@ -161,7 +161,9 @@ def make_trainer(request: Request, recipe: Recipe, console: Console) -> Trainer:
     splits = load_data(recipe, console, tokenizer)
     tokenizer = splits["train"].tokenizer
     model = build_model(recipe, tokenizer)
-    trainer = Trainer(model, splits["train"], splits.get("validation"), recipe, resume=True, console=console)
+    trainer = Trainer(
+        model, splits["train"], splits.get("validation"), recipe, resume=True, console=console, listen=not console.quiet
+    )
     console.say(f"{recipe.arch}: {count_label(model.parameter_count())} parameters, {trainer.plan.max_steps} steps of "
                 f"{trainer.plan.global_batch} rows x {recipe.data.seq_len}, {trainer.precision} on {model.device}")  # fmt: skip
     if recipe.checkpoint.resume_from_checkpoint is not None:

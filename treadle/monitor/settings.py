@@ -24,6 +24,22 @@ def _with(sink: Sink) -> Callable[[Any], dict[str, Any]]:
     return translate
 
 
+AlertEvent = Literal["start", "stopped", "finished", "step", "best", "anomaly", "discovery"]
+
+
+class AlertSettings(Settings):
+    """Who is told elsewhere; webhook addresses come from DISCORD_WEBHOOK_URL, SLACK_WEBHOOK_URL, TREADLE_WEBHOOK_URL."""
+
+    events: list[AlertEvent] = option(["start", "stopped", "finished", "step", "best", "anomaly", "discovery"])
+    """Which events are sent to the webhooks that the environment names (none named: nothing is sent)."""
+
+    alert_steps: int | None = option(None, ge=1)
+    """Send a message every so many steps; without it none."""
+
+    minimum_seconds: float = option(30.0, ge=0.0)
+    """At most one message of a kind in this time (start, stop and finish are always sent)."""
+
+
 class LogSettings(Settings):
     """What people see."""
 
@@ -38,6 +54,9 @@ class LogSettings(Settings):
 
     log_dir: str | None = option(None)
     """Where metrics, TensorBoard files and samples go; default the run folder."""
+
+    health: bool = option(False)
+    """Also log the size of each block's gradients and activations."""
 
     profile: str | None = option(None)
     """START:STEPS writes a trace of these steps to the run's trace.json."""

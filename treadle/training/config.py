@@ -14,7 +14,7 @@ from treadle.checkpoint.settings import CheckpointSettings
 from treadle.data.settings import DataSettings
 from treadle.errors import ConfigError
 from treadle.evaluation.settings import EvalSettings
-from treadle.monitor.settings import LogSettings
+from treadle.monitor.settings import AlertSettings, LogSettings
 from treadle.settings import Settings, dump_toml, option
 from treadle.text.settings import TokenizerSettings
 from treadle.training.settings import OptimSettings, TrainSettings
@@ -48,6 +48,7 @@ SECTIONS: dict[str, type[Settings]] = {
     "checkpoint": CheckpointSettings,
     "eval": EvalSettings,
     "log": LogSettings,
+    "alerts": AlertSettings,
 }
 
 
@@ -63,6 +64,7 @@ class Recipe:
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
     log: LogSettings = field(default_factory=LogSettings)
+    alerts: AlertSettings = field(default_factory=AlertSettings)
     arch: str = DEFAULT_ARCHITECTURE
     preset: str | None = None
     model: dict[str, Any] = field(default_factory=dict)

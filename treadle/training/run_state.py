@@ -22,6 +22,10 @@ class RunState:
     ended: str = ""  # why training ended before its last step (early stopping), if it did
     best_loss: float | None = None  # of early stopping, which looks at the loss whatever picks the best checkpoint
     seconds: float = 0.0  # spent training, over all starts
+    rollbacks: int = 0
+    data_offset: int = 0  # steps of data skipped by rollbacks: step s reads the rows of s + data_offset
+    settings: dict[str, Any] = field(default_factory=dict)  # keys set while it ran, by `set KEY=VALUE`
+    health: dict[str, Any] = field(default_factory=dict)
     loss_scale: dict[str, Any] = field(default_factory=dict)  # of fp16
     evaluated_step: int = 0  # the last step that was evaluated
     window: dict[str, Any] = field(default_factory=dict)  # sums since the last log row

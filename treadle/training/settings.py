@@ -62,6 +62,18 @@ class TrainSettings(Settings):
     nonfinite_limit: int = option(5, ge=1)
     """A step whose loss or gradient is not finite is skipped and counted; this many in a row stop the run."""
 
+    on_nonfinite: Literal["rollback", "stop"] = option("rollback")
+    """What that does: rollback (to the last good checkpoint, skipping the rows in between; the third time stops) or stop."""
+
+    on_spike: Literal["report", "skip", "rollback", "stop"] = option("report")
+    """What a loss spike does: report, skip the update, roll back as above, or stop."""
+
+    spike_sigmas: float = option(6.0, gt=0.0)
+    """A loss this many deviations above the mean of the last 128 steps is a spike (after warm-up)."""
+
+    step_timeout: float | None = option(None, gt=0.0)
+    """Seconds after which a step counts as hung: all stacks go to stacks.txt and the process exits with 75."""
+
     loss_weights: dict[str, float] = option({})
     """Weight of each part of the loss by name; parts that are not named keep their own."""
 

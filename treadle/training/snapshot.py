@@ -26,6 +26,7 @@ def _contents(trainer: Trainer) -> tuple[dict[str, dict[str, Tensor]], dict[str,
 
     state = trainer.state
     state.window = trainer.window_state()
+    state.health = trainer.health.to_json()
     if trainer.stepper.loss_scale is not None:
         state.loss_scale = asdict(trainer.stepper.loss_scale)
     config = trainer.recipe.to_toml()
@@ -82,7 +83,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
                              "results will differ in the last bits (OMP_NUM_THREADS sets them)")  # fmt: skip
     state.threads = trainer.state.threads
     trainer.state = state
-    trainer.restore_window()
+    trainer.restored()
     # A kill between a save and its mark, or a return to an older step, leaves a mark that is not this state's.
     marked = retention.best_step(trainer.checkpoints)
     if state.best_step != marked and state.best_step in steps_in(trainer.checkpoints):

@@ -7,7 +7,7 @@ depends on the batch alone and is known before the first forward pass.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -28,7 +28,8 @@ class StepResult:
     losses: dict[str, Tensor]  # by part, already divided
     counts: dict[str, int]
     grad_norm: float
-    skipped: bool
+    skipped: str  # why the update was left out: "" (it was not), "nonfinite" or "spike"
+    loss: float = math.nan  # the main part
     stats: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -73,8 +74,16 @@ class Stepper:
         self.device = unit.model.device
         self.loss_scale = LossScale() if precision == "fp16" else None
 
-    def run(self, step: int, micro_batches: Sequence[Batch], learning_rate: float, update: bool = True) -> StepResult:
-        """Step number `step`. A loss or gradient that is not finite leaves the weights as they were (skipped)."""
+    def run(
+        self,
+        step: int,
+        micro_batches: Sequence[Batch],
+        learning_rate: float,
+        update: bool = True,
+        veto: Callable[[float], bool] | None = None,
+    ) -> StepResult:
+        """Step number `step`. A loss or gradient that is not finite, or a loss that `veto` refuses, leaves the weights as
+        they were (skipped)."""
         counts = {unit: sum(b.counts[unit] for b in micro_batches) for unit in micro_batches[0].counts}
         self.optimizers.zero_grad()
         sums: dict[str, Tensor] = {}
@@ -91,8 +100,11 @@ class Stepper:
                 objective = objective + divided * (part.weight * self.loss_weights.get(name, 1.0))
             (objective * (self.loss_scale.scale if self.loss_scale else 1.0)).backward()
             stats.append(parts.stats)
-        norm, finite = self._finish(learning_rate, update, sums)
-        return StepResult(sums, counts, norm, not finite, merged_stats(stats))
+        loss = float(sums[self.unit.objective.main])
+        refused = veto is not None and veto(loss)
+        norm, finite = self._finish(learning_rate, update and not refused, sums)
+        skipped = "nonfinite" if not finite else "spike" if refused else ""
+        return StepResult(sums, counts, norm, skipped, loss, merged_stats(stats))
 
     def _finish(self, learning_rate: float, update: bool, sums: dict[str, Tensor]) -> tuple[float, bool]:
         gradients = [p.grad for _, p in self.optimizers.parameters if p.grad is not None]

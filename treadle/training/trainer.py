@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -19,26 +18,28 @@ from treadle.data.batch import IGNORE, Batch
 from treadle.data.dataset import Dataset
 from treadle.data.loader import Loader, StepBatches
 from treadle.distributed.environment import refuse_many
-from treadle.errors import ConfigError, Diverged, SaveError, Stopped, TreadleError
-from treadle.evaluation.evaluator import LOWER_IS_BETTER, Evaluator
+from treadle.errors import ConfigError, SaveError, Stopped, TreadleError
+from treadle.evaluation.evaluator import Evaluator
 from treadle.models.base import Model
 from treadle.models.catalogue import MODELS
 from treadle.models.pretrained import pick_device
 from treadle.monitor import records
+from treadle.monitor.alerts import Alerts
 from treadle.monitor.console import Console
 from treadle.monitor.control import Control
+from treadle.monitor.health import Health
 from treadle.monitor.profiler import Profiler
 from treadle.monitor.sinks import SINKS, Sink
+from treadle.monitor.watchdog import Watchdog
 from treadle.objectives.base import Objective, Unit
 from treadle.objectives.next_token import NextToken
-from treadle.ops.memory import resident_bytes
-from treadle.ops.peak import peak_flops
 from treadle.registry import nearest
-from treadle.training import advice, resolve, snapshot
+from treadle.training import advice, checkup, guard, progress, resolve, snapshot, steering
 from treadle.training.config import Recipe
+from treadle.training.inspection import Inspection
 from treadle.training.optim import Optimizers
 from treadle.training.run_state import RunState
-from treadle.training.schedule import learning_rate
+from treadle.training.schedule import learning_rate, warmup_steps
 from treadle.training.step import Stepper, StepResult
 from treadle.training.window import Window
 
@@ -67,6 +68,7 @@ class Trainer:
         *,
         resume: bool = False,
         console: Console | None = None,
+        listen: bool = False,
     ) -> None:
         refuse_many()
         self.recipe = config or Recipe()
@@ -105,12 +107,17 @@ class Trainer:
         self.evaluator = Evaluator(self.model, self.tokenizer, self.precision)
         self.state = RunState(threads=torch.get_num_threads(), data_fingerprint=dataset.fingerprint())
         self.sinks: list[Sink] = []
-        self.control = Control()
+        self.control = Control(self.folder, self.console.say, read_stdin=listen)
+        self.alerts = Alerts(self.recipe.alerts, self.recipe.name, self.console.warn)
+        self.health = Health(self.recipe.train.spike_sigmas)
+        self.watchdog = Watchdog(self.recipe.train.step_timeout, self.folder)
+        self.inspection = Inspection(self.model) if self.recipe.log.health else None
+        self.last_row: dict[str, Any] = {}
         self.profiler = Profiler(self.recipe.log.profile, self.log_folder)
         self._byte_lengths = torch.as_tensor(self.tokenizer.byte_lengths, dtype=torch.int64)
         self._save_failures = 0
-        self._saved_step = -1
-        self._window = Window(self.state)
+        self.saved_step = -1
+        self.window = Window(self.state)
         self._lock: RunLock | None = None
 
     # ---- the loop ----
@@ -119,11 +126,15 @@ class Trainer:
         """Runs to the last step and returns the summary. Raises Stopped after a signal, Diverged, SaveError."""
         self.open()
         try:
-            with self.control:
+            with self.control, self.watchdog:
                 self._train()
+            return self.summary("finished")
+        except TreadleError as problem:
+            if not isinstance(problem, Stopped):
+                self.alerts.send("stopped", f"stopped at step {self.state.step}: {type(problem).__name__}")
+            raise
         finally:
             self.close()
-        return self.summary("finished")
 
     def open(self) -> None:
         """Takes the run's lock and removes what an interrupted save left."""
@@ -141,6 +152,7 @@ class Trainer:
         for sink in self.sinks:
             sink.close()
         self.sinks = []
+        self.alerts.close()
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -151,20 +163,32 @@ class Trainer:
         if self.finished:
             return
         self.state.ended = ""
-        self.sinks = [
-            SINKS.get(name)(self.log_folder, self.state.step, self.recipe.name, self.recipe.log.project,
-                            self.recipe.tables())
-            for name in self.recipe.log.report_to
-        ]  # fmt: skip
+        self.open_sinks()
+        begun = "resumed" if self.state.step else "started"
+        self.alerts.send("start", f"{begun} at step {self.state.step} of {self.plan.max_steps}", step=self.state.step)
         if self.state.step > self.state.evaluated_step and self._evaluation_due():
-            self._evaluate()  # the last start was stopped between this step and its evaluation
-        order = self.dataset.order(self.recipe.run.seed, self.plan.end)
-        self.batches = StepBatches(self.dataset, order, self.plan.global_batch, self.plan.accumulation)
+            checkup.evaluate(self)  # the last start was stopped between this step and its evaluation
+        self.open_batches()
         with advice.on_out_of_memory(self.recipe, self.plan):
             if self.state.step == 0:
                 self._mock_step()
             self.console.start(self.state.step, self.plan.max_steps)
             self._loop()
+
+    def open_sinks(self) -> None:
+        """Opens the sinks, each without rows after the current step."""
+        for sink in self.sinks:
+            sink.close()
+        self.sinks = [
+            SINKS.get(name)(self.log_folder, self.state.step, self.recipe.name, self.recipe.log.project,
+                            self.recipe.tables())
+            for name in self.recipe.log.report_to
+        ]  # fmt: skip
+
+    def open_batches(self) -> None:
+        offset, end = self.state.data_offset, self.plan.end
+        order = self.dataset.order(self.recipe.run.seed, end + offset * self.plan.global_batch if end else None)
+        self.batches = StepBatches(self.dataset, order, self.plan.global_batch, self.plan.accumulation)
 
     def _mock_step(self) -> None:
         """One step that changes nothing: memory and shape errors come before the first real one."""
@@ -191,13 +215,24 @@ class Trainer:
         try:
             iterator = iter(loader)
             while self.state.step < self.plan.max_steps:
-                step, micro_batches = next(iterator)
+                _, micro_batches = next(iterator)
+                step = self.state.step
                 self.profiler.before(step + 1)
+                if self.inspection is not None:
+                    self.inspection.on = self._log_due(step + 1)
                 begun = time.perf_counter()
                 rate = learning_rate(self.recipe.optim, step, self.plan.max_steps)
-                result = self.stepper.run(step, micro_batches, rate)
-                self._after_step(result, micro_batches, rate, time.perf_counter() - begun, loader)
+                self.watchdog.begin()
+                result = self.stepper.run(step, micro_batches, rate, veto=self._veto)
+                self.watchdog.end()
+                rollback = self._after_step(result, micro_batches, rate, time.perf_counter() - begun, loader)
                 self.profiler.after(step + 1)
+                if rollback:
+                    loader.close()
+                    guard.roll_back(self, rollback)
+                    loader = self._loader(loader.workers)
+                    iterator = iter(loader)
+                    continue
                 if self._look_around():
                     return
                 if self.recipe.data.num_workers == "auto" and loader.workers == 0:
@@ -207,13 +242,14 @@ class Trainer:
 
     def _loader(self, workers: int | str) -> Loader:
         count = 0 if workers == "auto" else int(workers)
-        return Loader(self.batches, self.state.step, self.plan.max_steps, workers=count,
+        offset = self.state.data_offset
+        return Loader(self.batches, self.state.step + offset, self.plan.max_steps + offset, workers=count,
                       prefetch=self.recipe.data.prefetch_factor, pin=self.model.device.type == "cuda")  # fmt: skip
 
     def _maybe_more_workers(self, loader: Loader, iterator: Any) -> tuple[Loader, Any]:
-        if self.state.step - loader.start != WAIT_STEPS:
+        if self.state.step + self.state.data_offset - loader.start != WAIT_STEPS:
             return loader, iterator
-        share = loader.waited / max(1e-9, loader.waited + self._window.step_seconds)
+        share = loader.waited / max(1e-9, loader.waited + self.window.step_seconds)
         if share <= WAIT_SHARE:
             return loader, iterator
         self.console.say(f"waiting for data took {share:.0%} of the first {WAIT_STEPS} steps: {AUTO_WORKERS} data workers "
@@ -231,108 +267,78 @@ class Trainer:
     def _look_around(self) -> bool:
         """Between steps: log, evaluate, save, obey. True when training ends here."""
         improved, ended = False, False
-        if self._evaluation_due():
-            improved, ended = self._evaluate()
+        steering.obey(self)
+        if self._evaluation_due() or (self.control.eval_requested and self.eval_dataset is not None):
+            self.control.eval_requested = False
+            improved, ended = checkup.evaluate(self)
         stopping = self.control.should_stop()
         if self._due(self.plan.save_steps) or improved or ended or stopping or self.control.save_requested:
             self.control.save_requested = False
             last = stopping or ended or self.state.step == self.plan.max_steps
             self._save(must=last, best=improved)
         if stopping and self.state.step < self.plan.max_steps:
-            self.summary("stopped")
-            name = self.control.stop_signal.name if self.control.stop_signal else ""
-            records.write_event(self.folder, "stopped", step=self.state.step, signal=name)
-            self.console.stop()
-            self.console.say(f"Stopped by {name} after step {self.state.step}; saved. The same command continues.")
-            stop = Stopped(f"stopped by {name}")
-            stop.exit_code = self.control.exit_code
-            raise stop
+            raise self._stopped()
         return ended
+
+    def _stopped(self) -> Stopped:
+        """Everything that is said when a run stops on request, and the error that carries its exit code."""
+        reason = self.control.stop_reason or ""
+        self.summary("stopped")
+        records.write_event(self.folder, "stopped", step=self.state.step, reason=reason)
+        self.alerts.send("stopped", f"stopped by {reason} after step {self.state.step}; saved", step=self.state.step)
+        self.console.stop()
+        self.console.say(f"Stopped by {reason} after step {self.state.step}; saved. The same command continues.")
+        stop = Stopped(f"stopped by {reason}")
+        stop.exit_code = self.control.exit_code
+        return stop
 
     # ---- after a step ----
 
+    @property
+    def _warmed_up(self) -> bool:
+        return self.state.step >= warmup_steps(self.recipe.optim, self.plan.max_steps)
+
+    def _veto(self, loss: float) -> bool:
+        return self.recipe.train.on_spike == "skip" and self.health.is_spike(loss, self._warmed_up)
+
     def _after_step(
         self, result: StepResult, micro_batches: list[Batch], rate: float, seconds: float, loader: Loader
-    ) -> None:
+    ) -> str:
+        """Counts, judges and logs one step; returns why the run must roll back, or nothing."""
         state = self.state
+        warmed_up = self._warmed_up
         state.step += 1
         state.tokens += result.counts["tokens"]
         state.seconds += seconds
         scored = sum(int(self._byte_lengths[b.labels[b.labels != IGNORE]].sum()) for b in micro_batches
                      if b.labels is not None)  # fmt: skip
+        rollback = ""
         if result.skipped:
-            self._skipped(result)
+            rollback = guard.skipped(self, result)
         else:
             state.consecutive_skips = 0
-            self._window.add(result, scored)
-        self._window.step_seconds += seconds
-        self._window.step_tokens += result.counts["tokens"]
-        self._window.steps += 1
+            self.window.add(result, scored)
+        findings = self.health.observe(
+            state.step, result.loss, result.grad_norm, seconds, result.counts["tokens"], warmed_up
+        )
+        rollback = guard.report(self, findings) or rollback
+        self.window.step_seconds += seconds
+        self.window.step_tokens += result.counts["tokens"]
+        self.window.steps += 1
         self.console.step(state.step)
-        if state.step == 1 or self._due(self.recipe.log.logging_steps):
-            self._log(result, rate, loader)
-
-    def _skipped(self, result: StepResult) -> None:
-        state = self.state
-        state.skipped_steps += 1
-        state.consecutive_skips += 1
-        rows = self.batches.rows_of(state.step - 1)
-        records.write_event(self.folder, "nonfinite", step=state.step, grad_norm=result.grad_norm, rows=rows[:64])
-        self.console.warn(f"step {state.step}: loss or gradient is not finite; the step was skipped "
-                          f"({state.skipped_steps} so far)")  # fmt: skip
-        # fp16 overflows on purpose while its loss scale settles.
-        settling = self.stepper.loss_scale is not None and self.stepper.loss_scale.scale > 1
-        if state.consecutive_skips >= self.recipe.train.nonfinite_limit and not settling:
-            self.summary("diverged")
-            raise Diverged(
-                f"{state.consecutive_skips} steps in a row were not finite (steps {state.step - state.consecutive_skips + 1} "
-                f"to {state.step}); the weights of the last checkpoint are sound. Try a lower --learning_rate, more "
-                "--warmup_steps, or --precision fp32"
+        if self._log_due(state.step):
+            progress.log_row(self, result, rate, loader)
+        every = self.recipe.alerts.alert_steps
+        if every and state.step % every == 0:
+            self.alerts.send(
+                "step", f"step {state.step} of {self.plan.max_steps}: loss {result.loss:.4f}", step=state.step
             )
+        return rollback
 
-    def _log(self, result: StepResult, rate: float, loader: Loader) -> None:
-        window, state = self._window, self.state
-        means = window.means(self.objective.main)
-        loss = means.pop(self.objective.main, math.nan)
-        row: dict[str, Any] = {
-            "step": state.step,
-            "loss": loss,
-            "bpb": window.bits_per_byte(),
-            "perplexity": math.exp(min(loss, 700.0)) if math.isfinite(loss) else math.nan,
-            "learning_rate": rate,
-            "grad_norm": result.grad_norm,
-            "tokens": state.tokens,
-            "epoch": state.step * self.plan.global_batch / len(self.dataset),
-            "tokens_per_second": window.step_tokens / max(1e-9, window.step_seconds),
-            "memory_gb": self._memory_gb(),
-            "data_wait": loader.waited,
-            "seconds": state.seconds,
-            "skipped_steps": state.skipped_steps,
-            **{f"loss_{name}": value for name, value in means.items()},
-            **{name: float(value) for name, value in result.stats.items()},
-        }
-        remaining = (self.plan.max_steps - state.step) * window.step_seconds / max(1, window.steps)
-        if row["bpb"] is None:
-            del row["bpb"]
-        peak = peak_flops(self.model.device)
-        if peak is not None:
-            row["mfu"] = self._step_flops() * window.steps / max(1e-9, window.step_seconds) / peak
-        for sink in self.sinks:
-            sink.train(row)
-        self.console.row(row, self.plan.max_steps, remaining)
-        self._tell("log", row)
-        window.reset()
+    def _log_due(self, step: int) -> bool:
+        return step == 1 or step == self.plan.max_steps or step % self.recipe.log.logging_steps == 0
 
-    def _step_flops(self) -> float:
-        """Forward and backward (twice the forward) of one step, recomputation not counted (PaLM, appendix B)."""
-        return 3.0 * self.model.flops(self.dataset.seq_len) * self.plan.global_batch
-
-    def _memory_gb(self) -> float:
-        if self.model.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.model.device) / 1e9
-        return resident_bytes() / 1e9
-
-    def _tell(self, event: str, row: dict[str, Any]) -> None:
+    def tell(self, event: str, row: dict[str, Any]) -> None:
         for callback in self.callbacks:
             callback(event, self, row)
 
@@ -342,56 +348,12 @@ class Trainer:
         """Metrics over the whole evaluation data."""
         if self.eval_dataset is None:
             raise ConfigError("there is no evaluation data; give validation_path or a validation_fraction above 0")
-        metrics = self.evaluator.evaluate(self.eval_dataset, self._eval_batch())
+        metrics = self.evaluator.evaluate(self.eval_dataset, self.eval_batch())
         assert metrics is not None
         return metrics
 
-    def _eval_batch(self) -> int:
+    def eval_batch(self) -> int:
         return self.recipe.eval.per_device_eval_batch_size or self.plan.micro_batch
-
-    def _evaluate(self) -> tuple[bool, bool]:
-        """(a new best, training ends here)."""
-        assert self.eval_dataset is not None
-        metrics = self.evaluator.evaluate(
-            self.eval_dataset, self._eval_batch(), self.recipe.eval.eval_rows, self.control.should_stop
-        )
-        if metrics is None:  # stopped on the way; the next start evaluates this step first
-            return False, False
-        state = self.state
-        state.evaluated_step = state.step
-        row = {"step": state.step, "split": "validation", **metrics}
-        for sink in self.sinks:
-            sink.evaluation(row)
-        self.console.say(f"evaluation at step {state.step}: loss {metrics['loss']:.4f}  bpb {metrics['bpb']:.4f}  "
-                         f"accuracy {metrics['accuracy']:.3f}")  # fmt: skip
-        self._sample()
-        self._tell("evaluate", row)
-        name = self.recipe.checkpoint.metric_for_best_model
-        sign = 1 if LOWER_IS_BETTER[name] else -1
-        value = sign * metrics[name]
-        improved = math.isfinite(value) and (state.best_metric is None or value < sign * state.best_metric)
-        if improved:
-            state.best_metric, state.best_step = metrics[name], state.step
-        return improved, self._early_stop(metrics["loss"])
-
-    def _early_stop(self, loss: float) -> bool:
-        state, wanted = self.state, self.recipe.eval
-        bar = math.inf if state.best_loss is None else state.best_loss - wanted.early_stopping_threshold
-        if loss < bar:
-            state.best_loss, state.stale_evaluations = loss, 0
-        else:
-            state.stale_evaluations += 1
-        if wanted.target_loss is not None and loss <= wanted.target_loss:
-            return self._end(f"target_loss {wanted.target_loss} is reached")
-        patience = wanted.early_stopping_patience
-        if patience is not None and state.stale_evaluations >= patience:
-            return self._end(f"no better loss in {patience} evaluations")
-        return False
-
-    def _end(self, reason: str) -> bool:
-        self.state.ended = reason
-        self.console.say(f"{reason}; training ends")
-        return True
 
     @property
     def finished(self) -> bool:
@@ -400,20 +362,8 @@ class Trainer:
         still = wanted.early_stopping_patience is not None or wanted.target_loss is not None
         return self.state.step >= self.plan.max_steps or bool(self.state.ended and still)
 
-    def _sample(self) -> None:
-        if self.recipe.eval.sample_tokens == 0 or not self.model.capabilities.decodes:
-            return
-        from treadle.generation.decode import generate_text
-
-        prompt = self.recipe.eval.sample_prompt or "\n"
-        text = generate_text(self.model, self.tokenizer, prompt, self.recipe.eval.sample_tokens, seed=self.state.step,
-                             temperature=0.8)  # fmt: skip
-        folder = self.log_folder / "samples"
-        folder.mkdir(exist_ok=True)
-        (folder / f"step-{self.state.step:08d}.txt").write_text(self.recipe.eval.sample_prompt + text, encoding="utf-8")
-
     def _save(self, must: bool, best: bool) -> None:
-        if self._saved_step == self.state.step and not best:
+        if self.saved_step == self.state.step and not best:
             return
         try:
             snapshot.save(self, best)
@@ -424,8 +374,8 @@ class Trainer:
                 raise
             self.console.warn(f"{problem} (attempt {self._save_failures} of {SAVE_ATTEMPTS}; training goes on)")
             return
-        self._save_failures, self._saved_step = 0, self.state.step
-        self._tell("save", {"step": self.state.step})
+        self._save_failures, self.saved_step = 0, self.state.step
+        self.tell("save", {"step": self.state.step})
 
     def save_checkpoint(self, name: str | Path) -> Path:
         """Writes a checkpoint where `name` says (relative paths from here); it is never rotated away."""
@@ -438,10 +388,14 @@ class Trainer:
         snapshot.restore(self, Checkpoint(name))
 
     def window_state(self) -> dict[str, Any]:
-        return self._window.to_json()
+        return self.window.to_json()
 
-    def restore_window(self) -> None:
-        self._window = Window(self.state)
+    def restored(self) -> None:
+        """Takes up what the restored state carries."""
+        self.window = Window(self.state)
+        self.health = Health(self.recipe.train.spike_sigmas, **self.state.health)
+        for key, value in self.state.settings.items():
+            steering.change(self, key, value)
 
     # ---- the run's own files ----
 
@@ -460,6 +414,7 @@ class Trainer:
         """Writes and returns summary.json."""
         if status == "finished":
             records.write_event(self.folder, "finished", step=self.state.step)
+            self.alerts.send("finished", f"finished at step {self.state.step}", step=self.state.step)
         state = self.state
         table = {
             "status": status,
@@ -477,5 +432,5 @@ class Trainer:
             "data_fingerprint": state.data_fingerprint,
         }
         records.write_json(self.folder / "summary.json", table)
-        self._tell("end", table)
+        self.tell("end", table)
         return table

@@ -1,0 +1,111 @@
+"""Is the run well? Spikes, outliers, collapse, a flat loss, waiting for data: each noticed once and said with its cause.
+
+The windows are part of the run state, so that a resumed run judges as the uninterrupted one would.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass, field
+from typing import Any
+
+WINDOW = 128  # steps that spikes are judged against
+LEAST = 32  # steps before anything is judged
+FLAT_STEPS, FLAT_SHARE = 400, 0.005
+WAIT_SHARE = 0.1
+COLLAPSE = 0.4  # of the median throughput
+
+
+@dataclass
+class Finding:
+    """Something worth saying: an anomaly (also an alert), or advice (said once)."""
+
+    kind: str
+    text: str
+
+
+@dataclass
+class Health:
+    """Running distributions of loss, gradient norm and throughput."""
+
+    sigmas: float = 6.0
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    speeds: list[float] = field(default_factory=list)
+    long_losses: list[float] = field(default_factory=list)  # means of WINDOW-step stretches, for the flat test
+    said: list[str] = field(default_factory=list)
+
+    def is_spike(self, loss: float, warmed_up: bool) -> bool:
+        """loss > mean + sigmas x deviation of the last 128 steps, after warm-up."""
+        return warmed_up and _outlier(loss, self.losses, self.sigmas)
+
+    def observe(
+        self, step: int, loss: float, norm: float, seconds: float, tokens: int, warmed_up: bool
+    ) -> list[Finding]:
+        """Takes one step's numbers and returns what is new."""
+        found = []
+        if self.is_spike(loss, warmed_up):
+            found.append(Finding("loss_spike", f"step {step}: loss {loss:.3f} is far above the last {len(self.losses)} "
+                                 f"steps (mean {statistics.fmean(self.losses):.3f})"))  # fmt: skip
+        if warmed_up and _outlier(norm, self.norms, self.sigmas):
+            found.append(Finding("gradient_outlier", f"step {step}: gradient norm {norm:.2f} against a usual "
+                                 f"{statistics.fmean(self.norms):.2f}"))  # fmt: skip
+        speed = tokens / max(seconds, 1e-9)
+        if len(self.speeds) >= LEAST and speed < COLLAPSE * statistics.median(self.speeds) and self._once("collapse"):
+            found.append(Finding("throughput_collapse", f"step {step}: {speed:.0f} tokens/s against a usual "
+                                 f"{statistics.median(self.speeds):.0f}: is the machine shared or throttled?"))  # fmt: skip
+        if math.isfinite(loss) and not self.is_spike(loss, warmed_up):
+            _push(self.losses, loss)
+        if math.isfinite(norm):
+            _push(self.norms, norm)
+        _push(self.speeds, speed)
+        return found + self._advice(step)
+
+    def _advice(self, step: int) -> list[Finding]:
+        found = []
+        if step % WINDOW == 0 and len(self.losses) == WINDOW:
+            self.long_losses.append(statistics.fmean(self.losses))
+            spans = FLAT_STEPS // WINDOW + 1
+            recent = self.long_losses[-spans:]
+            if len(recent) == spans and min(recent[1:]) > recent[0] * (1 - FLAT_SHARE) and self._once("flat"):
+                found.append(Finding("flat_loss", f"the loss has not fallen by {FLAT_SHARE:.1%} in {(spans - 1) * WINDOW} "
+                                     "steps: the rate may be too high or too low (--learning_rate), the schedule at its "
+                                     "end, or the model too small (--hidden_size)"))  # fmt: skip
+            mean = statistics.fmean(self.norms)
+            if statistics.pstdev(self.norms) > mean and self._once("erratic"):
+                found.append(Finding("erratic_gradient", f"the gradient norm varies by more than its mean ({mean:.2f}): try "
+                                     "a lower --learning_rate, more --warmup_steps or a larger --batch_size"))  # fmt: skip
+        return found
+
+    def waiting(self, waited: float, computed: float) -> list[Finding]:
+        """Advice when more than a tenth of the time went into waiting for data."""
+        share = waited / max(1e-9, waited + computed)
+        if share > WAIT_SHARE and computed > 1 and self._once("waiting"):
+            return [Finding("slow_data", f"waiting for data takes {share:.0%} of the time: try --num_workers 2 or more, or a "
+                            "faster disk (`treadle data prepare`)")]  # fmt: skip
+        return []
+
+    def _once(self, kind: str) -> bool:
+        if kind in self.said:
+            return False
+        self.said.append(kind)
+        return True
+
+    def to_json(self) -> dict[str, Any]:
+        return {"losses": self.losses, "norms": self.norms, "speeds": self.speeds, "long_losses": self.long_losses[-8:],
+                "said": self.said}  # fmt: skip
+
+
+def _push(window: list[float], value: float) -> None:
+    window.append(value)
+    if len(window) > WINDOW:
+        del window[0]
+
+
+def _outlier(value: float, window: list[float], sigmas: float) -> bool:
+    if len(window) < LEAST or not math.isfinite(value):
+        return False
+    mean = statistics.fmean(window)
+    # A deviation near zero would call the smallest change a spike.
+    return value > mean + sigmas * max(statistics.pstdev(window), 0.01 * abs(mean))

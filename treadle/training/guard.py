@@ -1,0 +1,76 @@
+"""What to do about a step that went wrong: skip it, say it, go back, or stop."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from treadle.checkpoint.reader import newest_valid
+from treadle.errors import Diverged
+from treadle.monitor import records
+from treadle.monitor.health import Finding
+from treadle.training import snapshot
+from treadle.training.step import StepResult
+
+if TYPE_CHECKING:
+    from treadle.training.trainer import Trainer
+
+LAST_ROLLBACK = 3  # the third one ends the run
+
+
+def skipped(trainer: Trainer, result: StepResult) -> str:
+    state = trainer.state
+    state.skipped_steps += 1
+    rows = trainer.batches.rows_of(state.step - 1 + state.data_offset)
+    records.write_event(trainer.folder, result.skipped, step=state.step, grad_norm=result.grad_norm, rows=rows[:64])
+    if result.skipped == "spike":
+        trainer.console.warn(f"step {state.step}: the loss spiked to {result.loss:.3f}; the update was skipped")
+        return ""
+    state.consecutive_skips += 1
+    trainer.console.warn(f"step {state.step}: loss or gradient is not finite; the step was skipped "
+                      f"({state.skipped_steps} so far)")  # fmt: skip
+    trainer.alerts.send("anomaly", f"step {state.step} is not finite and was skipped", step=state.step)
+    # fp16 overflows on purpose while its loss scale settles.
+    settling = trainer.stepper.loss_scale is not None and trainer.stepper.loss_scale.scale > 1
+    if state.consecutive_skips < trainer.recipe.train.nonfinite_limit or settling:
+        return ""
+    first = state.step - state.consecutive_skips + 1
+    reason = f"{state.consecutive_skips} steps in a row were not finite (steps {first} to {state.step})"
+    if trainer.recipe.train.on_nonfinite == "stop":
+        trainer.summary("diverged")
+        raise Diverged(f"{reason}; the weights of the last checkpoint are sound. Try a lower --learning_rate, more "
+                       "--warmup_steps, or --precision fp32")  # fmt: skip
+    return reason
+
+
+def report(trainer: Trainer, findings: list[Finding]) -> str:
+    """Says what was found; returns why to roll back when the configuration asks for it."""
+    policy = trainer.recipe.train.on_spike
+    for finding in findings:
+        records.write_event(trainer.folder, finding.kind, step=trainer.state.step, text=finding.text)
+        trainer.console.warn(finding.text)
+        trainer.alerts.send("anomaly", finding.text, kind=finding.kind, step=trainer.state.step)
+        if finding.kind == "loss_spike" and policy == "stop":
+            trainer.summary("diverged")
+            raise Diverged(f"{finding.text}; on_spike = stop. Try a lower --learning_rate, or --on_spike skip")
+        if finding.kind == "loss_spike" and policy == "rollback":
+            return finding.text
+    return ""
+
+
+def roll_back(trainer: Trainer, reason: str) -> None:
+    """Back to the last good checkpoint, past the rows that led here; Diverged the third time or without one."""
+    state = trainer.state
+    found = newest_valid(trainer.checkpoints, trainer.console.warn)
+    if found is None or found.step >= state.step or state.rollbacks + 1 >= LAST_ROLLBACK:
+        trainer.summary("diverged")
+        why = "there is no checkpoint to go back to" if found is None else f"it is rollback {state.rollbacks + 1}"
+        raise Diverged(f"{reason}; {why}. The weights of the last checkpoint are sound. Try a lower --learning_rate, "
+                       "more --warmup_steps, or --precision fp32")  # fmt: skip
+    rollbacks, offset = state.rollbacks + 1, state.data_offset + state.step - found.step
+    records.write_event(trainer.folder, "rolled_back", step=state.step, to=found.step, reason=reason)
+    trainer.console.warn(f"{reason}; back to step {found.step}, skipping the rows of {state.step - found.step} steps")
+    snapshot.restore(trainer, found)
+    trainer.state.rollbacks, trainer.state.data_offset = rollbacks, offset
+    trainer.saved_step = found.step
+    trainer.open_sinks()
+    trainer.open_batches()

@@ -1,0 +1,40 @@
+"""`log.health`: how large each block's gradients and activations are, measured only at steps that are logged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from treadle.models.base import Model
+
+
+class Inspection:
+    """Root mean squares by block; `on` is set by the trainer before a step that will be logged."""
+
+    def __init__(self, model: Model) -> None:
+        self.on = False
+        self.blocks = model.blocks()
+        self.activations: dict[int, Tensor] = {}
+        for index, block in enumerate(self.blocks):
+            block.register_forward_hook(lambda module, inputs, out, index=index: self._see(index, out))  # type: ignore[misc]
+
+    def _see(self, index: int, out: Any) -> None:
+        if self.on and isinstance(out, Tensor):
+            self.activations[index] = out.detach().float().pow(2).mean().sqrt()
+
+    def row(self) -> dict[str, float]:
+        """Columns for the log: activation_rms_block_N and gradient_rms_block_N."""
+        found = {f"activation_rms_block_{n}": float(value) for n, value in sorted(self.activations.items())}
+        for index, block in enumerate(self.blocks):
+            found[f"gradient_rms_block_{index}"] = _gradient_rms(block)
+        return found
+
+
+def _gradient_rms(block: nn.Module) -> float:
+    gradients = [p.grad for p in block.parameters() if p.grad is not None]
+    if not gradients:
+        return 0.0
+    total = torch.stack([g.float().pow(2).sum() for g in gradients]).sum()
+    return float((total / sum(g.numel() for g in gradients)).sqrt())

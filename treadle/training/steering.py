@@ -1,0 +1,96 @@
+"""Carrying out what was said to a running training: status, save, eval, set, stop."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from treadle.checkpoint.layout import checkpoint_name, steps_in
+from treadle.errors import ConfigError
+from treadle.monitor import records
+from treadle.monitor.console import duration, rate
+from treadle.monitor.control import HELP, parse_command
+from treadle.registry import nearest
+from treadle.settings import fit_value
+from treadle.training import resolve
+from treadle.training.config import SECTIONS
+
+if TYPE_CHECKING:
+    from treadle.training.trainer import Trainer
+
+# Keys that mean something from one step to the next.
+SETTABLE = (
+    "optim.learning_rate", "optim.min_lr_ratio", "log.logging_steps", "eval.eval_steps", "checkpoint.save_steps",
+    "alerts.alert_steps", "train.on_spike",
+)  # fmt: skip
+
+
+def obey(trainer: Trainer) -> bool:
+    """Answers everything said since the last call; true when the run shall stop."""
+    for command in trainer.control.commands():
+        try:
+            command.reply(_carry_out(trainer, command.line))
+        except ConfigError as problem:
+            command.reply(str(problem))
+    return trainer.control.should_stop()
+
+
+def _carry_out(trainer: Trainer, line: str) -> str:
+    word, rest = parse_command(line)
+    if word == "help":
+        return HELP
+    if word == "status":
+        return status(trainer)
+    records.write_event(trainer.folder, "command", step=trainer.state.step, line=line)
+    if word == "stop":
+        trainer.control.request_stop("stop")
+        return f"stopping after step {trainer.state.step}"
+    if word == "save":
+        trainer.control.save_requested = True
+        return f"saving after step {trainer.state.step}"
+    if word == "eval":
+        if trainer.eval_dataset is None:
+            raise ConfigError("there is no evaluation data: nothing was held out")
+        trainer.control.eval_requested = True
+        return f"evaluating after step {trainer.state.step}"
+    key, equals, text = rest.partition("=")
+    if not equals:
+        raise ConfigError("write set KEY=VALUE, for example: set optim.learning_rate=1e-4")
+    full = _full_key(key.strip())
+    value = change(trainer, full, text.strip())
+    trainer.state.settings[full] = value
+    return f"{full} = {value} from the next step on"
+
+
+def _full_key(word: str) -> str:
+    found = [key for key in SETTABLE if word in (key, key.partition(".")[2])]
+    if not found:
+        raise ConfigError(f"{word!r} cannot be set while training: {nearest(word, list(SETTABLE))}")
+    return found[0]
+
+
+def change(trainer: Trainer, key: str, value: Any) -> Any:
+    """Sets one key of the trainer's configuration; ConfigError when the value does not fit."""
+    section, _, name = key.partition(".")
+    fitted = fit_value(SECTIONS[section], name, value, from_text=isinstance(value, str))
+    setattr(trainer.recipe.section(section), name, fitted)
+    trainer.plan = resolve.schedule(trainer.recipe, trainer.dataset)
+    return fitted
+
+
+def status(trainer: Trainer) -> str:
+    """Step, loss, learning rate, tokens per second, ETA and last checkpoint, in one line."""
+    state, row = trainer.state, trainer.last_row
+    parts = [f"step {state.step} of {trainer.plan.max_steps}"]
+    if row:
+        seconds = state.seconds / max(1, state.step)
+        parts += [
+            f"loss {row['loss']:.4f}",
+            f"learning rate {row['learning_rate']:.2e}",
+            f"{rate(row['tokens_per_second'])} tok/s",
+            f"ETA {duration(seconds * (trainer.plan.max_steps - state.step))}",
+        ]
+    saved = steps_in(trainer.checkpoints)
+    parts.append(f"last checkpoint {checkpoint_name(saved[0])}" if saved else "no checkpoint yet")
+    if state.skipped_steps:
+        parts.append(f"{state.skipped_steps} steps skipped")
+    return ", ".join(parts)
