@@ -1,0 +1,212 @@
+"""Health: spikes, non-finite values, collapse, advice, rollback and the watchdog, each provoked."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import flags, treadle
+from tests.training.test_training import tiny, trainer
+from treadle.data.dataset import Dataset
+from treadle.errors import Diverged
+from treadle.monitor.health import Health
+
+
+@pytest.fixture()
+def data(text_file: Path) -> dict[str, Dataset]:
+    return {s: Dataset.load(str(text_file), "byte", 32, split=s) for s in ("train", "validation")}
+
+
+def feed(health: Health, steps: int, loss: float = 2.0, norm: float = 1.0, start: int = 0) -> list[str]:
+    found = []
+    for n in range(start, start + steps):
+        wobble = 0.01 * ((n * 37) % 11 - 5)
+        found += [f.kind for f in health.observe(n + 1, loss + wobble, norm + wobble, 0.1, 1000, True)]
+    return found
+
+
+def test_spikes_and_outliers_against_a_running_distribution() -> None:
+    health = Health()
+    assert feed(health, 60) == []
+    assert [f.kind for f in health.observe(61, 3.5, 1.0, 0.1, 1000, True)] == ["loss_spike"]
+    assert max(health.losses) < 3  # a spike does not become usual
+    assert [f.kind for f in health.observe(62, 2.0, 9.0, 0.1, 1000, True)] == ["gradient_outlier"]
+    assert health.observe(63, 3.5, 1.0, 0.1, 1000, False) == []  # not before warm-up has ended
+    assert not Health().is_spike(100.0, True)  # nothing to compare with yet
+    assert [f.kind for f in health.observe(64, 2.0, 1.0, 1.0, 1000, True)] == ["throughput_collapse"]
+
+
+def test_advice_is_said_once() -> None:
+    health = Health()
+    assert feed(health, 1000).count("flat_loss") == 1
+    falling = Health()
+    kinds = [k for n in range(1000) for k in feed(falling, 1, 5 * 0.998**n, start=n)]
+    assert "flat_loss" not in kinds
+    erratic = Health()
+    kinds = []
+    for n in range(256):
+        norm = 50.0 if n % 16 == 0 else 0.5
+        kinds += [f.kind for f in erratic.observe(n + 1, 2.0, norm, 0.1, 1000, False)]
+    assert kinds.count("erratic_gradient") == 1
+    assert [f.kind for f in health.waiting(5.0, 5.0)] == ["slow_data"] and health.waiting(5.0, 5.0) == []
+    assert Health().waiting(0.01, 5.0) == []
+
+
+def test_the_windows_survive_a_checkpoint() -> None:
+    health = Health()
+    feed(health, 100)
+    back = Health(6.0, **json.loads(json.dumps(health.to_json())))
+    assert back.losses == health.losses and back.is_spike(3.5, True) and back.said == health.said
+
+
+@pytest.fixture()
+def poison(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    """Rows that make the loss NaN (or huge), by data step."""
+    from treadle.data.loader import StepBatches
+    from treadle.objectives.next_token import NextToken
+
+    bad: dict[int, float] = {}
+    real_get, real_call = StepBatches.__getitem__, NextToken.__call__
+
+    def get(self: StepBatches, step: int) -> Any:
+        micro = real_get(self, step)
+        for batch in micro:
+            batch.extras["factor"] = torch.tensor([bad.get(step, 1.0)])
+        return micro
+
+    def call(self: NextToken, model: Any, batch: Any) -> Any:
+        parts = real_call(self, model, batch)
+        if "factor" in batch.extras:
+            part = parts.losses["next_token"]
+            part.total = part.total * batch.extras["factor"][0]
+        return parts
+
+    monkeypatch.setattr(StepBatches, "__getitem__", get)
+    monkeypatch.setattr(NextToken, "__call__", call)
+    return bad
+
+
+def events(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
+def test_rollback_skips_the_rows_and_goes_on(tmp_path: Path, data: dict, poison: dict) -> None:
+    """Three bad batches in a row: back to the checkpoint of step 4, past those rows, to the end; the log has no gaps."""
+    poison.update(dict.fromkeys((5, 6, 7), math.nan))
+    made = trainer(tmp_path, data, max_steps=14, save_steps=4, eval_steps=100, nonfinite_limit=3)
+    assert made.train()["step"] == 14
+    assert made.state.rollbacks == 1 and made.state.data_offset == 4
+    back = [e for e in events(tmp_path) if e["event"] == "rolled_back"]
+    assert back[0]["step"] == 8 and back[0]["to"] == 4
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [s for s in steps if steps.count(s) == 1][:13] == list(range(1, 14))
+    assert all(bool(p.isfinite().all()) for p in made.model.parameters())
+
+
+def test_a_rolled_back_run_resumes_bit_for_bit(tmp_path: Path, data: dict, poison: dict) -> None:
+    poison.update(dict.fromkeys((5, 6, 7), math.nan))
+    keys = {"save_steps": 4, "eval_steps": 100, "nonfinite_limit": 3, "lr_scheduler_type": "constant"}
+    whole = trainer(tmp_path / "a", data, max_steps=14, **keys)
+    whole.train()
+    trainer(tmp_path / "b", data, max_steps=12, **keys).train()
+    rest = trainer(tmp_path / "b", data, resume=True, max_steps=14, **keys)
+    rest.load_checkpoint(tmp_path / "b" / "checkpoints" / "step-00000012")
+    rest.train()
+    for a, b in zip(whole.model.parameters(), rest.model.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_the_third_rollback_is_76(tmp_path: Path, data: dict, poison: dict) -> None:
+    poison.update(dict.fromkeys(range(6, 100), math.nan))
+    with pytest.raises(Diverged) as caught:
+        trainer(tmp_path, data, max_steps=40, save_steps=2, eval_steps=100, nonfinite_limit=2).train()
+    assert caught.value.exit_code == 76 and "rollback 3" in str(caught.value)
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "diverged"
+    with pytest.raises(Diverged, match="no checkpoint to go back to"):
+        trainer(tmp_path / "b", data, max_steps=40, save_steps=20, eval_steps=100, nonfinite_limit=2).train()
+
+
+@pytest.mark.parametrize("policy", ["report", "skip", "rollback", "stop"])
+def test_what_a_spike_does(tmp_path: Path, data: dict, poison: dict, policy: str) -> None:
+    poison[50] = 30.0
+    made = trainer(tmp_path, data, max_steps=60, save_steps=45, eval_steps=100, on_spike=policy, warmup_steps=5,
+                   learning_rate=1e-4, max_grad_norm=0.0)  # fmt: skip
+    if policy == "stop":
+        with pytest.raises(Diverged, match="on_spike"):
+            made.train()
+        return
+    made.train()
+    kinds = [e["event"] for e in events(tmp_path)]
+    assert "loss_spike" in kinds
+    assert made.state.skipped_steps == (1 if policy == "skip" else 0)
+    assert made.state.data_offset == (6 if policy == "rollback" else 0)
+
+
+def test_sizes_of_gradients_and_activations_on_request(tmp_path: Path, data: dict) -> None:
+    trainer(tmp_path, data, health=True, logging_steps=2).train()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    row = next(r for r in rows if r["step"] == 4 and "grad_norm" in r)
+    for name in ("activation_rms_block_0", "activation_rms_block_1", "gradient_rms_block_1"):
+        assert row[name] > 0
+    trainer(tmp_path / "off", data).train()
+    assert "rms" not in (tmp_path / "off" / "metrics.jsonl").read_text()
+
+
+HANGS = """
+import time
+from treadle.models.transformer import Transformer
+
+class Hangs(Transformer):
+    arch = "hangs"
+    calls = 0
+
+    def hidden(self, batch, state=None):
+        Hangs.calls += 1
+        if Hangs.calls == 6:
+            time.sleep(600)
+        return super().hidden(batch, state)
+"""
+
+
+def test_a_hung_step_dumps_stacks_and_exits_75(tmp_path: Path, text_file: Path) -> None:
+    (tmp_path / "hangs.py").write_text(HANGS)
+    line = [
+        "train",
+        text_file,
+        "--run_name",
+        "h",
+        "--model.arch",
+        "hangs.py:Hangs",
+        "--step_timeout",
+        2,
+        "--save_steps",
+        2,
+    ]
+    out = treadle(*line, *flags(max_steps=50, eval_steps=1000), cwd=tmp_path, timeout=40)
+    assert out.returncode == 75 and "step_timeout" in out.stderr
+    stacks = (tmp_path / "runs" / "h" / "stacks.txt").read_text()
+    assert "hangs.py" in stacks and "in hidden" in stacks
+    assert (tmp_path / "runs" / "h" / "checkpoints" / "step-00000004").is_dir()
+
+
+def test_slow_data_is_no_hang_but_gets_advice(
+    tmp_path: Path, data: dict, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    import time
+
+    from treadle.data.loader import StepBatches
+
+    real = StepBatches.__getitem__
+    monkeypatch.setattr(StepBatches, "__getitem__", lambda self, step: (time.sleep(0.4), real(self, step))[1])
+    made = trainer(tmp_path, data, tiny(hidden_size=256, num_layers=8), max_steps=10, step_timeout=0.35, prefetch_factor=1,
+                   batch_size=64)  # fmt: skip
+    monkeypatch.setattr("treadle.monitor.watchdog.os._exit", lambda code: pytest.fail("slow data was taken for a hang"))
+    made.state.seconds = 2.0
+    made.watchdog.seconds = 30.0
+    assert made.train()["step"] == 10
+    assert "waiting for data takes" in capsys.readouterr().err
