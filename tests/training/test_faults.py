@@ -42,7 +42,7 @@ def kills(text: Path, tmp_path: Path, count: int, seed: int) -> int:
         process.wait()
         hit += process.returncode == -signal.SIGKILL
         if steps_in(tmp_path / "killed" / "checkpoints"):
-            locate(str(tmp_path / "killed"), warn=lambda text: pytest.fail(f"after kill {attempt}: {text}"))
+            locate(str(tmp_path / "killed"), warn=pytest.fail)
     finish(line)
     same_end(tmp_path / "whole", tmp_path / "killed", STEPS)
     return hit

@@ -73,7 +73,7 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        return self.run.run_name or "run"
+        return "run" if self.run.run_name is None else self.run.run_name
 
     @property
     def folder(self) -> Path:
