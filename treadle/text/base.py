@@ -7,6 +7,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -94,8 +95,7 @@ class Tokenizer(ABC):
             return TOKENIZERS.get("byte")()
         if path.is_dir():
             if (path / META_FILE).is_file():
-                meta = json.loads((path / META_FILE).read_text(encoding="utf-8"))
-                return TOKENIZERS.get(str(meta.get("kind"))).from_folder(path)
+                return TOKENIZERS.get(str(read_table(path / META_FILE).get("kind"))).from_folder(path)
             if (path / "tokenizer.json").is_file():
                 return TOKENIZERS.get("huggingface").from_folder(path)
             models = sorted(path.glob("*.model"))
@@ -119,6 +119,17 @@ class Tokenizer(ABC):
         if kind not in TRAINABLE:
             raise ConfigError(f"a {kind} tokenizer is not trained; trainable: {', '.join(TRAINABLE)}")
         return TOKENIZERS.get(kind).trained_on(texts, vocab_size)
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """A JSON file of a tokenizer folder; InputError when it is no table."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as problem:
+        raise InputError(f"{path} cannot be read: {problem}") from None
+    if not isinstance(table, dict):
+        raise InputError(f"{path} holds no table")
+    return table
 
 
 def write_meta(folder: Path, kind: str, **extra: object) -> None:

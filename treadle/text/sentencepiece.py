@@ -35,7 +35,10 @@ class SentencePieceTokenizer(Tokenizer):
 
     @classmethod
     def from_file(cls, path: str | Path) -> SentencePieceTokenizer:
-        return cls(Path(path).read_bytes())
+        try:
+            return cls(Path(path).read_bytes())
+        except OSError as problem:
+            raise InputError(f"{path} cannot be read: {problem}") from None
 
     @classmethod
     def from_folder(cls, folder: Path) -> SentencePieceTokenizer:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from treadle.errors import ConfigError, InputError
-from treadle.text.base import Tokenizer, write_meta
+from treadle.text.base import Tokenizer, read_table, write_meta
 
 EOS_TOKEN = "<|endoftext|>"
 # What other projects call the symbol that ends a document, in order of preference.
@@ -68,8 +68,9 @@ class LibraryTokenizer(Tokenizer):
         eos_token = None
         for name in ("treadle_tokenizer.json", "tokenizer_config.json"):
             if eos_token is None and (folder / name).is_file():
-                eos_token = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token")
-                eos_token = eos_token.get("content") if isinstance(eos_token, dict) else eos_token
+                found = read_table(folder / name).get("eos_token")
+                found = found.get("content") if isinstance(found, dict) else found
+                eos_token = found if isinstance(found, str) else None
         return cls.from_file(folder / "tokenizer.json", eos_token)
 
     @functools.cached_property
