@@ -72,7 +72,7 @@ def test_any_bytes_are_tensors_or_an_error(data: bytes) -> None:
 
 
 def test_mutated_headers_are_errors_and_allocate_nothing(tmp_path: Path) -> None:
-    """1500 hostile files with plausible headers: an error or equal bytes, and memory stays where it was."""
+    """6000 hostile files with plausible headers: an error or equal bytes, and memory stays where it was."""
     import resource
 
     write_tensors(tmp_path / "good", tensors(3)["model"])
@@ -82,7 +82,7 @@ def test_mutated_headers_are_errors_and_allocate_nothing(tmp_path: Path) -> None
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     refused = 0
     nasty = [-1, 0, 2**31, 2**62, 10**30, 1.5, "x", None, [], True, [10**9, 10**9], {}, "F64"]
-    for _ in range(1500):
+    for _ in range(6000):
         bad = json.loads(json.dumps(header))
         entry = bad[dice.choice(list(bad))]
         field = dice.choice(list(entry))
@@ -96,7 +96,7 @@ def test_mutated_headers_are_errors_and_allocate_nothing(tmp_path: Path) -> None
             parse_tensors(np.frombuffer(whole, dtype=np.uint8), "hostile")
         except CheckpointError:
             refused += 1
-    assert refused > 1300  # a mutation may hit upon an equal value
+    assert refused > 5200  # a mutation may hit upon an equal value
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # kB
 
 
@@ -225,7 +225,7 @@ def test_every_kind_of_damage_is_noticed(tmp_path: Path) -> None:
     for path in files:
         good = path.read_bytes()
         harmed = [good[: int(len(good) * share)] for share in (0, 0.01, 0.5, 0.99)] + [good[:-1], good + b"x"]
-        for _ in range(60):
+        for _ in range(200):
             flipped = bytearray(good)
             flipped[dice.randrange(len(good))] ^= 1 << dice.randrange(8)
             harmed.append(bytes(flipped))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -239,6 +240,13 @@ def test_pickles_are_never_read(tmp_path: Path, text_file: Path) -> None:
         assert out.returncode == 2 and "pickle" in out.stderr
     (tmp_path / "tokenizer.json").write_bytes(evil)
     assert attempt(text_file, tmp_path / "run", tokenizer__name=tmp_path / "tokenizer.json").exit_code == 2
+    for name in ("data.jsonl", "data.txt", "data.bin", "data.parquet"):
+        (tmp_path / name).write_bytes(evil)
+        with contextlib.suppress(TreadleError):  # an error, or (as text) nothing but text
+            succeed(tmp_path / name, tmp_path / "run")
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    (tmp_path / "data.pkl").write_bytes(evil)
+    assert attempt(tmp_path / "data.pkl", tmp_path / "run").exit_code == 2
     assert not marker.exists()
 
 

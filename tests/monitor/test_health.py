@@ -194,6 +194,38 @@ def test_a_hung_step_dumps_stacks_and_exits_75(tmp_path: Path, text_file: Path) 
     assert (tmp_path / "runs" / "h" / "checkpoints" / "step-00000004").is_dir()
 
 
+def test_a_stop_is_heard_while_the_step_waits_for_data(
+    tmp_path: Path, data: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import threading
+    import time
+
+    from treadle.data.loader import StepBatches
+    from treadle.errors import Stopped
+
+    real = StepBatches.__getitem__
+    monkeypatch.setattr(
+        StepBatches, "__getitem__", lambda self, step: (time.sleep(8 if step == 3 else 0), real(self, step))[1]
+    )
+    made = trainer(tmp_path, data, max_steps=10, eval_steps=100, save_steps=100)
+    asked: list[float] = []
+
+    def ask() -> None:
+        while made.state.step < 3:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        asked.append(time.monotonic())
+        made.control.request_stop("stop")
+
+    threading.Thread(target=ask, daemon=True).start()
+    real_save, saved = made._save, []
+    monkeypatch.setattr(made, "_save", lambda **keys: (real_save(**keys), saved.append(time.monotonic()))[0])
+    with pytest.raises(Stopped) as caught:
+        made.train()
+    assert caught.value.exit_code == 75 and saved[-1] - asked[0] < 2
+    assert (tmp_path / "checkpoints" / "step-00000003").is_dir()
+
+
 def test_slow_data_is_no_hang_but_gets_advice(
     tmp_path: Path, data: dict, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

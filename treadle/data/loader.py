@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -53,50 +53,62 @@ def _die_with_parent(worker: int) -> None:
 
 
 class Loader:
-    """Iterates over (step, micro-batches) from `start` to `stop`, measuring how long the step waits for data."""
+    """Iterates over (step, micro-batches) from `start` to `stop`, measuring how long the step waits for data.
+
+    While it waits it calls `idle` several times a second; when that returns true the iteration ends.
+    """
 
     def __init__(
-        self, batches: StepBatches, start: int, stop: int, *, workers: int = 0, prefetch: int = 4, pin: bool = False
+        self,
+        batches: StepBatches,
+        start: int,
+        stop: int,
+        *,
+        workers: int = 0,
+        prefetch: int = 4,
+        pin: bool = False,
+        idle: Callable[[], bool] = lambda: False,
     ) -> None:
         self.batches, self.start, self.stop = batches, start, stop
-        self.workers, self.prefetch, self.pin = workers, prefetch, pin
+        self.workers, self.prefetch, self.pin, self.idle = workers, prefetch, pin, idle
         self.waited = 0.0  # seconds
-        self._inner: Any = None
+        self._feeder: _Feeder | None = None
 
     def __iter__(self) -> Iterator[tuple[int, list[Batch]]]:
-        self._inner = self._processes() if self.workers else _Thread(self)
+        source = self._processes() if self.workers else (self.batches[step] for step in range(self.start, self.stop))
+        self._feeder = _Feeder(source, 1 if self.workers else self.prefetch, self.pin)
         step = self.start
-        iterator = iter(self._inner)
         while True:
             begun = time.perf_counter()
-            micro_batches = next(iterator, None)
+            micro_batches = self._feeder.next(self.idle)
             self.waited += time.perf_counter() - begun
             if micro_batches is None:
                 return
             yield step, micro_batches
             step += 1
 
-    def _processes(self) -> Any:
-        return DataLoader(
+    def _processes(self) -> Iterator[list[Batch]]:
+        loader = DataLoader(
             self.batches, batch_size=None, sampler=range(self.start, self.stop), num_workers=self.workers,
             prefetch_factor=self.prefetch, pin_memory=False, multiprocessing_context="fork",
             worker_init_fn=_die_with_parent,
             generator=torch.Generator(),  # workers draw their base seed from here, not from the model's generator
         )  # fmt: skip
+        return iter(loader)
 
     def close(self) -> None:
-        """Stops the thread or the workers."""
-        if isinstance(self._inner, _Thread):
-            self._inner.close()
-        self._inner = None
+        """Stops the thread and the workers."""
+        if self._feeder is not None:
+            self._feeder.close()
+        self._feeder = None
 
 
-class _Thread:
+class _Feeder:
     """One daemon thread that fills a bounded queue; an error in it surfaces at the step that needed the batch."""
 
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
-        self.queue: queue.Queue[Any] = queue.Queue(maxsize=loader.prefetch)
+    def __init__(self, source: Iterator[list[Batch]], depth: int, pin: bool) -> None:
+        self.source, self.pin = source, pin
+        self.queue: queue.Queue[Any] = queue.Queue(maxsize=depth)
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._run, name="treadle-data", daemon=True)
         self.thread.start()
@@ -111,20 +123,26 @@ class _Thread:
 
     def _run(self) -> None:
         try:
-            for step in range(self.loader.start, self.loader.stop):
+            for made in self.source:
                 if self.stopped.is_set():
                     return
-                made = self.loader.batches[step]
-                self._put([b.pin() for b in made] if self.loader.pin else made)
+                self._put([b.pin() for b in made] if self.pin else made)
             self._put(None)
         except BaseException as problem:  # handed to the training thread
             self._put(problem)
 
-    def __iter__(self) -> Iterator[list[Batch]]:
-        while (item := self.queue.get()) is not None:
+    def next(self, idle: Callable[[], bool]) -> list[Batch] | None:
+        """The next item; None at the end, or when `idle` asks to stop while there is none."""
+        while True:
+            try:
+                item = self.queue.get(timeout=0.2)
+            except queue.Empty:
+                if idle():
+                    return None
+                continue
             if isinstance(item, BaseException):
                 raise item
-            yield item
+            return item
 
     def close(self) -> None:
         self.stopped.set()
@@ -134,3 +152,4 @@ class _Thread:
             except queue.Empty:
                 break
         self.thread.join(timeout=5)
+        self.source = iter(())  # lets go of worker processes

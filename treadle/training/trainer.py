@@ -166,7 +166,7 @@ class Trainer:
         self.open_sinks()
         begun = "resumed" if self.state.step else "started"
         self.alerts.send("start", f"{begun} at step {self.state.step} of {self.plan.max_steps}", step=self.state.step)
-        if self.state.step > self.state.evaluated_step and self._evaluation_due():
+        if self._evaluation_due():
             checkup.evaluate(self)  # the last start was stopped between this step and its evaluation
         self.open_batches()
         with advice.on_out_of_memory(self.recipe, self.plan):
@@ -215,8 +215,11 @@ class Trainer:
         try:
             iterator = iter(loader)
             while self.state.step < self.plan.max_steps:
-                _, micro_batches = next(iterator)
-                step = self.state.step
+                step, found = self.state.step, next(iterator, None)
+                if found is None:  # a stop was asked for while the step waited for data
+                    self._look_around()
+                    return
+                micro_batches = found[1]
                 self.profiler.before(step + 1)
                 if self.inspection is not None:
                     self.inspection.on = self._log_due(step + 1)
@@ -244,7 +247,8 @@ class Trainer:
         count = 0 if workers == "auto" else int(workers)
         offset = self.state.data_offset
         return Loader(self.batches, self.state.step + offset, self.plan.max_steps + offset, workers=count,
-                      prefetch=self.recipe.data.prefetch_factor, pin=self.model.device.type == "cuda")  # fmt: skip
+                      prefetch=self.recipe.data.prefetch_factor, pin=self.model.device.type == "cuda",
+                      idle=lambda: steering.obey(self))  # fmt: skip
 
     def _maybe_more_workers(self, loader: Loader, iterator: Any) -> tuple[Loader, Any]:
         if self.state.step + self.state.data_offset - loader.start != WAIT_STEPS:
@@ -262,15 +266,16 @@ class Trainer:
         return self.state.step % every == 0 or self.state.step == self.plan.max_steps
 
     def _evaluation_due(self) -> bool:
-        return self.eval_dataset is not None and self.state.step > 0 and self._due(self.plan.eval_steps)
+        fresh = self.eval_dataset is not None and self.state.step > self.state.evaluated_step
+        return fresh and (self._due(self.plan.eval_steps) or self.control.eval_requested)
 
     def _look_around(self) -> bool:
         """Between steps: log, evaluate, save, obey. True when training ends here."""
         improved, ended = False, False
         steering.obey(self)
-        if self._evaluation_due() or (self.control.eval_requested and self.eval_dataset is not None):
-            self.control.eval_requested = False
+        if self._evaluation_due():
             improved, ended = checkup.evaluate(self)
+        self.control.eval_requested = False
         stopping = self.control.should_stop()
         if self._due(self.plan.save_steps) or improved or ended or stopping or self.control.save_requested:
             self.control.save_requested = False
