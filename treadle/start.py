@@ -261,7 +261,7 @@ def check(request: Request, console: Console | None = None) -> dict[str, Any]:
         from treadle.training.schedule import learning_rate
 
         batches = StepBatches(trainer.dataset, order, trainer.plan.global_batch, trainer.plan.accumulation)
-        with advice.on_out_of_memory(recipe, trainer.plan):
+        with advice.on_out_of_memory(trainer):
             begun = time.perf_counter()
             result = trainer.stepper.run(
                 0, batches[0][:1], learning_rate(recipe.optim, 0, trainer.plan.max_steps), False

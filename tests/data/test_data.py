@@ -182,6 +182,26 @@ def test_jsonl_pieces_cover_every_line_once(tmp_path: Path, monkeypatch: pytest.
     assert [len(d) for p in pieces for d in source.read(p)] == [n % 300 + 1 for n in range(200)]
 
 
+@pytest.mark.parametrize("separator", [None, "END"])
+def test_a_large_text_is_read_in_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, separator: str | None) -> None:
+    """Nothing is lost or doubled where ranges meet, and no document is cut where a separator says where it ends."""
+    monkeypatch.setattr("treadle.data.sources.PIECE_BYTES", 3000)
+    documents = [make_text(3 + n % 9, seed=n) + "é\n" for n in range(60)]
+    path = tmp_path / "a.txt"
+    path.write_text("END\n".join(documents))
+    source = open_source(path, separator=separator)
+    pieces = source.pieces()
+    read = [d for p in pieces for d in source.read(p)]
+    assert len(pieces) > 5 and all(isinstance(d, str) for d in read)
+    if separator:
+        assert read == documents
+    else:
+        assert "".join(map(str, read)) == path.read_text() and all(str(d).endswith("\n") for d in read)
+    (tmp_path / "small.txt").write_text("small\n")
+    folder = open_source(tmp_path)
+    assert sum(len(str(d)) for p in folder.pieces() for d in folder.read(p)) >= len(path.read_text()) - 4 * 60
+
+
 def test_preparation_continues_and_verifies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed between pieces, it goes on; the result is that of one go. A cut or damaged shard is named."""
     monkeypatch.setattr("treadle.data.sources.PIECE_BYTES", 2000)
@@ -399,3 +419,9 @@ def test_the_bundled_corpus_is_the_documented_text() -> None:
     assert hashlib.sha256(text).hexdigest() in (folder / "LICENCE.md").read_text()
     (document,) = (d for p in open_source("austen").pieces() for d in open_source("austen").read(p))
     assert isinstance(document, str) and document.encode() == text
+
+
+def test_ids_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:
+    np.array([1, 2, 300, 4], dtype="<u2").tofile(tmp_path / "a.bin")
+    with pytest.raises(DataError, match=r"id 300 is outside the tokenizer's 256 symbols; .* --tokenizer\.name"):
+        byte_set(tmp_path / "a.bin", tmp_path / "c")

@@ -57,6 +57,14 @@ def test_advice_is_said_once() -> None:
     assert Health().waiting(0.01, 5.0) == []
 
 
+def test_a_flat_training_is_told_so(tmp_path: Path, data: dict, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer(
+        tmp_path, data, max_steps=660, learning_rate=1e-12, eval_steps=10_000, logging_steps=100, batch_size=32
+    ).train()
+    err = capsys.readouterr().err
+    assert err.count("the loss has not fallen") == 1 and "--learning_rate" in err
+
+
 def test_the_windows_survive_a_checkpoint() -> None:
     health = Health()
     feed(health, 100)

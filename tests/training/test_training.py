@@ -323,6 +323,7 @@ def test_out_of_memory_gives_flags_to_paste(tmp_path: Path, data: dict) -> None:
     assert caught.value.exit_code == 71
     assert "--per_device_train_batch_size 2 --gradient_accumulation_steps 2" in str(caught.value)
     assert "--gradient_checkpointing true" in str(caught.value)
+    assert "weights 0.00 GB" in str(caught.value) and "activations and the rest" in str(caught.value)
 
 
 def test_saving_fails_three_times_then_stops(tmp_path: Path, data: dict, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,8 +151,6 @@ def prepare_piece(job: PieceJob, tokenizer: Tokenizer | None = None) -> PieceRec
         if len(document) < job.min_length:
             record.short += 1
             return
-        if int(document.max()) >= tokenizer.vocab_size:
-            raise DataError(f"{job.piece.files}: id {int(document.max())} is outside the tokenizer's vocabulary")
         ids[split] += [document, eos]
         lengths[split].append(len(document) + 1)
 
@@ -178,6 +176,11 @@ def prepare_piece(job: PieceJob, tokenizer: Tokenizer | None = None) -> PieceRec
         record.documents += 1
         for split, part in job.split.divide(document, job.number, ordinal):
             if isinstance(part, np.ndarray):
+                if int(part.max(initial=0)) >= tokenizer.vocab_size:
+                    raise DataError(
+                        f"{job.piece.files[0]}: id {int(part.max())} is outside the tokenizer's {tokenizer.vocab_size} "
+                        "symbols; name the tokenizer that made it: --tokenizer.name PATH"
+                    )
                 record.bytes[split] += int(tokenizer.byte_lengths[part].sum())
                 keep(split, part)
                 continue

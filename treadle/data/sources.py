@@ -113,31 +113,54 @@ def _decode_lines(raw: bytes, file: str, offset: int, first_line: int | None) ->
 
 
 class TextSource(Source):
-    """.txt files (also .txt.xz): a file is a document, or a separator line ends one."""
+    """.txt files (also .txt.xz): a file is a document, or a separator line ends one.
+
+    A file above PIECE_BYTES is read in ranges that end at a line (or separator) end, each a document of its own, so that
+    memory stays bounded.
+    """
 
     def pieces(self) -> list[Piece]:
         pieces: list[Piece] = []
         group: list[str] = []
         held = 0
         for file in self.files:
-            if group and held + file.stat().st_size > PIECE_BYTES:
+            size = file.stat().st_size
+            if size > PIECE_BYTES and file.suffix != ".xz":
+                pieces += self._ranges(file, size)
+                continue
+            if group and held + size > PIECE_BYTES:
                 pieces.append(Piece(tuple(group)))
                 group, held = [], 0
             group.append(str(file))
-            held += file.stat().st_size
+            held += size
         return [*pieces, Piece(tuple(group))] if group else pieces
 
-    def _bytes(self, file: str) -> bytes:
+    def _ranges(self, file: Path, size: int) -> list[Piece]:
+        starts, mark = [0], None if self.separator is None else self.separator.encode()
+        with file.open("rb") as stream:
+            for target in range(PIECE_BYTES, size, PIECE_BYTES):
+                stream.seek(max(target, starts[-1]))
+                line = stream.readline()
+                while mark is not None and line and line.rstrip(b"\r\n") != mark:
+                    line = stream.readline()
+                if starts[-1] < stream.tell() < size:
+                    starts.append(stream.tell())
+        return [Piece((str(file),), a, b) for a, b in zip(starts, [*starts[1:], size])]
+
+    def _bytes(self, file: str, start: int = 0, stop: int = -1) -> bytes:
         if file.endswith(".xz"):
             import lzma
 
             return lzma.decompress(Path(file).read_bytes())
-        return Path(file).read_bytes()
+        with open(file, "rb") as stream:
+            stream.seek(start)
+            return stream.read(stop - start if stop >= 0 else -1)
 
     def read(self, piece: Piece) -> Iterator[Document | Bad]:
         for file in piece.files:
             text: list[str] = []
-            for part in _decode_lines(self._bytes(file), file, 0, 1):
+            raw = self._bytes(file, piece.start, piece.stop)
+            for part in _decode_lines(raw, file, piece.start, 1 if piece.start == 0 else None):
                 if isinstance(part, Bad):
                     yield part
                 else:
@@ -159,9 +182,11 @@ class TextSource(Source):
             yield "".join(document)
 
     def count(self) -> int:
+        parts = [(file, piece) for piece in self.pieces() for file in piece.files]
         if self.separator is None:
-            return len(self.files)
-        return sum(self._bytes(str(f)).count(self.separator.encode()) + 1 for f in self.files)
+            return len(parts)
+        mark = self.separator.encode()
+        return sum(self._bytes(file, piece.start, piece.stop).count(mark) + 1 for file, piece in parts)
 
 
 class JsonLinesSource(Source):

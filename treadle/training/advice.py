@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,6 +12,9 @@ from treadle.errors import OutOfMemory
 from treadle.ops.memory import machine_bytes, peak_resident_bytes
 from treadle.training.config import Recipe
 from treadle.training.resolve import Schedule
+
+if TYPE_CHECKING:
+    from treadle.training.trainer import Trainer
 
 
 def is_out_of_memory(problem: BaseException) -> bool:
@@ -21,17 +25,33 @@ def is_out_of_memory(problem: BaseException) -> bool:
 
 
 @contextmanager
-def on_out_of_memory(recipe: Recipe, plan: Schedule) -> Iterator[None]:
-    """Turns a failed allocation into OutOfMemory with settings to paste."""
+def on_out_of_memory(trainer: Trainer) -> Iterator[None]:
+    """Turns a failed allocation into OutOfMemory with what used the memory and settings to paste."""
     try:
         yield
     except Exception as problem:
         if not is_out_of_memory(problem):
             raise
         raise OutOfMemory(
-            f"out of memory: at most {peak_resident_bytes() / 1e9:.2f} GB were in use of {machine_bytes() / 1e9:.2f} GB; "
-            f"a step needs less with {' or '.join(smaller(recipe, plan))}"
+            f"out of memory: {used_by_kind(trainer)}. A step needs less with "
+            f"{' or '.join(smaller(trainer.recipe, trainer.plan))}"
         ) from problem
+
+
+def used_by_kind(trainer: Trainer) -> str:
+    """Weights, gradients and optimiser state as they are, and what is left of the peak for activations."""
+    weights = sum(p.nbytes for p in trainer.model.parameters())
+    gradients = sum(p.grad.nbytes for p in trainer.model.parameters() if p.grad is not None)
+    optimizer = sum(t.nbytes for t in trainer.optimizers.state_tensors().values())
+    device = trainer.model.device
+    if device.type == "cuda":
+        peak, total = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
+    else:
+        peak, total = peak_resident_bytes(), machine_bytes()
+    rest = max(0, peak - weights - gradients - optimizer)
+    kinds = {"weights": weights, "gradients": gradients, "optimiser": optimizer, "activations and the rest": rest}
+    shown = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in kinds.items())
+    return f"at most {peak / 1e9:.2f} of {total / 1e9:.2f} GB were in use ({shown})"
 
 
 def smaller(recipe: Recipe, plan: Schedule) -> list[str]:

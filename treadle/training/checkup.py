@@ -25,8 +25,8 @@ def evaluate(trainer: Trainer) -> tuple[bool, bool]:
     row = {"step": state.step, "split": "validation", **metrics}
     for sink in trainer.sinks:
         sink.evaluation(row)
-    trainer.console.say(f"evaluation at step {state.step}: loss {metrics['loss']:.4f}  bpb {metrics['bpb']:.4f}  "
-                     f"accuracy {metrics['accuracy']:.3f}")  # fmt: skip
+    shown = f"loss {metrics['loss']:.4f}  bpb {metrics['bpb']:.4f}  accuracy {metrics['accuracy']:.3f}"
+    trainer.console.say(f"evaluation at step {state.step}: {shown}")
     _sample(trainer)
     trainer.tell("evaluate", row)
     name = trainer.recipe.checkpoint.metric_for_best_model

@@ -18,6 +18,7 @@ LAST_ROLLBACK = 3  # the third one ends the run
 
 
 def skipped(trainer: Trainer, result: StepResult) -> str:
+    """Counts a step whose update was left out, with its rows; returns why to roll back after too many in a row."""
     state = trainer.state
     state.skipped_steps += 1
     rows = trainer.batches.rows_of(state.step - 1 + state.data_offset)
@@ -26,8 +27,8 @@ def skipped(trainer: Trainer, result: StepResult) -> str:
         trainer.console.warn(f"step {state.step}: the loss spiked to {result.loss:.3f}; the update was skipped")
         return ""
     state.consecutive_skips += 1
-    trainer.console.warn(f"step {state.step}: loss or gradient is not finite; the step was skipped "
-                      f"({state.skipped_steps} so far)")  # fmt: skip
+    so_far = f"({state.skipped_steps} so far)"
+    trainer.console.warn(f"step {state.step}: loss or gradient is not finite; the step was skipped {so_far}")
     trainer.alerts.send("anomaly", f"step {state.step} is not finite and was skipped", step=state.step)
     # fp16 overflows on purpose while its loss scale settles.
     settling = trainer.stepper.loss_scale is not None and trainer.stepper.loss_scale.scale > 1

@@ -169,7 +169,7 @@ class Trainer:
         if self._evaluation_due():
             checkup.evaluate(self)  # the last start was stopped between this step and its evaluation
         self.open_batches()
-        with advice.on_out_of_memory(self.recipe, self.plan):
+        with advice.on_out_of_memory(self):
             if self.state.step == 0:
                 self._mock_step()
             self.console.start(self.state.step, self.plan.max_steps)
