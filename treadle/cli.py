@@ -302,12 +302,12 @@ def doctor(
 
 def main() -> None:
     """The entry point: one clear line and an exit code for every expected error."""
-    from treadle.errors import TreadleError
+    from treadle.errors import Stopped, TreadleError
 
     try:
         app()
     except TreadleError as problem:
-        if problem.exit_code not in (130, 143):  # a stop on request said so already
+        if not isinstance(problem, Stopped):  # a stop on request said so already
             print(f"error: {problem}", file=sys.stderr)
         sys.exit(problem.exit_code)
     except KeyboardInterrupt:

@@ -19,7 +19,7 @@ from treadle.data.packing import Plan, plan
 from treadle.errors import DataError
 
 DATASET_FILE = "dataset.json"
-SCHEMA = 1
+SCHEMA = 2  # part of the cache key: data prepared by another layout is prepared anew
 
 
 def id_type(vocab_size: int) -> np.dtype:

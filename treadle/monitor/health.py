@@ -14,7 +14,7 @@ WINDOW = 128  # steps that spikes are judged against
 LEAST = 32  # steps before anything is judged
 FLAT_STEPS, FLAT_SHARE = 400, 0.005
 WAIT_SHARE = 0.1
-COLLAPSE = 0.4  # of the median throughput
+COLLAPSE, COLLAPSE_STEPS = 0.4, 8  # of the median throughput, over this many steps
 
 
 @dataclass
@@ -51,20 +51,21 @@ class Health:
         if warmed_up and _outlier(norm, self.norms, self.sigmas):
             found.append(Finding("gradient_outlier", f"step {step}: gradient norm {norm:.2f} against a usual "
                                  f"{statistics.fmean(self.norms):.2f}"))  # fmt: skip
-        speed = tokens / max(seconds, 1e-9)
-        if len(self.speeds) >= LEAST and speed < COLLAPSE * statistics.median(self.speeds) and self._once("collapse"):
-            found.append(Finding("throughput_collapse", f"step {step}: {speed:.0f} tokens/s against a usual "
-                                 f"{statistics.median(self.speeds):.0f}: is the machine shared or throttled?"))  # fmt: skip
+        _push(self.speeds, tokens / max(seconds, 1e-9))
+        # One slow step is any other program's start; a collapse lasts.
+        now, usual = statistics.median(self.speeds[-COLLAPSE_STEPS:]), statistics.median(self.speeds)
+        if len(self.speeds) >= LEAST and now < COLLAPSE * usual and self._once("collapse"):
+            found.append(Finding("throughput_collapse", f"step {step}: {now:.0f} tokens/s over the last {COLLAPSE_STEPS} "
+                                 f"steps against a usual {usual:.0f}: is the machine shared or throttled?"))  # fmt: skip
         if math.isfinite(loss) and not self.is_spike(loss, warmed_up):
             _push(self.losses, loss)
-        if math.isfinite(norm):
+        if math.isfinite(norm) and warmed_up:  # norms of the first steps are many times the usual
             _push(self.norms, norm)
-        _push(self.speeds, speed)
         return found + self._advice(step)
 
     def _advice(self, step: int) -> list[Finding]:
         found = []
-        if step % WINDOW == 0 and len(self.losses) == WINDOW:
+        if step % WINDOW == 0 and len(self.losses) == WINDOW and self.norms:
             self.long_losses.append(statistics.fmean(self.losses))
             spans = FLAT_STEPS // WINDOW + 1
             recent = self.long_losses[-spans:]
