@@ -103,7 +103,7 @@ def report(
     if write:
         import torch
 
-        machine = {"platform": platform.platform(), "cores": os.cpu_count(), "torch": torch.__version__,
+        machine = {"processor": platform.machine(), "python": platform.python_version(), "cores": os.cpu_count(), "torch": torch.__version__,
                    "capability": torch.backends.cpu.get_cpu_capability(), "load": os.getloadavg()}  # fmt: skip
         path = HERE / "results" / f"cpu-{time.strftime('%Y%m%d')}.json"
         path.parent.mkdir(exist_ok=True)

@@ -54,32 +54,29 @@ def _request(arguments: list[str]) -> Any:
     return Request(words[0] if words else None, flags, fresh, weights, tuple(allow))
 
 
+def _open_verb(verb: str, arguments: list[str]) -> None:
+    """`train` and `check`: their help from the sections, or their function in start.py."""
+    if "--help" in arguments:
+        from treadle.help import print_options
+
+        print_options(verb, arguments)
+        return
+    request = _request(arguments)
+    from treadle import start
+
+    getattr(start, verb)(request)
+
+
 @app.command(context_settings=OPEN)
 def train(ctx: typer.Context) -> None:
     """Train, or continue: [RECIPE.toml | FILE.txt | DIR] [--key value ...]. Without an argument: the built-in recipe."""
-    if "--help" in ctx.args:
-        from treadle.help import print_options
-
-        print_options("train", ctx.args)
-        return
-    request = _request(ctx.args)
-    from treadle.start import train as run
-
-    run(request)
+    _open_verb("train", ctx.args)
 
 
 @app.command(context_settings=OPEN)
 def check(ctx: typer.Context) -> None:
     """Parse, build and run one real micro-step of a recipe; print every value and where it comes from."""
-    if "--help" in ctx.args:
-        from treadle.help import print_options
-
-        print_options("check", ctx.args)
-        return
-    request = _request(ctx.args)
-    from treadle.start import check as run
-
-    run(request)
+    _open_verb("check", ctx.args)
 
 
 @app.command()

@@ -30,7 +30,7 @@ def run(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_run_folder_is_what_the_design_says(run: Path) -> None:
+def test_a_run_folder_holds_what_it_should(run: Path) -> None:
     folder = run / "runs" / "r"
     for name in ("config.toml", "metrics.jsonl", "training_log.csv", "eval_log.csv", "events.jsonl", "summary.json",
                  "environment.json", "checkpoints/best.json"):  # fmt: skip

@@ -1,4 +1,4 @@
-"""The contracts of DESIGN section 3, over every registered model. (8 runs here in one process, and with kill -9 in
+"""The contracts that every registered model keeps (docs/models.md). (8 runs here in one process, and with kill -9 in
 tests/training/test_resume.py; 7 comes with several processes.)"""
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ def of(table: dict[str, Any], from_text: bool = False, with_model: bool = False)
     return compose([Layer(table, "test", from_text)], with_model)
 
 
-# specs: one vocabulary for every guide: (what is written) -> (where it lands, value)
+# One vocabulary for every guide: (what is written) -> (where it lands, value).
 ALIASES = [
     ({"save_dir": "x"}, "checkpoint.checkpoint_dir", "x"),
     ({"experiment_name": "x"}, "run.run_name", "x"),
