@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import flags, treadle
-from tests.training.test_training import tiny, trainer
+from tests.training.test_training import trainer
 from treadle.data.dataset import Dataset
 from treadle.errors import Diverged
 from treadle.monitor.health import Health
@@ -55,8 +55,8 @@ def test_advice_is_said_once() -> None:
         norm = 50.0 if n % 16 == 0 else 0.5
         kinds += [f.kind for f in erratic.observe(n + 1, 2.0, norm, 0.1, 1000, True)]
     assert kinds.count("erratic_gradient") == 1
-    assert [f.kind for f in health.waiting(5.0, 5.0)] == ["slow_data"] and health.waiting(5.0, 5.0) == []
-    assert Health().waiting(0.01, 5.0) == []
+    assert [f.kind for f in health.waiting(0.5, 5.0)] == ["slow_data"] and health.waiting(0.5, 5.0) == []
+    assert Health().waiting(0.01, 5.0) == [] == Health().waiting(0.5, 0.1)
 
 
 def test_a_flat_training_is_told_so(tmp_path: Path, data: dict, capsys: pytest.CaptureFixture[str]) -> None:
@@ -236,19 +236,37 @@ def test_a_stop_is_heard_while_the_step_waits_for_data(
     assert (tmp_path / "checkpoints" / "step-00000003").is_dir()
 
 
-def test_slow_data_is_no_hang_but_gets_advice(
-    tmp_path: Path, data: dict, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def slow_data(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     import time
 
     from treadle.data.loader import StepBatches
 
     real = StepBatches.__getitem__
-    monkeypatch.setattr(StepBatches, "__getitem__", lambda self, step: (time.sleep(0.4), real(self, step))[1])
-    made = trainer(tmp_path, data, tiny(hidden_size=256, num_layers=8), max_steps=10, step_timeout=0.35, prefetch_factor=1,
-                   batch_size=64)  # fmt: skip
-    monkeypatch.setattr("treadle.monitor.watchdog.os._exit", lambda code: pytest.fail("slow data was taken for a hang"))
-    made.state.seconds = 2.0
-    made.watchdog.seconds = 30.0
-    assert made.train()["step"] == 10
-    assert "waiting for data takes" in capsys.readouterr().err
+    monkeypatch.setattr(StepBatches, "__getitem__", lambda self, step: (time.sleep(seconds), real(self, step))[1])
+
+
+def test_slow_data_is_no_hang(tmp_path: Path, data: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow_data(monkeypatch, 0.8)
+    exits: list[int] = []
+    monkeypatch.setattr("treadle.monitor.watchdog.os._exit", exits.append)
+    assert trainer(tmp_path, data, max_steps=4, step_timeout=0.6).train()["step"] == 4
+    assert exits == [] and not (tmp_path / "stacks.txt").exists()
+
+
+def test_waiting_for_data_gets_advice_and_workers(
+    tmp_path: Path, data: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With num_workers = auto two workers join after 50 steps, and the batches stay the same; the advice comes once."""
+    keys = {"max_steps": 60, "logging_steps": 5, "eval_steps": 1000, "save_steps": 1000}
+    quick = trainer(tmp_path / "quick", data, **keys)
+    quick.train()
+    monkeypatch.setattr("treadle.monitor.health.WAIT_SECONDS", 0.0)
+    slow_data(monkeypatch, 0.03)
+    said: list[str] = []
+    made = trainer(tmp_path / "slow", data, **keys)
+    monkeypatch.setattr(made.console, "say", said.append)
+    made.train()
+    assert capsys.readouterr().err.count("waiting for data takes") == 1
+    assert sum("2 data workers from here on" in line for line in said) == 1
+    for a, b in zip(quick.model.parameters(), made.model.parameters()):
+        assert torch.equal(a, b)

@@ -71,7 +71,7 @@ class Loader:
     ) -> None:
         self.batches, self.start, self.stop = batches, start, stop
         self.workers, self.prefetch, self.pin, self.idle = workers, prefetch, pin, idle
-        self.waited = 0.0  # seconds
+        self.waited = self.computed = 0.0  # seconds spent waiting here, and (told by the trainer) between two waits
         self._feeder: _Feeder | None = None
 
     def __iter__(self) -> Iterator[tuple[int, list[Batch]]]:
@@ -95,6 +95,10 @@ class Loader:
             generator=torch.Generator(),  # workers draw their base seed from here, not from the model's generator
         )  # fmt: skip
         return iter(loader)
+
+    def wait_share(self) -> float:
+        """Share of the time so far that went into waiting for data."""
+        return self.waited / max(1e-9, self.waited + self.computed)
 
     def close(self) -> None:
         """Stops the thread and the workers."""

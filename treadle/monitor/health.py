@@ -13,7 +13,7 @@ from typing import Any
 WINDOW = 128  # steps that spikes are judged against
 LEAST = 32  # steps before anything is judged
 FLAT_STEPS, FLAT_SHARE = 400, 0.005
-WAIT_SHARE = 0.1
+WAIT_SHARE, WAIT_SECONDS = 0.1, 1.0  # of the time, after this much computing
 COLLAPSE, COLLAPSE_STEPS = 0.4, 8  # of the median throughput, over this many steps
 
 
@@ -79,10 +79,9 @@ class Health:
                                      "a lower --learning_rate, more --warmup_steps or a larger --batch_size"))  # fmt: skip
         return found
 
-    def waiting(self, waited: float, computed: float) -> list[Finding]:
+    def waiting(self, share: float, computed: float) -> list[Finding]:
         """Advice when more than a tenth of the time went into waiting for data."""
-        share = waited / max(1e-9, waited + computed)
-        if share > WAIT_SHARE and computed > 1 and self._once("waiting"):
+        if share > WAIT_SHARE and computed > WAIT_SECONDS and self._once("waiting"):
             return [Finding("slow_data", f"waiting for data takes {share:.0%} of the time: try --num_workers 2 or more, or a "
                             "faster disk (`treadle data prepare`)")]  # fmt: skip
         return []

@@ -46,7 +46,7 @@ def log_row(trainer: Trainer, result: StepResult, rate: float, loader: Loader) -
         row["mfu"] = _step_flops(trainer) * window.steps / max(1e-9, window.step_seconds) / peak
     if trainer.inspection is not None:
         row.update(trainer.inspection.row())
-    guard.report(trainer, trainer.health.waiting(loader.waited, state.seconds))
+    guard.report(trainer, trainer.health.waiting(loader.wait_share(), loader.computed))
     trainer.last_row = row
     for sink in trainer.sinks:
         sink.train(row)

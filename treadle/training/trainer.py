@@ -253,7 +253,7 @@ class Trainer:
     def _maybe_more_workers(self, loader: Loader, iterator: Any) -> tuple[Loader, Any]:
         if self.state.step + self.state.data_offset - loader.start != WAIT_STEPS:
             return loader, iterator
-        share = loader.waited / max(1e-9, loader.waited + self.window.step_seconds)
+        share = loader.wait_share()
         if share <= WAIT_SHARE:
             return loader, iterator
         self.console.say(f"waiting for data took {share:.0%} of the first {WAIT_STEPS} steps: {AUTO_WORKERS} data workers "
@@ -315,6 +315,7 @@ class Trainer:
         state.step += 1
         state.tokens += result.counts["tokens"]
         state.seconds += seconds
+        loader.computed += seconds
         scored = sum(int(self._byte_lengths[b.labels[b.labels != IGNORE]].sum()) for b in micro_batches
                      if b.labels is not None)  # fmt: skip
         rollback = ""
