@@ -385,6 +385,13 @@ def test_columns_of_the_logs(tmp_path: Path, data: dict) -> None:
     assert "hidden_size = 16" in (tmp_path / "config.toml").read_text()
 
 
+def test_a_models_own_numbers_reach_the_log(tmp_path: Path, data: dict) -> None:
+    model = tiny()
+    model.stats = lambda: {"largest_weight": float(model.embedding.weight.abs().max())}  # type: ignore[method-assign]
+    trainer(tmp_path, data, model).train()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["largest_weight"] > 0
+
+
 def test_weights_and_biases_offline(tmp_path: Path, data: dict) -> None:
     pytest.importorskip("wandb", reason="the extra wandb is not installed")
     trainer(tmp_path, data, report_to=["wandb", "jsonl"], project="p").train()

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 
 def log_row(trainer: Trainer, result: StepResult, rate: float, loader: Loader) -> None:
+    """Writes the row of the current step and starts the next window."""
     window, state = trainer.window, trainer.state
-    means = window.means(trainer.objective.main)
+    means = window.means()
     loss = means.pop(trainer.objective.main, math.nan)
     row: dict[str, Any] = {
         "step": state.step,
@@ -36,7 +37,7 @@ def log_row(trainer: Trainer, result: StepResult, rate: float, loader: Loader) -
         "seconds": state.seconds,
         "skipped_steps": state.skipped_steps,
         **{f"loss_{name}": value for name, value in means.items()},
-        **{name: float(value) for name, value in result.stats.items()},
+        **{name: float(value) for name, value in {**result.stats, **trainer.model.stats()}.items()},
     }
     remaining = (trainer.plan.max_steps - state.step) * window.step_seconds / max(1, window.steps)
     if row["bpb"] is None:

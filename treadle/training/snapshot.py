@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 
 def _contents(trainer: Trainer) -> tuple[dict[str, dict[str, Tensor]], dict[str, bytes], dict[str, Any]]:
-    import json
-
     state = trainer.state
     state.window = trainer.window_state()
     state.health = trainer.health.to_json()

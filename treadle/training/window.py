@@ -40,7 +40,7 @@ class Window:
         self.labels += result.counts["labels"]
         self.bytes += scored_bytes
 
-    def means(self, main: str) -> dict[str, float]:
+    def means(self) -> dict[str, float]:
         return {name: float(total) / max(1, self.added) for name, total in self.sums.items()}
 
     def bits_per_byte(self) -> float | None:
