@@ -37,7 +37,8 @@ def log_row(trainer: Trainer, result: StepResult, rate: float, loader: Loader) -
         "seconds": state.seconds,
         "skipped_steps": state.skipped_steps,
         **{f"loss_{name}": value for name, value in means.items()},
-        **{name: float(value) for name, value in {**result.stats, **trainer.model.stats()}.items()},
+        **{name: float(value) for name, value in result.stats.items()},
+        **trainer.model.stats(),
     }
     remaining = (trainer.plan.max_steps - state.step) * window.step_seconds / max(1, window.steps)
     if row["bpb"] is None:
