@@ -50,16 +50,24 @@ class Request:
 def configure(request: Request, folder: Path) -> Recipe:
     """The recipe to run in `folder`: what the folder's run was started with, changed only where that is allowed."""
     layers = request.layers()
-    stored_path = folder / CONFIG
-    if request.fresh or not stored_path.is_file():
+    if request.fresh or not has_begun(folder):
         recipe = compose(layers)
     else:
-        stored = Layer(load_table(stored_path), "the run", weak=True)
+        stored = Layer(load_table(folder / CONFIG), "the run", weak=True)
         recipe = compose([stored, *layers])
         _refuse_changes(compose([stored]), recipe, request.allow_change)
     recipe.run.output_dir = str(folder)
     recipe.run.run_name = recipe.run.run_name or folder.name
     return recipe
+
+
+def has_begun(folder: Path) -> bool:
+    """There is a checkpoint to go on from. Before the first one nothing binds: a start that failed (too little memory, say)
+    may be tried again with any other settings."""
+    from treadle.models.pretrained import checkpoint_root
+
+    root = checkpoint_root(folder)
+    return (folder / CONFIG).is_file() and root.is_dir() and any("step-" in path.name for path in root.iterdir())
 
 
 def free_folder(folder: Path) -> Path:
@@ -154,7 +162,7 @@ def make_trainer(request: Request, recipe: Recipe, console: Console) -> Trainer:
     for note in recipe.notes:
         console.say(f"note: {note}")
     folder = recipe.folder
-    tokenizer = Tokenizer.load(folder / "tokenizer") if (folder / "tokenizer").is_dir() else None
+    tokenizer = Tokenizer.load(folder / "tokenizer") if has_begun(folder) else None
     start_weights = locate(request.weights_from) if request.weights_from else None
     if start_weights is not None and tokenizer is None:
         tokenizer = read_tokenizer(start_weights)

@@ -143,6 +143,24 @@ def test_a_full_disk_for_real(text_file: Path, tmp_path: Path) -> None:
         subprocess.run(["umount", "-l", str(small)])
 
 
+def test_memory_that_really_runs_out(text_file: Path, tmp_path: Path) -> None:
+    """With 3.5 GB of address space a step of 4096 x 256 cannot be allocated: 71, the kinds, and flags that work."""
+    import resource
+
+    line = ["train", text_file, "--output_dir", tmp_path / "run", "--tokenizer.name", "byte", "--max_steps", "1",
+            "--seq_len", "256", "--hidden_size", "192", "--sample_tokens", "0", "--eval_rows", "1"]  # fmt: skip
+    limit = 3_500_000 * 1024
+    out = subprocess.run(
+        [sys.executable, "-m", "treadle", *map(str, line), "--batch_size", "4096"], capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)), stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert out.returncode == 71 and "of 3.58 GB were in use (weights" in out.stderr, out.stderr
+    assert "--per_device_train_batch_size 2048 --gradient_accumulation_steps 2" in out.stderr
+    # Nothing was trained yet, so anything may change, the model too.
+    again = treadle(*line, "--batch_size", 2, "--num_layers", 2)
+    assert again.returncode == 0 and "1 steps of 2 rows" in again.stdout, again.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_resuming_at_step_10000_costs_no_more_than_a_start(text_file: Path, tmp_path: Path) -> None:

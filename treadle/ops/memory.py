@@ -46,8 +46,11 @@ def peak_resident_bytes() -> int:
 
 
 def machine_bytes() -> int:
-    """Bytes of memory of this machine (the container's limit where one is set)."""
+    """Bytes of memory of this machine, or the container's or the process's limit where a lower one is set."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        total = min(total, limit)
     try:
         with open("/sys/fs/cgroup/memory.max", encoding="ascii") as stream:
             total = min(total, int(stream.read()))

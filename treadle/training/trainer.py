@@ -407,7 +407,7 @@ class Trainer:
 
     def _write_start(self) -> None:
         """On disk before the first step, so that a kill at any time can be continued."""
-        if not (self.folder / "tokenizer").is_dir():
+        if self.state.step == 0 or not (self.folder / "tokenizer").is_dir():
             self.tokenizer.save(self.folder / "tokenizer")
         write_atomically(self.folder / "config.toml", self.recipe.to_toml())
         records.write_json(self.folder / "environment.json", records.environment())
