@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from treadle.text.base import Tokenizer
 from treadle.training.config import Recipe
 
 if TYPE_CHECKING:
+    from treadle.checkpoint.reader import Checkpoint
     from treadle.data.dataset import Dataset
     from treadle.models.base import Model
     from treadle.training.trainer import Trainer
@@ -37,14 +39,25 @@ class Request:
     allow_change: Sequence[str] = ()
     flags_are_text: bool = True
 
-    def layers(self) -> list[Layer]:
-        layers = [target_layer(self.target), Layer(dict(self.flags or {}), "flag", from_text=self.flags_are_text)]
-        if self.weights_from is not None:
-            from treadle.models.pretrained import locate, read_config
+    @functools.cached_property
+    def start_weights(self) -> Checkpoint | None:
+        """The checkpoint of --from, found and verified once."""
+        from treadle.models.pretrained import locate
 
-            config = read_config(locate(self.weights_from))
-            layers.insert(0, Layer({"model": config["model"]}, f"the model of {self.weights_from}"))
-        return layers
+        return locate(self.weights_from) if self.weights_from is not None else None
+
+    def named_layers(self) -> list[Layer]:
+        """What was typed: the target and the flags."""
+        return [target_layer(self.target), Layer(dict(self.flags or {}), "flag", from_text=self.flags_are_text)]
+
+    def layers(self) -> list[Layer]:
+        """The same above the model of --from."""
+        if self.start_weights is None:
+            return self.named_layers()
+        from treadle.models.pretrained import read_config
+
+        model = read_config(self.start_weights)["model"]
+        return [Layer({"model": model}, f"the model of {self.weights_from}"), *self.named_layers()]
 
 
 def configure(request: Request, folder: Path) -> Recipe:
@@ -142,16 +155,13 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer) -> Model:
     cls = MODELS.get(recipe.arch)
     keys = {"vocab_size": tokenizer.vocab_size, **recipe.model}
     config = cls.Config.with_preset(recipe.preset, **keys)
-    if config.vocab_size < tokenizer.vocab_size:
-        raise ConfigError(f"model.vocab_size = {config.vocab_size} is smaller than the tokenizer's "
-                          f"{tokenizer.vocab_size}; leave it out or make it larger")  # fmt: skip
     recipe.model = config.model_dump()
     return build_from(cls, config, recipe.run.seed, pick_device(recipe.run.device))
 
 
 def make_trainer(request: Request, recipe: Recipe, console: Console) -> Trainer:
     """Everything up to the first step: data, model, trainer, and the checkpoint to go on from."""
-    from treadle.checkpoint.reader import Checkpoint, newest_valid
+    from treadle.checkpoint.reader import newest_valid
     from treadle.models.base import count_label
     from treadle.models.pretrained import locate, read_tokenizer
     from treadle.ops.memory import keep_freed_memory
@@ -163,7 +173,7 @@ def make_trainer(request: Request, recipe: Recipe, console: Console) -> Trainer:
         console.say(f"note: {note}")
     folder = recipe.folder
     tokenizer = Tokenizer.load(folder / "tokenizer") if has_begun(folder) else None
-    start_weights = locate(request.weights_from) if request.weights_from else None
+    start_weights = request.start_weights
     if start_weights is not None and tokenizer is None:
         tokenizer = read_tokenizer(start_weights)
     splits = load_data(recipe, console, tokenizer)
@@ -222,7 +232,7 @@ def _new_segment(trainer: Trainer, checkpoint: Any) -> None:
 def train(request: Request, console: Console | None = None) -> dict[str, Any]:
     """Trains (or continues) what was asked and returns the run's summary."""
     console = console or Console()
-    folder = settled_folder(request.layers()[-2:])
+    folder = settled_folder(request.named_layers())
     if request.fresh:
         folder = free_folder(folder)
     with _locked(folder) as lock:

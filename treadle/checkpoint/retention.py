@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from treadle.checkpoint.layout import checkpoint_name, steps_in
 from treadle.checkpoint.writer import remove_checkpoint
+from treadle.files import write_atomically
 
 BEST_FILE = "best.json"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a small file in one move."""
-    part = path.with_name(f".{path.name}.part")
-    with part.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.replace(path)
 
 
 def mark_best(root: Path, step: int, metrics: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ from treadle.data.order import key
 from treadle.data.shards import DATASET_FILE, SCHEMA, TokenSet, file_sha256, id_type
 from treadle.data.sources import Bad, Document, Piece, Source, TokenFileSource
 from treadle.errors import DataError, InputError
+from treadle.files import write_atomically
 from treadle.text.base import TRAINABLE, Tokenizer
 
 SPLITS = ("train", "validation")
@@ -126,15 +127,6 @@ def _record_path(folder: Path, number: int) -> Path:
     return folder / f"piece-{number:05d}.json"
 
 
-def _write_durably(path: Path, data: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.replace(path)
-
-
 def prepare_piece(job: PieceJob, tokenizer: Tokenizer | None = None) -> PieceRecord:
     """Reads, divides and encodes one piece, and writes its shards and its record."""
     tokenizer = tokenizer or Tokenizer.load(job.tokenizer_folder)
@@ -195,7 +187,7 @@ def prepare_piece(job: PieceJob, tokenizer: Tokenizer | None = None) -> PieceRec
     for split in SPLITS:
         flush(split)
         _write_shard(Path(job.folder) / split, job.number, record, split, ids[split], lengths[split], tokenizer)
-    _write_durably(_record_path(Path(job.folder), job.number), json.dumps(asdict(record)).encode())
+    write_atomically(_record_path(Path(job.folder), job.number), json.dumps(asdict(record)).encode())
     return record
 
 
@@ -206,9 +198,9 @@ def _write_shard(
     folder.mkdir(parents=True, exist_ok=True)
     name = f"shard-{number:05d}.bin"
     joined = np.concatenate(ids) if ids else np.zeros(0)
-    _write_durably(folder / name, joined.astype(id_type(tokenizer.vocab_size)).tobytes())
+    write_atomically(folder / name, joined.astype(id_type(tokenizer.vocab_size)).tobytes())
     index = name.replace(".bin", ".idx")
-    _write_durably(folder / index, np.asarray(lengths, dtype="<i8").tobytes())
+    write_atomically(folder / index, np.asarray(lengths, dtype="<i8").tobytes())
     record.shards[split] = {
         "file": name,
         "ids": len(joined),
@@ -275,7 +267,7 @@ def _prepare_into(
     if not asked_path.is_file() or asked_path.read_text(encoding="utf-8") != asked:
         for stale in folder.glob("piece-*.json"):  # an output folder reused for other text
             stale.unlink()
-        _write_durably(asked_path, asked.encode())
+        write_atomically(asked_path, asked.encode())
     if isinstance(source, TokenFileSource):
         source.eos_id = tokenizer.eos_id
     tokenizer.save(folder / "tokenizer")
@@ -358,8 +350,8 @@ def _finish(folder: Path, records: list[PieceRecord], tokenizer: Tokenizer, spli
             "statistics": statistics,
             "shards": shards,
         }
-        _write_durably(folder / name / DATASET_FILE, json.dumps(described, indent=1).encode())
-    _write_durably(folder / DATASET_FILE, json.dumps({"schema": SCHEMA, "splits": list(SPLITS)}).encode())
+        write_atomically(folder / name / DATASET_FILE, json.dumps(described, indent=1).encode())
+    write_atomically(folder / DATASET_FILE, json.dumps({"schema": SCHEMA, "splits": list(SPLITS)}).encode())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -395,5 +387,5 @@ def tokenizer_for(
         if not (folder / "complete").is_file():
             trained = Tokenizer.train(name, training_texts(source, fraction, limit), vocab_size)
             trained.save(folder)
-            _write_durably(folder / "complete", b"")
+            write_atomically(folder / "complete", b"")
     return Tokenizer.load(folder)

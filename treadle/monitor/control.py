@@ -25,6 +25,7 @@ from typing import Any
 
 from treadle.checkpoint.lock import LOCK_FILE
 from treadle.errors import ConfigError, InputError
+from treadle.files import write_atomically
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 STOP_COMMAND_CODE = 75
@@ -154,10 +155,8 @@ class Control:
 
 
 def _write(path: Path, text: str) -> None:
-    part = path.with_suffix(".part")
     try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
+        write_atomically(path, text)
     except OSError:
         pass  # nobody can be told; training does not stop for that
 
@@ -183,9 +182,7 @@ def send(run: Path, line: str, timeout: float = 60.0) -> str:
     folder.mkdir(exist_ok=True)
     name = f"{time.time_ns()}-{uuid.uuid4().hex[:8]}"
     command, answer = folder / f"{name}.command", folder / f"{name}.reply"
-    part = folder / f"{name}.part"
-    part.write_text(json.dumps({"line": line}), encoding="utf-8")
-    part.replace(command)
+    write_atomically(command, json.dumps({"line": line}))
     until = time.monotonic() + timeout
     while time.monotonic() < until:
         if answer.exists():

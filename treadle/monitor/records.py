@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from treadle.files import write_atomically
 from treadle.monitor.sinks import finite
 
 PACKAGES = ("treadle", "torch", "numpy", "tokenizers", "safetensors", "pydantic")
@@ -26,9 +27,7 @@ def write_event(run: Path, kind: str, **details: Any) -> None:
 def write_json(path: Path, table: dict[str, Any]) -> None:
     """Replaces a JSON file in one move."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(_clean(table), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_atomically(path, json.dumps(_clean(table), indent=1, allow_nan=False) + "\n")
 
 
 def _clean(value: Any) -> Any:

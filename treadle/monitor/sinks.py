@@ -6,15 +6,16 @@ Rows after the step that a run resumes from are removed first, so that no step i
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
-import os
 import uuid
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
 from treadle.errors import MissingExtra
+from treadle.files import write_atomically
 from treadle.registry import Registry
 
 SINKS = Registry(
@@ -54,12 +55,6 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _replace(path: Path, lines: list[str]) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text("".join(lines), encoding="utf-8")
-    os.replace(part, path)
-
-
 class JsonlSink(Sink):
     """metrics.jsonl: training rows and, marked by a split, evaluation rows."""
 
@@ -67,7 +62,8 @@ class JsonlSink(Sink):
         super().__init__(*arguments)
         self.path = self.folder / "metrics.jsonl"
         if self.path.exists():
-            _replace(self.path, [line for line in self.path.read_text("utf-8").splitlines(True) if self._keep(line)])
+            kept = [line for line in self.path.read_text("utf-8").splitlines(True) if self._keep(line)]
+            write_atomically(self.path, "".join(kept))
         self.stream = self.path.open("a", encoding="utf-8")
 
     def _keep(self, line: str) -> bool:
@@ -108,10 +104,9 @@ class CsvSink(Sink):
         at = rows[0].index("step")
         kept = [r for r in rows[1:] if len(r) == len(rows[0]) and r[at].isdigit() and int(r[at]) <= self.resumed_step]
         self.columns[path.name] = rows[0]
-        part = path.with_name(f".{path.name}.part")
-        with part.open("w", newline="", encoding="utf-8") as stream:
-            csv.writer(stream).writerows([rows[0], *kept])
-        os.replace(part, path)
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([rows[0], *kept])
+        write_atomically(path, text.getvalue())
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
         with (self.folder / name).open("a", newline="", encoding="utf-8") as stream:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-
 from treadle.data.dataset import Dataset
 from treadle.errors import ConfigError
 from treadle.models.base import Model
@@ -111,7 +109,3 @@ def compile_blocks(model: Model) -> None:
     """torch.compile of each block; what cannot compile says so at the mock step."""
     for block in model.blocks():
         block.compile()
-
-
-def thread_count() -> int:
-    return torch.get_num_threads()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def _contents(trainer: Trainer) -> tuple[dict[str, dict[str, Tensor]], dict[str, bytes], dict[str, Any]]:
     state = trainer.state
-    state.window = trainer.window_state()
+    state.window = trainer.window.to_json()
     state.health = trainer.health.to_json()
     if trainer.stepper.loss_scale is not None:
         state.loss_scale = asdict(trainer.stepper.loss_scale)

@@ -49,11 +49,6 @@ class LossScale:
             self.scale, self.good_steps = self.scale * 2, 0
 
 
-def seed_everything(seed: int) -> None:
-    """Seeds every generator a forward pass may draw from."""
-    torch.manual_seed(seed)
-
-
 class Stepper:
     """Runs optimiser steps on a unit."""
 
@@ -90,7 +85,7 @@ class Stepper:
         stats = []
         self.unit.train()
         for micro, batch in enumerate(micro_batches):
-            seed_everything(model_seed(self.seed, step, micro, self.rank))
+            torch.manual_seed(model_seed(self.seed, step, micro, self.rank))
             with autocast(self.precision, self.device):
                 parts = self.unit(batch.to(self.device, non_blocking=True))
             objective = torch.zeros((), device=self.device)

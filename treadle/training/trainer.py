@@ -12,7 +12,6 @@ import torch
 
 from treadle.checkpoint.layout import steps_in
 from treadle.checkpoint.lock import RunLock
-from treadle.checkpoint.retention import write_atomically
 from treadle.checkpoint.writer import clean
 from treadle.data.batch import IGNORE, Batch
 from treadle.data.dataset import Dataset
@@ -20,6 +19,7 @@ from treadle.data.loader import Loader, StepBatches
 from treadle.distributed.environment import refuse_many
 from treadle.errors import ConfigError, SaveError, Stopped, TreadleError
 from treadle.evaluation.evaluator import Evaluator
+from treadle.files import write_atomically
 from treadle.models.base import Model
 from treadle.models.catalogue import MODELS
 from treadle.models.pretrained import pick_device
@@ -392,9 +392,6 @@ class Trainer:
         from treadle.checkpoint.reader import Checkpoint
 
         snapshot.restore(self, Checkpoint(name))
-
-    def window_state(self) -> dict[str, Any]:
-        return self.window.to_json()
 
     def restored(self) -> None:
         """Takes up what the restored state carries."""
