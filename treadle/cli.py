@@ -49,6 +49,9 @@ def _request(arguments: list[str]) -> Any:
     words, flags = parse_flags(rest)
     fresh = flags.pop("fresh", "false").lower() == "true"
     weights = flags.pop("from", None)
+    for spelling in ("local-rank", "local_rank"):  # torch.distributed.launch says it by a flag
+        if spelling in flags:
+            os.environ.setdefault("LOCAL_RANK", flags.pop(spelling))
     if len(words) > 1:
         raise ConfigError(f"one target at a time: {' '.join(words)!r}; several paths go into --data.path a,b")
     return Request(words[0] if words else None, flags, fresh, weights, tuple(allow))
@@ -62,6 +65,14 @@ def _open_verb(verb: str, arguments: list[str]) -> None:
         print_options(verb, arguments)
         return
     request = _request(arguments)
+    if verb == "train":
+        from treadle.start import devices
+
+        count = devices(request)
+        if count > 1:
+            from treadle.distributed.launch import run_processes
+
+            sys.exit(run_processes(count, [verb, *arguments]))
     from treadle import start
 
     getattr(start, verb)(request)
@@ -297,15 +308,27 @@ def doctor(
         raise typer.Exit(65)
 
 
+def _rank() -> str:
+    """ "rank 1: " before the errors of one of several processes."""
+    from treadle.distributed.environment import detect
+    from treadle.errors import ConfigError
+
+    try:
+        launch = detect()
+    except ConfigError:
+        return ""
+    return f"rank {launch.rank}: " if launch.size > 1 else ""
+
+
 def main() -> None:
     """The entry point: one clear line and an exit code for every expected error."""
-    from treadle.errors import Stopped, TreadleError
+    from treadle.errors import PeerFailed, Stopped, TreadleError
 
     try:
         app()
     except TreadleError as problem:
-        if not isinstance(problem, Stopped):  # a stop on request said so already
-            print(f"error: {problem}", file=sys.stderr)
+        if not isinstance(problem, (Stopped, PeerFailed)):  # said already, by this process or by another
+            print(f"{_rank()}error: {problem}", file=sys.stderr)
         sys.exit(problem.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -315,5 +338,5 @@ def main() -> None:
     except OSError as problem:
         full = problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         hint = "free some space or write elsewhere with --output_dir" if full else "check the path and its permissions"
-        print(f"error: {problem}; {hint}, then run the same command again", file=sys.stderr)
+        print(f"{_rank()}error: {problem}; {hint}, then run the same command again", file=sys.stderr)
         sys.exit(74 if full else 2)

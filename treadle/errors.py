@@ -74,3 +74,17 @@ class Stopped(TreadleError):
     """Training stopped on request before its last step; the same command continues."""
 
     exit_code = 75
+
+
+class PeerFailed(TreadleError):
+    """Another process of the run failed and has said so; this one ends with the same code and without repeating it."""
+
+    def __init__(self, text: str, exit_code: int) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
+class PeerLost(TreadleError):
+    """Another process of the run is gone; the same command continues."""
+
+    exit_code = 75

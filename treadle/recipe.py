@@ -198,14 +198,19 @@ def _model_key(words: Vocabulary, name: str, one: Given, leaf: bool) -> Given:
         raise ConfigError(f"{one.origin}: model.{problem}") from None
 
 
-def settled_folder(layers: list[Layer]) -> Path:
-    """The run folder that layers ask for, from the run section alone (no torch, so that a lock answers at once)."""
+def settled_section(layers: list[Layer], name: str) -> Any:
+    """One core section as the layers ask for it, without looking at the others (no torch, so that it answers at once)."""
     words = vocabulary()
     final: dict[str, Given] = {}
     for layer in layers:
         given = merge(words.flatten(layer.table, layer.origin, layer.from_text))
-        final.update({key: one for key, one in given.items() if key.startswith("run.")})
-    return Recipe(run=build_section("run", SECTIONS["run"], final)).folder  # type: ignore[arg-type]
+        final.update({key: one for key, one in given.items() if key.startswith(name + ".")})
+    return build_section(name, SECTIONS[name], final)
+
+
+def settled_folder(layers: list[Layer]) -> Path:
+    """The run folder that layers ask for."""
+    return Recipe(run=settled_section(layers, "run")).folder
 
 
 def from_leaf_names(arch: str = DEFAULT_ARCHITECTURE, **values: Any) -> Recipe:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import functools
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treadle.checkpoint.lock import LOCK_FILE, RunLock
-from treadle.errors import ConfigError
+from treadle.errors import ConfigError, PeerFailed, PeerLost, Stopped
 from treadle.monitor.console import Console
-from treadle.recipe import Layer, compose, settled_folder, target_layer
+from treadle.recipe import Layer, compose, settled_folder, settled_section, target_layer
 from treadle.settings import load_table
 from treadle.text.base import Tokenizer
 from treadle.training.config import Recipe
@@ -21,6 +21,7 @@ from treadle.training.config import Recipe
 if TYPE_CHECKING:
     from treadle.checkpoint.reader import Checkpoint
     from treadle.data.dataset import Dataset
+    from treadle.distributed.world import World
     from treadle.models.base import Model
     from treadle.training.trainer import Trainer
 
@@ -147,21 +148,23 @@ def load_data(recipe: Recipe, console: Console, tokenizer: Tokenizer | None = No
 
 
 def build_model(recipe: Recipe, tokenizer: Tokenizer) -> Model:
-    """The recipe's model, randomly initialised; the recipe then holds every resolved key of it."""
-    from treadle.models.base import build_from
+    """The recipe's model on the meta device (the trainer allocates it, whole or in shards); the recipe then holds every
+    resolved key of it."""
+    import torch
+
     from treadle.models.catalogue import MODELS
-    from treadle.models.pretrained import pick_device
 
     cls = MODELS.get(recipe.arch)
     keys = {"vocab_size": tokenizer.vocab_size, **recipe.model}
     config = cls.Config.with_preset(recipe.preset, **keys)
     recipe.model = config.model_dump()
-    return build_from(cls, config, recipe.run.seed, pick_device(recipe.run.device))
+    with torch.device("meta"):
+        return cls(config)
 
 
-def make_trainer(request: Request, recipe: Recipe, console: Console) -> Trainer:
+def make_trainer(request: Request, recipe: Recipe, console: Console, world: World | None = None) -> Trainer:
     """Everything up to the first step: data, model, trainer, and the checkpoint to go on from."""
-    from treadle.checkpoint.reader import newest_valid
+    from treadle.distributed.world import World
     from treadle.models.base import count_label
     from treadle.models.pretrained import locate, read_tokenizer
     from treadle.ops.memory import keep_freed_memory
@@ -171,26 +174,27 @@ def make_trainer(request: Request, recipe: Recipe, console: Console) -> Trainer:
     keep_freed_memory()
     for note in recipe.notes:
         console.say(f"note: {note}")
-    folder = recipe.folder
+    folder, world = recipe.folder, world or World()
     tokenizer = Tokenizer.load(folder / "tokenizer") if has_begun(folder) else None
     start_weights = request.start_weights
     if start_weights is not None and tokenizer is None:
         tokenizer = read_tokenizer(start_weights)
-    splits = load_data(recipe, console, tokenizer)
+    splits = _shared_data(recipe, console, tokenizer, world)
     tokenizer = splits["train"].tokenizer
     model = build_model(recipe, tokenizer)
     trainer = Trainer(
-        model, splits["train"], splits.get("validation"), recipe, resume=True, console=console, listen=not console.quiet
-    )
+        model, splits["train"], splits.get("validation"), recipe, resume=True, console=console,
+        listen=not console.quiet, world=world,
+    )  # fmt: skip
+    shared = f", {world.size} processes ({trainer.strategy.mode})" if world.size > 1 else ""
     console.say(f"{recipe.arch}: {count_label(model.parameter_count())} parameters, {trainer.plan.max_steps} steps of "
-                f"{trainer.plan.global_batch} rows x {recipe.data.seq_len}, {trainer.precision} on {model.device}")  # fmt: skip
+                f"{trainer.plan.global_batch} rows x {recipe.data.seq_len}, {trainer.precision} on {trainer.device}{shared}")  # fmt: skip
     if recipe.checkpoint.resume_from_checkpoint is not None:
         checkpoint: Checkpoint | None = locate(recipe.checkpoint.resume_from_checkpoint, console.warn)
         assert checkpoint is not None
-        checkpoint.verify()
-        _new_segment(trainer, checkpoint)
+        world.lead(lambda: _take_up(trainer, checkpoint))
     else:
-        checkpoint = newest_valid(trainer.checkpoints, console.warn)
+        checkpoint = snapshot.find_newest(trainer)
     recipe.checkpoint.resume_from_checkpoint = None  # said once; the stored configuration goes on from the newest
     if checkpoint is not None:
         console.say(f"Loading checkpoint: {checkpoint.folder}")
@@ -198,9 +202,32 @@ def make_trainer(request: Request, recipe: Recipe, console: Console) -> Trainer:
         _check_data(trainer, splits["train"], request.allow_change)
         console.say(f"Resumed from step {trainer.state.step}")
     elif start_weights is not None:
-        model.load_weights(start_weights.tensors("model"))
+        snapshot.load_weights(trainer, start_weights)
         console.say(f"Weights from {start_weights.folder}")
     return trainer
+
+
+def _shared_data(
+    recipe: Recipe, console: Console, tokenizer: Tokenizer | None, world: World
+) -> dict[str, Dataset]:
+    """The data, prepared by the first process while the others wait, and the same in all of them."""
+    splits: dict[str, Dataset] = {}
+    if world.main:
+        world.lead(lambda: splits.update(load_data(recipe, console, tokenizer)))
+    else:
+        world.lead(lambda: None)
+        splits = load_data(recipe, console, tokenizer)
+    fingerprints = world.gather(splits["train"].fingerprint())
+    for rank, other in enumerate(fingerprints):
+        if other != fingerprints[0]:
+            raise ConfigError(f"process {rank} reads other data than process 0: the files or tokenizers of their machines "
+                              "differ; prepare once and copy, or use a folder that all see (--data.cache_dir)")  # fmt: skip
+    return splits
+
+
+def _take_up(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    checkpoint.verify()
+    _new_segment(trainer, checkpoint)
 
 
 def _check_data(trainer: Trainer, data: Dataset, allow: Sequence[str]) -> None:
@@ -229,15 +256,56 @@ def _new_segment(trainer: Trainer, checkpoint: Any) -> None:
     trainer.console.say(f"{len(newer)} newer checkpoint(s) and the logs up to now are kept in {aside}")
 
 
+def devices(request: Request) -> int:
+    """How many processes `run.devices` asks this command to start: 1 in a process that a launcher started."""
+    from treadle.distributed.environment import detect
+
+    launch = detect()
+    layers = request.named_layers()
+    wanted = settled_section(layers, "run").devices
+    if launch.size > 1:
+        if wanted not in (None, 1, launch.local_size):
+            raise ConfigError(f"run.devices = {wanted}, but {launch.local_size} process(es) were started on this machine; "
+                              "leave the key out")  # fmt: skip
+        return 1
+    return wanted or 1
+
+
 def train(request: Request, console: Console | None = None) -> dict[str, Any]:
     """Trains (or continues) what was asked and returns the run's summary."""
-    console = console or Console()
+    from treadle.distributed.environment import detect
+
+    if detect().size == 1:  # the lock answers before torch is imported
+        return _train(request, console or Console(), None)
+    from treadle.distributed.world import World
+
+    layers = request.named_layers()
+    world = World.open(settled_section(layers, "parallel"), settled_section(layers, "run").device)
+    try:
+        with world.watching():
+            return _train(request, console or Console(silent=not world.main), world)
+    except BaseException as problem:
+        if not isinstance(problem, (PeerFailed, PeerLost, Stopped)):
+            world.failed(problem)
+        raise
+    finally:
+        world.close()
+
+
+def _train(request: Request, console: Console, world: World | None) -> dict[str, Any]:
     folder = settled_folder(request.named_layers())
-    if request.fresh:
-        folder = free_folder(folder)
-    with _locked(folder) as lock:
+    with ExitStack() as stack:
+        lock: RunLock | None = None
+
+        def take_folder() -> str:
+            nonlocal folder, lock
+            folder = free_folder(folder) if request.fresh else folder
+            lock = stack.enter_context(_locked(folder))
+            return str(folder)
+
+        folder = Path(world.lead(take_folder) if world is not None else take_folder())
         recipe = configure(request, folder)
-        trainer = make_trainer(request, recipe, console)
+        trainer = make_trainer(request, recipe, console, world)
         trainer.adopt_lock(lock)
         if trainer.finished:
             early = trainer.state.ended
@@ -251,7 +319,7 @@ def train(request: Request, console: Console | None = None) -> dict[str, Any]:
             return trainer.summary("finished")
         summary = trainer.train()
     console.say(f"Finished at step {summary['step']}: {folder}")
-    if recipe.eval.at_end:
+    if recipe.eval.at_end and trainer.world.main:
         from treadle.evaluation.report import evaluate_run, write_results
 
         report = evaluate_run(str(folder), samples=3)
@@ -265,10 +333,13 @@ def check(request: Request, console: Console | None = None) -> dict[str, Any]:
     import tempfile
     import time
 
+    from treadle.distributed.environment import detect
     from treadle.ops.memory import peak_resident_bytes
     from treadle.training import advice
 
     console = console or Console()
+    if detect().size > 1:
+        raise ConfigError("check runs in one process; start it without torchrun (what several need: treadle plan)")
     request = Request(request.target, request.flags, True, request.weights_from)
     with tempfile.TemporaryDirectory(prefix="treadle-check-") as scratch:
         recipe = configure(request, Path(scratch))

@@ -154,7 +154,7 @@ def test_no_power_cut_loses_a_checkpoint(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("mistake", ["no directory fsync", "no file fsync", "in place"])
 def test_the_power_cut_model_sees_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: str) -> None:
     if mistake == "no directory fsync":
-        monkeypatch.setattr(writer, "_fsync_directory", lambda path: None)
+        monkeypatch.setattr(writer, "fsync_directory", lambda path: None)
     elif mistake == "no file fsync":
         real = RecordingOs.fsync
         monkeypatch.setattr(
@@ -165,8 +165,8 @@ def test_the_power_cut_model_sees_mistakes(tmp_path: Path, monkeypatch: pytest.M
         def in_place(root: Path, step: int, *contents: object) -> str:
             final = os.path.join(root, checkpoint_name(step))
             writer.os.mkdir(final)  # type: ignore[attr-defined]
-            writer._write_members(final, step, *contents)  # type: ignore[arg-type]
-            writer._fsync_directory(str(root))
+            writer.write_members(final, step, *contents, {})  # type: ignore[arg-type]
+            writer.fsync_directory(str(root))
             return final
 
         monkeypatch.setattr(writer, "save", in_place)

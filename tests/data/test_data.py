@@ -348,7 +348,7 @@ def test_each_transition_is_trained_once_and_none_crosses_documents(tmp_path: Pa
 def test_surplus_rows_score_nothing(tmp_path: Path) -> None:
     data = documents_dataset(tmp_path, "concat", [50])
     batch = data.batch(np.array([0, 0]), np.array([0, -1]))
-    assert batch.counts == {"labels": 16, "tokens": 16, "rows": 1, "documents": 1}
+    assert batch.counts == {"bytes": 16, "labels": 16, "tokens": 16, "rows": 1, "documents": 1}
     assert (batch.doc_ids[1] == PAD).all()  # type: ignore[index]
 
 

@@ -131,11 +131,11 @@ def test_optimiser_state_goes_by_name(name: str) -> None:
     one, two = stepper(tiny(), name=name), stepper(tiny(), name=name)
     for step in range(3):
         one.run(step, [uneven()], 0.01)
-    two.unit.model.load_weights(one.unit.model.named_weights())
+    two.strategy.unit.model.load_weights(one.strategy.unit.model.named_weights())
     two.optimizers.load_state_tensors({k: t.clone() for k, t in one.optimizers.state_tensors().items()})
     for run in (one, two):
         run.run(3, [uneven()], 0.01)
-    for a, b in zip(one.unit.parameters(), two.unit.parameters()):
+    for a, b in zip(one.strategy.unit.parameters(), two.strategy.unit.parameters()):
         assert torch.equal(a, b)
     with pytest.raises(Exception, match=r"other\.weight"):
         two.optimizers.load_state_tensors({"other.weight|exp_avg": torch.zeros(1)})
@@ -152,14 +152,14 @@ def test_accumulation_is_weighted_by_tokens() -> None:
     b = parts.run(0, [batch.rows(i, i + 1) for i in range(8)], 0.01)
     torch.testing.assert_close(a.losses["next_token"], b.losses["next_token"], atol=1e-6, rtol=1e-6)
     assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-6) and a.counts == b.counts
-    for (name, x), (_, y) in zip(whole.unit.named_parameters(), parts.unit.named_parameters()):
+    for (name, x), (_, y) in zip(whole.strategy.unit.named_parameters(), parts.strategy.unit.named_parameters()):
         torch.testing.assert_close(x.grad, y.grad, atol=1e-6, rtol=1e-4, msg=name)
 
 
 def test_clipping_scales_to_the_norm() -> None:
     run = stepper(tiny(), clip=0.01)
     run.run(0, [uneven()], 0.0)
-    norm = math.sqrt(sum(float(p.grad.pow(2).sum()) for p in run.unit.parameters()))  # type: ignore[union-attr]
+    norm = math.sqrt(sum(float(p.grad.pow(2).sum()) for p in run.strategy.unit.parameters()))  # type: ignore[union-attr]
     assert norm == pytest.approx(0.01, rel=1e-3)
 
 
@@ -331,11 +331,11 @@ def test_saving_fails_three_times_then_stops(tmp_path: Path, data: dict, monkeyp
 
     tries = []
 
-    def refuse(trainer: Trainer, best: bool) -> None:
-        tries.append(trainer.state.step)
+    def refuse(root: Path, step: int, *rest: object, **names: object) -> None:
+        tries.append(step)
         raise SaveError("no")
 
-    monkeypatch.setattr(snapshot, "save", refuse)
+    monkeypatch.setattr(snapshot.writer, "save", refuse)
     with pytest.raises(SaveError):
         trainer(tmp_path, data, max_steps=20, save_steps=2, eval_steps=100).train()
     assert tries == [2, 4, 6]

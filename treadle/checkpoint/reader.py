@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from treadle.checkpoint.layout import MANIFEST, SCHEMA, checkpoint_name, safe_member, steps_in
-from treadle.checkpoint.tensors import parse_tensors
+from treadle.checkpoint.tensors import joined, parse_offsets, parse_tensors
 from treadle.errors import CheckpointError
 
 
@@ -42,8 +42,25 @@ class Checkpoint:
         return data
 
     def tensors(self, stem: str) -> dict[str, Tensor]:
-        """The tensors of `stem`.safetensors, verified."""
-        return parse_tensors(self._bytes(stem + ".safetensors"), f"{self.folder / stem}.safetensors")
+        """The whole tensors of `stem`.safetensors, or of its shards, verified."""
+        if not self.sharded:
+            return parse_tensors(self._bytes(stem + ".safetensors"), f"{self.folder / stem}.safetensors")
+        parts: dict[str, list[tuple[list[int], Tensor]]] = {}
+        for member in self.members(f"{stem}/"):
+            data, place = self._bytes(member), str(self.folder / member)
+            offsets = parse_offsets(data, place)
+            for name, tensor in parse_tensors(data, place).items():
+                parts.setdefault(name, []).append((offsets.get(name, [0] * tensor.dim()), tensor))
+        return {name: joined(pieces, f"{self.folder / stem}: {name}") for name, pieces in parts.items()}
+
+    @property
+    def sharded(self) -> bool:
+        """The tensors are in parts, one file a process."""
+        return bool(self.manifest.get("shards"))
+
+    def holds(self, stem: str, name: str) -> bool:
+        """Whether a tensor of this name belongs to `stem`: the optimiser's are called parameter|key."""
+        return ("|" in name) == (stem == "optimizer")
 
     def raw(self, member: str) -> bytes:
         """A member's bytes, verified."""

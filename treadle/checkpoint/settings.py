@@ -22,5 +22,8 @@ class CheckpointSettings(Settings):
     resume_from_checkpoint: str | None = option(None, aliases=("resume_from",))
     """Continue from this checkpoint instead of the run's newest one."""
 
+    asynchronous: bool = option(False, aliases=("async_save",))
+    """Training goes on while a checkpoint is written; a step waits only for the copy (which takes memory once more)."""
+
     checkpoint_dir: str | None = option(None, aliases=("save_dir",))
     """Where checkpoints go; default `checkpoints` inside the run."""

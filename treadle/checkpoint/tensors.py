@@ -95,3 +95,38 @@ def _parse_body(header: dict, body: np.ndarray) -> dict[str, Tensor]:
     if position != len(body):
         raise ValueError("bytes are left over")
     return tensors
+
+
+def parse_offsets(data: np.ndarray, name: str) -> dict[str, list[int]]:
+    """Where each tensor of a sharded file lies in its whole, from the metadata torch.distributed.checkpoint writes."""
+    try:
+        (length,) = struct.unpack("<Q", data[:8].tobytes())
+        metadata = json.loads(data[8 : 8 + min(length, LONGEST_HEADER)].tobytes()).get("__metadata__", {})
+        table = json.loads(metadata.get("DCP_SHARDING_INFO", "{}"))
+        offsets = {str(key): entry["saved_offsets"] for key, entry in table.items()}
+        if not all(isinstance(o, list) and all(type(n) is int and 0 <= n < 2**48 for n in o) for o in offsets.values()):
+            raise ValueError("offsets")
+        return offsets
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as problem:
+        raise CheckpointError(f"{name} is not a sound sharded safetensors file ({problem})") from None
+
+
+def joined(pieces: list[tuple[list[int], Tensor]], name: str) -> Tensor:
+    """Parts with their offsets as one tensor; CheckpointError unless they fill it exactly."""
+    kinds = {(tensor.dim(), tensor.dtype, len(offsets)) for offsets, tensor in pieces}
+    if len(kinds) != 1 or any(len(offsets) != tensor.dim() for offsets, tensor in pieces):
+        raise CheckpointError(f"{name}: its parts do not belong together")
+    dims = range(pieces[0][1].dim())
+    shape = [max(offsets[d] + tensor.shape[d] for offsets, tensor in pieces) for d in dims]
+    if math.prod(shape) != sum(tensor.numel() for _, tensor in pieces):
+        raise CheckpointError(f"{name}: its parts do not fill {shape}; a part is missing or there twice")
+    if len(pieces) == 1:
+        return pieces[0][1]
+    whole = torch.empty(shape, dtype=pieces[0][1].dtype)
+    filled = torch.zeros(shape[:1], dtype=torch.int64)
+    for offsets, tensor in pieces:
+        whole[tuple(slice(o, o + n) for o, n in zip(offsets, tensor.shape))] = tensor
+        filled[offsets[0] : offsets[0] + tensor.shape[0]] += math.prod(tensor.shape[1:])
+    if not bool((filled == math.prod(shape[1:])).all()):
+        raise CheckpointError(f"{name}: its parts overlap")
+    return whole

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def _write_file(path: str, parts: Iterable[bytes | memoryview]) -> tuple[int, st
     return size, digest.hexdigest()
 
 
-def _fsync_directory(path: str) -> None:
+def fsync_directory(path: str) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -57,12 +57,12 @@ def _fsync_directory(path: str) -> None:
         os.close(descriptor)
 
 
-def _remove_tree(path: str) -> None:
+def remove_tree(path: str) -> None:
     # Only os.* calls, like all writing here, so that the power-cut test sees every operation.
     for name in os.listdir(path):
         inner = os.path.join(path, name)
         if os.path.isdir(inner) and not os.path.islink(inner):
-            _remove_tree(inner)
+            remove_tree(inner)
         else:
             os.unlink(inner)
     os.rmdir(path)
@@ -73,7 +73,7 @@ def remove_checkpoint(path: str) -> None:
     trash = os.path.join(os.path.dirname(path), f".trash-{os.path.basename(path)}-{uuid.uuid4().hex[:8]}")
     with contextlib.suppress(OSError):
         os.rename(path, trash)
-        _remove_tree(trash)
+        remove_tree(trash)
 
 
 def clean(root: str | Path) -> None:
@@ -82,14 +82,46 @@ def clean(root: str | Path) -> None:
         for name in os.listdir(root):
             if name.startswith((".tmp-", ".trash-")):
                 with contextlib.suppress(OSError):
-                    _remove_tree(os.path.join(root, name))
+                    remove_tree(os.path.join(root, name))
 
 
-def _check_space(root: str, tensors: dict[str, dict[str, Tensor]]) -> None:
-    need = int(SPACE_MARGIN * sum(t.nbytes for group in tensors.values() for t in group.values())) + (1 << 16)
+def check_space(root: str, size: int) -> None:
+    """OSError (disk full) when `size` bytes and a margin do not fit under `root`."""
+    need = int(SPACE_MARGIN * size) + (1 << 16)
     free = shutil.disk_usage(root).free
     if free < need:
         raise OSError(errno.ENOSPC, f"{need / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB are free")
+
+
+def places(root: str, step: int, name: str | None) -> tuple[str, str]:
+    """(where a checkpoint will be, the temporary directory it is written in)."""
+    final = os.path.join(root, name or checkpoint_name(step))
+    return final, os.path.join(root, f".tmp-{os.path.basename(final)}-{uuid.uuid4().hex[:8]}")
+
+
+@contextlib.contextmanager
+def refusals(final: str, temporary: str) -> Iterator[None]:
+    """Around everything that writes: nothing half-written stays, and a disk that refuses is a SaveError."""
+    root = os.path.dirname(final)
+    try:
+        os.makedirs(root, exist_ok=True)
+        yield
+    except BaseException as problem:
+        with contextlib.suppress(OSError):
+            remove_tree(temporary)
+        if not isinstance(problem, OSError):
+            raise
+        raise SaveError(f"checkpoint {os.path.basename(final)} could not be written to {root}: "
+                        f"{problem.strerror or problem}. Earlier checkpoints are intact; free some space or write "
+                        "elsewhere with --checkpoint_dir DIR, then run the same command again") from problem  # fmt: skip
+
+
+def publish(temporary: str, final: str) -> None:
+    """The move that makes a whole checkpoint visible."""
+    if os.path.isdir(final):  # the same step saved again (a resumed run that saves at once): equal contents
+        remove_checkpoint(final)
+    os.rename(temporary, final)
+    fsync_directory(os.path.dirname(final))
 
 
 def save(
@@ -105,35 +137,25 @@ def save(
     tensors: file stem -> tensors by name; files: member name -> contents; described: goes into the manifest.
     Raises SaveError (the previous checkpoints are untouched) when the disk refuses.
     """
-    root = str(root)
-    final = os.path.join(root, name or checkpoint_name(step))
-    temporary = os.path.join(root, f".tmp-{os.path.basename(final)}-{uuid.uuid4().hex[:8]}")
-    try:
-        os.makedirs(root, exist_ok=True)
-        _check_space(root, tensors)
+    final, temporary = places(str(root), step, name)
+    with refusals(final, temporary):
+        check_space(str(root), sum(t.nbytes for group in tensors.values() for t in group.values()))
         os.mkdir(temporary)
-        _write_members(temporary, step, tensors, files, described)
-        if os.path.isdir(final):  # the same step saved again (a resumed run that saves at once): equal contents
-            remove_checkpoint(final)
-        os.rename(temporary, final)
-        _fsync_directory(root)
-    except OSError as problem:
-        with contextlib.suppress(OSError):
-            _remove_tree(temporary)
-        raise SaveError(f"checkpoint {os.path.basename(final)} could not be written to {root}: "
-                        f"{problem.strerror or problem}. Earlier checkpoints are intact; free some space or write "
-                        "elsewhere with --checkpoint_dir DIR, then run the same command again") from problem  # fmt: skip
-    except BaseException:
-        with contextlib.suppress(OSError):
-            _remove_tree(temporary)
-        raise
+        write_members(temporary, step, tensors, files, described, {})
+        publish(temporary, final)
     return final
 
 
-def _write_members(
-    folder: str, step: int, tensors: dict[str, dict[str, Tensor]], files: dict[str, bytes], described: dict[str, Any]
+def write_members(
+    folder: str,
+    step: int,
+    tensors: dict[str, dict[str, Tensor]],
+    files: dict[str, bytes],
+    described: dict[str, Any],
+    written: dict[str, dict[str, Any]],
 ) -> None:
-    written: dict[str, dict[str, Any]] = {}
+    """Tensors, files and, last, the manifest that names them and what was `written` before (member -> size, checksum)."""
+    written = dict(written)
     for stem, group in tensors.items():
         size, digest = _write_file(os.path.join(folder, stem + ".safetensors"), stream_tensors(group, {"format": "pt"}))
         written[stem + ".safetensors"] = {"bytes": size, "sha256": digest}
@@ -145,8 +167,8 @@ def _write_members(
         size, digest = _write_file(os.path.join(folder, member), [data])
         written[member] = {"bytes": size, "sha256": digest}
     for inner in {os.path.dirname(member) for member in files} - {""}:
-        _fsync_directory(os.path.join(folder, inner))
+        fsync_directory(os.path.join(folder, inner))
     body = json.dumps({"schema": SCHEMA, "step": step, "files": written, **described}, sort_keys=True, allow_nan=False)
     whole = json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest(), "body": body})
     _write_file(os.path.join(folder, MANIFEST), [whole.encode()])
-    _fsync_directory(folder)
+    fsync_directory(folder)

@@ -44,6 +44,7 @@ class Dataset:
         for tokens in self.sets:
             if tokens.vocab_size > tokenizer.vocab_size:
                 raise ConfigError(f"the data has {tokens.vocab_size} symbols, the tokenizer {tokenizer.vocab_size}")
+        self._byte_lengths = np.asarray(tokenizer.byte_lengths, dtype=np.int64)
         self.parts = [Rows(tokens, packing, seq_len) for tokens in self.sets]
         if len(self) == 0:
             raise InputError("the data holds no row to train on")
@@ -75,10 +76,14 @@ class Dataset:
 
     def batch(self, source: np.ndarray, row: np.ndarray) -> Batch:
         """The rows (source [B], row [B]) as a batch; row -1 is padding."""
-        from treadle.data.batch import collate  # torch: only here, so that `treadle data` starts without it
+        from treadle.data.batch import IGNORE, collate  # torch: only here, so that `treadle data` starts without it
 
         rows = [self.parts[s].row(r) if r >= 0 else None for s, r in zip(source.tolist(), row.tolist())]
-        return collate(rows, self.seq_len)
+        batch = collate(rows, self.seq_len)
+        assert batch.labels is not None
+        # Bits per byte need the size of what is scored; counted here it costs the step no time.
+        batch.counts["bytes"] = int(self._byte_lengths[batch.labels[batch.labels != IGNORE].numpy()].sum())
+        return batch
 
     def in_sequence(self, batch_size: int, limit: int | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
         """(source, row) of all rows once, as they stand, in batches; `limit` rows spread evenly when there are more."""

@@ -6,10 +6,8 @@ the same batches.
 
 from __future__ import annotations
 
-import ctypes
 import queue
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +20,7 @@ from torch.utils.data import Dataset as TorchDataset
 from treadle.data.batch import Batch
 from treadle.data.dataset import Dataset
 from treadle.data.order import Order, step_draws
+from treadle.processes import end_with_parent
 
 
 class StepBatches(TorchDataset):
@@ -45,11 +44,10 @@ class StepBatches(TorchDataset):
 
 
 def _die_with_parent(worker: int) -> None:
-    """No worker outlives a killed training: Linux sends it SIGKILL when its parent ends. Ctrl-C is the parent's."""
+    """No worker outlives a killed training. Ctrl-C is the parent's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    end_with_parent(signal.SIGKILL)
 
 
 class Loader:

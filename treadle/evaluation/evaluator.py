@@ -11,20 +11,26 @@ import torch
 
 from treadle.data.batch import IGNORE, Batch
 from treadle.data.dataset import Dataset
+from treadle.distributed.base import Strategy
+from treadle.distributed.world import World
 from treadle.models.base import Model
 from treadle.ops.cross_entropy import CHUNK_NUMBERS
 from treadle.ops.precision import autocast
 from treadle.text.base import Tokenizer
 
 LN2 = math.log(2)
+SUMS = ("nats", "correct", "top5", "labels", "bytes")
 LOWER_IS_BETTER = {"loss": True, "bpb": True, "perplexity": True, "accuracy": False, "top5_accuracy": False}
 
 
 class Evaluator:
-    """Evaluates one model; `precision` is what it was trained in."""
+    """Evaluates one model; `precision` is what it was trained in, `strategy` how it is spread over processes."""
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, precision: str = "fp32") -> None:
+    def __init__(
+        self, model: Model, tokenizer: Tokenizer, precision: str = "fp32", strategy: Strategy | None = None
+    ) -> None:
         self.model, self.tokenizer, self.precision = model, tokenizer, precision
+        self.strategy = strategy
         self._lengths = torch.from_numpy(np.asarray(tokenizer.byte_lengths, dtype=np.int64))
 
     def evaluate(
@@ -38,34 +44,47 @@ class Evaluator:
 
         `rows` takes that many rows spread over the data. None when `should_stop` turned true on the way.
         """
-        sums = {"nats": 0.0, "correct": 0.0, "top5": 0.0, "labels": 0.0, "bytes": 0.0}
+        batches = data.in_sequence(batch_size, rows)
+        world = self.strategy.world if self.strategy is not None else World()
+        sums: list[list[float]] = []
         was_training = self.model.training
         self.model.eval()
         try:
-            for source, row in data.in_sequence(batch_size, rows):
+            # Batch b is process b mod W's. One without a batch left takes padding: shards are gathered by all or none.
+            for first in range(0, len(batches), world.size):
                 if should_stop():
                     return None
-                for name, value in self.batch_sums(data.batch(source, row)).items():
-                    sums[name] += value
+                mine = first + world.rank
+                source, row = batches[mine] if mine < len(batches) else (batches[0][0], np.full_like(batches[0][1], -1))
+                found = self.batch_sums(data.batch(source, row))
+                sums.append([found[name] for name in SUMS])
         finally:
             self.model.train(was_training)
-        return metrics_of(sums)
+        # Added up in the order of the batches, whoever computed them: the same bits for any number of processes.
+        parts = world.gather(sums)
+        total = [math.fsum(values) for values in zip(*(part[i] for i in range(len(sums)) for part in parts))]
+        return metrics_of(dict(zip(SUMS, total)))
 
-    @torch.no_grad()
     def batch_sums(self, batch: Batch) -> dict[str, float]:
         """nats, correct, top5, labels and bytes of one batch, added up in fp64."""
+        if self.strategy is None:
+            return self._batch_sums(self.model, batch)
+        return self.strategy.look(self._batch_sums, batch)
+
+    @torch.no_grad()
+    def _batch_sums(self, model: Model, batch: Batch) -> dict[str, float]:
         assert batch.labels is not None
         size = self._lengths[batch.labels[batch.labels != IGNORE]].sum()
-        batch = batch.to(self.model.device)
-        with autocast(self.precision, self.model.device):
-            out = self.model.hidden(batch)
+        batch = batch.to(model.device)
+        with autocast(self.precision, model.device):
+            out = model.hidden(batch)
             assert out.hidden is not None and batch.labels is not None
             scored = batch.labels != IGNORE
             hidden, labels = out.hidden[scored], batch.labels[scored]
             nats = correct = top5 = torch.zeros((), dtype=torch.float64, device=hidden.device)
-            chunk = max(64, CHUNK_NUMBERS // self.model.config.vocab_size)
+            chunk = max(64, CHUNK_NUMBERS // model.config.vocab_size)
             for start in range(0, len(labels), chunk):
-                logits = self.model.head(hidden[start : start + chunk]).float()
+                logits = model.head(hidden[start : start + chunk]).float()
                 target = labels[start : start + chunk, None]
                 own = logits.gather(1, target)
                 nats = nats + (logits.logsumexp(-1) - own[:, 0]).double().sum()

@@ -22,6 +22,7 @@ from treadle.data.batch import Batch
 from treadle.errors import CheckpointError, ConfigError, InputError, ShapeError
 from treadle.layers.state import State
 from treadle.models.catalogue import MODELS
+from treadle.ops.sharding import copy_whole
 from treadle.registry import nearest
 from treadle.settings import Settings, option
 
@@ -115,6 +116,10 @@ class Model(nn.Module):
     def blocks(self) -> list[nn.Module]:
         """The units for checkpointing, compiling and sharding, in order."""
 
+    def full_precision_modules(self) -> list[nn.Module]:
+        """Modules inside blocks (routers, quantiser scales) whose weights stay fp32 where blocks are gathered in bf16."""
+        return []
+
     @abstractmethod
     def flops(self, length: int) -> int:
         """Floating-point operations of one row's forward pass: 2 a multiply-add of the matrix products, attention in
@@ -164,7 +169,7 @@ class Model(nn.Module):
             self.to(device)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                parameter.copy_(self._initial_values(seed, name, parameter))
+                copy_whole(parameter, self._initial_values(seed, name, parameter))
         return self
 
     def _initial_values(self, seed: int, name: str, parameter: Tensor) -> Tensor:
@@ -185,19 +190,22 @@ class Model(nn.Module):
 
     def load_weights(self, tensors: dict[str, Tensor]) -> None:
         """Copies tensors in by name; ShapeError names what is missing, surplus or of another shape."""
-        own = self.named_weights()
-        missing, surplus = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-        wrong = [f"{n} {list(tensors[n].shape)} instead of {list(own[n].shape)}" for n in own.keys() & tensors.keys()
-                 if own[n].shape != tensors[n].shape]  # fmt: skip
+        self.refuse_other_weights({name: list(tensor.shape) for name, tensor in tensors.items()})
+        with torch.no_grad():
+            for name, tensor in self.named_weights().items():
+                copy_whole(tensor, tensors[name])
+
+    def refuse_other_weights(self, shapes: dict[str, list[int]]) -> None:
+        """ShapeError unless these are the names and shapes of this model's weights."""
+        own = {name: list(tensor.shape) for name, tensor in self.named_weights().items()}
+        missing, surplus = sorted(own.keys() - shapes.keys()), sorted(shapes.keys() - own.keys())
+        wrong = [f"{n} {shapes[n]} instead of {own[n]}" for n in own.keys() & shapes.keys() if own[n] != shapes[n]]
         problems = [f"missing: {', '.join(missing[:4])}"] if missing else []
         problems += [f"not in this model: {', '.join(surplus[:4])}"] if surplus else []
         problems += [f"another shape: {', '.join(sorted(wrong)[:4])}"] if wrong else []
         if problems:
             raise ShapeError(f"the weights belong to another model ({'; '.join(problems)}); use the checkpoint's own "
                              "config.toml, or start anew with --fresh")  # fmt: skip
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(tensors[name])
 
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.parameters())

@@ -133,12 +133,15 @@ def load_model(source: str, device: Any = None, pretrained: bool = True) -> Mode
     return load_run(source, device).model
 
 
-def pick_device(name: Any) -> torch.device:
-    """auto -> a GPU where there is one, else the CPU; ConfigError for a device that is not here."""
+def pick_device(name: Any, number: int | None = None) -> torch.device:
+    """auto -> a GPU where there is one, else the CPU; ConfigError for a device that is not here. `number` is which GPU one
+    of several processes takes when `name` leaves it open."""
     if isinstance(name, torch.device):
         return name
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and number is not None:
+        name = f"cuda:{number}"
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -18,12 +18,13 @@ def rate(value: float) -> str:
 
 
 class Console:
-    """Messages, progress and warnings. quiet=True prints nothing (library use, tests)."""
+    """Messages, progress and warnings. quiet=True prints warnings only (library use, tests); silent=True not even those
+    (all processes but the first)."""
 
-    def __init__(self, quiet: bool = False, stream: TextIO | None = None) -> None:
-        self.quiet = quiet
+    def __init__(self, quiet: bool = False, stream: TextIO | None = None, silent: bool = False) -> None:
+        self.quiet, self.silent = quiet or silent, silent
         self.stream = stream or sys.stdout
-        self.live = not quiet and self.stream.isatty()
+        self.live = not self.quiet and self.stream.isatty()
         self._progress: Any = None
         self._task: Any = None
 
@@ -36,7 +37,9 @@ class Console:
             print(text, file=self.stream, flush=True)
 
     def warn(self, text: str) -> None:
-        """Warnings go to the error stream, so that a piped output stays clean, and are never quiet."""
+        """Warnings go to the error stream, so that a piped output stays clean, and are not `quiet`."""
+        if self.silent:
+            return
         if self._progress is not None:
             self._progress.console.print(f"warning: {text}", markup=False, highlight=False, style="yellow")
         else:

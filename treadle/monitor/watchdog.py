@@ -14,8 +14,8 @@ HANG_CODE = 75
 class Watchdog:
     """Armed while a step computes; waiting for data, evaluating and saving do not count."""
 
-    def __init__(self, seconds: float | None, folder: Path) -> None:
-        self.seconds, self.folder = seconds, folder
+    def __init__(self, seconds: float | None, folder: Path, rank: int = 0) -> None:
+        self.seconds, self.folder, self.rank = seconds, folder, rank
         self._since: float | None = None
         self._closed = threading.Event()
 
@@ -38,7 +38,7 @@ class Watchdog:
         while not self._closed.wait(min(1.0, self.seconds / 4)):
             since = self._since
             if since is not None and time.monotonic() - since > self.seconds:
-                path = self.folder / "stacks.txt"
+                path = self.folder / ("stacks.txt" if self.rank == 0 else f"stacks-rank{self.rank}.txt")
                 with path.open("w", encoding="utf-8") as stream:
                     stream.write(f"a step took longer than {self.seconds} s; the stacks of all threads:\n\n")
                     stream.flush()

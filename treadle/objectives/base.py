@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from treadle.data.batch import Batch
 from treadle.models.base import Model
@@ -52,5 +54,14 @@ class Unit(nn.Module):
         self.model = model
         self.objective = objective
 
-    def forward(self, batch: Batch) -> Parts:
-        return self.objective(self.model, batch)
+    def forward(self, *arguments: Any, work: Callable[..., Any] | None = None) -> Any:
+        """The objective's Parts for a batch; with `work`, work(model, ...) instead: whatever reads weights that are in
+        shards has to happen inside this call."""
+        return (work or self.objective)(self.model, *arguments)
+
+
+# FSDP finds the tensors that backward starts from by walking the output as a pytree.
+pytree.register_pytree_node(
+    Part, lambda p: ([p.total], (p.unit, p.weight)), lambda totals, rest: Part(next(iter(totals)), *rest)
+)
+pytree.register_pytree_node(Parts, lambda p: ([p.losses, p.stats], None), lambda values, _: Parts(*values))

@@ -6,6 +6,8 @@ import math
 from typing import TYPE_CHECKING
 
 from treadle.evaluation.evaluator import LOWER_IS_BETTER
+from treadle.models.base import Model
+from treadle.ops.precision import autocast
 from treadle.training import steering
 
 if TYPE_CHECKING:
@@ -63,13 +65,24 @@ def _end(trainer: Trainer, reason: str) -> bool:
 def _sample(trainer: Trainer) -> None:
     if trainer.recipe.eval.sample_tokens == 0 or not trainer.model.capabilities.decodes:
         return
-    from treadle.generation.decode import generate_text
-
-    prompt = trainer.recipe.eval.sample_prompt or "\n"
-    text = generate_text(trainer.model, trainer.tokenizer, prompt, trainer.recipe.eval.sample_tokens, seed=trainer.state.step,
-                         temperature=0.8)  # fmt: skip
+    if not (trainer.world.main or trainer.strategy.shards_weights):
+        return  # only shards need everybody
+    text = trainer.strategy.look(lambda model: _sampled_text(trainer, model))
+    if not trainer.world.main:
+        return
     folder = trainer.log_folder / "samples"
     folder.mkdir(exist_ok=True)
     (folder / f"step-{trainer.state.step:08d}.txt").write_text(
         trainer.recipe.eval.sample_prompt + text, encoding="utf-8"
     )
+
+
+def _sampled_text(trainer: Trainer, model: Model) -> str:
+    from treadle.generation.decode import generate_text
+
+    prompt = trainer.recipe.eval.sample_prompt or "\n"
+    # Gathered weights come in the type that products are computed in.
+    precision = trainer.precision if trainer.strategy.shards_weights else "fp32"
+    with autocast(precision, trainer.device):
+        return generate_text(model, trainer.tokenizer, prompt, trainer.recipe.eval.sample_tokens, seed=trainer.state.step,
+                             temperature=0.8)  # fmt: skip

@@ -12,6 +12,7 @@ from typing import Any
 
 from treadle.checkpoint.settings import CheckpointSettings
 from treadle.data.settings import DataSettings
+from treadle.distributed.settings import ParallelSettings
 from treadle.errors import ConfigError
 from treadle.evaluation.settings import EvalSettings
 from treadle.monitor.settings import AlertSettings, LogSettings
@@ -36,7 +37,10 @@ class RunSettings(Settings):
     """Everything random is a function of this number and the step."""
 
     device: str = option("auto", spellings={"gpu": "cuda"})
-    """auto (a GPU where there is one), cpu, cuda, or cuda:N."""
+    """auto (a GPU where there is one), cpu, cuda, or cuda:N. Of several processes each takes the GPU of its number."""
+
+    devices: int | None = option(None, aliases=("num_devices", "nproc_per_node"), ge=1)
+    """Processes that `treadle train` starts on this machine, one a GPU or a share of the cores; torchrun does it as well."""
 
 
 SECTIONS: dict[str, type[Settings]] = {
@@ -45,6 +49,7 @@ SECTIONS: dict[str, type[Settings]] = {
     "data": DataSettings,
     "train": TrainSettings,
     "optim": OptimSettings,
+    "parallel": ParallelSettings,
     "checkpoint": CheckpointSettings,
     "eval": EvalSettings,
     "log": LogSettings,
@@ -61,6 +66,7 @@ class Recipe:
     data: DataSettings = field(default_factory=DataSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
     log: LogSettings = field(default_factory=LogSettings)

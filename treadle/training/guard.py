@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from treadle.checkpoint.reader import newest_valid
 from treadle.errors import Diverged
-from treadle.monitor import records
 from treadle.monitor.health import Finding
 from treadle.training import snapshot
 from treadle.training.step import StepResult
@@ -22,7 +20,7 @@ def skipped(trainer: Trainer, result: StepResult) -> str:
     state = trainer.state
     state.skipped_steps += 1
     rows = trainer.batches.rows_of(state.step - 1 + state.data_offset)
-    records.write_event(trainer.folder, result.skipped, step=state.step, grad_norm=result.grad_norm, rows=rows[:64])
+    trainer.event(result.skipped, step=state.step, grad_norm=result.grad_norm, rows=rows[:64])
     if result.skipped == "spike":
         trainer.console.warn(f"step {state.step}: the loss spiked to {result.loss:.3f}; the update was skipped")
         return ""
@@ -37,7 +35,6 @@ def skipped(trainer: Trainer, result: StepResult) -> str:
     first = state.step - state.consecutive_skips + 1
     reason = f"{state.consecutive_skips} steps in a row were not finite (steps {first} to {state.step})"
     if trainer.recipe.train.on_nonfinite == "stop":
-        trainer.summary("diverged")
         raise Diverged(f"{reason}; the weights of the last checkpoint are sound. Try a lower --learning_rate, more "
                        "--warmup_steps, or --precision fp32")  # fmt: skip
     return reason
@@ -47,12 +44,11 @@ def report(trainer: Trainer, findings: list[Finding]) -> str:
     """Says what was found; returns why to roll back when the configuration asks for it."""
     policy = trainer.recipe.train.on_spike
     for finding in findings:
-        records.write_event(trainer.folder, finding.kind, step=trainer.state.step, text=finding.text)
+        trainer.event(finding.kind, step=trainer.state.step, text=finding.text)
         trainer.console.warn(finding.text)
         trainer.alerts.send("anomaly", finding.text, kind=finding.kind, step=trainer.state.step)
         if finding.kind == "loss_spike" and policy == "stop":
-            trainer.summary("diverged")
-            raise Diverged(f"{finding.text}; on_spike = stop. Try a lower --learning_rate, or --on_spike skip")
+                raise Diverged(f"{finding.text}; on_spike = stop. Try a lower --learning_rate, or --on_spike skip")
         if finding.kind == "loss_spike" and policy == "rollback":
             return finding.text
     return ""
@@ -61,14 +57,14 @@ def report(trainer: Trainer, findings: list[Finding]) -> str:
 def roll_back(trainer: Trainer, reason: str) -> None:
     """Back to the last good checkpoint, past the rows that led here; Diverged the third time or without one."""
     state = trainer.state
-    found = newest_valid(trainer.checkpoints, trainer.console.warn)
+    trainer.saver.wait()  # a save in flight may be the one to go back to
+    found = snapshot.find_newest(trainer)
     if found is None or found.step >= state.step or state.rollbacks + 1 >= LAST_ROLLBACK:
-        trainer.summary("diverged")
         why = "there is no checkpoint to go back to" if found is None else f"it is rollback {state.rollbacks + 1}"
         raise Diverged(f"{reason}; {why}. The weights of the last checkpoint are sound. Try a lower --learning_rate, "
                        "more --warmup_steps, or --precision fp32")  # fmt: skip
     rollbacks, offset = state.rollbacks + 1, state.data_offset + state.step - found.step
-    records.write_event(trainer.folder, "rolled_back", step=state.step, to=found.step, reason=reason)
+    trainer.event("rolled_back", step=state.step, to=found.step, reason=reason)
     trainer.console.warn(f"{reason}; back to step {found.step}, skipping the rows of {state.step - found.step} steps")
     snapshot.restore(trainer, found)
     trainer.state.rollbacks, trainer.state.data_offset = rollbacks, offset

@@ -7,13 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from treadle.distributed.base import Strategy
 from treadle.models.base import Model
+from treadle.ops.sharding import local
 
 
 class Inspection:
     """Root mean squares by block; `on` is set by the trainer before a step that will be logged."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, strategy: Strategy) -> None:
+        self.strategy = strategy
         self.on = False
         self.blocks = model.blocks()
         self.activations: dict[int, Tensor] = {}
@@ -28,13 +31,13 @@ class Inspection:
         """Columns for the log: activation_rms_block_N and gradient_rms_block_N."""
         found = {f"activation_rms_block_{n}": float(value) for n, value in sorted(self.activations.items())}
         for index, block in enumerate(self.blocks):
-            found[f"gradient_rms_block_{index}"] = _gradient_rms(block)
+            found[f"gradient_rms_block_{index}"] = self._gradient_rms(block)
         return found
 
-
-def _gradient_rms(block: nn.Module) -> float:
-    gradients = [p.grad for p in block.parameters() if p.grad is not None]
-    if not gradients:
-        return 0.0
-    total = torch.stack([g.float().pow(2).sum() for g in gradients]).sum()
-    return float((total / sum(g.numel() for g in gradients)).sqrt())
+    def _gradient_rms(self, block: nn.Module) -> float:
+        gradients = [p.grad for p in block.parameters() if p.grad is not None]
+        if not gradients:
+            return 0.0
+        norms = torch.stack([torch.linalg.vector_norm(local(g).float()) for g in gradients])
+        norm = self.strategy.whole_norm(torch.linalg.vector_norm(norms))
+        return float(norm / sum(g.numel() for g in gradients) ** 0.5)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from treadle.errors import ShapeError
+from treadle.errors import ConfigError, ShapeError
 from treadle.models.base import Model, ParameterRule
 from treadle.registry import Registry
 from treadle.training.settings import OptimSettings
@@ -41,23 +42,35 @@ def _torch_groups(groups: dict[tuple[float, float], Named], rate: float) -> list
     ]  # fmt: skip
 
 
-def make_adamw(model: Model, settings: OptimSettings) -> list[torch.optim.Optimizer]:
-    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101); fused is 2.8x faster than the for-loop form on CPU."""
-    return [_adamw(grouped(model, settings), settings)]
+def make_adamw(model: Model, settings: OptimSettings, sharded: bool = False) -> list[torch.optim.Optimizer]:
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101); fused is 2.8x faster than the for-loop form on CPU.
+
+    sharded: each process steps a part of the weights and sends them to the others (Rajbhandari et al. 2020, arXiv
+    1910.02054, stage 1), by torch's ZeroRedundancyOptimizer.
+    """
+    return [_adamw(grouped(model, settings), settings, sharded)]
 
 
-def _adamw(groups: dict[tuple[float, float], Named], settings: OptimSettings) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        _torch_groups(groups, settings.learning_rate), lr=settings.learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2), eps=settings.adam_epsilon, fused=True,
-    )  # fmt: skip
+def _adamw(
+    groups: dict[tuple[float, float], Named], settings: OptimSettings, sharded: bool = False
+) -> torch.optim.Optimizer:
+    made = _torch_groups(groups, settings.learning_rate)
+    keys: dict[str, Any] = {"lr": settings.learning_rate, "betas": (settings.adam_beta1, settings.adam_beta2),
+                            "eps": settings.adam_epsilon, "fused": True}  # fmt: skip
+    if sharded:
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        return ZeroRedundancyOptimizer(made, torch.optim.AdamW, **keys)
+    return torch.optim.AdamW(made, **keys)
 
 
-def make_muon(model: Model, settings: OptimSettings) -> list[torch.optim.Optimizer]:
+def make_muon(model: Model, settings: OptimSettings, sharded: bool = False) -> list[torch.optim.Optimizer]:
     """Muon (Jordan et al. 2024) for the blocks' matrices, AdamW for the rest.
 
     Updates are scaled to AdamW's size (Liu et al. 2025, arXiv 2502.16982, eq. 4), so one learning rate serves both.
     """
+    if sharded:
+        raise ConfigError("parallel.shard_optimizer works with optim.name = adamw; use --parallel fsdp to shard muon's state")
     inside = {id(p) for block in model.blocks() for p in block.parameters() if p.dim() == 2}
     groups = grouped(model, settings)
     matrices = {k: [(n, p) for n, p in named if id(p) in inside] for k, named in groups.items()}
@@ -75,9 +88,10 @@ def make_muon(model: Model, settings: OptimSettings) -> list[torch.optim.Optimiz
 class Optimizers:
     """One or more torch optimisers behind one interface."""
 
-    def __init__(self, model: Model, settings: OptimSettings) -> None:
-        self.inner: list[torch.optim.Optimizer] = OPTIMIZERS.get(settings.name)(model, settings)
+    def __init__(self, model: Model, settings: OptimSettings, sharded: bool = False) -> None:
+        self.inner: list[torch.optim.Optimizer] = OPTIMIZERS.get(settings.name)(model, settings, sharded)
         self.parameters: Named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        self._names = {id(p): n for n, p in self.parameters}
 
     def set_learning_rate(self, rate: float) -> None:
         for optimizer in self.inner:
@@ -92,29 +106,48 @@ class Optimizers:
         for _, parameter in self.parameters:
             parameter.grad = None
 
+    def _places(self) -> dict[str, tuple[torch.optim.Optimizer, nn.Parameter]]:
+        """name -> (the optimiser whose state it is in, the parameter); a sharded optimiser has a part of them."""
+        found: dict[str, tuple[torch.optim.Optimizer, nn.Parameter]] = {}
+        for optimizer in self.inner:
+            inner = getattr(optimizer, "optim", optimizer)  # ZeroRedundancyOptimizer's own, over this process's part
+            for group in inner.param_groups:
+                found.update({self._names[id(p)]: (inner, p) for p in group["params"]})
+        return found
+
     def state_tensors(self) -> dict[str, Tensor]:
         """ "parameter|key" -> tensor, for a checkpoint; keyed by name so that group order can never mix moments up."""
         tensors: dict[str, Tensor] = {}
-        for optimizer in self.inner:
-            for group in optimizer.param_groups:
-                for name, parameter in zip(group["names"], group["params"]):
-                    for key, value in optimizer.state.get(parameter, {}).items():
-                        tensors[f"{name}|{key}"] = torch.as_tensor(value)
+        for name, (optimizer, parameter) in self._places().items():
+            for key, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"{name}|{key}"] = torch.as_tensor(value)
         return tensors
+
+    def empty_state(self, shapes: dict[str, list[int]]) -> dict[str, Tensor]:
+        """Tensors to read a state of these names and shapes into: like the parameter (a part where it is one), or a plain
+        scalar. Names of parameters that another process steps are left out; ShapeError for names of another model."""
+        places, made = self._places(), {}
+        self._refuse_unknown(shapes)
+        for full, shape in shapes.items():
+            name = full.rpartition("|")[0]
+            if name in places:
+                parameter = places[name][1]
+                made[full] = torch.zeros_like(parameter) if shape else torch.zeros((), dtype=torch.float32)
+        return made
+
+    def _refuse_unknown(self, full_names: Iterable[str]) -> None:
+        known = set(self._names.values())
+        for full in full_names:
+            if full.rpartition("|")[0] not in known:
+                raise ShapeError(f"the checkpoint's optimiser state has {full.rpartition('|')[0]!r}, this model has not")
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `state_tensors`; ShapeError when the names are another optimiser's or model's."""
-        places = {
-            name: (optimizer, parameter)
-            for optimizer in self.inner
-            for group in optimizer.param_groups
-            for name, parameter in zip(group["names"], group["params"])
-        }
+        self._refuse_unknown(tensors)
+        places = self._places()
         found: dict[str, dict[str, Tensor]] = {}
         for full, tensor in tensors.items():
             name, _, key = full.rpartition("|")
-            if name not in places:
-                raise ShapeError(f"the checkpoint's optimiser state has {name!r}, this model has not")
             found.setdefault(name, {})[key] = tensor
         for name, (optimizer, parameter) in places.items():
             state = found.get(name, {})

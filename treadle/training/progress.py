@@ -37,15 +37,15 @@ def log_row(trainer: Trainer, result: StepResult, rate: float, loader: Loader) -
         "seconds": state.seconds,
         "skipped_steps": state.skipped_steps,
         **{f"loss_{name}": value for name, value in means.items()},
-        **{name: float(value) for name, value in result.stats.items()},
+        **_means(trainer, result),
         **trainer.model.stats(),
     }
     remaining = (trainer.plan.max_steps - state.step) * window.step_seconds / max(1, window.steps)
     if row["bpb"] is None:
         del row["bpb"]
-    peak = peak_flops(trainer.model.device)
+    peak = peak_flops(trainer.device)
     if peak is not None:
-        row["mfu"] = _step_flops(trainer) * window.steps / max(1e-9, window.step_seconds) / peak
+        row["mfu"] = _step_flops(trainer) * window.steps / max(1e-9, window.step_seconds) / (peak * trainer.world.size)
     if trainer.inspection is not None:
         row.update(trainer.inspection.row())
     guard.report(trainer, trainer.health.waiting(loader.wait_share(), loader.computed))
@@ -57,12 +57,18 @@ def log_row(trainer: Trainer, result: StepResult, rate: float, loader: Loader) -
     window.reset()
 
 
+def _means(trainer: Trainer, result: StepResult) -> dict[str, float]:
+    """The model's statistics of the step, averaged over the processes' rows."""
+    values = trainer.world.sum([float(value) for value in result.stats.values()]) if result.stats else []
+    return {name: value / trainer.world.size for name, value in zip(result.stats, values)}
+
+
 def _step_flops(trainer: Trainer) -> float:
     """Forward and backward (twice the forward) of one step, recomputation not counted (PaLM, appendix B)."""
     return 3.0 * trainer.model.flops(trainer.dataset.seq_len) * trainer.plan.global_batch
 
 
 def _memory_gb(trainer: Trainer) -> float:
-    if trainer.model.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(trainer.model.device) / 1e9
+    if trainer.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(trainer.device) / 1e9
     return resident_bytes() / 1e9

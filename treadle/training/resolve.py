@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 from treadle.data.dataset import Dataset
 from treadle.errors import ConfigError
 from treadle.models.base import Model
@@ -61,9 +63,9 @@ def _change_hint(recipe: Recipe, key: str) -> str:
     return f"; this run was started with {key} = that; another one needs --allow-change {key}"
 
 
-def schedule(recipe: Recipe, data: Dataset) -> Schedule:
+def schedule(recipe: Recipe, data: Dataset, world: int = 1) -> Schedule:
     """Batch sizes, the number of steps, and how often to save and evaluate."""
-    micro, accumulation, total = batch_sizes(recipe)
+    micro, accumulation, total = batch_sizes(recipe, world)
     end = None
     if recipe.train.max_steps is not None:
         max_steps = recipe.train.max_steps
@@ -77,11 +79,11 @@ def schedule(recipe: Recipe, data: Dataset) -> Schedule:
     )  # fmt: skip
 
 
-def resolve_precision(recipe: Recipe, model: Model, console: Console) -> str:
+def resolve_precision(recipe: Recipe, model: Model, device: torch.device, console: Console) -> str:
     """fp32, bf16 or fp16; a quick probe only verifies a choice that was made for the user."""
     width = model.head.weight.shape[1]
-    chosen = precision.resolve(recipe.train.precision, model.device, width)
-    if recipe.train.precision == "auto" and chosen == "bf16" and model.device.type == "cpu":
+    chosen = precision.resolve(recipe.train.precision, device, width)
+    if recipe.train.precision == "auto" and chosen == "bf16" and device.type == "cpu":
         gain = precision.probe(width)
         if gain < PROBE_WARNS_BELOW:
             console.warn(f"bf16 products are {gain:.2f}x as fast as fp32 on this machine just now; "

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from treadle.checkpoint.layout import checkpoint_name, steps_in
 from treadle.errors import ConfigError
-from treadle.monitor import records
 from treadle.monitor.console import duration, rate
-from treadle.monitor.control import HELP, parse_command
+from treadle.monitor.control import EXIT_CODES, HELP, Command, parse_command
 from treadle.registry import nearest
 from treadle.settings import fit_value
 from treadle.training import resolve
@@ -16,6 +15,8 @@ from treadle.training.config import SECTIONS
 
 if TYPE_CHECKING:
     from treadle.training.trainer import Trainer
+
+STOP_REASONS = {code: number.name for number, code in EXIT_CODES.items()}
 
 # Keys that mean something from one step to the next.
 SETTABLE = (
@@ -25,13 +26,40 @@ SETTABLE = (
 
 
 def obey(trainer: Trainer) -> bool:
-    """Answers everything said since the last call; true when the run shall stop."""
-    for command in trainer.control.commands():
+    """Carries out everything said since the last call; true when the run shall stop. All processes call it at the same
+    moment and do the same: a signal to one of them counts for all, words come from the first."""
+    control, world = trainer.control, trainer.world
+    commands = control.commands()
+    if world.size == 1:
+        trainer.saving_ended = trainer.saver.ended
+        _answer(trainer, commands)
+        return control.should_stop()
+    wanted = [control.exit_code if control.should_stop() else 0, control.save_requested, control.eval_requested,
+              len(commands), trainer.saver.busy, trainer.saver.ended]  # fmt: skip
+    code, save, evaluation, said, busy, ended = world.most([int(w) for w in wanted])
+    if said:
+        lines = world.lead(lambda: [command.line for command in commands])
+        _answer(trainer, commands if world.main else [Command(line, lambda text: None) for line in lines])
+    if code:
+        control.request_stop(STOP_REASONS.get(code, "stop"), code)
+        control.exit_code = code
+    control.save_requested |= bool(save)
+    control.eval_requested |= bool(evaluation)
+    trainer.saving_ended = bool(ended and not busy)
+    return control.should_stop()
+
+
+def obey_alone(trainer: Trainer) -> bool:
+    """The same while this process waits for data; with others it waits for the step, at which all agree."""
+    return trainer.world.size == 1 and obey(trainer)
+
+
+def _answer(trainer: Trainer, commands: list[Command]) -> None:
+    for command in commands:
         try:
             command.reply(_carry_out(trainer, command.line))
         except ConfigError as problem:
             command.reply(str(problem))
-    return trainer.control.should_stop()
 
 
 def _carry_out(trainer: Trainer, line: str) -> str:
@@ -40,7 +68,7 @@ def _carry_out(trainer: Trainer, line: str) -> str:
         return HELP
     if word == "status":
         return status(trainer)
-    records.write_event(trainer.folder, "command", step=trainer.state.step, line=line)
+    trainer.event("command", step=trainer.state.step, line=line)
     if word == "stop":
         trainer.control.request_stop("stop")
         return f"stopping after step {trainer.state.step}"
@@ -73,7 +101,7 @@ def change(trainer: Trainer, key: str, value: Any) -> Any:
     section, _, name = key.partition(".")
     fitted = fit_value(SECTIONS[section], name, value, from_text=isinstance(value, str))
     setattr(trainer.recipe.section(section), name, fitted)
-    trainer.plan = resolve.schedule(trainer.recipe, trainer.dataset)
+    trainer.plan = resolve.schedule(trainer.recipe, trainer.dataset, trainer.world.size)
     return fitted
 
 

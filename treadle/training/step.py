@@ -15,9 +15,12 @@ from torch import Tensor
 
 from treadle.data.batch import Batch
 from treadle.data.order import model_seed
+from treadle.distributed.base import Strategy
+from treadle.distributed.world import World
 from treadle.models.base import merged_stats
 from treadle.objectives.base import Unit
 from treadle.ops.precision import autocast
+from treadle.ops.sharding import local
 from treadle.training.optim import Optimizers
 
 
@@ -50,7 +53,7 @@ class LossScale:
 
 
 class Stepper:
-    """Runs optimiser steps on a unit."""
+    """Runs optimiser steps on a unit, alone or as one of several processes that each have a part of the rows."""
 
     def __init__(
         self,
@@ -61,10 +64,11 @@ class Stepper:
         precision: str,
         max_grad_norm: float,
         loss_weights: dict[str, float],
-        rank: int = 0,
+        strategy: Strategy | None = None,
     ) -> None:
-        self.unit, self.optimizers = unit, optimizers
-        self.seed, self.precision, self.rank = seed, precision, rank
+        self.optimizers, self.main = optimizers, unit.objective.main
+        self.strategy = strategy or Strategy(unit, World())
+        self.seed, self.precision = seed, precision
         self.max_grad_norm, self.loss_weights = max_grad_norm, loss_weights
         self.device = unit.model.device
         self.loss_scale = LossScale() if precision == "fp16" else None
@@ -79,34 +83,46 @@ class Stepper:
     ) -> StepResult:
         """Step number `step`. A loss or gradient that is not finite, or a loss that `veto` refuses, leaves the weights as
         they were (skipped)."""
-        counts = {unit: sum(b.counts[unit] for b in micro_batches) for unit in micro_batches[0].counts}
+        counts = self._counts(micro_batches)
         self.optimizers.zero_grad()
+        unit, rank = self.strategy.unit, self.strategy.world.rank
         sums: dict[str, Tensor] = {}
         stats = []
-        self.unit.train()
+        unit.train()
+        factor = self.strategy.loss_factor * (self.loss_scale.scale if self.loss_scale else 1.0)
         for micro, batch in enumerate(micro_batches):
-            torch.manual_seed(model_seed(self.seed, step, micro, self.rank))
-            with autocast(self.precision, self.device):
-                parts = self.unit(batch.to(self.device, non_blocking=True))
-            objective = torch.zeros((), device=self.device)
-            for name, part in parts.losses.items():
-                divided = part.total / max(1, counts[part.unit])
-                sums[name] = sums.get(name, 0) + divided.detach()
-                objective = objective + divided * (part.weight * self.loss_weights.get(name, 1.0))
-            (objective * (self.loss_scale.scale if self.loss_scale else 1.0)).backward()
+            torch.manual_seed(model_seed(self.seed, step, micro, rank))
+            last = micro + 1 == len(micro_batches)
+            with self.strategy.inner(last):
+                with autocast(self.precision, self.device):
+                    parts = unit(batch.to(self.device, non_blocking=True))
+                objective = torch.zeros((), device=self.device)
+                for name, part in parts.losses.items():
+                    divided = part.total / max(1, counts[part.unit])
+                    sums[name] = sums.get(name, 0) + divided.detach()
+                    objective = objective + divided * (part.weight * self.loss_weights.get(name, 1.0))
+                self.strategy.backward(objective * factor, last)
             stats.append(parts.stats)
-        loss = float(sums[self.unit.objective.main])
+        totals = self.strategy.sum_losses(torch.stack([sums[name] for name in sums]))
+        sums = dict(zip(sums, totals))
+        loss = float(sums[self.main])
         refused = veto is not None and veto(loss)
         norm, finite = self._finish(learning_rate, update and not refused, sums)
         skipped = "nonfinite" if not finite else "spike" if refused else ""
         return StepResult(sums, counts, norm, skipped, loss, merged_stats(stats))
 
+    def _counts(self, micro_batches: Sequence[Batch]) -> dict[str, int]:
+        """How many of each unit the whole step has; from the batches alone, so known before the first forward pass."""
+        names = list(micro_batches[0].counts)
+        found = self.strategy.world.sum([sum(b.counts[name] for b in micro_batches) for name in names])
+        return {name: int(value) for name, value in zip(names, found)}
+
     def _finish(self, learning_rate: float, update: bool, sums: dict[str, Tensor]) -> tuple[float, bool]:
-        gradients = [p.grad for _, p in self.optimizers.parameters if p.grad is not None]
+        gradients = [local(p.grad) for _, p in self.optimizers.parameters if p.grad is not None]
         scale = self.loss_scale.scale if self.loss_scale else 1.0
         if not gradients:
             return 0.0, True
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) / scale
+        norm = self.strategy.whole_norm(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))) / scale
         # One read decides: the norm is not finite when any gradient is not.
         value = float(norm)
         finite = math.isfinite(value) and all(math.isfinite(float(total)) for total in sums.values())

@@ -13,11 +13,12 @@ import torch
 from treadle.checkpoint.layout import steps_in
 from treadle.checkpoint.lock import RunLock
 from treadle.checkpoint.writer import clean
-from treadle.data.batch import IGNORE, Batch
 from treadle.data.dataset import Dataset
 from treadle.data.loader import Loader, StepBatches
-from treadle.distributed.environment import refuse_many
-from treadle.errors import ConfigError, SaveError, Stopped, TreadleError
+from treadle.distributed.base import Strategy
+from treadle.distributed.choose import make_strategy, resolve_mode
+from treadle.distributed.world import World
+from treadle.errors import ConfigError, Diverged, PeerFailed, PeerLost, SaveError, Stopped, TreadleError
 from treadle.evaluation.evaluator import Evaluator
 from treadle.files import write_atomically
 from treadle.models.base import Model
@@ -29,6 +30,7 @@ from treadle.monitor.console import Console
 from treadle.monitor.control import Control
 from treadle.monitor.health import Health
 from treadle.monitor.profiler import Profiler
+from treadle.monitor.settings import AlertSettings
 from treadle.monitor.sinks import SINKS, Sink
 from treadle.monitor.watchdog import Watchdog
 from treadle.objectives.base import Objective, Unit
@@ -39,6 +41,7 @@ from treadle.training.config import Recipe
 from treadle.training.inspection import Inspection
 from treadle.training.optim import Optimizers
 from treadle.training.run_state import RunState
+from treadle.training.saving import Saved, Saver
 from treadle.training.schedule import learning_rate, warmup_steps
 from treadle.training.step import Stepper, StepResult
 from treadle.training.window import Window
@@ -54,7 +57,8 @@ class Trainer:
 
     config: a Recipe, or None for defaults. A used folder is refused unless resume=True, which continues it from its
     newest valid checkpoint. callbacks are called as callback(event, trainer, row) with the events "log", "evaluate",
-    "save" and "end".
+    "save" and "end", in every process (trainer.world.main tells the one that writes). Started by torchrun, or with an
+    initialised process group, it trains as one of several processes.
     """
 
     def __init__(
@@ -69,11 +73,14 @@ class Trainer:
         resume: bool = False,
         console: Console | None = None,
         listen: bool = False,
+        world: World | None = None,
     ) -> None:
-        refuse_many()
         self.recipe = config or Recipe()
-        self.console = console or Console(quiet=True)
-        self.model = model.to(pick_device(self.recipe.run.device))
+        self.world = world or World.open(self.recipe.parallel, self.recipe.run.device)
+        main = self.world.main
+        self.console = console or Console(quiet=True, silent=not main)
+        self.device = pick_device(self.recipe.run.device, self.world.local_rank if self.world.size > 1 else None)
+        self.model = model  # on the meta device when it is to be allocated in shards
         self.dataset, self.eval_dataset = dataset, eval_dataset
         self.tokenizer = dataset.tokenizer
         if model.config.vocab_size < self.tokenizer.vocab_size:
@@ -84,12 +91,12 @@ class Trainer:
         self.folder = self.recipe.folder
         self.checkpoints = Path(self.recipe.checkpoint.checkpoint_dir or self.folder / "checkpoints")
         self.log_folder = Path(self.recipe.log.log_dir or self.folder)
-        if not resume and (steps_in(self.checkpoints) or (self.folder / "metrics.jsonl").exists()):
-            raise ConfigError(
-                f"{self.folder} already holds a run; continue it with resume=True or use another output_dir"
-            )
-        self.plan = resolve.schedule(self.recipe, dataset)
-        self.precision = resolve.resolve_precision(self.recipe, self.model, self.console)
+        if not resume:
+            self.world.lead(self._refuse_used_folder)
+        self.plan = resolve.schedule(self.recipe, dataset, self.world.size)
+        self.precision = self.world.lead(
+            lambda: resolve.resolve_precision(self.recipe, self.model, self.device, self.console)
+        )
         # What was resolved is what the run's config.toml says, and what a resumed run keeps.
         if MODELS.get(self.recipe.arch) is not type(model):
             self.recipe.arch = model.arch
@@ -99,26 +106,58 @@ class Trainer:
         resolve.set_checkpointing(self.model, self.recipe.train.gradient_checkpointing)
         if self.recipe.train.torch_compile:
             resolve.compile_blocks(self.model)
-        self.optimizers = Optimizers(self.model, self.recipe.optim)
+        unit = Unit(self.model, self.objective)
+        self.strategy = self._spread(unit)
+        self.optimizers = Optimizers(self.model, self.recipe.optim, self.recipe.parallel.shard_optimizer
+                                     and self.strategy.mode == "ddp")  # fmt: skip
         self.stepper = Stepper(
-            Unit(self.model, self.objective), self.optimizers, seed=self.recipe.run.seed, precision=self.precision,
+            unit, self.optimizers, seed=self.recipe.run.seed, precision=self.precision,
             max_grad_norm=self.recipe.optim.max_grad_norm, loss_weights=self.recipe.train.loss_weights,
+            strategy=self.strategy,
         )  # fmt: skip
-        self.evaluator = Evaluator(self.model, self.tokenizer, self.precision)
+        self.evaluator = Evaluator(self.model, self.tokenizer, self.precision, self.strategy)
         self.state = RunState(threads=torch.get_num_threads(), data_fingerprint=dataset.fingerprint())
         self.sinks: list[Sink] = []
-        self.control = Control(self.folder, self.console.say, read_stdin=listen)
-        self.alerts = Alerts(self.recipe.alerts, self.recipe.name, self.console.warn)
+        self.control = Control(self.folder if main else None, self.console.say, read_stdin=listen and main)
+        self.alerts = Alerts(self.recipe.alerts if main else AlertSettings(), self.recipe.name, self.console.warn)
         self.health = Health(self.recipe.train.spike_sigmas)
-        self.watchdog = Watchdog(self.recipe.train.step_timeout, self.folder)
-        self.inspection = Inspection(self.model) if self.recipe.log.health else None
+        self.watchdog = Watchdog(self.recipe.train.step_timeout, self.folder, self.world.rank)
+        self.inspection = Inspection(self.model, self.strategy) if self.recipe.log.health else None
+        self.saver = Saver(self.recipe.checkpoint.asynchronous)
         self.last_row: dict[str, Any] = {}
         self.profiler = Profiler(self.recipe.log.profile, self.log_folder)
-        self._byte_lengths = torch.as_tensor(self.tokenizer.byte_lengths, dtype=torch.int64)
         self._save_failures = 0
         self.saved_step = -1
         self.window = Window(self.state)
         self._lock: RunLock | None = None
+        self._opened = False
+        self.saving_ended = False  # in all processes, as agreed by steering.obey
+
+    def _refuse_used_folder(self) -> None:
+        if steps_in(self.checkpoints) or (self.folder / "metrics.jsonl").exists():
+            raise ConfigError(
+                f"{self.folder} already holds a run; continue it with resume=True or use another output_dir"
+            )
+
+    def _spread(self, unit: Unit) -> Strategy:
+        """The unit over all processes, its weights allocated and on their device."""
+        mode = resolve_mode(self.recipe.parallel, self.world, self.model.parameter_count(), self.device)
+        on_meta = any(p.is_meta for p in self.model.parameters())
+        if mode != "fsdp" and not on_meta:
+            self.model.to(self.device)
+        elif mode != "fsdp":
+            self.model.materialise(self.recipe.run.seed, self.device)
+        strategy = make_strategy(mode, unit, self.model, self.world, self.recipe.parallel, precision=self.precision,
+                                 accumulation=self.plan.accumulation, device=self.device)  # fmt: skip
+        if mode == "fsdp" and on_meta:  # no process ever holds the whole model
+            home = "cpu" if self.recipe.parallel.cpu_offload else self.device
+            self.model.materialise(self.recipe.run.seed, home)
+        return strategy
+
+    def event(self, kind: str, **details: Any) -> None:
+        """A line in the run's events.jsonl, from the first process."""
+        if self.world.main:
+            records.write_event(self.folder, kind, **details)
 
     # ---- the loop ----
 
@@ -126,28 +165,40 @@ class Trainer:
         """Runs to the last step and returns the summary. Raises Stopped after a signal, Diverged, SaveError."""
         self.open()
         try:
-            with self.control, self.watchdog:
+            with self.control, self.watchdog, self.world.watching():
                 self._train()
+                self._collect(self.saver.wait())
             return self.summary("finished")
-        except TreadleError as problem:
-            if not isinstance(problem, Stopped):
-                self.alerts.send("stopped", f"stopped at step {self.state.step}: {type(problem).__name__}")
+        except BaseException as problem:
+            self._ended_badly(problem)
             raise
         finally:
             self.close()
 
+    def _ended_badly(self, problem: BaseException) -> None:
+        """Leaves word: to the other processes, in summary.json, and to whoever gets alerts."""
+        if not isinstance(problem, (PeerFailed, PeerLost, Stopped)):
+            self.world.failed(problem)
+        if isinstance(problem, TreadleError):
+            status = {Stopped: "stopped", Diverged: "diverged"}.get(type(problem), "failed")
+            self.summary(status, problem.exit_code)
+            if not isinstance(problem, Stopped):
+                self.alerts.send("stopped", f"stopped at step {self.state.step}: {type(problem).__name__}")
+
     def open(self) -> None:
         """Takes the run's lock and removes what an interrupted save left."""
-        if self._lock is None:
-            self._lock = RunLock(self.folder)
+        if not self._opened:
+            self.world.lead(lambda: self.adopt_lock(RunLock(self.folder)))
+            self._opened = True
+
+    def adopt_lock(self, lock: RunLock | None) -> None:
+        """Takes over a lock that was acquired before the trainer was built; only the first process has one."""
+        self._lock, self._opened = lock, True
+        if lock is not None:
             clean(self.checkpoints)
 
-    def adopt_lock(self, lock: RunLock) -> None:
-        """Takes over a lock that was acquired before the trainer was built."""
-        self._lock = lock
-        clean(self.checkpoints)
-
     def close(self) -> None:
+        self.saver.close()
         self.console.stop()
         for sink in self.sinks:
             sink.close()
@@ -156,10 +207,10 @@ class Trainer:
         if self._lock is not None:
             self._lock.release()
             self._lock = None
+        self._opened = False
 
     def _train(self) -> None:
-        self.log_folder.mkdir(parents=True, exist_ok=True)
-        self._write_start()
+        self.world.lead(self._write_start)
         if self.finished:
             return
         self.state.ended = ""
@@ -182,13 +233,15 @@ class Trainer:
         self.sinks = [
             SINKS.get(name)(self.log_folder, self.state.step, self.recipe.name, self.recipe.log.project,
                             self.recipe.tables())
-            for name in self.recipe.log.report_to
+            for name in (self.recipe.log.report_to if self.world.main else ())
         ]  # fmt: skip
 
     def open_batches(self) -> None:
         offset, end = self.state.data_offset, self.plan.end
         order = self.dataset.order(self.recipe.run.seed, end + offset * self.plan.global_batch if end else None)
-        self.batches = StepBatches(self.dataset, order, self.plan.global_batch, self.plan.accumulation)
+        self.batches = StepBatches(
+            self.dataset, order, self.plan.global_batch, self.plan.accumulation, self.world.rank, self.world.size
+        )
 
     def _mock_step(self) -> None:
         """One step that changes nothing: memory and shape errors come before the first real one."""
@@ -228,7 +281,7 @@ class Trainer:
                 self.watchdog.begin()
                 result = self.stepper.run(step, micro_batches, rate, veto=self._veto)
                 self.watchdog.end()
-                rollback = self._after_step(result, micro_batches, rate, time.perf_counter() - begun, loader)
+                rollback = self._after_step(result, rate, time.perf_counter() - begun, loader)
                 self.profiler.after(step + 1)
                 if rollback:
                     loader.close()
@@ -248,7 +301,7 @@ class Trainer:
         offset = self.state.data_offset
         return Loader(self.batches, self.state.step + offset, self.plan.max_steps + offset, workers=count,
                       prefetch=self.recipe.data.prefetch_factor, pin=self.model.device.type == "cuda",
-                      idle=lambda: steering.obey(self))  # fmt: skip
+                      idle=lambda: steering.obey_alone(self))  # fmt: skip
 
     def _maybe_more_workers(self, loader: Loader, iterator: Any) -> tuple[Loader, Any]:
         if self.state.step + self.state.data_offset - loader.start != WAIT_STEPS:
@@ -273,6 +326,8 @@ class Trainer:
         """Between steps: log, evaluate, save, obey. True when training ends here."""
         improved, ended = False, False
         steering.obey(self)
+        if self.saving_ended:
+            self._collect(self.saver.wait())
         if self._evaluation_due():
             improved, ended = checkup.evaluate(self)
         self.control.eval_requested = False
@@ -288,8 +343,8 @@ class Trainer:
     def _stopped(self) -> Stopped:
         """Everything that is said when a run stops on request, and the error that carries its exit code."""
         reason = self.control.stop_reason or ""
-        self.summary("stopped")
-        records.write_event(self.folder, "stopped", step=self.state.step, reason=reason)
+        self._collect(self.saver.wait())
+        self.event("stopped", step=self.state.step, reason=reason)
         self.alerts.send("stopped", f"stopped by {reason} after step {self.state.step}; saved", step=self.state.step)
         self.console.stop()
         self.console.say(f"Stopped by {reason} after step {self.state.step}; saved. The same command continues.")
@@ -307,7 +362,7 @@ class Trainer:
         return self.recipe.train.on_spike == "skip" and self.health.is_spike(loss, self._warmed_up)
 
     def _after_step(
-        self, result: StepResult, micro_batches: list[Batch], rate: float, seconds: float, loader: Loader
+        self, result: StepResult, rate: float, seconds: float, loader: Loader
     ) -> str:
         """Counts, judges and logs one step; returns why the run must roll back, or nothing."""
         state = self.state
@@ -316,14 +371,12 @@ class Trainer:
         state.tokens += result.counts["tokens"]
         state.seconds += seconds
         loader.computed += seconds
-        scored = sum(int(self._byte_lengths[b.labels[b.labels != IGNORE]].sum()) for b in micro_batches
-                     if b.labels is not None)  # fmt: skip
         rollback = ""
         if result.skipped:
             rollback = guard.skipped(self, result)
         else:
             state.consecutive_skips = 0
-            self.window.add(result, scored)
+            self.window.add(result)
         findings = self.health.observe(
             state.step, result.loss, result.grad_norm, seconds, result.counts["tokens"], warmed_up
         )
@@ -371,17 +424,29 @@ class Trainer:
     def _save(self, must: bool, best: bool) -> None:
         if self.saved_step == self.state.step and not best:
             return
-        try:
-            snapshot.save(self, best)
-        except SaveError as problem:
-            self._save_failures += 1
-            records.write_event(self.folder, "save_failed", step=self.state.step, reason=str(problem))
-            if must or self._save_failures >= SAVE_ATTEMPTS:
-                raise
-            self.console.warn(f"{problem} (attempt {self._save_failures} of {SAVE_ATTEMPTS}; training goes on)")
+        self._collect(self.saver.wait())  # one save at a time
+        self.saved_step = self.state.step
+        self.saver.submit(self.state.step, snapshot.prepare(self, best))
+        if must or not self.saver.asynchronous:
+            self._collect(self.saver.wait(), must)
+
+    def _collect(self, saved: Saved | None, must: bool = False) -> None:
+        """Takes up how a save ended."""
+        if saved is None:
             return
-        self._save_failures, self.saved_step = 0, self.state.step
-        self.tell("save", {"step": self.state.step})
+        if saved.problem is None:
+            self._save_failures = 0
+            self.event("saved", step=saved.step, best=self.state.best_step == saved.step)
+            self.tell("save", {"step": saved.step})
+            return
+        if not isinstance(saved.problem, (SaveError, PeerFailed)):
+            raise saved.problem
+        self.saved_step = -1
+        self._save_failures += 1
+        self.event("save_failed", step=saved.step, reason=str(saved.problem))
+        if must or self._save_failures >= SAVE_ATTEMPTS:
+            raise saved.problem
+        self.console.warn(f"{saved.problem} (attempt {self._save_failures} of {SAVE_ATTEMPTS}; training goes on)")
 
     def save_checkpoint(self, name: str | Path) -> Path:
         """Writes a checkpoint where `name` says (relative paths from here); it is never rotated away."""
@@ -404,23 +469,24 @@ class Trainer:
 
     def _write_start(self) -> None:
         """On disk before the first step, so that a kill at any time can be continued."""
+        self.log_folder.mkdir(parents=True, exist_ok=True)
         if self.state.step == 0 or not (self.folder / "tokenizer").is_dir():
             self.tokenizer.save(self.folder / "tokenizer")
         write_atomically(self.folder / "config.toml", self.recipe.to_toml())
         records.write_json(self.folder / "environment.json", records.environment())
         started = "resumed" if self.state.step else "started"
-        records.write_event(
-            self.folder, started, step=self.state.step, precision=self.precision, plan=asdict(self.plan)
-        )
+        self.event(started, step=self.state.step, precision=self.precision, plan=asdict(self.plan),
+                   processes=self.world.size, parallel=self.strategy.mode)  # fmt: skip
 
-    def summary(self, status: str) -> dict[str, Any]:
+    def summary(self, status: str, exit_code: int = 0) -> dict[str, Any]:
         """Writes and returns summary.json."""
         if status == "finished":
-            records.write_event(self.folder, "finished", step=self.state.step)
+            self.event("finished", step=self.state.step)
             self.alerts.send("finished", f"finished at step {self.state.step}", step=self.state.step)
         state = self.state
         table = {
             "status": status,
+            "exit_code": exit_code,
             "step": state.step,
             "max_steps": self.plan.max_steps,
             "tokens": state.tokens,
@@ -428,12 +494,15 @@ class Trainer:
             "parameters": self.model.parameter_count(),
             "architecture": self.model.arch,
             "precision": self.precision,
+            "processes": self.world.size,
+            "parallel": self.strategy.mode,
             "best_metric": state.best_metric,
             "best_metric_name": self.recipe.checkpoint.metric_for_best_model,
             "best_step": state.best_step,
             "skipped_steps": state.skipped_steps,
             "data_fingerprint": state.data_fingerprint,
         }
-        records.write_json(self.folder / "summary.json", table)
+        if self.world.main:
+            records.write_json(self.folder / "summary.json", table)
         self.tell("end", table)
         return table

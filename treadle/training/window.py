@@ -29,7 +29,7 @@ class Window:
         self.added = self.labels = self.bytes = self.steps = self.step_tokens = 0
         self.step_seconds = 0.0
 
-    def add(self, result: StepResult, scored_bytes: int) -> None:
+    def add(self, result: StepResult) -> None:
         for name, value in result.losses.items():
             self.sums[name] = (
                 self.sums.get(name, torch.zeros((), dtype=torch.float64)).to(value.device) + value.double()
@@ -38,7 +38,7 @@ class Window:
         self.nats = self.nats.to(main.device) + main.double() * result.counts["labels"]
         self.added += 1
         self.labels += result.counts["labels"]
-        self.bytes += scored_bytes
+        self.bytes += result.counts.get("bytes", 0)
 
     def means(self) -> dict[str, float]:
         return {name: float(total) / max(1, self.added) for name, total in self.sums.items()}

@@ -1,0 +1,85 @@
+"""Contract 7: one process == DDP == FSDP, for every registered architecture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.several import run_in
+from treadle.data.batch import Batch
+from treadle.distributed.choose import make_strategy
+from treadle.distributed.settings import ParallelSettings
+from treadle.distributed.world import World
+from treadle.objectives.base import Unit
+from treadle.objectives.next_token import NextToken
+from treadle.training.optim import Optimizers
+from treadle.training.settings import OptimSettings
+from treadle.training.step import Stepper
+
+from .conftest import make, random_ids
+
+ROWS, LENGTH, STEPS = 4, 16, 4
+MODES: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "ddp, optimiser in shards": {"mode": "ddp", "shard_optimizer": True},
+    "fsdp": {},
+    "fsdp, recomputing": {"mode": "fsdp", "recompute": True},
+}
+
+
+def batches(step: int, packs: bool) -> list[Batch]:
+    """Four rows a step, the second with two documents and padding, so that processes hold unequal counts."""
+    ids = random_ids(ROWS, LENGTH, seed=step)
+    doc_ids = torch.zeros(ROWS, LENGTH, dtype=torch.int64)
+    if packs:
+        doc_ids[1, 5:] = 1
+    doc_ids[1, 11:] = -1
+    return [Batch.for_training(ids, doc_ids).rows(i, i + 1) for i in range(ROWS)]
+
+
+def trace(case: tuple[str, int], optimizer: str, mode: str, rank: int = 0, size: int = 1) -> list[list[float]]:
+    """[loss, gradient norm] of each step; two micro-batches a step for each of two processes, four for one."""
+    model, world = make(*case), World.open()
+    options = dict(MODES.get(mode, {}))
+    recompute = options.pop("recompute", False)
+    settings = ParallelSettings(**{"mode": mode.split(",")[0], **options})
+    for block in model.blocks():
+        block.gradient_checkpointing = recompute
+    unit = Unit(model, NextToken())
+    chosen = settings.mode if size > 1 else "none"
+    strategy = make_strategy(
+        chosen, unit, model, world, settings, precision="fp32", accumulation=2, device=torch.device("cpu")
+    )
+    stepper = Stepper(
+        unit, Optimizers(model, OptimSettings(name=optimizer), settings.shard_optimizer and size > 1), seed=0,
+        precision="fp32", max_grad_norm=1.0, loss_weights={}, strategy=strategy,
+    )  # fmt: skip
+    found = []
+    for step in range(STEPS):
+        share = ROWS // size
+        result = stepper.run(step, batches(step, model.capabilities.packs)[rank * share : (rank + 1) * share], 1e-2)
+        found.append([result.loss, result.grad_norm])
+    return found
+
+
+def traces(case: tuple[str, int], optimizer: str, modes: list[str]) -> dict[str, list[list[float]]]:
+    world = World.open()
+    return {mode: trace(case, optimizer, mode, world.rank, world.size) for mode in modes}
+
+
+def test_07_one_process_is_ddp_is_fsdp(case: tuple[str, int]) -> None:
+    alone = trace(case, "adamw", "none")
+    for one in run_in(2, traces, case, "adamw", list(MODES)):
+        for mode, found in one.items():
+            for step, (got, want) in enumerate(zip(found, alone)):
+                assert got == pytest.approx(want, rel=1e-5), (mode, step)
+
+
+def test_07_with_muon(case: tuple[str, int]) -> None:
+    alone = trace(case, "muon", "none")
+    for one in run_in(2, traces, case, "muon", ["ddp", "fsdp"]):
+        for mode, found in one.items():
+            for got, want in zip(found, alone):
+                assert got == pytest.approx(want, rel=1e-3), mode

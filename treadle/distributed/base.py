@@ -1,0 +1,56 @@
+"""How a unit (model and objective) is computed by one or several processes; this file: by one.
+
+A strategy is what training/step knows of parallelism: the unit to call, how backward runs, and two sums. Averages that
+torch's engines take over processes are turned into sums by `loss_factor`, since losses are already divided by the count
+over all processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from treadle.distributed.world import World
+
+
+class Strategy:
+    """One process, nothing spread."""
+
+    mode = "none"
+    shards_weights = False  # each process holds a part of the weights
+    shards_optimizer = False  # each process holds a part of the optimiser's state
+    host_mesh: Any = None
+
+    def __init__(self, unit: torch.nn.Module, world: World) -> None:
+        self.world = world
+        self.unit = unit  # training calls this
+        self.plain = unit  # evaluation calls this: the same weights without gradient communication
+        self.loss_factor = 1.0
+
+    def inner(self, last: bool) -> AbstractContextManager:
+        """The context of one micro-batch; `last` is the one after which the optimiser steps."""
+        return contextlib.nullcontext()
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        loss.backward()
+
+    def whole_norm(self, norm: Tensor) -> Tensor:
+        """The norm over all parts of what this process has a part of."""
+        return norm
+
+    def sum_losses(self, values: Tensor) -> Tensor:
+        """Sums over the processes' different rows."""
+        if self.world.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def look(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """work(model, *arguments) on the current weights, as every process does at the same moment where weights are in
+        shards."""
+        return self.plain(*arguments, work=work)

@@ -1,0 +1,48 @@
+"""From parallel.mode to a strategy."""
+
+from __future__ import annotations
+
+import torch
+
+from treadle.distributed.base import Strategy
+from treadle.distributed.settings import ParallelSettings
+from treadle.distributed.world import World
+from treadle.errors import ConfigError
+from treadle.models.base import Model
+from treadle.ops.memory import machine_bytes
+
+BYTES_A_PARAMETER = 16  # fp32 weight, gradient and AdamW's two moments
+FULL = 0.6  # share of a device that these may take before `auto` shards them
+
+
+def resolve_mode(settings: ParallelSettings, world: World, parameters: int, device: torch.device) -> str:
+    """none, ddp, fsdp or deepspeed. ConfigError when several processes were started for mode = none."""
+    mode = "deepspeed" if settings.deepspeed is not None else settings.mode
+    if mode == "deepspeed" or (mode != "none" and world.size == 1):
+        return mode if mode == "deepspeed" else "none"
+    if mode == "none" and world.size > 1:
+        raise ConfigError(f"parallel.mode = none, but {world.size} processes were started; use --parallel ddp or fsdp, or "
+                          "start one process")  # fmt: skip
+    if mode != "auto":
+        return mode
+    if device.type == "cuda":
+        room = torch.cuda.get_device_properties(device).total_memory
+    else:
+        room = machine_bytes() // world.local_size
+    return "fsdp" if parameters * BYTES_A_PARAMETER > FULL * room else "ddp"
+
+
+def make_strategy(
+    mode: str, unit: torch.nn.Module, model: Model, world: World, settings: ParallelSettings, *, precision: str,
+    accumulation: int, device: torch.device,
+) -> Strategy:  # fmt: skip
+    """The strategy for a resolved mode. Under fsdp the model may still be on the meta device."""
+    if mode == "ddp":
+        from treadle.distributed.ddp import Replicated
+
+        return Replicated(unit, world, settings, accumulation)
+    if mode == "fsdp":
+        from treadle.distributed.fsdp import Sharded
+
+        return Sharded(unit, model, world, settings, precision, device)
+    return Strategy(unit, world)

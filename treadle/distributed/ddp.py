@@ -1,0 +1,48 @@
+"""Every process holds the whole model; gradients are averaged in buckets during backward (Li et al. 2020, arXiv
+2006.15704)."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from contextlib import AbstractContextManager
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from treadle.distributed.base import Strategy
+from treadle.distributed.settings import ParallelSettings
+from treadle.distributed.world import World
+
+# Its name from torch 2.13 on; the older one warns there.
+_BUFFER_SYNC = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)
+
+
+class Replicated(Strategy):
+    """DistributedDataParallel around the unit."""
+
+    mode = "ddp"
+
+    def __init__(self, unit: torch.nn.Module, world: World, settings: ParallelSettings, accumulation: int) -> None:
+        super().__init__(unit, world)
+        device = next(unit.parameters()).device
+        # A graph that is only run whole can be static; inner micro-batches, which do not communicate, change it.
+        static = accumulation == 1 if settings.static_graph == "auto" else settings.static_graph
+        self.unit = DistributedDataParallel(
+            unit,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            **{_BUFFER_SYNC: False},  # buffers are functions of the configuration
+            bucket_cap_mb=settings.bucket_megabytes,
+            gradient_as_bucket_view=True,
+            static_graph=static,
+        )
+        self.loss_factor = float(world.size)
+        self.shards_optimizer = settings.shard_optimizer
+
+    def inner(self, last: bool) -> AbstractContextManager:
+        """Gradients travel once a step, with the last micro-batch."""
+        return contextlib.nullcontext() if last else self.unit.no_sync()

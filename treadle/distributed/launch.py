@@ -1,0 +1,100 @@
+"""`treadle train --devices N`: the same command in N processes on this machine.
+
+Signals are passed on, standard input goes to the first process, and when one ends badly the others get time to save or to
+say why before they are ended. Machines beyond this one are torchrun's business.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import BinaryIO
+
+from treadle.processes import end_with_parent
+
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+GRACE_SECONDS = 60.0
+# What says most about a failure comes first; 75 only says that another process was lost.
+MILD = (75, 130, 143)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def run_processes(count: int, arguments: Sequence[str], grace: float = GRACE_SECONDS) -> int:
+    """Runs `python -m treadle ARGUMENTS` in `count` processes and returns the gravest exit code."""
+    threads = max(1, (os.cpu_count() or 1) // count)
+    common = {**os.environ, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+              "MASTER_PORT": str(free_port())}  # fmt: skip
+    common.setdefault("OMP_NUM_THREADS", str(threads))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "treadle", *arguments],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdin=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C reaches them once, through here
+            preexec_fn=end_with_parent,
+        )
+        for rank in range(count)
+    ]
+    assert processes[0].stdin is not None
+    threading.Thread(target=_pass_input, args=(processes[0].stdin,), daemon=True).start()
+
+    def pass_on(number: int, frame: object) -> None:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
+    try:
+        return _wait(processes, grace)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(processes: list[subprocess.Popen], grace: float) -> int:
+    first_failure: float | None = None
+    while any(process.poll() is None for process in processes):
+        if first_failure is None and any(process.poll() not in (None, 0) for process in processes):
+            first_failure = time.monotonic()
+        if first_failure is not None:
+            late = time.monotonic() - first_failure
+            for process in processes:
+                if process.poll() is None and late > grace:
+                    process.kill() if late > grace + 10 else process.terminate()
+        time.sleep(0.05)
+    return gravest([process.returncode for process in processes])
+
+
+def gravest(codes: Sequence[int]) -> int:
+    """One exit code for all: a failure of its own before a kill, a kill before a stop, a stop before a lost peer."""
+    positive = [code if code >= 0 else 128 - code for code in codes]
+    bad = [code for code in positive if code]
+    own = [code for code in bad if code < 128 and code not in MILD]
+    killed = [code for code in bad if code >= 128 and code not in MILD]
+    return (own or killed or sorted(bad, reverse=True) or [0])[0]
+
+
+def _pass_input(stream: BinaryIO) -> None:
+    try:
+        descriptor = sys.stdin.fileno()
+        if os.isatty(descriptor) and os.tcgetpgrp(descriptor) != os.getpgrp():
+            return  # a background job never reads the terminal
+        while data := os.read(descriptor, 4096):
+            stream.write(data)
+            stream.flush()
+    except (OSError, ValueError, AttributeError):
+        pass  # no input, or the first process is gone
