@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+
+
+LONGEST_SECONDS = 90
 
 
 def _work(rank: int, size: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
@@ -33,12 +37,19 @@ def run_in(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any
     import ast
 
     with tempfile.TemporaryDirectory() as folder:
+        context = multiprocessing.start_processes(
+            _work, args=(size, folder, function, arguments), nprocs=size, start_method="fork", join=False
+        )
+        until = time.monotonic() + LONGEST_SECONDS
         try:
-            multiprocessing.start_processes(
-                _work, args=(size, folder, function, arguments), nprocs=size, start_method="fork"
-            )
+            while not context.join(1.0):
+                assert time.monotonic() < until, f"{size} processes have hung for {LONGEST_SECONDS} s"
         except multiprocessing.ProcessExitedException:
             pass
+        finally:
+            for process in context.processes:
+                if process.is_alive():
+                    process.kill()
         errors = {rank: Path(folder, f"error-{rank}") for rank in range(size)}
         shown = [f"rank {rank}:\n{path.read_text()}" for rank, path in errors.items() if path.exists()]
         assert not shown, "\n".join(shown)

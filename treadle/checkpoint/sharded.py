@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -62,23 +61,10 @@ def save(
         return [final, temporary]
 
     final, temporary = peers.lead(begin)
-    problem: Exception | None = None
     mine: dict[str, dict[str, Any]] = {}
-    for stem, group in tensors.items():
-        try:
-            dcp.save(
-                dict(group),
-                storage_writer=HuggingFaceStorageWriter(os.path.join(temporary, stem), save_distributed=True),
-                process_group=peers.group,
-                no_dist=not dist.is_initialized(),
-            )
-            mine.update(_hashed(temporary, stem, peers.rank))
-        except (OSError, dcp.CheckpointException) as raised:
-            problem = SaveError(f"checkpoint {os.path.basename(final)} could not be written to {root}: {_reason(raised)}. "
-                                "Earlier checkpoints are intact")  # fmt: skip
-            break
     try:
-        peers.agree(problem)
+        for stem, group in tensors.items():
+            mine.update(_write_parts(temporary, stem, group, peers, final))
     except Exception:
         if peers.rank == 0:
             with contextlib.suppress(OSError):
@@ -95,6 +81,27 @@ def save(
         return final
 
     return peers.lead(finish)
+
+
+def _write_parts(
+    temporary: str, stem: str, group: dict[str, Tensor], peers: Peers, final: str
+) -> dict[str, dict[str, Any]]:
+    """This process's files of `stem`; an error in one process is raised in all before the next exchange."""
+    problem: Exception | None = None
+    found: dict[str, dict[str, Any]] = {}
+    try:
+        dcp.save(
+            dict(group),
+            storage_writer=HuggingFaceStorageWriter(os.path.join(temporary, stem), save_distributed=True),
+            process_group=peers.group,
+        )
+        found = _hashed(temporary, stem, peers.rank)
+    except (OSError, dcp.CheckpointException) as raised:
+        problem = SaveError(f"checkpoint {os.path.basename(final)} could not be written to {os.path.dirname(final)}: "
+                            f"{_reason(raised)}. Earlier checkpoints are intact; free some space or write elsewhere with "
+                            "--checkpoint_dir DIR, then run the same command again")  # fmt: skip
+    peers.agree(problem)
+    return found
 
 
 def _reason(problem: Exception) -> str:

@@ -26,7 +26,16 @@ from treadle.errors import SaveError
 
 WRITE_BYTES = 64 << 20
 SPACE_MARGIN = 1.1
-_hasher = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="treadle-hash")
+
+
+def _new_hasher() -> None:
+    global _hasher
+    _hasher = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="treadle-hash")
+
+
+_hasher: concurrent.futures.ThreadPoolExecutor
+_new_hasher()
+os.register_at_fork(after_in_child=_new_hasher)  # threads do not survive a fork; their pool would wait for them
 
 
 def _write_file(path: str, parts: Iterable[bytes | memoryview]) -> tuple[int, str]:

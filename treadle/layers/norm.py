@@ -31,7 +31,9 @@ class LayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        # Weights gathered in 16 bits meet a residual stream in fp32.
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype) if self.bias is not None else None
+        return F.layer_norm(x, weight.shape, weight, bias, self.eps)
 
 
 def make_norm(kind: str, width: int, eps: float, bias: bool = True) -> nn.Module:
