@@ -189,15 +189,27 @@ def data_prepare(
     on_bad: Annotated[str, typer.Option(help="skip or error: what a malformed line does.")] = "skip",
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 is one for each core.")] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Prepare again, whatever is there.")] = False,
+    shard: Annotated[str | None, typer.Option(help="I/N: only the pieces of process I (from 0) of N.")] = None,
 ) -> None:
-    """Tokenise text once, in parallel; run it again to continue where it stopped. Prints statistics."""
+    """Tokenise text once, in parallel; run it again to continue where it stopped. Prints statistics.
+
+    Several machines share the work with --shard 0/4 to --shard 3/4 and one --output that all see; the same command
+    without --shard then verifies the pieces and joins them.
+    """
     from treadle.data import summary
+    from treadle.errors import ConfigError
 
     settings = summary.settings(
         path, text_column=text_column, document_separator=document_separator, validation_fraction=validation_fraction,
         min_length=min_length, on_bad=on_bad, preparation_workers=workers or "auto",
     )  # fmt: skip
-    for line in summary.prepare_text(settings, tokenizer, vocab_size, output, fresh, typer.echo):
+    if shard is not None and fresh:
+        raise ConfigError("--fresh would delete what the other shards have made; delete the folder before the first shard")
+    if shard is not None:
+        lines = summary.prepare_part(settings, tokenizer, vocab_size, output, shard, typer.echo)
+    else:
+        lines = summary.prepare_text(settings, tokenizer, vocab_size, output, fresh, typer.echo)
+    for line in lines:
         typer.echo(line)
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from treadle.data.order import key
 from treadle.data.shards import DATASET_FILE, SCHEMA, TokenSet, file_sha256, id_type
 from treadle.data.sources import Bad, Document, Piece, Source, TokenFileSource
-from treadle.errors import DataError, InputError
+from treadle.errors import ConfigError, DataError, InputError
 from treadle.files import write_atomically
 from treadle.text.base import TRAINABLE, Tokenizer
 
@@ -35,6 +35,7 @@ ENCODE_CHARACTERS = 1 << 16  # long documents are encoded in parts, so that the 
 PARALLEL_FROM = 64 << 20  # bytes; below, starting processes costs more than it saves
 ALWAYS_TOLERATED = 10  # malformed lines that a small file may hold before bad_limit counts
 LEDGER_LENGTH = 20
+SHARDED_FILE = "made-in-shards"  # marks a folder that several processes fill
 
 Progress = Callable[[int, int], None]  # pieces done, pieces in all
 
@@ -218,6 +219,14 @@ def _folder_lock(folder: Path) -> Iterator[None]:
         yield
 
 
+def _asked(
+    source: Source, tokenizer: Tokenizer, fraction: float, min_length: int, root: Path, output: Path | None
+) -> tuple[str, Path]:
+    """(everything that decides the contents, the folder for it)."""
+    asked = json.dumps([SCHEMA, source.identity(), tokenizer.fingerprint(), fraction, min_length])
+    return asked, output or root / "data" / hashlib.sha256(asked.encode()).hexdigest()[:24]
+
+
 def prepare(
     source: Source,
     tokenizer: Tokenizer,
@@ -237,8 +246,7 @@ def prepare(
     Raises DataError with file, line and byte offset when more than `bad_limit` of the documents are malformed (or any,
     with on_bad="error"), InputError when no document is left.
     """
-    asked = json.dumps([SCHEMA, source.identity(), tokenizer.fingerprint(), fraction, min_length])
-    folder = output or root / "data" / hashlib.sha256(asked.encode()).hexdigest()[:24]
+    asked, folder = _asked(source, tokenizer, fraction, min_length, root, output)
     with _folder_lock(folder):
         if fresh and folder.exists():
             shutil.rmtree(folder)
@@ -262,25 +270,55 @@ def _prepare_into(
     folder: Path, asked: str, source: Source, tokenizer: Tokenizer, fraction: float, min_length: int, on_bad: str,
     workers: int | str, progress: Progress | None,
 ) -> None:  # fmt: skip
+    _begin(folder, asked, source, tokenizer)
+    jobs, found = _jobs(folder, source, fraction, min_length, on_bad)
+    _run(jobs, source, tokenizer, workers, progress, done=len(found))
+    for number in found:  # written by an earlier run, or on another machine
+        _verify_piece(folder, _read_record(folder, number))
+    records = [_read_record(folder, n) for n in range(len(jobs) + len(found))]
+    _finish(folder, records, tokenizer, Split.of(source, fraction))
+
+
+def _begin(folder: Path, asked: str, source: Source, tokenizer: Tokenizer, keep: bool = False) -> None:
+    """The folder with what was asked and the tokenizer. Pieces of other text are removed, or refused where several
+    processes share the folder (`keep`)."""
     folder.mkdir(parents=True, exist_ok=True)
     asked_path = folder / "asked.json"
     if not asked_path.is_file() or asked_path.read_text(encoding="utf-8") != asked:
-        for stale in folder.glob("piece-*.json"):  # an output folder reused for other text
-            stale.unlink()
+        stale = sorted(folder.glob("piece-*.json"))
+        if stale and (keep or (folder / SHARDED_FILE).is_file()):
+            raise ConfigError(f"{folder} holds pieces of other text, or made with another tokenizer or options; give every "
+                              "shard the same ones, or write to a new folder with --output")  # fmt: skip
+        for path in stale:  # an output folder reused for other text
+            path.unlink()
         write_atomically(asked_path, asked.encode())
     if isinstance(source, TokenFileSource):
         source.eos_id = tokenizer.eos_id
     tokenizer.save(folder / "tokenizer")
+    if keep:
+        write_atomically(folder / SHARDED_FILE, b"")
+
+
+def _jobs(
+    folder: Path, source: Source, fraction: float, min_length: int, on_bad: str
+) -> tuple[list[PieceJob], list[int]]:
+    """(pieces to do, numbers of those that are done)."""
     split = Split.of(source, fraction)
-    pieces = source.pieces()
-    jobs = [
-        PieceJob(n, piece, source, str(folder / "tokenizer"), str(folder), split, min_length, on_bad)
-        for n, piece in enumerate(pieces)
-        if not _record_path(folder, n).is_file()
-    ]
-    done = len(pieces) - len(jobs)
+    jobs, found = [], []
+    for number, piece in enumerate(source.pieces()):
+        if _record_path(folder, number).is_file():
+            found.append(number)
+        else:
+            jobs.append(PieceJob(number, piece, source, str(folder / "tokenizer"), str(folder), split, min_length, on_bad))
+    return jobs, found
+
+
+def _run(
+    jobs: list[PieceJob], source: Source, tokenizer: Tokenizer, workers: int | str, progress: Progress | None, done: int
+) -> None:
+    total = done + len(jobs)
     if progress:
-        progress(done, len(pieces))
+        progress(done, total)
     count = (os.cpu_count() or 1) if workers == "auto" else max(1, int(workers))
     if count > 1 and len(jobs) > 1 and source.size() > PARALLEL_FROM:
         context = multiprocessing.get_context("spawn")  # the parent may already run torch's threads
@@ -290,17 +328,53 @@ def _prepare_into(
                 future.result()
                 done += 1
                 if progress:
-                    progress(done, len(pieces))
+                    progress(done, total)
     else:
         for job in jobs:
             prepare_piece(job, tokenizer)
             done += 1
             if progress:
-                progress(done, len(pieces))
-    records = [
-        PieceRecord(**json.loads(_record_path(folder, n).read_text(encoding="utf-8"))) for n in range(len(pieces))
-    ]
-    _finish(folder, records, tokenizer, split)
+                progress(done, total)
+
+
+def _read_record(folder: Path, number: int) -> PieceRecord:
+    return PieceRecord(**json.loads(_record_path(folder, number).read_text(encoding="utf-8")))
+
+
+def _verify_piece(folder: Path, record: PieceRecord) -> None:
+    """DataError, and the piece's record set aside so that it is made again, when a file is not as it was written."""
+    for split, shard in record.shards.items():
+        for name, digest in shard["sha256"].items():
+            path = folder / split / name
+            if not path.is_file() or file_sha256(path) != digest:
+                path_of_record = _record_path(folder, record.number)
+                path_of_record.unlink(missing_ok=True)
+                raise DataError(f"{path} is not what piece {record.number} wrote; run the same command again: it makes this "
+                                "piece anew")  # fmt: skip
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """ "3/8" -> (3, 8), counted from 0; ConfigError for anything else."""
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdigit() and count.isdigit() and int(number) < int(count)):
+        raise ConfigError(f"--shard {text!r}: write I/N with I from 0 to N-1, as in --shard 0/8")
+    return int(number), int(count)
+
+
+def prepare_shard(
+    source: Source, tokenizer: Tokenizer, shard: tuple[int, int], *, root: Path, fraction: float, min_length: int,
+    on_bad: str, workers: int | str, progress: Progress | None, output: Path | None = None,
+) -> tuple[Path, int, int]:  # fmt: skip
+    """Makes the pieces that fall to one of several processes or machines (piece p belongs to shard p mod N); returns the
+    folder, the pieces there and the pieces in all. `prepare` without a shard then verifies and joins them."""
+    asked, folder = _asked(source, tokenizer, fraction, min_length, root, output)
+    with _folder_lock(folder):
+        _begin(folder, asked, source, tokenizer, keep=True)
+    jobs, found = _jobs(folder, source, fraction, min_length, on_bad)
+    number, count = shard
+    mine = [job for job in jobs if job.number % count == number]
+    _run(mine, source, tokenizer, workers, progress, done=len([n for n in found if n % count == number]))
+    return folder, len(list(folder.glob("piece-*.json"))), len(jobs) + len(found)
 
 
 def _check_bad(folder: Path, on_bad: str, bad_limit: float) -> None:

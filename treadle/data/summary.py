@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any, get_args
 
 from treadle.data.dataset import sources_of
-from treadle.data.prepare import cache_root, is_prepared, open_prepared, prepare, tokenizer_for
+from treadle.data.prepare import (
+    Progress,
+    cache_root,
+    is_prepared,
+    open_prepared,
+    parse_shard,
+    prepare,
+    prepare_shard,
+    tokenizer_for,
+)
 from treadle.data.settings import DataSettings, Packing
 from treadle.data.shards import Rows, TokenSet
 from treadle.errors import ConfigError, InputError
@@ -21,6 +30,14 @@ def settings(path: str, **keys: Any) -> DataSettings:
     return build_section("data", DataSettings, given)  # type: ignore[return-value]
 
 
+def _progress(say: Callable[[str], None] | None) -> Progress:
+    def progress(done: int, total: int) -> None:
+        if say is not None and total > 1:
+            say(f"{done}/{total} pieces")
+
+    return progress
+
+
 def _open(
     wanted: DataSettings, tokenizer: str, vocab_size: int, output: str | None = None, fresh: bool = False,
     say: Callable[[str], None] | None = None,
@@ -30,15 +47,10 @@ def _open(
     (source,) = sources_of(wanted)
     root = cache_root(wanted.cache_dir)
     made = tokenizer_for(source, tokenizer, vocab_size, root=root, fraction=wanted.validation_fraction)
-
-    def progress(done: int, total: int) -> None:
-        if say is not None and total > 1:
-            say(f"{done}/{total} pieces")
-
     sets = prepare(
         source, made, root=root, fraction=wanted.validation_fraction, min_length=wanted.min_length,
-        on_bad=wanted.on_bad, bad_limit=wanted.bad_limit, workers=wanted.preparation_workers, progress=progress,
-        fresh=fresh, output=Path(output) if output else None,
+        on_bad=wanted.on_bad, bad_limit=wanted.bad_limit, workers=wanted.preparation_workers,
+        progress=_progress(say), fresh=fresh, output=Path(output) if output else None,
     )  # fmt: skip
     return made, sets
 
@@ -64,6 +76,24 @@ def prepare_text(
     made, sets = _open(wanted, tokenizer, vocab_size, output, fresh, say)
     folder = sets["train"].folder.parent
     return [*_describe(made, sets), f"prepared: {folder}", f"train on it: treadle train --data.path {folder}"]
+
+
+def prepare_part(
+    wanted: DataSettings, tokenizer: str, vocab_size: int, output: str | None, shard: str, say: Callable[[str], None]
+) -> list[str]:
+    """One shard of a preparation that several processes or machines share."""
+    part = parse_shard(shard)
+    (source,) = sources_of(wanted)
+    root = cache_root(wanted.cache_dir)
+    made = tokenizer_for(source, tokenizer, vocab_size, root=root, fraction=wanted.validation_fraction)
+    folder, done, total = prepare_shard(
+        source, made, part, root=root, fraction=wanted.validation_fraction, min_length=wanted.min_length,
+        on_bad=wanted.on_bad, workers=wanted.preparation_workers, progress=_progress(say),
+        output=Path(output) if output else None,
+    )  # fmt: skip
+    then = "all are there: the same command without --shard verifies and joins them" if done == total else (
+        "when the other shards are done, the same command without --shard verifies and joins them")  # fmt: skip
+    return [f"shard {shard} is done; {done} of {total} pieces are in {folder}; {then}"]
 
 
 def statistics(path: str, tokenizer: str, seq_len: int) -> list[str]:
