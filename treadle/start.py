@@ -167,11 +167,11 @@ def make_trainer(request: Request, recipe: Recipe, console: Console, world: Worl
     from treadle.distributed.world import World
     from treadle.models.base import count_label
     from treadle.models.pretrained import locate, read_tokenizer
-    from treadle.ops.memory import keep_freed_memory
+    from treadle.ops.memory import keep_freed_memory, return_freed_memory
     from treadle.training import snapshot
     from treadle.training.trainer import Trainer
 
-    keep_freed_memory()
+    return_freed_memory() if recipe.parallel.mode == "fsdp" else keep_freed_memory()
     for note in recipe.notes:
         console.say(f"note: {note}")
     folder, world = recipe.folder, world or World()

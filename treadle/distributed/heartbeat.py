@@ -58,6 +58,7 @@ class Heartbeat:
     def close(self) -> None:
         """This process ends in order: the others need not miss it."""
         self.closed.set()
+        self.thread.join(timeout=5)  # a store that goes while a thread asks it aborts the process
         try:
             self.store.set(self._key(self.rank), "ended")
         except RuntimeError:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from treadle.data.loader import Loader
-from treadle.ops.memory import resident_bytes
+from treadle.ops.memory import peak_resident_bytes, resident_bytes
 from treadle.ops.peak import peak_flops
 from treadle.training import guard
 from treadle.training.step import StepResult
@@ -68,7 +68,14 @@ def _step_flops(trainer: Trainer) -> float:
     return 3.0 * trainer.model.flops(trainer.dataset.seq_len) * trainer.plan.global_batch
 
 
+def peak_memory_gb(device: torch.device) -> float:
+    """The most that this process has held so far, on its device."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return peak_resident_bytes() / 1e9
+
+
 def _memory_gb(trainer: Trainer) -> float:
     if trainer.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(trainer.device) / 1e9
+        return peak_memory_gb(trainer.device)
     return resident_bytes() / 1e9

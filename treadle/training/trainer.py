@@ -496,6 +496,7 @@ class Trainer:
             "precision": self.precision,
             "processes": self.world.size,
             "parallel": self.strategy.mode,
+            "peak_memory_gb": progress.peak_memory_gb(self.device),
             "best_metric": state.best_metric,
             "best_metric_name": self.recipe.checkpoint.metric_for_best_model,
             "best_step": state.best_step,
