@@ -22,6 +22,7 @@ _PLACES = {
     "from_pretrained": "treadle.models.base:from_pretrained",
     "load": "treadle.library:load",
     "loss": "treadle.library:loss",
+    "plan": "treadle.library:plan",
     "train": "treadle.library:train",
 }
 __all__ = [*_PLACES]
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from treadle.data.batch import Batch
     from treadle.data.dataset import Dataset
     from treadle.evaluation.evaluator import Evaluator
-    from treadle.library import Model, architectures, load, loss, train
+    from treadle.library import Model, architectures, load, loss, plan, train
     from treadle.models.base import build, from_pretrained
     from treadle.recipe import from_leaf_names as TrainConfig
     from treadle.text.base import Tokenizer

@@ -58,7 +58,7 @@ def _request(arguments: list[str]) -> Any:
 
 
 def _open_verb(verb: str, arguments: list[str]) -> None:
-    """`train` and `check`: their help from the sections, or their function in start.py."""
+    """`train`, `check` and `plan`: their help from the sections, or their function in start.py."""
     if "--help" in arguments:
         from treadle.help import print_options
 
@@ -88,6 +88,12 @@ def train(ctx: typer.Context) -> None:
 def check(ctx: typer.Context) -> None:
     """Parse, build and run one real micro-step of a recipe; print every value and where it comes from."""
     _open_verb("check", ctx.args)
+
+
+@app.command(context_settings=OPEN)
+def plan(ctx: typer.Context) -> None:
+    """Will it fit, and how does it scale: memory, communication and speed of a recipe on --world processes, on paper."""
+    _open_verb("plan", ctx.args)
 
 
 @app.command()

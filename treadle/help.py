@@ -18,6 +18,18 @@ A key works without its section where it is unambiguous: --max_steps 100 is --tr
   --from RUN          start from the weights of another run
   --allow-change KEY  go on although KEY (or section) differs from what the run was started with
 """,
+    "plan": """treadle plan [RECIPE.toml | FILE.txt | DIR] [--world N] [--parallel ddp | fsdp] [--key value ...]
+
+Memory of one process by kind, bytes it sends in a step, and estimated scaling, before anything is started.
+
+  --world N           processes (default parallel.world_size, run.devices, or 1)
+  --memory SIZE       say whether it fits in this much for one process, as in 80GiB
+  --flops N           operations a second that one device reaches (default: measured on this machine's CPU)
+  --bandwidth N       bytes a second between processes (default 10e9)
+  --overlap SHARE     share of the computing that communication hides behind (default 0.5)
+  --rehearse          run one step of process 0 of N under fsdp, over tensors without contents
+  --json              the numbers as JSON
+""",
     "check": """treadle check [RECIPE.toml | FILE.txt | DIR] [--key value ...]
 
 Parses, builds and runs one real micro-step without writing a run; prints every value and where it comes from.

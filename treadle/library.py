@@ -15,9 +15,12 @@ from treadle.models.base import Output
 from treadle.models.catalogue import MODELS
 from treadle.models.pretrained import load_model, load_run
 from treadle.monitor.console import Console
+from treadle.planning.plan import plan as make_plan
+from treadle.recipe import compose
 from treadle.start import Request
 from treadle.start import train as run_training
 from treadle.text.base import Tokenizer
+from treadle.training.config import Recipe
 
 
 class Model(BaseModel):
@@ -47,6 +50,15 @@ def train(
         str(recipe) if recipe is not None else None, keys, allow_change=allow_change, flags_are_text=False
     )
     return run_training(request, Console(quiet=quiet))
+
+
+def plan(recipe: str | Path | Recipe | None = None, world: int = 1, **keys: Any) -> dict[str, Any]:
+    """What `treadle plan` says, as numbers. recipe: what `train` takes, or a TrainConfig; keys: of the configuration, or
+    flops, bandwidth, overlap, device and rehearse of planning/plan.py."""
+    own = {name: keys.pop(name) for name in ("flops", "bandwidth", "overlap", "device", "rehearse") if name in keys}
+    if not isinstance(recipe, Recipe):
+        recipe = compose(Request(str(recipe) if recipe is not None else None, keys, flags_are_text=False).layers())
+    return make_plan(recipe, world, **own)
 
 
 def loss(out: Output, batch: Batch) -> tuple[Tensor, int]:

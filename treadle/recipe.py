@@ -111,7 +111,9 @@ def compose(layers: list[Layer], with_model: bool = True) -> Recipe:
     words = vocabulary()
     stacked = [(layer, merge(words.flatten(layer.table, layer.origin, layer.from_text))) for layer in layers]
     arch, preset = DEFAULT_ARCHITECTURE, None
-    for _, given in stacked:
+    reset = 0  # layers below this one described another model
+    for number, (_, given) in enumerate(stacked):
+        before = arch, preset
         for key, value in given.items():
             choice = _model_choice(key)
             if choice == "config_file":
@@ -121,6 +123,8 @@ def compose(layers: list[Layer], with_model: bool = True) -> Recipe:
                 arch = MODELS.canonical(str(value.value))
             if choice == "preset":
                 preset = None if value.value is None or plain(str(value.value)) == "none" else str(value.value)
+        if (arch, preset) != before:
+            reset = number
     model_class = MODELS.get(arch) if with_model else None
     if model_class is not None:
         words.sections["model"] = model_class.Config
@@ -128,8 +132,10 @@ def compose(layers: list[Layer], with_model: bool = True) -> Recipe:
         if recommended:
             origin = f"recommended for {arch} {preset}"
             stacked.insert(0, (Layer({}, origin), merge(words.flatten(recommended, origin))))
+            reset += 1
     final: dict[str, Given] = {}
-    for layer, given in stacked:
+    for number, (layer, given) in enumerate(stacked):
+        given = {key: one for key, one in given.items() if number >= reset or not _of_model(key)}
         for key, one in _understood(words, given, with_model).items():
             stored = final.get(key)
             if stored is not None and one.value == "auto" and stored.origin == "the run":
@@ -154,6 +160,11 @@ def _model_choice(key: str) -> str | None:
         if name in spellings and not (section == "?" and name == "type"):
             return choice
     return None
+
+
+def _of_model(key: str) -> bool:
+    """Whether a key belongs to the model: named so, or a leaf that no core section knows."""
+    return key.startswith(("model.", "?.")) and _model_choice(key) is None
 
 
 def _understood(words: Vocabulary, given: dict[str, Given], with_model: bool) -> dict[str, Given]:

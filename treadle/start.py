@@ -328,6 +328,43 @@ def _train(request: Request, console: Console, world: World | None) -> dict[str,
     return summary
 
 
+PLAN_FLAGS = ("world", "memory", "flops", "bandwidth", "overlap", "rehearse", "json")
+
+
+def plan(request: Request, console: Console | None = None) -> dict[str, Any]:
+    """What a recipe needs on `--world` processes; reads no data and starts nothing."""
+    import json
+
+    from treadle.planning.plan import BANDWIDTH, OVERLAP, lines, parse_bytes
+    from treadle.planning.plan import plan as make_plan
+
+    console = console or Console()
+    flags = dict(request.flags or {})
+    own = {name: flags.pop(name) for name in PLAN_FLAGS if name in flags}
+    request = Request(request.target, flags, weights_from=request.weights_from, flags_are_text=request.flags_are_text)
+    recipe = compose(request.layers())
+
+    def number(name: str, default: float | None, kind: type = float) -> Any:
+        try:
+            value = kind(own[name]) if name in own else default
+            if value is not None and not 0 < value < float("inf") and not (name == "overlap" and value == 0):
+                raise ValueError
+            return value
+        except (TypeError, ValueError):
+            raise ConfigError(f"--{name} {own[name]!r}: give a number above 0") from None
+
+    world = number("world", recipe.parallel.world_size or recipe.run.devices or 1, int)
+    room = parse_bytes(str(own["memory"])) if "memory" in own else None
+    device = "cpu" if recipe.run.device == "auto" and "flops" not in own else recipe.run.device
+    result = make_plan(
+        recipe, world, flops=number("flops", None), bandwidth=number("bandwidth", BANDWIDTH),
+        overlap=number("overlap", OVERLAP), device="cuda" if device == "auto" else device, rehearse="rehearse" in own,
+    )  # fmt: skip
+    for line in [json.dumps(result, indent=1)] if "json" in own else lines(result, room):
+        console.say(line)
+    return result
+
+
 def check(request: Request, console: Console | None = None) -> dict[str, Any]:
     """Composes, builds and runs one real micro-step without writing a run; returns what it saw."""
     import tempfile

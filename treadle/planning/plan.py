@@ -1,0 +1,201 @@
+"""`treadle plan`: what a recipe needs on how many processes, on paper, before anything is started."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from treadle.distributed.settings import ParallelSettings
+from treadle.errors import ConfigError
+from treadle.models.base import Model, ModelConfig, count_label
+from treadle.models.catalogue import MODELS
+from treadle.objectives.next_token import NextToken
+from treadle.ops import precision as number_formats
+from treadle.planning import traffic
+from treadle.planning.memory import Memory, Shape, Sizes, per_process, trace_activations
+from treadle.training import resolve
+from treadle.training.config import Recipe
+
+BANDWIDTH, OVERLAP = 10e9, 0.5  # stated with the result; --bandwidth and --overlap replace them
+UNITS = {"": 1.0, "b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30,
+         "tib": 2.0**40}  # fmt: skip
+LAYOUTS = {
+    "one process": ("none", False),
+    "ddp": ("ddp", False),
+    "ddp, optimiser in shards": ("ddp", True),
+    "fsdp": ("fsdp", False),
+}
+
+
+def parse_bytes(text: str) -> float:
+    """ "80GiB" -> bytes; ConfigError for anything else."""
+    number = text.strip().rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    unit = text.strip()[len(number) :].lower()
+    try:
+        if unit not in UNITS or float(number) <= 0:
+            raise ValueError
+        return float(number) * UNITS[unit]
+    except ValueError:
+        raise ConfigError(f"{text!r} is no amount of memory; write a number with MB, GB, GiB, ...: 80GiB") from None
+
+
+def measured_flops(width: int, precision: str) -> float:
+    """Floating-point operations a second of a product of the model's width on this machine, in about .1 s."""
+    dtype = number_formats.DTYPES[precision]
+    left, right = torch.ones(2048, width, dtype=dtype), torch.ones(width, width, dtype=dtype)
+    left @ right
+    rounds, begun = 0, time.perf_counter()
+    while time.perf_counter() - begun < 0.1:
+        left @ right
+        rounds += 1
+    return 2.0 * 2048 * width * width * rounds / (time.perf_counter() - begun)
+
+
+def model_of(recipe: Recipe) -> tuple[type[Model], ModelConfig]:
+    """The recipe's architecture and its keys; no tokenizer is built, so the vocabulary is the preset's or the size asked
+    of the tokenizer."""
+    cls = MODELS.get(recipe.arch)
+    keys = dict(recipe.model)
+    preset = cls.Config.presets().get((recipe.preset or "").lower().replace("-", "_"), {})
+    if "vocab_size" not in keys and "vocab_size" not in preset:
+        keys["vocab_size"] = 257 if recipe.tokenizer.name == "byte" else recipe.tokenizer.vocab_size
+    return cls, cls.Config.with_preset(recipe.preset, **keys)
+
+
+def plan(
+    recipe: Recipe, world: int = 1, *, flops: float | None = None, bandwidth: float = BANDWIDTH, overlap: float = OVERLAP,
+    device: str = "cpu", rehearse: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Memory of one process by kind, bytes it sends in a step, and the estimated scaling: numbers, not strings.
+
+    flops: operations a second that one device reaches (measured on this machine's CPU when left out); bandwidth: bytes a
+    second between processes; overlap: the share of computing that communication hides behind. rehearse runs a step of
+    one of `world` processes over fake tensors. ConfigError for sizes that do not fit together.
+    """
+    cls, config = model_of(recipe)
+    with torch.device("meta"):
+        model = cls(config)  # type: ignore[call-arg]
+    sizes = Sizes.of(model)
+    micro, accumulation, total = resolve.batch_sizes(recipe, world)
+    kind = "cuda" if device.startswith("cuda") else "cpu"
+    width = model.head.weight.shape[1]
+    asked = recipe.train.precision
+    if asked == "auto":
+        asked = "bf16" if kind == "cuda" else number_formats.resolve("auto", torch.device("cpu"), width)  # type: ignore[assignment]
+    shape = Shape(micro, recipe.data.seq_len, accumulation, asked, recipe.train.gradient_checkpointing)
+    settings = recipe.parallel
+    mode = settings.mode if settings.deepspeed is None else "deepspeed"
+    if mode in ("auto", "none"):
+        mode = "none" if world == 1 else "ddp"
+    if mode != "none" and world == 1:
+        mode = "none"
+    shard_size = _checked_shard_size(settings, world)
+    activations = trace_activations(cls, config, NextToken(), shape)
+    options: dict[str, Any] = {
+        "optimizer": recipe.optim.name, "reshard": settings.reshard_after_forward, "kind": kind,
+        "asynchronous": recipe.checkpoint.asynchronous,
+    }  # fmt: skip
+
+    def memory(mode: str, shard_optimizer: bool) -> Memory:
+        count = 1 if mode == "none" else world
+        return per_process(sizes, activations, shape, mode, count, shard_size, shard_optimizer=shard_optimizer,
+                           offload=settings.cpu_offload, **options)  # fmt: skip
+
+    def volume(count: int) -> traffic.Traffic:
+        parts = shard_size if shard_size is not None and count % shard_size == 0 else None
+        return traffic.per_step(sizes, shape, mode, count, parts, reshard=settings.reshard_after_forward,
+                                shard_optimizer=settings.shard_optimizer)  # fmt: skip
+
+    rows_flops = 3.0 * model.flops(shape.length) * micro * accumulation
+    if shape.gradient_checkpointing is not False:
+        rows_flops *= 4 / 3  # one more forward pass
+    reached = flops or measured_flops(width, asked if kind == "cpu" else "fp32")
+    worlds = sorted({*(2**n for n in range(12) if 2**n <= world), world})
+    curve = traffic.curve(worlds, rows_flops, micro * accumulation * shape.length, {w: volume(w).total for w in worlds},
+                          reached, bandwidth, overlap)  # fmt: skip
+    result: dict[str, Any] = {
+        "architecture": recipe.arch,
+        "preset": recipe.preset,
+        "parameters": sizes.parameters,
+        "flops_per_token": 3.0 * model.flops(shape.length) / shape.length,
+        "world": world,
+        "mode": mode,
+        "precision": asked,
+        "global_batch_size": total,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": accumulation,
+        "seq_len": shape.length,
+        "memory": memory(mode, settings.shard_optimizer).to_dict(),
+        "layouts": {name: memory(*layout).total_gb for name, layout in LAYOUTS.items()},
+        "traffic_gb": {**{k: v / 1e9 for k, v in asdict(volume(world)).items()}, "total": volume(world).total / 1e9},
+        "scaling": [asdict(row) for row in curve],
+        "assumptions": {"flops_per_second": reached, "flops_measured_here": flops is None,
+                        "bandwidth_bytes_per_second": bandwidth, "overlap": overlap},
+    }  # fmt: skip
+    if rehearse:
+        from treadle.planning.rehearsal import rehearse as run
+
+        fsdp = replace_mode(settings)
+        counted = run(cls, config, NextToken(), recipe.optim, fsdp, shape, world)
+        result["rehearsal_bytes"] = counted
+    return result
+
+
+def replace_mode(settings: ParallelSettings) -> ParallelSettings:
+    return settings.model_copy(update={"mode": "fsdp", "deepspeed": None})
+
+
+def _checked_shard_size(settings: ParallelSettings, world: int) -> int | None:
+    size = settings.shard_size
+    if size is not None and world % size:
+        fits = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
+        raise ConfigError(f"parallel.shard_size = {size} does not divide {world} processes; it may be {fits}")
+    return size
+
+
+def lines(result: dict[str, Any], memory: float | None = None) -> list[str]:
+    """The plan for people."""
+    m, name = result["memory"], " ".join(filter(None, (result["architecture"], result["preset"])))
+    passes = result["gradient_accumulation_steps"]
+    each = f"{result['per_device_train_batch_size']} x {result['seq_len']} symbols" + (f" x {passes}" if passes > 1 else "")
+    text = [
+        f"{name}: {count_label(result['parameters'])} parameters; {result['world']} process(es), {result['mode']}, "
+        f"{each} each, {result['precision']}",
+        f"memory of one process: {m['total_gb']:.2f} GB at the peak ({m['phase']})",
+        f"  weights {m['params_gb']:.2f}, gradients {m['grads_gb']:.2f}, optimiser {m['optimizer_gb']:.2f}, activations "
+        f"{m['activations_gb']:.2f}, gathered {m['gathered_gb']:.2f}, copies while saving {m['saving_gb']:.2f}, the process "
+        f"itself {m['process_gb']:.2f}" + (f", kept by the allocator {m['kept_gb']:.2f}" if m["kept_gb"] else ""),
+    ]
+    if result["world"] > 1:
+        text.append("  as " + ", ".join(f"{layout} {size:.2f} GB" for layout, size in result["layouts"].items()))
+        t = result["traffic_gb"]
+        text.append(f"communication of one process in a step: {t['total']:.3f} GB sent (gathered {t['gather']:.3f}, "
+                    f"scattered {t['scatter']:.3f}, reduced {t['reduce']:.3f})")  # fmt: skip
+        text.append("processes  seconds a step    tokens/s  efficiency (estimated, rows of one process kept)")
+        text += [f"{row['world']:>9}  {row['step_seconds']:>14.3f}  {row['tokens_per_second']:>10.0f}  {row['efficiency']:>10.0%}"
+                 for row in result["scaling"]]  # fmt: skip
+    a = result["assumptions"]
+    source = "measured on this machine's CPU; --flops" if a["flops_measured_here"] else "given by --flops"
+    text.append(f"assumed: {a['flops_per_second'] / 1e12:.3f} TFLOP/s a process ({source}), "
+                f"{a['bandwidth_bytes_per_second'] / 1e9:.0f} GB/s between processes (--bandwidth), communication hides "
+                f"behind {a['overlap']:.0%} of the computing (--overlap); activations are those of the CPU's kernels")  # fmt: skip
+    if "rehearsal_bytes" in result:
+        counted = ", ".join(f"{kind} {size / 1e9:.3f} GB" for kind, size in sorted(result["rehearsal_bytes"].items()))
+        text.append(f"rehearsed: one step of process 0 of {result['world']} under fsdp runs; its collectives handle {counted}")
+    if memory is not None:
+        text.append(_verdict(result, memory / 1e9))
+    return text
+
+
+def _verdict(result: dict[str, Any], room: float) -> str:
+    need = result["memory"]["total_gb"]
+    if need <= room:
+        return f"it fits in {room:.1f} GB ({need / room:.0%} of it)"
+    tries = [f"--parallel {layout}" for layout in ("fsdp",) if result["layouts"][layout] <= room and result["world"] > 1]
+    if result["per_device_train_batch_size"] > 1:
+        tries.append(f"--batch_size {result['per_device_train_batch_size'] // 2}")
+    tries += ["--gradient_checkpointing true", f"--world {result['world'] * 2} --parallel fsdp"]
+    return f"it does not fit in {room:.1f} GB; try {' or '.join(tries)}"
