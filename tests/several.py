@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-
 LONGEST_SECONDS = 90
 
 

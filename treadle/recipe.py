@@ -110,6 +110,7 @@ def compose(layers: list[Layer], with_model: bool = True) -> Recipe:
     """
     words = vocabulary()
     stacked = [(layer, merge(words.flatten(layer.table, layer.origin, layer.from_text))) for layer in layers]
+    stacked = _with_deepspeed(words, stacked)
     arch, preset = DEFAULT_ARCHITECTURE, None
     reset = 0  # layers below this one described another model
     for number, (_, given) in enumerate(stacked):
@@ -160,6 +161,33 @@ def _model_choice(key: str) -> str | None:
         if name in spellings and not (section == "?" and name == "type"):
             return choice
     return None
+
+
+Stacked = list[tuple[Layer, dict[str, Given]]]
+
+
+def _with_deepspeed(words: Vocabulary, stacked: Stacked) -> Stacked:
+    """The layers with what a DeepSpeed file supplies: below everything explicit, which may not contradict it."""
+    named = [given["parallel.deepspeed"].value for _, given in stacked if "parallel.deepspeed" in given]
+    if not named or named[-1] is None:
+        return stacked
+    from treadle.distributed import deepspeed_json
+    from treadle.distributed.environment import detect
+
+    path = str(named[-1])
+    table = deepspeed_json.supplied(deepspeed_json.read(path), detect().size)
+    supplied = merge(words.flatten(table, path))
+    for layer, given in stacked:
+        for key, one in given.items():
+            if layer.weak or key not in supplied or one.value == "auto":
+                continue
+            section, _, name = key.partition(".")
+            wanted, theirs = (fit_value(SECTIONS[section], name, v, layer.from_text) for v in (one.value, supplied[key].value))
+            if wanted != theirs:
+                raise ConfigError(f"{key} = {wanted!r} ({one.origin}) contradicts {path}, which says {theirs!r}; change one "
+                                  "of the two")  # fmt: skip
+    below = sum(layer.weak for layer, _ in stacked)
+    return [*stacked[:below], (Layer({}, path), supplied), *stacked[below:]]
 
 
 def _of_model(key: str) -> bool:

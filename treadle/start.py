@@ -187,7 +187,7 @@ def make_trainer(request: Request, recipe: Recipe, console: Console, world: Worl
         listen=not console.quiet, world=world,
     )  # fmt: skip
     shared = f", {world.size} processes ({trainer.strategy.mode})" if world.size > 1 else ""
-    console.say(f"{recipe.arch}: {count_label(model.parameter_count())} parameters, {trainer.plan.max_steps} steps of "
+    console.say(f"{recipe.arch}: {count_label(trainer.parameter_count)} parameters, {trainer.plan.max_steps} steps of "
                 f"{trainer.plan.global_batch} rows x {recipe.data.seq_len}, {trainer.precision} on {trainer.device}{shared}")  # fmt: skip
     if recipe.checkpoint.resume_from_checkpoint is not None:
         checkpoint: Checkpoint | None = locate(recipe.checkpoint.resume_from_checkpoint, console.warn)
@@ -400,7 +400,7 @@ def check(request: Request, console: Console | None = None) -> dict[str, Any]:
                 console.say(f"{dotted} = {value}    ({origins.get(dotted, 'default')})")
     loss = float(result.losses[trainer.objective.main])
     found = {"loss": loss, "grad_norm": result.grad_norm, "seconds": seconds, "peak_gb": peak_resident_bytes() / 1e9,
-             "parameters": trainer.model.parameter_count(), "max_steps": trainer.plan.max_steps}  # fmt: skip
+             "parameters": trainer.parameter_count, "max_steps": trainer.plan.max_steps}  # fmt: skip
     console.say(f"one micro-step of {trainer.plan.micro_batch} x {recipe.data.seq_len}: loss {loss:.4f}, "
                 f"grad {result.grad_norm:.3f}, {seconds:.2f} s, peak {found['peak_gb']:.2f} GB. It works.")  # fmt: skip
     return found

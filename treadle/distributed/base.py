@@ -25,7 +25,13 @@ class Strategy:
     mode = "none"
     shards_weights = False  # each process holds a part of the weights
     shards_optimizer = False  # each process holds a part of the optimiser's state
+    owns_step = False  # clips and steps by itself (`step`) instead of leaving gradients to treadle
     host_mesh: Any = None
+
+    @property
+    def everybody_looks(self) -> bool:
+        """A forward pass needs all processes."""
+        return self.shards_weights
 
     def __init__(self, unit: torch.nn.Module, world: World) -> None:
         self.world = world
@@ -39,6 +45,27 @@ class Strategy:
 
     def backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()
+
+    def take_optimizer(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        """Hands over the optimisers, before the first step."""
+
+    def step(self, apply: bool) -> float:
+        """Of a strategy that owns its step: the update (or none), and the norm of the gradients."""
+        raise NotImplementedError
+
+    def files(self) -> dict[str, Any]:
+        """Name -> table, of what the strategy was configured with; kept in the run."""
+        return {}
+
+    def gather(
+        self, weights: dict[str, Tensor], state: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Weights and optimiser state as a checkpoint holds them."""
+        return weights, state
+
+    def scatter(self, weights: dict[str, Tensor], state: dict[str, Tensor]) -> bool:
+        """Takes over weights and state of a checkpoint; False leaves it to the model and the optimisers."""
+        return False
 
     def whole_norm(self, norm: Tensor) -> Tensor:
         """The norm over all parts of what this process has a part of."""

@@ -34,7 +34,7 @@ def resolve_mode(settings: ParallelSettings, world: World, parameters: int, devi
 
 def make_strategy(
     mode: str, unit: torch.nn.Module, model: Model, world: World, settings: ParallelSettings, *, precision: str,
-    accumulation: int, device: torch.device,
+    accumulation: int, device: torch.device, micro_batch: int = 1, max_grad_norm: float = 0.0,
 ) -> Strategy:  # fmt: skip
     """The strategy for a resolved mode. Under fsdp the model may still be on the meta device."""
     if mode == "ddp":
@@ -45,4 +45,12 @@ def make_strategy(
         from treadle.distributed.fsdp import Sharded
 
         return Sharded(unit, model, world, settings, precision, device)
+    if mode == "deepspeed":
+        from treadle.distributed import deepspeed_json
+        from treadle.distributed.deepspeed import DeepSpeed
+
+        table = deepspeed_json.read(settings.deepspeed) if settings.deepspeed is not None else None
+        whole = deepspeed_json.complete(table, micro=micro_batch, accumulation=accumulation, world=world.size,
+                                        precision=precision, max_grad_norm=max_grad_norm)  # fmt: skip
+        return DeepSpeed(unit, world, whole, device)
     return Strategy(unit, world)

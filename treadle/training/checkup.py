@@ -65,7 +65,7 @@ def _end(trainer: Trainer, reason: str) -> bool:
 def _sample(trainer: Trainer) -> None:
     if trainer.recipe.eval.sample_tokens == 0 or not trainer.model.capabilities.decodes:
         return
-    if not (trainer.world.main or trainer.strategy.shards_weights):
+    if not (trainer.world.main or trainer.strategy.everybody_looks):
         return  # only shards need everybody
     text = trainer.strategy.look(lambda model: _sampled_text(trainer, model))
     if not trainer.world.main:
@@ -82,7 +82,7 @@ def _sampled_text(trainer: Trainer, model: Model) -> str:
 
     prompt = trainer.recipe.eval.sample_prompt or "\n"
     # Gathered weights come in the type that products are computed in.
-    precision = trainer.precision if trainer.strategy.shards_weights else "fp32"
+    precision = "fp32" if trainer.strategy.mode in ("none", "ddp") else trainer.precision
     with autocast(precision, trainer.device):
         return generate_text(model, trainer.tokenizer, prompt, trainer.recipe.eval.sample_tokens, seed=trainer.state.step,
                              temperature=0.8)  # fmt: skip

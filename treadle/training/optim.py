@@ -112,7 +112,8 @@ class Optimizers:
         for optimizer in self.inner:
             inner = getattr(optimizer, "optim", optimizer)  # ZeroRedundancyOptimizer's own, over this process's part
             for group in inner.param_groups:
-                found.update({self._names[id(p)]: (inner, p) for p in group["params"]})
+                # DeepSpeed puts flat parameters of its own in the groups, and gathers their state itself.
+                found.update({self._names[id(p)]: (inner, p) for p in group["params"] if id(p) in self._names})
         return found
 
     def state_tensors(self) -> dict[str, Tensor]:

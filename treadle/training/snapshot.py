@@ -44,7 +44,8 @@ def _contents(trainer: Trainer) -> tuple[Tensors, dict[str, bytes], dict[str, An
         "data_fingerprint": state.data_fingerprint,
         "versions": records.versions(),
     }
-    tensors = {"model": trainer.model.named_weights(), "optimizer": trainer.optimizers.state_tensors()}
+    weights, moments = trainer.strategy.gather(trainer.model.named_weights(), trainer.optimizers.state_tensors())
+    tensors = {"model": weights, "optimizer": moments}
     return tensors, files, described
 
 
@@ -114,6 +115,8 @@ def find_newest(trainer: Trainer) -> Checkpoint | None:
 
 def load_weights(trainer: Trainer, checkpoint: Checkpoint) -> None:
     """The model's weights; where they are in shards each process reads its part alone."""
+    if trainer.strategy.owns_step and trainer.strategy.scatter(checkpoint.tensors("model"), {}):
+        return
     if not trainer.strategy.shards_weights:
         trainer.model.load_weights(checkpoint.tensors("model"))
         return
@@ -135,11 +138,16 @@ def _load_optimizer(trainer: Trainer, checkpoint: Checkpoint) -> None:
     trainer.optimizers.load_state_tensors(targets)
 
 
+def _hand_over(trainer: Trainer, checkpoint: Checkpoint) -> bool:
+    return trainer.strategy.scatter(checkpoint.tensors("model"), checkpoint.tensors("optimizer"))
+
+
 def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     """Weights, optimiser state and counters from a verified checkpoint."""
     state = RunState.from_json(checkpoint.json("run_state.json"))
-    load_weights(trainer, checkpoint)
-    _load_optimizer(trainer, checkpoint)
+    if not (trainer.strategy.owns_step and _hand_over(trainer, checkpoint)):
+        load_weights(trainer, checkpoint)
+        _load_optimizer(trainer, checkpoint)
     if trainer.stepper.loss_scale is not None and state.loss_scale:
         trainer.stepper.loss_scale = LossScale(**state.loss_scale)
     if state.threads != trainer.state.threads:

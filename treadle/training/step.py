@@ -84,7 +84,8 @@ class Stepper:
         """Step number `step`. A loss or gradient that is not finite, or a loss that `veto` refuses, leaves the weights as
         they were (skipped)."""
         counts = self._counts(micro_batches)
-        self.optimizers.zero_grad()
+        if not self.strategy.owns_step:
+            self.optimizers.zero_grad()
         unit, rank = self.strategy.unit, self.strategy.world.rank
         sums: dict[str, Tensor] = {}
         stats = []
@@ -118,6 +119,11 @@ class Stepper:
         return {name: int(value) for name, value in zip(names, found)}
 
     def _finish(self, learning_rate: float, update: bool, sums: dict[str, Tensor]) -> tuple[float, bool]:
+        if self.strategy.owns_step:
+            sound = all(math.isfinite(float(total)) for total in sums.values())
+            self.optimizers.set_learning_rate(learning_rate)
+            norm_of_step = self.strategy.step(apply=update and sound)
+            return norm_of_step, sound and (math.isfinite(norm_of_step) or not update)
         gradients = [local(p.grad) for _, p in self.optimizers.parameters if p.grad is not None]
         scale = self.loss_scale.scale if self.loss_scale else 1.0
         if not gradients:

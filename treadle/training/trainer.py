@@ -80,6 +80,7 @@ class Trainer:
         main = self.world.main
         self.console = console or Console(quiet=True, silent=not main)
         self.device = pick_device(self.recipe.run.device, self.world.local_rank if self.world.size > 1 else None)
+        self.parameter_count = model.parameter_count()
         self.model = model  # on the meta device when it is to be allocated in shards
         self.dataset, self.eval_dataset = dataset, eval_dataset
         self.tokenizer = dataset.tokenizer
@@ -110,6 +111,7 @@ class Trainer:
         self.strategy = self._spread(unit)
         self.optimizers = Optimizers(self.model, self.recipe.optim, self.recipe.parallel.shard_optimizer
                                      and self.strategy.mode == "ddp")  # fmt: skip
+        self.strategy.take_optimizer(self.optimizers.inner)
         self.stepper = Stepper(
             unit, self.optimizers, seed=self.recipe.run.seed, precision=self.precision,
             max_grad_norm=self.recipe.optim.max_grad_norm, loss_weights=self.recipe.train.loss_weights,
@@ -148,7 +150,8 @@ class Trainer:
         elif mode != "fsdp":
             self.model.materialise(self.recipe.run.seed, self.device)
         strategy = make_strategy(mode, unit, self.model, self.world, self.recipe.parallel, precision=self.precision,
-                                 accumulation=self.plan.accumulation, device=self.device)  # fmt: skip
+                                 accumulation=self.plan.accumulation, device=self.device,
+                                 micro_batch=self.plan.micro_batch, max_grad_norm=self.recipe.optim.max_grad_norm)  # fmt: skip
         if mode == "fsdp" and on_meta:  # no process ever holds the whole model
             home = "cpu" if self.recipe.parallel.cpu_offload else self.device
             self.model.materialise(self.recipe.run.seed, home)
@@ -261,7 +264,8 @@ class Trainer:
             raise ConfigError(
                 f"loss_weights.{unknown[0]}: {nearest(unknown[0], list(result.losses))} (the parts of this model's loss)"
             )
-        self.optimizers.zero_grad()
+        if not self.strategy.owns_step:
+            self.optimizers.zero_grad()
 
     def _loop(self) -> None:
         loader = self._loader(self.recipe.data.num_workers)
@@ -474,6 +478,8 @@ class Trainer:
             self.tokenizer.save(self.folder / "tokenizer")
         write_atomically(self.folder / "config.toml", self.recipe.to_toml())
         records.write_json(self.folder / "environment.json", records.environment())
+        for name, table in self.strategy.files().items():
+            records.write_json(self.folder / name, table)
         started = "resumed" if self.state.step else "started"
         self.event(started, step=self.state.step, precision=self.precision, plan=asdict(self.plan),
                    processes=self.world.size, parallel=self.strategy.mode)  # fmt: skip
@@ -491,7 +497,7 @@ class Trainer:
             "max_steps": self.plan.max_steps,
             "tokens": state.tokens,
             "seconds": state.seconds,
-            "parameters": self.model.parameter_count(),
+            "parameters": self.parameter_count,
             "architecture": self.model.arch,
             "precision": self.precision,
             "processes": self.world.size,
