@@ -180,6 +180,21 @@ def generate(
             write("\n" if number + 1 == num_samples else "\n\n---\n\n")
 
 
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="A run, a checkpoint, `last`, RUN@best or RUN@STEP.")] = "last",
+    output: Annotated[str | None, typer.Option(help="The folder to write; default RUN/export.")] = None,
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16: how the weights are stored.")] = "fp32",
+) -> None:
+    """The weights of a run as one folder: config.json, model.safetensors and the tokenizer; shards are joined."""
+    from treadle.models.export import export as write
+
+    folder = write(run, output, precision)
+    size = (folder / "model.safetensors").stat().st_size
+    typer.echo(f"{folder}: {size / 1e6:.1f} MB of weights in {precision}; use it like a run: treadle generate {folder}, "
+               f"treadle train --from {folder}")  # fmt: skip
+
+
 @data_app.command("prepare")
 def data_prepare(
     path: Annotated[

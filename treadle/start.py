@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treadle.checkpoint.lock import LOCK_FILE, RunLock
-from treadle.errors import ConfigError, PeerFailed, PeerLost, Stopped
+from treadle.errors import ConfigError, InputError, PeerFailed, PeerLost, Stopped
 from treadle.monitor.console import Console
 from treadle.recipe import Layer, compose, settled_folder, settled_section, target_layer
 from treadle.settings import load_table
@@ -190,9 +190,9 @@ def make_trainer(request: Request, recipe: Recipe, console: Console, world: Worl
     console.say(f"{recipe.arch}: {count_label(trainer.parameter_count)} parameters, {trainer.plan.max_steps} steps of "
                 f"{trainer.plan.global_batch} rows x {recipe.data.seq_len}, {trainer.precision} on {trainer.device}{shared}")  # fmt: skip
     if recipe.checkpoint.resume_from_checkpoint is not None:
-        checkpoint: Checkpoint | None = locate(recipe.checkpoint.resume_from_checkpoint, console.warn)
-        assert checkpoint is not None
-        world.lead(lambda: _take_up(trainer, checkpoint))
+        chosen = locate(recipe.checkpoint.resume_from_checkpoint, console.warn)
+        world.lead(lambda: _take_up(trainer, chosen))
+        checkpoint: Checkpoint | None = chosen
     else:
         checkpoint = snapshot.find_newest(trainer)
     recipe.checkpoint.resume_from_checkpoint = None  # said once; the stored configuration goes on from the newest
@@ -226,6 +226,9 @@ def _shared_data(
 
 
 def _take_up(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    if checkpoint.manifest.get("weights_only"):
+        raise InputError(f"{checkpoint.folder} holds weights alone, so no run can go on from it; start one from them with "
+                         f"--from {checkpoint.folder}")  # fmt: skip
     checkpoint.verify()
     _new_segment(trainer, checkpoint)
 

@@ -102,7 +102,7 @@ def _write_parts(
     return found
 
 
-def _reason(problem: Exception) -> str:
+def _reason(problem: BaseException) -> str:
     if isinstance(problem, dcp.CheckpointException):
         inner = [failure[0] for failure in problem.failures.values()]
         return str(inner[0]) if inner else str(problem)

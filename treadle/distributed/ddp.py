@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -32,10 +33,11 @@ class Replicated(Strategy):
         device = next(unit.parameters()).device
         # A graph that is only run whole can be static; inner micro-batches, which do not communicate, change it.
         static = accumulation == 1 if settings.static_graph == "auto" else settings.static_graph
-        self.unit = DistributedDataParallel(
+        unsynced: Any = {_BUFFER_SYNC: False}  # buffers are functions of the configuration
+        self.unit: DistributedDataParallel = DistributedDataParallel(
             unit,
+            **unsynced,
             device_ids=[device.index] if device.type == "cuda" else None,
-            **{_BUFFER_SYNC: False},  # buffers are functions of the configuration
             bucket_cap_mb=settings.bucket_megabytes,
             gradient_as_bucket_view=True,
             static_graph=static,

@@ -43,12 +43,12 @@ def supplied(table: dict[str, Any], world: int) -> dict[str, Any]:
     def given(value: Any) -> bool:
         return value is not None and value != "auto"
 
-    keys = {ours: table[theirs] for theirs, ours in BATCH.items() if given(table.get(theirs))}
+    keys: dict[str, Any] = {ours: table[theirs] for theirs, ours in BATCH.items() if given(table.get(theirs))}
     total, micro = keys.get("train.global_batch_size"), keys.get("train.per_device_train_batch_size")
     passes = keys.get("train.gradient_accumulation_steps")
-    if total is not None and micro is None and passes is not None and total % (passes * world) == 0:
+    if isinstance(total, int) and isinstance(passes, int) and micro is None and total % (passes * world) == 0:
         keys["train.per_device_train_batch_size"] = total // (passes * world)
-    if all(isinstance(n, int) for n in (total, micro, passes)) and total != micro * passes * world:
+    if isinstance(total, int) and isinstance(micro, int) and isinstance(passes, int) and total != micro * passes * world:
         raise ConfigError(f"the DeepSpeed file says train_batch_size = {total}, but {micro} (micro) x {passes} "
                           f"(accumulation) x {world} process(es) = {micro * passes * world}")  # fmt: skip
     keys.update(_optimizer(table.get("optimizer"), given))
@@ -93,7 +93,7 @@ def complete(
     table: dict[str, Any] | None, *, micro: int, accumulation: int, world: int, precision: str, max_grad_norm: float
 ) -> dict[str, Any]:
     """What DeepSpeed is given: the file (or ZeRO stage 2 without one) with every owned part as the recipe has it."""
-    whole = dict(table) if table is not None else {"zero_optimization": {"stage": 2}}
+    whole: dict[str, Any] = dict(table) if table is not None else {"zero_optimization": {"stage": 2}}
     for name in ("optimizer", "scheduler"):  # treadle's own optimiser and schedule are handed over instead
         whole.pop(name, None)
     whole.update({

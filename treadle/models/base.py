@@ -228,9 +228,14 @@ class Model(nn.Module):
         """Writes config.json and model.safetensors, which `from_pretrained` reads back bit for bit."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        described = {"model_type": self.arch, "architectures": [type(self).__name__], **self.config.model_dump()}
-        (folder / CONFIG_FILE).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+        (folder / CONFIG_FILE).write_text(describe(type(self), self.config), encoding="utf-8")
         write_tensors(folder / WEIGHTS_FILE, self.named_weights(), {"format": "pt"})
+
+
+def describe(cls: type[Model], config: ModelConfig) -> str:
+    """The text of config.json."""
+    table = {"model_type": cls.arch, "architectures": [cls.__name__], **config.model_dump()}
+    return json.dumps(table, indent=1) + "\n"
 
 
 def build(

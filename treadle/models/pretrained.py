@@ -15,7 +15,7 @@ from treadle.checkpoint.layout import MANIFEST, checkpoint_name, steps_in
 from treadle.checkpoint.reader import Checkpoint, newest_valid
 from treadle.checkpoint.retention import best_step
 from treadle.errors import CheckpointError, ConfigError, InputError
-from treadle.models.base import Model
+from treadle.models.base import Model, ModelConfig
 from treadle.models.catalogue import MODELS
 from treadle.text.base import Tokenizer
 
@@ -100,17 +100,23 @@ def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
         return Tokenizer.load(folder)
 
 
-def load_run(run: str, device: Any = None, warn: Any = None) -> Loaded:
-    """The model (in evaluation mode) and tokenizer of a run."""
-    checkpoint = locate(run, warn)
-    config = read_config(checkpoint)
+def read_shape(checkpoint: Checkpoint, config: dict[str, Any]) -> tuple[type[Model], ModelConfig]:
+    """The architecture and its configuration that a checkpoint's config.toml describes."""
     keys = dict(config.get("model", {}))
     arch, _ = keys.pop("arch", None), keys.pop("preset", None)
     if arch is None:
         raise CheckpointError(f"{checkpoint.folder}/config.toml names no architecture")
     cls = MODELS.get(str(arch))
+    return cls, cls.Config.with_preset(None, **keys)
+
+
+def load_run(run: str, device: Any = None, warn: Any = None) -> Loaded:
+    """The model (in evaluation mode) and tokenizer of a run."""
+    checkpoint = locate(run, warn)
+    config = read_config(checkpoint)
+    cls, shape = read_shape(checkpoint, config)
     with torch.device("meta"):
-        model = cls(cls.Config.with_preset(None, **keys))
+        model = cls(shape)  # type: ignore[call-arg]
     model.to_empty(device=pick_device(device or "auto"))
     model.tie()
     model.load_weights(checkpoint.tensors("model"))
@@ -128,7 +134,7 @@ def load_model(source: str, device: Any = None, pretrained: bool = True) -> Mode
             raise ConfigError(f"{source!r} is a preset, a shape without weights: give a run or a model folder for trained "
                               "weights, or say pretrained=False for random ones")  # fmt: skip
         return build(presets[plain], plain, device=pick_device(device or "auto"))
-    if (Path(source) / CONFIG_FILE).is_file():
+    if (Path(source) / CONFIG_FILE).is_file() and not (Path(source) / MANIFEST).is_file():
         return from_pretrained(source, pick_device(device or "auto"))
     return load_run(source, device).model
 

@@ -1,0 +1,62 @@
+"""Export: the weights of a run, whole in one file, with what it takes to use them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from treadle.checkpoint import writer
+from treadle.checkpoint.layout import MANIFEST
+from treadle.checkpoint.reader import Checkpoint
+from treadle.errors import CheckpointError, InputError
+from treadle.models.base import CONFIG_FILE, describe
+from treadle.models.pretrained import locate, read_config, read_shape
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def export(run: str, output: str | None = None, precision: str = "fp32", warn: Any = None) -> Path:
+    """Writes config.json, model.safetensors and the tokenizer of a run (or checkpoint) and returns the folder, by default
+    RUN/export. Shards are joined. The folder is checked like a checkpoint and serves wherever a run is asked for;
+    `from_pretrained` reads it too. InputError when the folder is in use for something else.
+    """
+    if precision not in DTYPES:
+        raise InputError(f"--precision {precision!r}: use {', '.join(DTYPES)}")
+    checkpoint = locate(run, warn)
+    config = read_config(checkpoint)
+    cls, shape = read_shape(checkpoint, config)
+    folder = Path(output) if output is not None else _home(checkpoint) / "export"
+    _refuse_foreign(folder)
+    weights = {
+        name: t.to(DTYPES[precision]) if t.is_floating_point() else t for name, t in checkpoint.tensors("model").items()
+    }
+    with torch.device("meta"):
+        cls(shape).refuse_other_weights({n: list(t.shape) for n, t in weights.items()})  # type: ignore[call-arg]
+    members = ["config.toml", *checkpoint.members("tokenizer/")]
+    files = {name: checkpoint.raw(name) for name in members}
+    files[CONFIG_FILE] = describe(cls, shape).encode()
+    described = {"weights_only": True, "source": str(checkpoint.folder), "precision": precision}
+    writer.save(folder.parent, checkpoint.step, {"model": weights}, files, described, name=folder.name)
+    return folder
+
+
+def _home(checkpoint: Checkpoint) -> Path:
+    """The run of a checkpoint, or the folder beside which it lies."""
+    parent = checkpoint.folder.resolve().parent
+    return parent.parent if parent.name == "checkpoints" else parent
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """An export may be replaced; nothing else is."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+    if not folder.exists():
+        return
+    try:
+        own = (folder / MANIFEST).is_file() and Checkpoint(folder).manifest.get("weights_only", False)
+    except CheckpointError:
+        own = False
+    if not own:
+        raise InputError(f"{folder} exists and is no export; give another folder with --output")
