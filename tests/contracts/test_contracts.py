@@ -1,5 +1,5 @@
 """The contracts that every registered model keeps (docs/models.md). (8 runs here in one process, and with kill -9 in
-tests/training/test_resume.py; 7 comes with several processes.)"""
+tests/training/test_resume.py; 7, several processes, is test_parallel.py.)"""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from treadle.distributed.settings import ParallelSettings
 from treadle.distributed.world import World
 from treadle.errors import ConfigError
 from treadle.recipe import Layer, compose
+from treadle.training.resolve import batch_sizes
 
 
 def test_a_single_process() -> None:
@@ -97,3 +98,14 @@ def test_auto_shards_what_would_not_fit() -> None:
     assert resolve_mode(ParallelSettings(mode="fsdp"), World(), 10**6, cpu) == "none"
     with pytest.raises(ConfigError, match="2 processes"):
         resolve_mode(ParallelSettings(mode="none"), world, 10**6, cpu)
+
+
+def test_the_micro_batch_gives_way_where_nobody_asked_for_it() -> None:
+    run = Layer({"train": {"per_device_train_batch_size": 16, "global_batch_size": 16}}, "the run", weak=True)
+    assert batch_sizes(compose([run]), 1) == (16, 1, 16)
+    assert batch_sizes(compose([run]), 4) == (4, 1, 16)
+    assert batch_sizes(compose([Layer({"global_batch_size": 12}, "flag")]), 4) == (3, 1, 12)
+    with pytest.raises(ConfigError, match="per_device_train_batch_size may be 1, 2, 4, 8"):
+        batch_sizes(compose([run, Layer({"batch_size": 16}, "flag")]), 2)
+    with pytest.raises(ConfigError, match="multiple of 3"):
+        batch_sizes(compose([run]), 3)

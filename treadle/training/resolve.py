@@ -42,13 +42,18 @@ def batch_sizes(recipe: Recipe, world: int = 1) -> tuple[int, int, int]:
     if total is None:
         accumulation = accumulation or 1
         return micro, accumulation, micro * accumulation * world
+    if total % world:
+        raise ConfigError(f"global_batch_size = {total} does not divide by {world} processes; it may be a multiple of {world}"
+                          + _change_hint(recipe, "train.global_batch_size"))  # fmt: skip
     if total % (micro * world):
-        fits = [n for n in divisors(total) if total % (n * world) == 0]
-        raise ConfigError(
-            f"global_batch_size = {total} does not divide by per_device_train_batch_size = {micro} x {world} process(es); "
-            f"per_device_train_batch_size may be {', '.join(map(str, fits))}"
-            + _change_hint(recipe, "train.global_batch_size")
-        )
+        if recipe.origins.get("train.per_device_train_batch_size", "the run") != "the run":
+            raise ConfigError(
+                f"global_batch_size = {total} does not divide by per_device_train_batch_size = {micro} x {world} process(es); "
+                f"per_device_train_batch_size may be {', '.join(map(str, divisors(total // world)))}"
+                + _change_hint(recipe, "train.global_batch_size")
+            )
+        # Nobody asked for it: a default, or what fitted the number of processes so far.
+        micro = max(n for n in divisors(total // world) if n <= micro)
     derived = total // (micro * world)
     stored = recipe.origins.get("train.global_batch_size") == "the run"
     if accumulation is not None and accumulation != derived and not stored:
