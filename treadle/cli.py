@@ -115,6 +115,7 @@ def evaluate(
     rows: Annotated[int | None, typer.Option(min=1, help="At most this many rows, spread over the text.")] = None,
     samples: Annotated[int, typer.Option(min=0, help="Samples to generate and check.")] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows in one pass.")] = 16,
+    stats: Annotated[bool, typer.Option("--stats", help="The architecture's own numbers too (routing, ...).")] = False,
     output: Annotated[str | None, typer.Option(help="Folder for the results; default RUN/results.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
@@ -123,13 +124,15 @@ def evaluate(
 
     reports = []
     for run in runs:
-        reports.append(evaluate_run(run, data, rows, samples, batch_size, device=device))
+        reports.append(evaluate_run(run, data, rows, samples, batch_size, device=device, stats=stats))
         checkpoint = Path(reports[-1]["checkpoint"])
         home = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
         write_results(Path(output) if output else home / "results", reports[-1])
     for line in table_of(reports):
         typer.echo(line)
     for report in reports:
+        for name, value in report.get("stats", {}).items():
+            typer.echo(f"{report['run']}  {name} {value:.4f}")
         for sample in report.get("samples", []):
             typer.echo(f"\n--- {report['run']}, prompt {sample['prompt']!r}\n{sample['prompt']}{sample['text']}")
 

@@ -24,6 +24,15 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
             "tie_embeddings": False,
         },
     ],
+    "shc": [
+        {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2},
+        {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "routing": "cayley_mixture", "adaptive_rank": True, "rank_noise": 0.0,
+         "stream_reduction": "learned"},
+        {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "routing": "sinkhorn", "router_input": "mean", "num_streams": 3},
+        {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "routing": "birkhoff", "latent_size": 24},
+        {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "routing": "none", "qk_norm": True},
+        {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "num_streams": 1},
+    ],
 }
 CASES = [(name, number) for name in MODELS.names() for number in range(len(SHAPES.get(name, [{}])))]
 

@@ -122,7 +122,7 @@ def test_the_command() -> None:
     [
         (["--world", "0"], "--world '0'"), (["--memory", "lots"], "'lots' is no amount of memory"),
         (["--world", "3", "--shard_size", "2"], "it may be 1, 3"), (["--worlds", "3"], "worlds"),
-        (["--world", "3", "--global_batch_size", "16"], "per_device_train_batch_size may be"),
+        (["--world", "3", "--global_batch_size", "16"], "a multiple of 3"),
     ],
 )  # fmt: skip
 def test_bad_plans(flags: list[str], words: str) -> None:

@@ -19,6 +19,7 @@ from treadle.ops.precision import autocast
 from treadle.text.base import Tokenizer
 
 LN2 = math.log(2)
+INSPECTED_ROWS = 4
 SUMS = ("nats", "correct", "top5", "labels", "bytes")
 LOWER_IS_BETTER = {"loss": True, "bpb": True, "perplexity": True, "accuracy": False, "top5_accuracy": False}
 
@@ -70,6 +71,21 @@ class Evaluator:
         if self.strategy is None:
             return self._batch_sums(self.model, batch)
         return self.strategy.look(self._batch_sums, batch)
+
+    def inspect(self, data: Dataset) -> dict[str, float]:
+        """The model's own numbers (`Model.inspect`) on the first rows of `data`, the same for any number of processes."""
+        if type(self.model).inspect is Model.inspect:
+            return {}
+        (source, row), *_ = data.in_sequence(INSPECTED_ROWS, INSPECTED_ROWS)
+        batch = data.batch(source, row)
+        if self.strategy is None:
+            return self._inspect(self.model, batch)
+        return self.strategy.look(self._inspect, batch)
+
+    @torch.no_grad()
+    def _inspect(self, model: Model, batch: Batch) -> dict[str, float]:
+        with autocast(self.precision, model.device):
+            return model.inspect(batch.to(model.device))
 
     @torch.no_grad()
     def _batch_sums(self, model: Model, batch: Batch) -> dict[str, float]:

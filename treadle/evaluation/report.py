@@ -39,7 +39,7 @@ def held_out(loaded: Loaded, data: str | None) -> dict[str, Dataset]:
 
 def evaluate_run(
     run: str, data: str | None = None, rows: int | None = None, samples: int = 0, batch_size: int = 16,
-    with_baselines: bool = True, device: str = "auto",
+    with_baselines: bool = True, device: str = "auto", stats: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Everything `treadle eval` says about one run, as a table of plain numbers."""
     loaded = load_run(run, device)
@@ -54,6 +54,8 @@ def evaluate_run(
         "data": data or "held-out text of the run",
         "metrics": metrics,
     }
+    if stats:
+        report["stats"] = evaluator.inspect(splits["validation"])
     if with_baselines:
         fitted = splits.get("train", splits["validation"])
         report["baselines"] = baselines(fitted, splits["validation"], loaded.tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ class Context:
     rotary: tuple[Tensor, Tensor] | None = None  # cos, sin [B, 1, T, E / 2]
     places: Places | None = None  # with a decoding state
     used: int = 0
+    routed: list[Any] | None = None  # what routers decide is kept here when somebody looks
 
 
 class Attention(nn.Module):

@@ -126,8 +126,8 @@ class Model(nn.Module):
         full (the causal half that some paths skip is counted, as is customary)."""
 
     @abstractmethod
-    def initial(self, name: str, parameter: Tensor) -> float | str:
-        """How a parameter starts: "zeros", "ones", or the standard deviation of a normal distribution."""
+    def initial(self, name: str, parameter: Tensor) -> float | str | Tensor:
+        """How a parameter starts: "zeros", "ones", the standard deviation of a normal distribution, or its values."""
 
     def tie(self) -> None:
         """Restores shared parameters after materialising from the meta device."""
@@ -136,8 +136,8 @@ class Model(nn.Module):
         """Parameter name -> rule, for parameters that are treated specially."""
         return {}
 
-    def stats(self) -> dict[str, float]:
-        """Numbers about the weights worth logging."""
+    def inspect(self, batch: Batch) -> dict[str, float]:
+        """Numbers worth watching beyond the loss, read on a few rows at each evaluation and by `treadle eval --stats`."""
         return {}
 
     def state_bytes(self, batch_size: int, max_len: int) -> int:
@@ -174,6 +174,8 @@ class Model(nn.Module):
 
     def _initial_values(self, seed: int, name: str, parameter: Tensor) -> Tensor:
         rule = self.initial(name, parameter)
+        if isinstance(rule, Tensor):
+            return rule
         if rule == "zeros":
             return torch.zeros(parameter.shape)
         if rule == "ones":

@@ -6,6 +6,6 @@ from treadle.registry import Registry
 
 MODELS = Registry(
     "model",
-    {"transformer": "treadle.models.transformer:Transformer"},
-    aliases={"gpt2": "transformer", "llama": "transformer", "gpt": "transformer", "dense": "transformer"},
+    {"transformer": "treadle.models.transformer:Transformer", "shc": "treadle.models.shc:SHC"},
+    aliases={"hyper_connections": "shc", "mhc": "shc", "gpt2": "transformer", "llama": "transformer", "gpt": "transformer", "dense": "transformer"},
 )

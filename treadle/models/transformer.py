@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import model_validator
 from torch import Tensor, nn
 
 from treadle.data.batch import Batch
@@ -16,33 +15,15 @@ from treadle.layers.norm import make_norm
 from treadle.layers.rope import rotation
 from treadle.layers.state import KeyValueCache, State
 from treadle.models.backbone import Backbone
-from treadle.models.base import ModelConfig
+from treadle.models.decoder import DecoderConfig
 from treadle.settings import option
 
 
-class TransformerConfig(ModelConfig):
+class TransformerConfig(DecoderConfig):
     """The dense transformer's keys."""
 
     style: Literal["llama", "gpt2"] = option("llama")
     """llama: RMSNorm, rotary positions, SwiGLU, no biases; gpt2: LayerNorm, learned positions, GELU, biases."""
-
-    hidden_size: int = option(192, aliases=("d_model", "n_embd", "dim"), ge=1)
-    """Width D of the residual stream."""
-
-    num_layers: int = option(4, aliases=("n_layers", "n_layer", "num_hidden_layers", "layers"), ge=1)
-    """Number of blocks."""
-
-    num_heads: int = option(4, aliases=("n_heads", "n_head", "nhead", "num_attention_heads", "heads"), ge=1)
-    """Query heads; hidden_size must divide by it unless head_dim is given."""
-
-    num_kv_heads: int | None = option(None, aliases=("n_kv_heads", "num_key_value_heads"), ge=1)
-    """Key and value heads (grouped queries); default num_heads."""
-
-    head_dim: int | None = option(None, ge=2)
-    """Width of a head; default hidden_size / num_heads."""
-
-    intermediate_size: int | None = option(None, aliases=("d_ff", "ffn_size", "n_inner"), ge=1)
-    """Width inside the MLP; default 8/3 D rounded up to a multiple of 64 (llama), 4 D (gpt2)."""
 
     max_position_embeddings: int = option(2048, aliases=("max_seq_len", "block_size", "n_positions"), ge=2)
     """Rows of the learned position table (gpt2); the longest row a generation may reach."""
@@ -50,55 +31,21 @@ class TransformerConfig(ModelConfig):
     activation: Literal["gelu", "gelu_tanh", "relu", "silu"] = option("gelu_tanh", aliases=("hidden_act",))
     """The MLP's activation in gpt2 style (llama style is SwiGLU)."""
 
-    tie_embeddings: bool = option(True, aliases=("tie_word_embeddings",))
-    """The head shares the embedding's weights."""
-
-    qk_norm: bool = option(False)
-    """RMSNorm on queries and keys before the rotation."""
-
-    rope_theta: float = option(10000.0, gt=0)
-    """Base of the rotary frequencies."""
-
-    norm_eps: float = option(1e-5, aliases=("rms_norm_eps", "layer_norm_epsilon"), gt=0)
-    """Added inside the norms' square roots."""
-
     pre_norm: bool = option(True)
     """Norm before each half of a block (off: after it, as in the first transformer)."""
-
-    dropout: float = option(0.0, aliases=("resid_pdrop",), ge=0.0, lt=1.0)
-    """Share dropped of the embedding and of each half's output while training."""
 
     attention_dropout: float = option(0.0, aliases=("attn_pdrop",), ge=0.0, lt=1.0)
     """Share of attention weights dropped while training (takes the slower masked path)."""
 
-    initializer_range: float = option(0.02, aliases=("init_std",), gt=0)
-    """Standard deviation of initial weights; projections into the residual stream start at 1/sqrt(2 layers) of it."""
-
-    @model_validator(mode="after")
-    def _shapes(self) -> TransformerConfig:
-        if self.head_dim is None and self.hidden_size % self.num_heads:
-            fits = [n for n in range(1, self.hidden_size + 1) if self.hidden_size % n == 0 and n <= 64]
-            raise ValueError(f"hidden_size = {self.hidden_size} does not divide by num_heads = {self.num_heads}; "
-                             f"num_heads may be {', '.join(map(str, fits))}")  # fmt: skip
-        if self.style == "llama" and self.width_of_head % 2:
-            raise ValueError(f"head_dim = {self.width_of_head} must be even for rotary positions")
-        if self.num_heads % self.groups:
-            raise ValueError(f"num_heads = {self.num_heads} does not divide by num_kv_heads = {self.groups}")
-        return self
-
     @property
-    def width_of_head(self) -> int:
-        return self.head_dim or self.hidden_size // self.num_heads
-
-    @property
-    def groups(self) -> int:
-        return self.num_kv_heads or self.num_heads
+    def rotary(self) -> bool:
+        return self.style == "llama"
 
     @property
     def inner(self) -> int:
-        if self.intermediate_size is not None:
-            return self.intermediate_size
-        return 4 * self.hidden_size if self.style == "gpt2" else -(-8 * self.hidden_size // 3 // 64) * 64
+        if self.style == "gpt2":
+            return self.intermediate_size or 4 * self.hidden_size
+        return super().inner
 
     @classmethod
     def presets(cls) -> dict[str, dict[str, Any]]:

@@ -24,7 +24,7 @@ def evaluate(trainer: Trainer) -> tuple[bool, bool]:
         return False, False
     state = trainer.state
     state.evaluated_step = state.step
-    row = {"step": state.step, "split": "validation", **metrics}
+    row = {"step": state.step, "split": "validation", **metrics, **trainer.evaluator.inspect(trainer.eval_dataset)}
     for sink in trainer.sinks:
         sink.evaluation(row)
     shown = f"loss {metrics['loss']:.4f}  bpb {metrics['bpb']:.4f}  accuracy {metrics['accuracy']:.3f}"

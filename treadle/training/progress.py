@@ -38,7 +38,6 @@ def log_row(trainer: Trainer, result: StepResult, rate: float, loader: Loader) -
         "skipped_steps": state.skipped_steps,
         **{f"loss_{name}": value for name, value in means.items()},
         **_means(trainer, result),
-        **trainer.model.stats(),
     }
     remaining = (trainer.plan.max_steps - state.step) * window.step_seconds / max(1, window.steps)
     if row["bpb"] is None:
