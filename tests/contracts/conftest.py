@@ -33,6 +33,11 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
         {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "routing": "none", "qk_norm": True},
         {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "num_streams": 1},
     ],
+    "ssm": [
+        {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "local_window": 5},
+        {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "local_window": 0, "num_streams": 1, "qk_norm": True},
+        {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "feature_map": "none", "normalizer": False, "num_streams": 3},
+    ],
 }
 CASES = [(name, number) for name in MODELS.names() for number in range(len(SHAPES.get(name, [{}])))]
 

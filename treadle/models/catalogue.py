@@ -6,6 +6,7 @@ from treadle.registry import Registry
 
 MODELS = Registry(
     "model",
-    {"transformer": "treadle.models.transformer:Transformer", "shc": "treadle.models.shc:SHC"},
+    {"transformer": "treadle.models.transformer:Transformer", "shc": "treadle.models.shc:SHC",
+     "ssm": "treadle.models.ssm:SSM"},
     aliases={"hyper_connections": "shc", "mhc": "shc", "gpt2": "transformer", "llama": "transformer", "gpt": "transformer", "dense": "transformer"},
 )

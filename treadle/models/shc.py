@@ -15,7 +15,7 @@ from treadle.layers.mlp import SwiGLU
 from treadle.layers.norm import RMSNorm
 from treadle.layers.rope import rotation
 from treadle.layers.state import KeyValueCache, State
-from treadle.layers.streams import Routed, Router, composite, statistics
+from treadle.layers.streams import GAIN, Routed, Router, composite, statistics
 from treadle.models.backbone import Backbone
 from treadle.models.decoder import DecoderConfig
 from treadle.ops.streams import write
@@ -238,8 +238,8 @@ class SHC(Backbone):
         return {n: ParameterRule(weight_decay=False) for n, _ in self.named_parameters() if n.endswith(plain)}
 
     def initial(self, name: str, parameter: Tensor) -> float | str | Tensor:
-        if name.endswith(("router.gain",)):
-            return torch.full(parameter.shape, 0.01)
+        if name.endswith("router.gain"):
+            return torch.full(parameter.shape, GAIN)
         if name.endswith(("router.bias", "stream_weights")):
             return "zeros"
         if name.endswith(("generators", "stream_scale", "stream_shift")):

@@ -1,0 +1,78 @@
+"""The state-space model that a transformer or multi-stream transformer is distilled into, also trainable from scratch: the
+same blocks with layers/ssm.py in place of attention, and a decoding state of constant size."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import model_validator
+from torch import Tensor, nn
+
+from treadle.layers.ssm import SSMMixer
+from treadle.models.shc import SHC, SHCConfig
+from treadle.ops.ssd import ssd_flops
+from treadle.ops.window import window_flops
+from treadle.settings import option
+
+
+class SSMConfig(SHCConfig):
+    """The state-space model's keys: those of shc (num_streams = 1: one plain residual stream), and its mixer's."""
+
+    local_window: int = option(16, aliases=("window_size", "sliding_window"), ge=0)
+    """Last places that are also seen by softmax attention, in a ring; 0 is a pure state-space model."""
+
+    feature_map: Literal["hedgehog", "none"] = option("hedgehog")
+    """What queries and keys become before they meet the state: softmax of +- a learned map, or themselves."""
+
+    normalizer: bool = option(True)
+    """The state also sums the weights, and the answer is divided by them, as in softmax attention."""
+
+    @model_validator(mode="after")
+    def _mixer_fits(self) -> SSMConfig:
+        if self.latent_size is not None:
+            raise ValueError("latent_size is for attention's cache; a state-space model has none: leave it out")
+        if self.normalizer and self.feature_map == "none":
+            raise ValueError("normalizer divides by a sum of weights, which may be zero or negative with feature_map = none; "
+                             "use --normalizer false or --feature_map hedgehog")  # fmt: skip
+        return self
+
+
+class SSM(SHC):
+    """State-space duality (Dao and Gu 2024, arXiv 2405.21060) with softmax features and a local window."""
+
+    arch = "ssm"
+    Config = SSMConfig
+    config: SSMConfig
+
+    def make_mixer(self, config: SHCConfig) -> nn.Module:
+        assert isinstance(config, SSMConfig)
+        return SSMMixer(config.hidden_size, config.num_heads, config.groups, config.width_of_head,
+                        window=config.local_window, features=config.feature_map, normalizer=config.normalizer,
+                        qk_norm=config.qk_norm, eps=config.norm_eps)  # fmt: skip
+
+    def layer_state(self, index: int, batch_size: int, max_len: int, device: Any, dtype: Any) -> Any:
+        return self.layers[index].attention.empty(batch_size, device, dtype)  # type: ignore[union-attr, operator]
+
+    def mixer_flops(self, length: int) -> int:
+        c, heads, e = self.config, self.config.num_heads, self.config.width_of_head
+        products = 2 * c.hidden_size * heads * e + 2 * c.hidden_size * c.groups * e + c.hidden_size * heads
+        mapped = c.feature_map == "hedgehog"
+        features = (heads + c.groups) * e * e if mapped else 0
+        window = window_flops(length, heads, e, c.local_window) if c.local_window else 0
+        return 2 * length * (products + features) + window + ssd_flops(length, heads, e * (1 + mapped), e + c.normalizer)
+
+    def parameter_rules(self) -> dict[str, Any]:
+        from treadle.models.base import ParameterRule
+
+        maps = [n for n, _ in self.named_parameters() if n.endswith(("_features", "decay.weight"))]
+        return {**super().parameter_rules(), **{n: ParameterRule(weight_decay=False) for n in maps}}
+
+    def initial(self, name: str, parameter: Tensor) -> float | str | Tensor:
+        if name.endswith("_features"):
+            return torch.eye(parameter.shape[-1]).expand(parameter.shape)
+        if name.endswith("decay.bias"):  # from a memory of 90 places to one of 3
+            return torch.linspace(-4.5, -1.0, parameter.shape[0])
+        if name.endswith(("attention.skip", "attention.gate")):
+            return "zeros"
+        return super().initial(name, parameter)
