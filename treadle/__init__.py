@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _PLACES = {
     "Batch": "treadle.data.batch:Batch",
     "Dataset": "treadle.data.dataset:Dataset",
+    "DistillationTrainer": "treadle.distillation:DistillationTrainer",
     "Evaluator": "treadle.evaluation.evaluator:Evaluator",
     "Model": "treadle.library:Model",
     "Tokenizer": "treadle.text.base:Tokenizer",
@@ -23,6 +24,7 @@ _PLACES = {
     "load": "treadle.library:load",
     "loss": "treadle.library:loss",
     "plan": "treadle.library:plan",
+    "student_of": "treadle.distillation:student_of",
     "train": "treadle.library:train",
 }
 __all__ = [*_PLACES]
@@ -30,6 +32,7 @@ __all__ = [*_PLACES]
 if TYPE_CHECKING:
     from treadle.data.batch import Batch
     from treadle.data.dataset import Dataset
+    from treadle.distillation import DistillationTrainer, student_of
     from treadle.evaluation.evaluator import Evaluator
     from treadle.library import Model, architectures, load, loss, plan, train
     from treadle.models.base import build, from_pretrained

@@ -58,14 +58,14 @@ def _request(arguments: list[str]) -> Any:
 
 
 def _open_verb(verb: str, arguments: list[str]) -> None:
-    """`train`, `check` and `plan`: their help from the sections, or their function in start.py."""
+    """`train`, `distill`, `check` and `plan`: their help from the sections, or their function in start.py."""
     if "--help" in arguments:
         from treadle.help import print_options
 
         print_options(verb, arguments)
         return
     request = _request(arguments)
-    if verb == "train":
+    if verb in ("train", "distill"):
         from treadle.start import devices
 
         count = devices(request)
@@ -73,6 +73,11 @@ def _open_verb(verb: str, arguments: list[str]) -> None:
             from treadle.distributed.launch import run_processes
 
             sys.exit(run_processes(count, [verb, *arguments]))
+    if verb == "distill":
+        from treadle.distillation import distill as run
+
+        run(request)
+        return
     from treadle import start
 
     getattr(start, verb)(request)
@@ -82,6 +87,12 @@ def _open_verb(verb: str, arguments: list[str]) -> None:
 def train(ctx: typer.Context) -> None:
     """Train, or continue: [RECIPE.toml | FILE.txt | DIR] [--key value ...]. Without an argument: the built-in recipe."""
     _open_verb("train", ctx.args)
+
+
+@app.command(context_settings=OPEN)
+def distill(ctx: typer.Context) -> None:
+    """Train a student of a teacher: --teacher RUN [RECIPE.toml | FILE.txt | DIR] [--key value ...]."""
+    _open_verb("distill", ctx.args)
 
 
 @app.command(context_settings=OPEN)

@@ -30,6 +30,15 @@ Memory of one process by kind, bytes it sends in a step, and estimated scaling, 
   --rehearse          run one step of process 0 of N under fsdp, over tensors without contents
   --json              the numbers as JSON
 """,
+    "distill": """treadle distill --teacher RUN [RECIPE.toml | FILE.txt | DIR] [--key value ...]
+
+Trains a student of a trained teacher in stages, then compares the two; the same command again continues it. Shape,
+tokenizer and data are the teacher's where nothing else is said; the student is a state-space model (--model.arch ssm).
+
+  --teacher RUN       a run, a checkpoint, or an exported folder
+  --stages LIST       mixer,logits (default), mixer,hidden,logits, or logits alone for any architecture
+  --max_steps N       steps of all stages together
+""",
     "check": """treadle check [RECIPE.toml | FILE.txt | DIR] [--key value ...]
 
 Parses, builds and runs one real micro-step without writing a run; prints every value and where it comes from.

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from treadle.data.dataset import Dataset
     from treadle.distributed.world import World
     from treadle.models.base import Model
+    from treadle.objectives.distill import Distillation
     from treadle.training.trainer import Trainer
 
 CONFIG = "config.toml"
@@ -39,6 +40,8 @@ class Request:
     weights_from: str | None = None
     allow_change: Sequence[str] = ()
     flags_are_text: bool = True
+    base: tuple[Layer, ...] = ()  # below what was typed; with one, no target is no default recipe either
+    above: tuple[Layer, ...] = ()  # above it
 
     @functools.cached_property
     def start_weights(self) -> Checkpoint | None:
@@ -49,16 +52,18 @@ class Request:
 
     def named_layers(self) -> list[Layer]:
         """What was typed: the target and the flags."""
-        return [target_layer(self.target), Layer(dict(self.flags or {}), "flag", from_text=self.flags_are_text)]
+        target = [] if self.base and self.target is None else [target_layer(self.target)]
+        return [*target, Layer(dict(self.flags or {}), "flag", from_text=self.flags_are_text), *self.above]
 
     def layers(self) -> list[Layer]:
         """The same above the model of --from."""
         if self.start_weights is None:
-            return self.named_layers()
+            return [*self.base, *self.named_layers()]
         from treadle.models.pretrained import read_config
 
         model = read_config(self.start_weights)["model"]
-        return [Layer({"model": model}, f"the model of {self.weights_from}"), *self.named_layers()]
+        start = Layer({"model": model}, f"the model of {self.weights_from}")
+        return [*self.base, start, *self.named_layers()]
 
 
 def configure(request: Request, folder: Path) -> Recipe:
@@ -179,11 +184,17 @@ def make_trainer(request: Request, recipe: Recipe, console: Console, world: Worl
     start_weights = request.start_weights
     if start_weights is not None and tokenizer is None:
         tokenizer = read_tokenizer(start_weights)
+    if recipe.distill.stage is not None and recipe.distill.teacher is not None and tokenizer is None:
+        tokenizer = read_tokenizer(locate(recipe.distill.teacher))
     splits = _shared_data(recipe, console, tokenizer, world)
     tokenizer = splits["train"].tokenizer
     model = build_model(recipe, tokenizer)
+    objective = _objective(recipe)
+    if objective is not None and start_weights is None and recipe.distill.carry_weights:
+        carried = model.start_from(objective.teacher.named_weights())
+        console.say(f"{len(carried)} of {len(model.named_weights())} weights start as the teacher's")
     trainer = Trainer(
-        model, splits["train"], splits.get("validation"), recipe, resume=True, console=console,
+        model, splits["train"], splits.get("validation"), recipe, objective, resume=True, console=console,
         listen=not console.quiet, world=world,
     )  # fmt: skip
     shared = f", {world.size} processes ({trainer.strategy.mode})" if world.size > 1 else ""
@@ -205,6 +216,18 @@ def make_trainer(request: Request, recipe: Recipe, console: Console, world: Worl
         snapshot.load_weights(trainer, start_weights)
         console.say(f"Weights from {start_weights.folder}")
     return trainer
+
+
+def _objective(recipe: Recipe) -> Distillation | None:
+    """What a run of `treadle distill` learns; None is the next symbol."""
+    if recipe.distill.stage is None:
+        return None
+    if recipe.distill.teacher is None:
+        raise ConfigError("distill.stage is set without distill.teacher; use treadle distill --teacher RUN")
+    from treadle.models.pretrained import load_run
+    from treadle.objectives.distill import make_objective
+
+    return make_objective(recipe.distill, load_run(recipe.distill.teacher, "cpu").model)
 
 
 def _shared_data(

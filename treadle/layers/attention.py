@@ -22,6 +22,7 @@ class Context:
     rotary: tuple[Tensor, Tensor] | None = None  # cos, sin [B, 1, T, E / 2]
     places: Places | None = None  # with a decoding state
     used: int = 0
+    mixer_only: bool = False  # a block answers with its mixer alone, for matching it in distillation
     routed: list[Any] | None = None  # what routers decide is kept here when somebody looks
 
 

@@ -62,6 +62,14 @@ class Backbone(Model):
     def blocks(self) -> list[nn.Module]:
         return list(self.layers)
 
+    def mixers(self) -> list[nn.Module]:
+        return [block.attention for block in self.layers]  # type: ignore[misc]
+
+    def mix(self, given: list[Tensor], batch: Batch) -> list[Tensor]:
+        context = self.context(batch, None)
+        context.mixer_only = True  # through the block, which may have to gather its weights first
+        return [block(x, context) for block, x in zip(self.layers, given)]
+
     def hidden(self, batch: Batch, state: State | None = None) -> Output:
         context = self.context(batch, state)
         x = self.enter(batch, context)

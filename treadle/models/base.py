@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -101,6 +102,7 @@ class Model(nn.Module):
     capabilities: ClassVar[Capabilities] = Capabilities()
     config: ModelConfig
     head: nn.Linear
+    _start: Mapping[str, Tensor] = MappingProxyType({})  # values to start with instead of random ones
 
     # ---- what an architecture writes ----
 
@@ -115,6 +117,14 @@ class Model(nn.Module):
     @abstractmethod
     def blocks(self) -> list[nn.Module]:
         """The units for checkpointing, compiling and sharding, in order."""
+
+    def mixers(self) -> list[nn.Module]:
+        """The modules that mix places (attention and its like), one a block, in order; what distillation matches."""
+        return []
+
+    def mix(self, given: list[Tensor], batch: Batch) -> list[Tensor]:
+        """What each mixer makes of an input of its own, [B, T, D] each; for models with `mixers`."""
+        raise NotImplementedError
 
     def full_precision_modules(self) -> list[nn.Module]:
         """Modules inside blocks (routers, quantiser scales) whose weights stay fp32 where blocks are gathered in bf16."""
@@ -160,6 +170,12 @@ class Model(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         return Batch.for_training(torch.randint(0, config.vocab_size, (batch_size, length), generator=generator))
 
+    def start_from(self, tensors: dict[str, Tensor]) -> list[str]:
+        """Parameters of these names and shapes will start with these values when the model is allocated; returns which."""
+        own = {name: p.shape for name, p in self.named_parameters()}
+        self._start = {name: t.detach() for name, t in tensors.items() if own.get(name) == t.shape}
+        return sorted(self._start)
+
     def materialise(self, seed: int, device: Any = "cpu") -> Model:
         """Allocates parameters (from the meta device too) and initialises each from (seed, its name)."""
         if any(p.is_meta for p in self.parameters()):
@@ -170,9 +186,12 @@ class Model(nn.Module):
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 copy_whole(parameter, self._initial_values(seed, name, parameter))
+        self._start = MappingProxyType({})
         return self
 
     def _initial_values(self, seed: int, name: str, parameter: Tensor) -> Tensor:
+        if name in self._start:
+            return self._start[name].cpu()
         rule = self.initial(name, parameter)
         if isinstance(rule, Tensor):
             return rule

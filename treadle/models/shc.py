@@ -99,6 +99,8 @@ class Block(nn.Module):
         self.mlp_router = _router(config) if several else None
 
     def forward(self, x: Tensor, context: Context, memory: Any = None) -> Tensor:
+        if context.mixer_only:
+            return self.attention(x, context)
         u, held, post = self._read(self.attention_router, x, context)
         x = self._write(held, post, self.dropout(self.attention(self.attention_norm(u), context, memory)))
         u, held, post = self._read(self.mlp_router, x, context)

@@ -103,6 +103,8 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()  # Dropout(0) still multiplies
 
     def forward(self, x: Tensor, context: Context, cache: KeyValueCache | None = None) -> Tensor:
+        if context.mixer_only:
+            return self.attention(x, context)
         if not self.pre_norm:
             x = self.attention_norm(x + self.dropout(self.attention(x, context, cache)))
             return self.mlp_norm(x + self.dropout(self.mlp(x)))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -16,7 +17,12 @@ from treadle.registry import Registry
 
 CountUnit = Literal["labels", "tokens", "rows", "documents"]
 
-OBJECTIVES = Registry("objective", {"next_token": "treadle.objectives.next_token:NextToken"})
+OBJECTIVES = Registry("objective", {
+    "next_token": "treadle.objectives.next_token:NextToken",
+    "distill_mixer": "treadle.objectives.distill:MatchMixers",
+    "distill_hidden": "treadle.objectives.distill:MatchHidden",
+    "distill_logits": "treadle.objectives.distill:MatchLogits",
+})  # fmt: skip
 
 
 @dataclass
@@ -40,6 +46,10 @@ class Objective(ABC):
     """Base of every objective. `main` names the part that is the loss people speak of."""
 
     main: str
+    in_nats = True  # `main` is the cross-entropy of the text, so that bits per byte and perplexity mean something
+
+    def prepare(self, model: Model, device: torch.device) -> None:  # noqa: B027  (most objectives have nothing to prepare)
+        """Called once before the model is spread over processes and optimisers are made; may freeze parameters."""
 
     @abstractmethod
     def __call__(self, model: Model, batch: Batch) -> Parts:

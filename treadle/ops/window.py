@@ -25,7 +25,7 @@ def block_size(window: int) -> int:
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, doc_ids: Tensor | None = None) -> Tensor:
     """q, k, v [B, H, T, E] -> [B, H, T, E]: place t sees t - window + 1 .. t of its own document."""
-    rows, _, length, width = q.shape
+    length, width = q.shape[2:]
     size = block_size(window)
     spare = -length % size
     q = F.pad(q, (0, 0, 0, spare)).unflatten(2, (-1, size))  # [B, H, C, S, E]

@@ -16,6 +16,7 @@ from treadle.distributed.settings import ParallelSettings
 from treadle.errors import ConfigError
 from treadle.evaluation.settings import EvalSettings
 from treadle.monitor.settings import AlertSettings, LogSettings
+from treadle.objectives.settings import DistillSettings
 from treadle.settings import Settings, dump_toml, option
 from treadle.text.settings import TokenizerSettings
 from treadle.training.settings import OptimSettings, TrainSettings
@@ -49,6 +50,7 @@ SECTIONS: dict[str, type[Settings]] = {
     "data": DataSettings,
     "train": TrainSettings,
     "optim": OptimSettings,
+    "distill": DistillSettings,
     "parallel": ParallelSettings,
     "checkpoint": CheckpointSettings,
     "eval": EvalSettings,
@@ -66,6 +68,7 @@ class Recipe:
     data: DataSettings = field(default_factory=DataSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
+    distill: DistillSettings = field(default_factory=DistillSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)

@@ -40,8 +40,10 @@ def log_row(trainer: Trainer, result: StepResult, rate: float, loader: Loader) -
         **_means(trainer, result),
     }
     remaining = (trainer.plan.max_steps - state.step) * window.step_seconds / max(1, window.steps)
-    if row["bpb"] is None:
+    if row["bpb"] is None or not trainer.objective.in_nats:
         del row["bpb"]
+    if not trainer.objective.in_nats:
+        del row["perplexity"]
     peak = peak_flops(trainer.device)
     if peak is not None:
         row["mfu"] = _step_flops(trainer) * window.steps / max(1e-9, window.step_seconds) / (peak * trainer.world.size)

@@ -107,6 +107,7 @@ class Trainer:
         resolve.set_checkpointing(self.model, self.recipe.train.gradient_checkpointing)
         if self.recipe.train.torch_compile:
             resolve.compile_blocks(self.model)
+        self.objective.prepare(self.model, self.device)
         unit = Unit(self.model, self.objective)
         self.strategy = self._spread(unit)
         self.optimizers = Optimizers(self.model, self.recipe.optim, self.recipe.parallel.shard_optimizer

@@ -1,0 +1,152 @@
+"""What a student learns from a teacher, one objective a stage (MOHAWK, arXiv 2408.10189; LoLCATs, arXiv 2410.10254).
+
+The teacher is no part of the unit: it is whole on every process, is not trained and not saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from treadle.data.batch import IGNORE, Batch
+from treadle.errors import ConfigError
+from treadle.models.base import Model
+from treadle.objectives.base import OBJECTIVES, Objective, Part, Parts
+from treadle.objectives.settings import DistillSettings
+from treadle.ops.cross_entropy import linear_cross_entropy
+from treadle.ops.divergence import linear_divergence
+
+
+@contextmanager
+def watched(modules: list[nn.Module]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """(input, output) of each module, as they are called inside."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def keep(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+        seen.append((arguments[0], output))
+
+    handles = [module.register_forward_hook(keep) for module in modules]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def relative_error(ours: Tensor, theirs: Tensor, real: Tensor) -> Tensor:
+    """Sum over real places of |ours - theirs|^2 / |theirs|^2; each place by itself, so that it does not matter which
+    places share a micro-batch. [B, T, ...], real bool [B, T]."""
+    gap, size = (ours.float() - theirs.float()).flatten(2), theirs.float().flatten(2)
+    return (gap.square().sum(-1) / size.square().sum(-1).clamp_min(1e-12) * real).sum()
+
+
+class Distillation(Objective):
+    """Base: holds the teacher, frozen and in evaluation mode."""
+
+    def __init__(self, teacher: Model, settings: DistillSettings | None = None) -> None:
+        self.teacher, self.settings = teacher.eval(), settings or DistillSettings()
+        for parameter in teacher.parameters():
+            parameter.requires_grad_(False)
+
+    def prepare(self, model: Model, device: torch.device) -> None:
+        self.teacher.to(device)
+        if model.config.vocab_size != self.teacher.config.vocab_size:
+            raise ConfigError(f"the student knows {model.config.vocab_size} symbols, its teacher {self.teacher.config.vocab_size}; "
+                              "leave model.vocab_size out")  # fmt: skip
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(self.trains(name))
+
+    def trains(self, name: str) -> bool:
+        """Whether this stage changes the parameter of this name."""
+        return True
+
+
+class MatchMixers(Distillation):
+    """Each mixer on what the teacher's mixer of the same block was given: all blocks at once, nothing adds up."""
+
+    main = "mixer"
+    in_nats = False
+
+    def prepare(self, model: Model, device: torch.device) -> None:
+        ours, theirs = model.mixers(), self.teacher.mixers()
+        if not ours or len(ours) != len(theirs):
+            raise ConfigError(f"the mixer stage pairs the blocks' mixers, and the student has {len(ours)}, the teacher "
+                              f"{len(theirs)}; use --stages logits")  # fmt: skip
+        super().prepare(model, device)
+        inside = {id(p) for mixer in ours for p in mixer.parameters()}
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in inside)
+
+    def __call__(self, model: Model, batch: Batch) -> Parts:
+        with torch.no_grad(), watched(self.teacher.mixers()) as seen:
+            self.teacher.hidden(batch)
+        real = batch.real
+        errors = [
+            relative_error(ours, theirs, real)
+            for ours, (_, theirs) in zip(model.mix([given for given, _ in seen], batch), seen)
+        ]
+        with torch.no_grad():
+            stats = {f"mixer_error_{i}": error.detach() / real.sum().clamp_min(1) for i, error in enumerate(errors)}
+        return Parts({self.main: Part(torch.stack(errors).sum() / len(errors), "tokens")}, stats)
+
+
+class MatchHidden(Distillation):
+    """The stream after each block, the student running by itself."""
+
+    main = "hidden"
+    in_nats = False
+
+    def trains(self, name: str) -> bool:
+        return not name.startswith(("norm.", "head.", "stream_weights"))  # they come after the last block
+
+    def prepare(self, model: Model, device: torch.device) -> None:
+        if len(model.blocks()) != len(self.teacher.blocks()):
+            raise ConfigError(f"the hidden stage pairs blocks, and the student has {len(model.blocks())}, the teacher "
+                              f"{len(self.teacher.blocks())}; use --stages logits")  # fmt: skip
+        super().prepare(model, device)
+
+    def __call__(self, model: Model, batch: Batch) -> Parts:
+        with torch.no_grad(), watched(self.teacher.blocks()) as theirs:
+            self.teacher.hidden(batch)
+        with watched(model.blocks()) as ours:
+            model.hidden(batch)
+        if ours[0][1].shape != theirs[0][1].shape:
+            raise ConfigError(f"the student's stream is {list(ours[0][1].shape[2:])}, the teacher's "
+                              f"{list(theirs[0][1].shape[2:])}; use --stages logits")  # fmt: skip
+        real = batch.real
+        errors = [relative_error(o, t, real) for (_, o), (_, t) in zip(ours, theirs)]
+        return Parts({self.main: Part(torch.stack(errors).sum() / len(errors), "tokens")})
+
+
+class MatchLogits(Distillation):
+    """alpha_ce CE + alpha_kd T^2 KL(p_teacher || p_student) (Hinton et al. 2015, arXiv 1503.02531), both per label."""
+
+    main = "next_token"
+
+    def __call__(self, model: Model, batch: Batch) -> Parts:
+        if batch.labels is None:
+            raise ConfigError("the batch has no labels; make it with Batch.for_training(ids)")
+        s = self.settings
+        with torch.no_grad():
+            theirs = self.teacher.hidden(batch).hidden
+        out = model.hidden(batch)
+        assert out.hidden is not None and theirs is not None
+        cross_entropy = linear_cross_entropy(out.hidden, model.head.weight, batch.labels)
+        divergence, agreed = linear_divergence(
+            out.hidden, model.head.weight, theirs, self.teacher.head.weight, batch.labels, s.distill_temperature
+        )
+        scored = (batch.labels != IGNORE).sum().clamp_min(1)
+        losses = {
+            self.main: Part(cross_entropy, "labels", s.alpha_ce),
+            "kd": Part(divergence, "labels", s.alpha_kd * s.distill_temperature**2),
+        }
+        return Parts(losses, {**out.stats, "agreement": agreed / scored})
+
+
+def make_objective(settings: DistillSettings, teacher: Model) -> Distillation:
+    """The objective of `settings.stage`."""
+    return OBJECTIVES.get(f"distill_{settings.stage}")(teacher, settings)

@@ -1,0 +1,51 @@
+"""The [distill] section."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from treadle.settings import Settings, option
+
+Stage = Literal["mixer", "hidden", "logits"]
+
+
+class DistillSettings(Settings):
+    """What a student learns from a teacher: `treadle distill`."""
+
+    teacher: str | None = option(None, aliases=("teacher_path", "teacher_model"), change="guarded")
+    """A run, a checkpoint or an exported folder."""
+
+    stages: list[Stage] = option(["mixer", "logits"])
+    """In this order: mixer (each mixer alone, on the teacher's own inputs), hidden (the stream after each block), logits."""
+
+    stage: Stage | None = option(None, change="guarded")
+    """The stage of one run; `treadle distill` sets it."""
+
+    mixer_steps: int | None = option(None, ge=1)
+    """Steps of the mixer stage, out of max_steps; default a quarter of them."""
+
+    hidden_steps: int | None = option(None, ge=1)
+    """Steps of the hidden stage, out of max_steps; default a quarter of them."""
+
+    carry_weights: bool = option(True, change="guarded")
+    """The student starts with every weight of the teacher that has its name and shape."""
+
+    distill_temperature: float = option(2.0, aliases=("temperature",), gt=0.0)
+    """Both distributions are flattened by it; the divergence is multiplied by its square."""
+
+    alpha_ce: float = option(0.5, ge=0.0)
+    """Weight of the cross-entropy with the text in the logits stage."""
+
+    alpha_kd: float = option(0.5, ge=0.0)
+    """Weight of the divergence from the teacher in the logits stage."""
+
+    @model_validator(mode="after")
+    def _sound(self) -> DistillSettings:
+        order = ["mixer", "hidden", "logits"]
+        if not self.stages or self.stages != [name for name in order if name in self.stages]:
+            raise ValueError(f"stages = {self.stages}: name some of mixer, hidden, logits, once each and in this order")
+        if self.alpha_ce == self.alpha_kd == 0:
+            raise ValueError("alpha_ce and alpha_kd are both 0, so there is nothing to learn; raise one of the two")
+        return self

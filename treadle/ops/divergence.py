@@ -1,0 +1,70 @@
+"""Kullback-Leibler divergence between two linear heads without ever holding all logits (as ops/cross_entropy.py)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from treadle.ops.cross_entropy import CHUNK_NUMBERS, IGNORE
+from treadle.ops.precision import compute_dtype
+
+
+def linear_divergence_reference(
+    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, labels: Tensor, temperature: float
+) -> Tensor:
+    """Sum over places with a label of KL(p_teacher || p_student) at a temperature, in nats."""
+    ours = F.log_softmax(F.linear(hidden, weight).float() / temperature, -1)
+    theirs = F.log_softmax(F.linear(teacher_hidden, teacher_weight).float() / temperature, -1)
+    return ((theirs.exp() * (theirs - ours)).sum(-1) * (labels != IGNORE)).sum()
+
+
+class _LinearDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx, hidden: Tensor, weight: Tensor, their_hidden: Tensor, their_weight: Tensor, scored: Tensor, temperature: float,
+        dtype: torch.dtype, chunk: int, train: bool,
+    ):  # fmt: skip
+        total = hidden.new_zeros((), dtype=torch.float32)
+        agreed = hidden.new_zeros((), dtype=torch.float32)
+        cast, their_cast = weight.to(dtype), their_weight.to(dtype)
+        grad_hidden = torch.empty_like(hidden, dtype=dtype) if train else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if train else None
+        for start in range(0, hidden.shape[0], chunk):
+            here = slice(start, start + chunk)
+            part, counted = hidden[here].to(dtype), scored[here, None]
+            logits, their_logits = part @ cast.t(), their_hidden[here].to(dtype) @ their_cast.t()
+            agreed += ((logits.argmax(-1) == their_logits.argmax(-1)) & scored[here]).sum()
+            ours = torch.log_softmax(logits.float() / temperature, -1)
+            theirs = torch.log_softmax(their_logits.float() / temperature, -1)
+            share = theirs.exp()
+            total += ((share * (theirs - ours)).sum(-1, keepdim=True) * counted).sum()
+            if grad_hidden is None or grad_weight is None:
+                continue
+            slope = ((ours.exp() - share) * counted / temperature).to(dtype)  # d KL / d logits
+            grad_hidden[here] = slope @ cast
+            grad_weight += slope.t() @ part
+        if train:
+            ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.mark_non_differentiable(agreed)
+        return total, agreed
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _: Tensor):  # type: ignore[override]
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (grad_hidden * grad).to(ctx.dtypes[0]), (grad_weight * grad).to(ctx.dtypes[1]), *(None,) * 7
+
+
+def linear_divergence(
+    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, labels: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """hidden [B, T, D], weight [V, D], the teacher's [B, T, D'] and [V, D'], labels [B, T] -> (sum of KL(p_teacher ||
+    p_student) over places with a label, in nats; number of those places where both find the same symbol likeliest)."""
+    flat, theirs = hidden.reshape(-1, hidden.shape[-1]), teacher_hidden.reshape(-1, teacher_hidden.shape[-1])
+    chunk = max(64, CHUNK_NUMBERS // weight.shape[0])
+    train = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    scored = labels.reshape(-1) != IGNORE
+    return _LinearDivergence.apply(  # type: ignore[no-untyped-call]
+        flat, weight, theirs.detach(), teacher_weight.detach(), scored, temperature, compute_dtype(hidden), chunk, train
+    )
