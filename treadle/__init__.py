@@ -20,6 +20,7 @@ _PLACES = {
     "Trainer": "treadle.training.trainer:Trainer",
     "architectures": "treadle.library:architectures",
     "build": "treadle.models.base:build",
+    "compress_cache": "treadle.models.compress:compress_cache",
     "from_pretrained": "treadle.models.base:from_pretrained",
     "load": "treadle.library:load",
     "loss": "treadle.library:loss",
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from treadle.evaluation.evaluator import Evaluator
     from treadle.library import Model, architectures, load, loss, plan, train
     from treadle.models.base import build, from_pretrained
+    from treadle.models.compress import compress_cache
     from treadle.recipe import from_leaf_names as TrainConfig
     from treadle.text.base import Tokenizer
     from treadle.training.trainer import Trainer

@@ -28,8 +28,7 @@ from treadle.objectives.distill import make_objective
 from treadle.objectives.settings import DistillSettings, Stage
 from treadle.ops.divergence import linear_divergence
 from treadle.recipe import Layer, compose
-from treadle.start import Request, free_folder
-from treadle.start import train as run_training
+from treadle.start import Request, free_folder, opened_world, train_in
 from treadle.training.config import Recipe
 from treadle.training.trainer import Trainer
 
@@ -40,33 +39,34 @@ CONTEXTS = (1024, 8192)
 def distill(request: Request, console: Console | None = None) -> dict[str, Any]:
     """Runs all stages (or continues them) and returns the last one's summary with the report."""
     console = console or Console(silent=detect().rank != 0)
-    asked = compose([Layer({"model.arch": STUDENT}, "default"), *_typed(request)], with_model=False)
+    asked = compose([Layer({"model.arch": STUDENT}, "default"), *_typed(request)])
     if asked.distill.teacher is None:
         raise ConfigError("there is no teacher; say --teacher RUN (a run, a checkpoint, or an exported folder)")
     base = _from_teacher(asked.distill.teacher, asked.arch)
     recipe = compose([base, *_typed(request)])
-    folder = recipe.folder
-    if request.fresh:
-        folder = free_folder(folder)
-    before: Path | None = None
-    summary: dict[str, Any] = {}
-    for stage, steps in stage_steps(recipe.distill, recipe.train.max_steps):
-        last = stage == recipe.distill.stages[-1]
-        here = folder if last else folder / "stages" / stage
-        above = {"run.output_dir": str(here), "run.run_name": folder.name if last else f"{folder.name}-{stage}",
-                 "distill.stage": stage, "train.max_steps": steps}  # fmt: skip
-        if not last:
-            above["eval.at_end"] = False
-        console.say(f"Stage {stage}: {steps} steps in {here}")
-        one = replace(request, base=(base,), above=(Layer(above, "the stage"),), fresh=False,
-                      weights_from=str(before) if before is not None else None)  # fmt: skip
-        summary = run_training(one, console)
-        before = here
-    if detect().rank == 0:
-        summary["distillation"] = report(asked.distill.teacher, str(folder))
-        records.write_json(folder / "results" / "distillation.json", summary["distillation"])
-        for line in table_of(summary["distillation"]):
-            console.say(line)
+    with opened_world(request) as world:
+        folder = recipe.folder
+        if request.fresh:
+            folder = free_folder(folder) if world is None else Path(world.lead(lambda: str(free_folder(recipe.folder))))
+        before: Path | None = None
+        summary: dict[str, Any] = {}
+        for stage, steps in stage_steps(recipe.distill, recipe.train.max_steps):
+            last = stage == recipe.distill.stages[-1]
+            here = folder if last else folder / "stages" / stage
+            console.say(f"Stage {stage}: {steps} steps in {here}")
+            above = {"run.output_dir": str(here), "run.run_name": folder.name if last else f"{folder.name}-{stage}",
+                     "distill.stage": stage, "train.max_steps": steps}  # fmt: skip
+            if not last:
+                above["eval.at_end"] = False
+            one = replace(request, base=(base,), above=(Layer(above, "the stage"),), fresh=False,
+                          weights_from=str(before) if before is not None else None)  # fmt: skip
+            summary = train_in(world, one, console)
+            before = here
+        if world is None or world.main:
+            summary["distillation"] = report(asked.distill.teacher, str(folder))
+            records.write_json(folder / "results" / "distillation.json", summary["distillation"])
+            for line in table_of(summary["distillation"]):
+                console.say(line)
     return summary
 
 

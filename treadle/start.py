@@ -299,17 +299,26 @@ def devices(request: Request) -> int:
 
 def train(request: Request, console: Console | None = None) -> dict[str, Any]:
     """Trains (or continues) what was asked and returns the run's summary."""
+    with opened_world(request) as world:
+        return train_in(world, request, console or Console(silent=world is not None and not world.main))
+
+
+@contextmanager
+def opened_world(request: Request) -> Iterator[World | None]:
+    """The processes this one was started with, met once for everything inside; None for a process alone, whose lock then
+    answers before torch is imported."""
     from treadle.distributed.environment import detect
 
-    if detect().size == 1:  # the lock answers before torch is imported
-        return _train(request, console or Console(), None)
+    if detect().size == 1:
+        yield None
+        return
     from treadle.distributed.world import World
 
     layers = request.named_layers()
     world = World.open(settled_section(layers, "parallel"), settled_section(layers, "run").device)
     try:
         with world.watching():
-            return _train(request, console or Console(silent=not world.main), world)
+            yield world
     except BaseException as problem:
         if not isinstance(problem, (PeerFailed, PeerLost, Stopped)):
             world.failed(problem)
@@ -318,7 +327,8 @@ def train(request: Request, console: Console | None = None) -> dict[str, Any]:
         world.close()
 
 
-def _train(request: Request, console: Console, world: World | None) -> dict[str, Any]:
+def train_in(world: World | None, request: Request, console: Console) -> dict[str, Any]:
+    """`train` among processes that have met."""
     folder = settled_folder(request.named_layers())
     with ExitStack() as stack:
         lock: RunLock | None = None

@@ -13,6 +13,7 @@ import treadle
 from tests.conftest import flags
 from tests.conftest import treadle as command
 from treadle.data.batch import Batch
+from treadle.errors import ConfigError
 from treadle.layers.streams import Router
 from treadle.models.base import parameter_count
 from treadle.models.shc import SHC, SHCConfig
@@ -189,3 +190,15 @@ def test_trained_and_watched_from_the_command_line(text_file: Path, tmp_path: Pa
     assert shown.returncode == 0 and "routing_composite_max 1.0000" in shown.stdout, shown.stderr
     model, _ = treadle.load(tmp_path / "r")
     assert model.routing_stats()["sublayers"][3]["entropy"] > 0
+
+
+def test_a_cache_compressed_to_full_rank_changes_nothing_and_to_less_little() -> None:
+    model = small(num_kv_heads=1)
+    batches = [Batch.from_ids(ids(8, 40, seed)) for seed in range(3)]
+    whole = treadle.compress_cache(model, batches, 32)
+    before = logits(model, ids(2, 30))
+    assert (logits(whole, ids(2, 30)) - before).abs().max() < 1e-3
+    gaps = [float((logits(treadle.compress_cache(model, batches, r), ids(2, 30)) - before).norm()) for r in (24, 8, 2)]
+    assert gaps[0] < gaps[1] < gaps[2]
+    with pytest.raises(ConfigError, match="shc"):
+        treadle.compress_cache(treadle.build("transformer", vocab_size=61, hidden_size=32), batches, 8)
