@@ -128,7 +128,7 @@ def agreement(ours: Model, theirs: Model, data: Dataset, rows: int | None = 256,
         batch = data.batch(source, row).to(ours.device)
         hidden, other = ours.hidden(batch).hidden, theirs.hidden(batch).hidden
         assert batch.labels is not None and hidden is not None and other is not None
-        _, same = linear_divergence(hidden, ours.head.weight, other, theirs.head.weight, batch.labels, 1.0)
+        _, same = linear_divergence(*ours.linear_head(hidden), *theirs.linear_head(other), batch.labels, 1.0)
         agreed, scored = agreed + int(same), scored + batch.counts["labels"]
     return agreed / max(1, scored)
 

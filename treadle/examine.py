@@ -9,8 +9,8 @@ from pathlib import Path
 from treadle.checkpoint.layout import checkpoint_name, steps_in
 from treadle.checkpoint.reader import Checkpoint
 from treadle.checkpoint.retention import best_step
-from treadle.data.prepare import cache_root
 from treadle.errors import CheckpointError, InputError
+from treadle.files import cache_root
 from treadle.models.pretrained import checkpoint_root
 
 EXTRAS = {"hf": "datasets", "parquet": "pyarrow", "sentencepiece": "sentencepiece", "wandb": "wandb"}

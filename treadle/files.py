@@ -1,4 +1,4 @@
-"""Replacing a small file so that a reader, or a crash, finds the old one or the new one and never a part."""
+"""Where the cache is, and replacing a small file so that a reader, or a crash, finds the old one or the new one."""
 
 from __future__ import annotations
 
@@ -14,3 +14,8 @@ def write_atomically(path: Path, data: str | bytes) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     part.replace(path)
+
+
+def cache_root(configured: str | None) -> Path:
+    """Where prepared data, trained tokenizers and compiled C files live."""
+    return Path(configured or os.environ.get("TREADLE_CACHE") or Path.home() / ".cache" / "treadle")

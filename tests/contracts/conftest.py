@@ -33,6 +33,12 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
         {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "routing": "none", "qk_norm": True},
         {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "num_streams": 1},
     ],
+    "hgrn_bit": [
+        {"hidden_size": 32, "num_layers": 2, "convolution_size": 4, "num_heads": 2, "lower_bound": True},
+        {"hidden_size": 32, "num_layers": 2, "output_gate": "hgrn", "expand_ratio": 2, "mlp_width": "matmulfree"},
+        {"hidden_size": 32, "num_layers": 2, "ternary": False, "convolution_size": 3, "shared_convolution": True,
+         "tie_embeddings": True, "initializer_range": 0.1},
+    ],
     "ssm": [
         {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "local_window": 5},
         {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "local_window": 0, "num_streams": 1, "qk_norm": True},

@@ -104,7 +104,11 @@ def test_kubernetes_and_a_process_that_dies(text_file: Path, tmp_path: Path) -> 
     process = start([*container["command"], *container["args"]], **environ)
     wait_for_rows(process, tmp_path / "run", 7)
     os.kill(_worker(process.pid), signal.SIGKILL)
-    out, _ = process.communicate(timeout=120)
+    try:
+        out, _ = process.communicate(timeout=100)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)
+        raise AssertionError(f"it hangs:\n{process.communicate()[0]}") from None
     assert process.returncode == 0 and "Resumed from step" in out, out
     same_end(tmp_path / "whole", tmp_path / "run")
     assert len(rows_of(tmp_path / "run")) == len(rows_of(tmp_path / "whole"))

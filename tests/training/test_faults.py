@@ -17,7 +17,7 @@ import pytest
 from tests.conftest import flags, make_text, treadle
 from tests.training.test_resume import finish, run_line, same_end, start
 from treadle.checkpoint.layout import checkpoint_name, steps_in
-from treadle.data.prepare import cache_root
+from treadle.files import cache_root
 from treadle.models.pretrained import locate
 
 STEPS = 24

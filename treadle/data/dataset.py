@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from treadle.data.order import Order
-from treadle.data.prepare import Progress, cache_root, is_prepared, open_prepared, prepare, tokenizer_for
+from treadle.data.prepare import Progress, is_prepared, open_prepared, prepare, tokenizer_for
 from treadle.data.settings import DataSettings
 from treadle.data.shards import Rows, TokenSet
 from treadle.data.sources import HuggingFaceSource, Source, open_source
 from treadle.errors import ConfigError, InputError
+from treadle.files import cache_root
 from treadle.text.base import Tokenizer
 from treadle.text.settings import TokenizerSettings
 

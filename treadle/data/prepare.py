@@ -40,11 +40,6 @@ SHARDED_FILE = "made-in-shards"  # marks a folder that several processes fill
 Progress = Callable[[int, int], None]  # pieces done, pieces in all
 
 
-def cache_root(configured: str | None) -> Path:
-    """Where prepared data and trained tokenizers live."""
-    return Path(configured or os.environ.get("TREADLE_CACHE") or Path.home() / ".cache" / "treadle")
-
-
 @dataclass
 class Split:
     """How documents are divided: a share of whole documents (by hash), or the end of each document."""

@@ -9,7 +9,6 @@ from typing import Any, get_args
 from treadle.data.dataset import sources_of
 from treadle.data.prepare import (
     Progress,
-    cache_root,
     is_prepared,
     open_prepared,
     parse_shard,
@@ -20,6 +19,7 @@ from treadle.data.prepare import (
 from treadle.data.settings import DataSettings, Packing
 from treadle.data.shards import Rows, TokenSet
 from treadle.errors import ConfigError, InputError
+from treadle.files import cache_root
 from treadle.settings import Given, build_section
 from treadle.text.base import Tokenizer
 

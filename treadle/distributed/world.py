@@ -198,7 +198,11 @@ def _initialised(launch: Launch, settings: ParallelSettings, device: str) -> Wor
         torch.cuda.set_device(launch.local_rank)
     timeout = datetime.timedelta(seconds=settings.communication_timeout)
     try:
-        dist.init_process_group(backend, rank=launch.rank, world_size=launch.size, timeout=timeout)
+        store, _, _ = next(dist.rendezvous("env://", launch.rank, launch.size, timeout=timeout))
+        # torchrun's agent keeps one store over restarts, and a process would meet the addresses of the dead (a hang in
+        # one of ten restarts, torch 2.13): every attempt gets keys of its own.
+        store = dist.PrefixStore(f"treadle/attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=timeout)
     except (RuntimeError, ValueError) as problem:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise PeerLost(f"process {launch.rank} of {launch.size} could not meet the others at {where} "

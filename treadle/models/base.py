@@ -84,6 +84,7 @@ class Capabilities:
     decodes: bool = True
     packs: bool = True
     dynamic_lengths: bool = False
+    rounds: bool = False  # its forward pass rounds weights, so that a last bit may move a result by more than a last bit
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class ParameterRule:
 
     learning_rate_multiplier: float = 1.0
     weight_decay: bool | None = None
+    matrix: bool = True  # False: two dimensions but no matrix product, so Muon leaves it to AdamW
 
 
 class Model(nn.Module):
@@ -99,7 +101,7 @@ class Model(nn.Module):
 
     arch: ClassVar[str]
     Config: ClassVar[type[ModelConfig]]
-    capabilities: ClassVar[Capabilities] = Capabilities()
+    capabilities: Capabilities = Capabilities()
     config: ModelConfig
     head: nn.Linear
     _start: Mapping[str, Tensor] = MappingProxyType({})  # values to start with instead of random ones
@@ -138,6 +140,10 @@ class Model(nn.Module):
     @abstractmethod
     def initial(self, name: str, parameter: Tensor) -> float | str | Tensor:
         """How a parameter starts: "zeros", "ones", the standard deviation of a normal distribution, or its values."""
+
+    def linear_head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(inputs [..., D], weight [V, D]) whose product is the logits, for losses that never hold all of them."""
+        return hidden, self.head.weight
 
     def tie(self) -> None:
         """Restores shared parameters after materialising from the meta device."""

@@ -235,9 +235,11 @@ class SHC(Backbone):
     def parameter_rules(self) -> dict[str, Any]:
         from treadle.models.base import ParameterRule
 
-        # Zero is no goal for rotations and for what tells the streams apart.
+        # Zero is no goal for rotations and for what tells the streams apart; a router's rows are decisions, not a map.
         plain = ("generators", "stream_scale", "stream_shift")
-        return {n: ParameterRule(weight_decay=False) for n, _ in self.named_parameters() if n.endswith(plain)}
+        rules = {n: ParameterRule(matrix=False) for n, _ in self.named_parameters() if n.endswith("router.weight")}
+        decayless = ParameterRule(weight_decay=False, matrix=False)
+        return {**rules, **{n: decayless for n, _ in self.named_parameters() if n.endswith(plain)}}
 
     def initial(self, name: str, parameter: Tensor) -> float | str | Tensor:
         if name.endswith("router.gain"):

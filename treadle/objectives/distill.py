@@ -132,13 +132,14 @@ class MatchLogits(Distillation):
             raise ConfigError("the batch has no labels; make it with Batch.for_training(ids)")
         s = self.settings
         with torch.no_grad():
-            theirs = self.teacher.hidden(batch).hidden
+            hidden = self.teacher.hidden(batch).hidden
+            assert hidden is not None
+            theirs = self.teacher.linear_head(hidden)
         out = model.hidden(batch)
-        assert out.hidden is not None and theirs is not None
-        cross_entropy = linear_cross_entropy(out.hidden, model.head.weight, batch.labels)
-        divergence, agreed = linear_divergence(
-            out.hidden, model.head.weight, theirs, self.teacher.head.weight, batch.labels, s.distill_temperature
-        )
+        assert out.hidden is not None
+        ours = model.linear_head(out.hidden)
+        cross_entropy = linear_cross_entropy(*ours, batch.labels)
+        divergence, agreed = linear_divergence(*ours, *theirs, batch.labels, s.distill_temperature)
         scored = (batch.labels != IGNORE).sum().clamp_min(1)
         losses = {
             self.main: Part(cross_entropy, "labels", s.alpha_ce),

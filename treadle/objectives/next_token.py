@@ -19,7 +19,7 @@ class NextToken(Objective):
             raise ConfigError("the batch has no labels; make it with Batch.for_training(ids)")
         out = model.hidden(batch)
         assert out.hidden is not None
-        losses = {self.main: Part(linear_cross_entropy(out.hidden, model.head.weight, batch.labels), "labels")}
+        losses = {self.main: Part(linear_cross_entropy(*model.linear_head(out.hidden), batch.labels), "labels")}
         for name, (total, unit) in out.losses.items():
             losses[name] = Part(total, _unit(unit))
         return Parts(losses, out.stats)

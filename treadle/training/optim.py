@@ -71,8 +71,9 @@ def make_muon(model: Model, settings: OptimSettings, sharded: bool = False) -> l
     """
     if sharded:
         raise ConfigError("parallel.shard_optimizer works with optim.name = adamw; use --parallel fsdp to shard muon's state")
-    special = {id(p) for module in model.full_precision_modules() for p in module.parameters()}  # routers are no products
-    inside = {id(p) for block in model.blocks() for p in block.parameters() if p.dim() == 2} - special
+    rules = model.parameter_rules()
+    no_product = {id(p) for n, p in model.named_parameters() if n in rules and not rules[n].matrix}
+    inside = {id(p) for block in model.blocks() for p in block.parameters() if p.dim() == 2} - no_product
     groups = grouped(model, settings)
     matrices = {k: [(n, p) for n, p in named if id(p) in inside] for k, named in groups.items()}
     rest = {k: [(n, p) for n, p in named if id(p) not in inside] for k, named in groups.items()}

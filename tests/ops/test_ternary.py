@@ -1,0 +1,104 @@
+"""Ternary products: exact integers, straight-through gradients, packing, the compiled form."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import treadle.ops.ternary as ops
+from treadle.layers.bitlinear import BitLinear
+from treadle.ops.native import library
+
+
+def layer(width: int = 40, out: int = 24, seed: int = 0) -> BitLinear:
+    torch.manual_seed(seed)
+    made = BitLinear(width, out)
+    torch.nn.init.normal_(made.weight, std=0.05)
+    torch.nn.init.uniform_(made.gain, 0.5, 1.5)
+    return made
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16, 17, 200])
+@pytest.mark.parametrize("width, out", [(40, 24), (61, 7), (512, 130), (3, 1)])
+def test_integers_are_those_of_int64(rows: int, width: int, out: int) -> None:
+    torch.manual_seed(rows)
+    q = torch.randint(-128, 128, (rows, width), dtype=torch.int8)
+    ternary = torch.randint(-1, 2, (out, width), dtype=torch.int8)
+    want = (q.long() @ ternary.long().t()).float()
+    assert torch.equal(ops.integer_product(q, ternary), want)
+    codes = ops.pack(ternary)
+    assert codes.shape == (out, -(-width // 4)) and torch.equal(ops.unpack(codes, width), ternary)
+    assert torch.equal(ops.packed_product(q, codes), want)
+
+
+def test_the_compiled_product_is_used_here_and_its_absence_changes_nothing() -> None:
+    if library("ternary") is None:
+        pytest.skip("no C compiler on this machine")
+    program = ("import torch, treadle.ops.ternary as o; torch.manual_seed(0); from treadle.ops.native import library; "
+               "q = torch.randint(-128, 128, (2, 77), dtype=torch.int8); t = torch.randint(-1, 2, (50, 77), dtype=torch.int8); "
+               "print(library('ternary') is None, o.packed_product(q, o.pack(t)).sum().item())")  # fmt: skip
+    found = []
+    for native in ("1", "0"):
+        out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60,
+                             env={**os.environ, "TREADLE_NATIVE": native})  # fmt: skip
+        found.append(out.stdout.split())
+    assert found[0][0] == "False" and found[1][0] == "True" and found[0][1] == found[1][1]
+
+
+def test_values_follow_the_definition_to_one_ulp() -> None:
+    made, x = layer(), torch.randn(5, 40)
+    n = made.normed(x).double()
+    n = (x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-8).sqrt()) * made.gain.double()
+    q = (made.normed(x) * (127 / made.normed(x).abs().amax(-1, keepdim=True))).round().double()
+    a = made.weight.abs().mean()
+    ternary = (made.weight / a).round().clamp(-1, 1).double()
+    want = (q @ ternary.t() * (a.double() * n.abs().amax(-1, keepdim=True) / 127)).float()
+    for mode in (made.train(), made.eval()):
+        with torch.no_grad():
+            assert torch.allclose(mode(x), want, rtol=3e-7, atol=0)
+
+
+def test_gradients_go_straight_through() -> None:
+    x = torch.randn(6, 40, requires_grad=True)
+    weight = (torch.randn(24, 40) * 0.05).requires_grad_()
+    out, slope = ops.ternary_linear(x, weight), torch.randn(6, 24)
+    out.backward(slope)
+    q, s = ops.quantize_activations(x.detach())
+    ternary, a = ops.quantize_weights(weight.detach())
+    wanted_x = slope.double() @ (ternary.double() * a.double())
+    wanted_w = slope.double().t() @ (q.double() / s.double())
+    assert (x.grad - wanted_x).abs().max() < 1e-5 and (weight.grad - wanted_w).abs().max() < 1e-4
+    again, other = x.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
+    rounded, matrix = ops.dequantized(again, other)
+    (rounded @ matrix.t()).backward(slope)
+    assert torch.allclose(again.grad, x.grad, atol=1e-5) and torch.allclose(other.grad, weight.grad, atol=1e-4)
+    assert torch.allclose(rounded @ matrix.t(), out, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(dtype: torch.dtype) -> None:
+    made, x = layer(), torch.randn(3, 7, 40)
+    plain = made(x)
+    with torch.autocast("cpu", dtype=dtype):
+        assert torch.equal(made(x), plain)
+
+
+def test_rows_are_independent_bit_for_bit_and_new_weights_are_seen() -> None:
+    made, x = layer().eval(), torch.randn(33, 40)
+    with torch.no_grad():
+        whole = made(x)
+        assert all(torch.equal(made(x[i : i + 1]), whole[i : i + 1]) for i in range(33))
+        assert torch.equal(made.train()(x), whole)
+        made.eval().weight.mul_(-1)
+        assert torch.equal(made(x), -whole)
+
+
+def test_silence_is_no_division_by_zero() -> None:
+    made = layer()
+    assert torch.equal(made(torch.zeros(2, 40)), torch.zeros(2, 24))
+    torch.nn.init.zeros_(made.weight)
+    assert torch.isfinite(made(torch.randn(2, 40))).all()

@@ -1,0 +1,64 @@
+"""A linear layer of ternary weights and int8 activations, with the norm before it (BitNet b1.58, arXiv 2402.17764)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from treadle.ops.ternary import (
+    dequantized,
+    integer_product,
+    pack,
+    packed_product,
+    quantize_activations,
+    quantize_weights,
+    ternary_linear,
+)  # fmt: skip
+
+EPS = 1e-8
+
+
+class BitLinear(nn.Module):
+    """y = ternary(W) int8(RMSNorm(x) gain), no bias. fp32 throughout, whatever autocast says: its integers are exact, and
+    its scales would not be.
+
+    In evaluation weights are quantised once and kept (`packed` in 2 bits, for decoding row by row), until they change.
+    """
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = width, out
+        self.weight = nn.Parameter(torch.empty(out, width))
+        self.gain = nn.Parameter(torch.ones(width))
+        self._kept: tuple[tuple[int, int, torch.device], Tensor, Tensor, Tensor | None] | None = None
+
+    def normed(self, x: Tensor) -> Tensor:
+        x = x.float()
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * self.gain.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            if torch.is_grad_enabled() or self.training:
+                return ternary_linear(self.normed(x), self.weight.float())
+            return self._infer(self.normed(x))
+
+    def linear(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(n^, W^) whose plain product is the answer up to rounding; for losses that take a matrix."""
+        return dequantized(self.normed(x), self.weight.float())
+
+    def _infer(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        ternary, scale, codes = self._quantized()
+        q, s = quantize_activations(flat)
+        product = integer_product(q, ternary) if codes is None else packed_product(q, codes)
+        return (product * (scale / s)).view(*x.shape[:-1], self.out_features)
+
+    def _quantized(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        w = self.weight
+        if w.is_meta or type(w.data) is not Tensor:  # shapes only, or a gathered part
+            return (*quantize_weights(w.float()), None)
+        mark = (w._version, w.data_ptr(), w.device)
+        if self._kept is None or self._kept[0] != mark:
+            ternary, scale = quantize_weights(w.float())
+            self._kept = (mark, ternary, scale, pack(ternary) if w.device.type == "cpu" else None)
+        return self._kept[1:]

@@ -1,0 +1,151 @@
+"""The gated linear recurrent unit with its short convolution (HGRN, arXiv 2311.04823; its ternary form, MatMul-free LM,
+arXiv 2406.02528)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from treadle.layers.attention import Context
+from treadle.layers.bitlinear import BitLinear
+from treadle.layers.state import LayerState
+from treadle.ops.scan import Backend, scan
+
+
+def linear(width: int, out: int, ternary: bool) -> nn.Module:
+    return BitLinear(width, out) if ternary else nn.Linear(width, out, bias=False)
+
+
+def evenly(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """sigmoid or silu with the same bits wherever an element lies in memory: torch's vector and scalar forms of exp differ in
+    the last bit, and which of them an element gets depends on how many there are. Through fp64 both round alike. Only
+    without gradients, where decoding step by step has to be the full forward pass."""
+    return function(x) if torch.is_grad_enabled() else function(x.double()).to(x.dtype)
+
+
+@dataclass
+class RecurrentState(LayerState):
+    """hidden [B, Di] in fp32; the last inputs of the short convolutions [B, size - 1, channels], oldest first."""
+
+    hidden: Tensor
+    convolved: Tensor
+
+
+class ShortConvolution(nn.Module):
+    """y_t = sum_k w_k x_{t-k} for each channel over the last `size` places of a document."""
+
+    def __init__(self, channels: int, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.weight = nn.Parameter(torch.empty(channels, size))
+
+    def forward(self, x: Tensor, context: Context, before: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """x [B, T, C] and, with a state, the inputs before it -> (y, the inputs to keep)."""
+        if before is None:
+            return self._sum(x, context.doc_ids), None
+        assert context.places is not None
+        real = context.places.real
+        # Padding is no place: real inputs move to the front, are convolved there, and move back.
+        order = (~real).to(torch.int8).argsort(dim=1, stable=True)
+        index = order[..., None].expand_as(x)
+        whole = torch.cat([before.to(x.dtype), x.gather(1, index)], 1)
+        y = torch.zeros_like(x).scatter(1, index, self._sum(whole, None)[:, self.size - 1 :])
+        last = real.sum(1)[:, None] + torch.arange(self.size - 1, device=x.device)
+        kept = whole.gather(1, last[..., None].expand(-1, -1, x.shape[2]))
+        return y, kept.detach().to(before.dtype)
+
+    def _sum(self, x: Tensor, doc_ids: Tensor | None) -> Tensor:
+        y = x * self.weight[:, 0]
+        for back in range(1, min(self.size, x.shape[1])):
+            earlier = F.pad(x, (0, 0, back, 0))[:, : x.shape[1]]
+            if doc_ids is not None:
+                same = doc_ids == F.pad(doc_ids, (back, 0), value=-2)[:, : x.shape[1]]
+                earlier = earlier * same[..., None]
+            y = y + earlier * self.weight[:, back]
+        return y
+
+
+class HGRN(nn.Module):
+    """f = sigmoid(F x), i = silu(I x) (1 - f), h_t = f_t h_{t-1} + i_t, y = O o(h, G x)."""
+
+    def __init__(
+        self, width: int, inner: int, *, heads: int = 1, ternary: bool = True, gate: Literal["matmulfree", "hgrn"] = "matmulfree",
+        convolution: int = 0, shared_convolution: bool = False, eps: float = 1e-6, backend: Backend = "auto",
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.inner, self.heads, self.gate, self.eps, self.backend = inner, heads, gate, eps, backend
+        self.forget = linear(width, inner, ternary)
+        self.input = linear(width, inner, ternary)
+        self.output_gate = linear(width, inner, ternary)
+        self.out = linear(inner, width, ternary)
+        self.norm = nn.Parameter(torch.ones(inner))
+        self.shared = shared_convolution
+        channels = width if shared_convolution else 2 * inner
+        self.convolution = ShortConvolution(channels, convolution) if convolution else None
+
+    def empty(self, rows: int, device: Any, dtype: Any) -> RecurrentState:
+        channels, size = self.convolution.weight.shape if self.convolution is not None else (0, 1)
+        past = torch.zeros(rows, size - 1, channels, device=device, dtype=dtype)
+        return RecurrentState(torch.zeros(rows, self.inner, device=device), past)
+
+    def forward(self, x: Tensor, context: Context, state: RecurrentState | None = None, bound: Tensor | None = None) -> Tensor:
+        """x [B, T, D] -> [B, T, D]; bound [Di]: what the gate is at least."""
+        seen = x
+        if self.convolution is not None and self.shared:
+            seen = evenly(F.silu, self._convolve(x, context, state))
+        forget, value = self.forget(seen), self.input(seen)
+        if self.convolution is not None and not self.shared:
+            forget, value = self._convolve(torch.cat([forget, value], -1), context, state).chunk(2, -1)
+        gate = self.output_gate(x)
+        with torch.autocast(x.device.type, enabled=False):
+            f = evenly(torch.sigmoid, forget.float())
+            if bound is not None:
+                f = bound + (1.0 - bound) * f
+            i = evenly(F.silu, value.float()) * (1.0 - f)
+            h = self._recur(f, i, context, state)
+            gate = gate.float()
+            o = self._norm(gate) * evenly(F.silu, h) if self.gate == "matmulfree" else self._norm(h) * evenly(F.silu, gate)
+        return self.out(o.to(x.dtype))
+
+    def _recur(self, f: Tensor, i: Tensor, context: Context, state: RecurrentState | None) -> Tensor:
+        if state is None:
+            if context.doc_ids is not None:  # the first place of a document forgets all before it
+                first = F.pad(context.doc_ids[:, 1:] != context.doc_ids[:, :-1], (1, 0), value=True)
+                f = f.masked_fill(first[..., None], 0.0)
+            return scan(f, i, None, self.backend)
+        assert context.places is not None
+        real = context.places.real[..., None]
+        f, i = torch.where(real, f, 1.0), torch.where(real, i, 0.0)  # padding: h stays
+        h = scan(f, i, state.hidden, self.backend)
+        state.hidden = h[:, -1].detach().clone()
+        return h
+
+    def _convolve(self, x: Tensor, context: Context, state: RecurrentState | None) -> Tensor:
+        assert self.convolution is not None
+        y, kept = self.convolution(x, context, state.convolved if state is not None else None)
+        if state is not None and kept is not None:
+            state.convolved = kept
+        return y
+
+    def _norm(self, x: Tensor) -> Tensor:
+        parts = x.unflatten(-1, (self.heads, -1))
+        parts = parts * torch.rsqrt(parts.square().mean(-1, keepdim=True) + self.eps)
+        return parts.flatten(-2) * self.norm.float()
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate x) * up x) with gate and up in one matrix (so that one norm serves both)."""
+
+    def __init__(self, width: int, inner: int, ternary: bool) -> None:
+        super().__init__()
+        self.gate_up = linear(width, 2 * inner, ternary)
+        self.down = linear(inner, width, ternary)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down(evenly(F.silu, gate) * up)

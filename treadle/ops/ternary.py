@@ -1,0 +1,120 @@
+"""Products of int8 activations with ternary weights, exact in integers (BitNet b1.58, arXiv 2402.17764; MatMul-free LM,
+arXiv 2406.02528).
+
+x [..., K] normed, W [N, K]: s = 127 / max|x| a token, q = round(x s) in int8; a = mean|W|, T = round(W / a) in {-1, 0, 1};
+y = (q T^T) a / s. Sums of integers below 2^24 are the same in any order, type and blocking, so batch size, padding and
+decoding step by step change no bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from treadle.ops.native import library
+
+SMALLEST = 1e-5  # of max|x| and mean|W|
+INTEGER_ROWS = 17  # torch._int_mm wants more than 16 rows on a GPU; on a CPU it pays from about there
+
+
+@register_flop_formula(torch.ops.aten._int_mm)
+def _integer_product_flops(a: tuple[int, ...], b: tuple[int, ...], *_: object, **__: object) -> int:
+    """torch's counter knows products of floats only."""
+    return 2 * a[0] * a[1] * b[1]
+
+
+def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [M, K] fp32 -> (q int8 [M, K], scale s [M, 1]); rounding half to even."""
+    scale = 127.0 / x.abs().amax(-1, keepdim=True).clamp_min(SMALLEST)
+    return (x * scale).round_().clamp_(-128, 127).to(torch.int8), scale
+
+
+def quantize_weights(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """W [N, K] -> (T int8 [N, K] of -1, 0, 1; scale a, a scalar)."""
+    scale = weight.abs().mean().clamp_min(SMALLEST)
+    return (weight / scale).round_().clamp_(-1, 1).to(torch.int8), scale
+
+
+def integer_product(q: Tensor, ternary: Tensor) -> Tensor:
+    """q int8 [M, K], T int8 [N, K] -> q T^T as fp32 [M, N], exact."""
+    m, k = q.shape
+    aligned = q.device.type == "cpu" or (k % 8 == 0 and ternary.shape[0] % 8 == 0)
+    if m >= INTEGER_ROWS and aligned:
+        return torch._int_mm(q, ternary.t()).float()
+    return q.float() @ ternary.t().float()
+
+
+class _TernaryLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+        q, s = quantize_activations(x)
+        ternary, a = quantize_weights(weight)
+        ctx.save_for_backward(q, s, ternary, a)
+        return integer_product(q, ternary) * (a / s)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        q, s, ternary, a = ctx.saved_tensors
+        grad_x = (grad * a) @ ternary.to(grad.dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = (grad / s).t() @ q.to(grad.dtype) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight
+
+
+def ternary_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., K] (normed), weight [N, K] in fp32 -> [..., N]. Gradients go straight through the rounding: dW = dy^T n^,
+    dx = dy W^ with n^ = q / s and W^ = a T, none through the scales."""
+    return _TernaryLinear.apply(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-untyped-call]
+
+
+class _Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, latent: Tensor, rounded: Tensor) -> Tensor:  # type: ignore[override]
+        return rounded
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        return grad, None
+
+
+def dequantized(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(n^, W^) as tensors whose plain product is the ternary one up to rounding, with the same gradients."""
+    with torch.no_grad():
+        flat = x.reshape(-1, x.shape[-1])
+        q, s = quantize_activations(flat)
+        ternary, a = quantize_weights(weight)
+        rounded, matrix = (q.float() / s).view(x.shape), ternary.float() * a
+    return _Straight.apply(x, rounded), _Straight.apply(weight, matrix)  # type: ignore[no-untyped-call]
+
+
+# ---- packed weights, for decoding ----
+
+
+def pack(ternary: Tensor) -> Tensor:
+    """T int8 [N, K] of -1, 0, 1 -> uint8 [N, K / 4], 2 bits each (csrc/ternary.c has the order); K padded to fours."""
+    spare = -ternary.shape[1] % 4
+    planes = (F.pad(ternary, (0, spare)) + 1).to(torch.uint8).unflatten(1, (4, -1))
+    return planes[:, 0] | planes[:, 1] << 2 | planes[:, 2] << 4 | planes[:, 3] << 6
+
+
+def unpack(codes: Tensor, columns: int) -> Tensor:
+    """The inverse: uint8 [N, K / 4] -> int8 [N, columns]."""
+    planes = torch.cat([(codes >> shift) & 3 for shift in (0, 2, 4, 6)], 1)
+    return (planes.to(torch.int8) - 1)[:, :columns]
+
+
+def packed_product(q: Tensor, codes: Tensor) -> Tensor:
+    """q int8 [M, K], packed T [N, K / 4] -> q T^T as fp32 [M, N], exact; in C for few rows on a CPU, else unpacked."""
+    native = library("ternary") if q.device.type == "cpu" and q.shape[0] < INTEGER_ROWS else None
+    if native is None:
+        return integer_product(q, unpack(codes, q.shape[1]))
+    q = F.pad(q, (0, 4 * codes.shape[1] - q.shape[1])).contiguous()
+    out = torch.empty(q.shape[0], codes.shape[0], dtype=torch.int32)
+    native.ternary_product(
+        *(ctypes.c_void_p(t.data_ptr()) for t in (codes, q, out)), *(ctypes.c_int64(n) for n in (q.shape[0], *codes.shape)),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out.float()
