@@ -164,12 +164,15 @@ def generate(
     num_samples: Annotated[int, typer.Option(min=1, help="Continuations of each prompt.")] = 1,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     stop: Annotated[str | None, typer.Option(help="End before this text.")] = None,
+    show_chunks: Annotated[bool, typer.Option("--show-chunks", help="Colour by learned chunk (hnet).")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Let a trained model continue text."""
     from treadle.errors import ConfigError
     from treadle.generation.sampling import Sampling
 
+    if show_chunks and (prompt_file is not None or interactive or num_samples > 1):
+        raise ConfigError("--show-chunks shows one continuation of --prompt; leave the other ways of asking out")
     if sum((prompt is not None, prompt_file is not None, interactive)) > 1:
         raise ConfigError("--prompt, --prompt-file and --interactive exclude one another; keep one")
     sampling = Sampling(0.0 if greedy else temperature, top_k, top_p, repetition_penalty)
@@ -183,7 +186,12 @@ def generate(
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    if interactive:
+    if show_chunks:
+        from treadle.generation.chunks import coloured
+
+        for line in coloured(loaded.model, loaded.tokenizer, (prompt or "") + session.say(prompt or "\n")):
+            write(line + "\n")
+    elif interactive:
         session.interactive(input, write)
     elif prompt_file is not None:
         session.run_file(prompt_file, output_file, num_samples, write)

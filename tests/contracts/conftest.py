@@ -39,6 +39,10 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
         {"hidden_size": 32, "num_layers": 2, "ternary": False, "convolution_size": 3, "shared_convolution": True,
          "tie_embeddings": True, "initializer_range": 0.1},
     ],
+    "hnet": [
+        {"hidden_sizes": [32, 40], "num_blocks": [[1, 0, 1], [1]], "convolution_size": 4},
+        {"hidden_sizes": [24, 24, 32], "num_blocks": [[1, 0, 1], [0, 0, 1], [1]], "ternary": False, "initializer_range": 0.1},
+    ],
     "ssm": [
         {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "local_window": 5},
         {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "local_window": 0, "num_streams": 1, "qk_norm": True},

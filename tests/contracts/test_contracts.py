@@ -197,6 +197,8 @@ def test_08_resume_is_bit_equal(case: tuple[str, int], optimizer: str, tmp_path:
 
 
 def test_09_flops_agree_with_the_counter(model: Model) -> None:
+    if model.capabilities.dynamic_lengths:
+        pytest.skip(f"{model.arch} declares dynamic_lengths: what a batch costs depends on its text")
     batch = Batch.from_ids(random_ids(3, 32))
     with FlopCounterMode(display=False) as counter:
         model(batch)
@@ -278,6 +280,8 @@ def test_13_it_learns(case: tuple[str, int]) -> None:
 
 def test_14_no_host_reads_in_forward(case: tuple[str, int]) -> None:
     model = make(*case)
+    if model.capabilities.dynamic_lengths:
+        pytest.skip(f"{model.arch} declares dynamic_lengths: the host has to know how many chunks there are")
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
         fake = type(model)(model.config)  # type: ignore[call-arg]
         batch = Batch(

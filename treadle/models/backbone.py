@@ -6,6 +6,7 @@ A family overrides `enter` and `leave` (what happens to the embedding before the
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +17,17 @@ from treadle.data.batch import Batch
 from treadle.layers.attention import Context
 from treadle.layers.state import State
 from treadle.models.base import Model, ModelConfig, Output
+
+
+def through(blocks: Iterable[nn.Module], x: Tensor, context: Context, states: Iterator[Any] | None) -> Tensor:
+    """x through blocks, recomputing those that ask for it; with states, each block takes the next one."""
+    for block in blocks:
+        memory = next(states) if states is not None else None
+        if block.training and torch.is_grad_enabled() and getattr(block, "gradient_checkpointing", False):
+            x = checkpoint(block, x, context, memory, use_reentrant=False)
+        else:
+            x = block(x, context, memory)
+    return x
 
 
 class Backbone(Model):
@@ -73,13 +85,7 @@ class Backbone(Model):
     def hidden(self, batch: Batch, state: State | None = None) -> Output:
         context = self.context(batch, state)
         x = self.enter(batch, context)
-        recompute = self.training and torch.is_grad_enabled()
-        for index, block in enumerate(self.layers):
-            memory = state.layers[index] if state is not None else None
-            if recompute and getattr(block, "gradient_checkpointing", False):
-                x = checkpoint(block, x, context, memory, use_reentrant=False)
-            else:
-                x = block(x, context, memory)
+        x = through(self.layers, x, context, iter(state.layers) if state is not None else None)
         return Output(hidden=self.leave(x), state=state)
 
     def layer_state(self, index: int, batch_size: int, max_len: int, device: Any, dtype: Any) -> Any:

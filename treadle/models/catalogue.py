@@ -7,6 +7,7 @@ from treadle.registry import Registry
 MODELS = Registry(
     "model",
     {"transformer": "treadle.models.transformer:Transformer", "shc": "treadle.models.shc:SHC",
-     "ssm": "treadle.models.ssm:SSM", "hgrn_bit": "treadle.models.hgrn_bit:HGRNBit"},
-    aliases={"hyper_connections": "shc", "mhc": "shc", "gpt2": "transformer", "llama": "transformer", "gpt": "transformer", "dense": "transformer"},
+     "ssm": "treadle.models.ssm:SSM", "hgrn_bit": "treadle.models.hgrn_bit:HGRNBit",
+     "hnet": "treadle.models.hnet:HNet"},
+    aliases={"hnet_bit": "hnet", "hgrn": "hgrn_bit", "hyper_connections": "shc", "mhc": "shc", "gpt2": "transformer", "llama": "transformer", "gpt": "transformer", "dense": "transformer"},
 )

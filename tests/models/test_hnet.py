@@ -1,0 +1,138 @@
+"""The hierarchical byte model: stepping is the full forward with other boundaries in every row, and presets are exact."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import treadle
+from tests.conftest import treadle as command
+from treadle.data.batch import Batch
+from treadle.errors import ConfigError
+from treadle.layers.hierarchy import Boundaries, ratio_loss
+from treadle.models.base import parameter_count
+from treadle.models.hnet import HNet, HNetConfig
+from treadle.objectives.next_token import NextToken
+
+ONE = {"hidden_sizes": [32, 48], "num_blocks": [[1, 0, 1], [2]]}
+TWO = {"hidden_sizes": [32, 32, 48], "num_blocks": [[1, 0, 1], [1, 0, 1], [1]]}
+
+
+def small(seed: int = 0, **keys: Any) -> HNet:
+    model = treadle.build("hnet", seed=seed, **{"vocab_size": 256, **ONE, **keys}).eval()
+    with torch.no_grad():  # embeddings alone make every place unlike the one before it; after some training they are not
+        for name, p in model.named_parameters():
+            if "router" in name:
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)) * 0.3)
+            if name.endswith("residual.weight"):
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)) * 0.1)
+    return model  # type: ignore[return-value]
+
+
+def ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 256, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("convolution", [0, 4])
+@pytest.mark.parametrize("shape", [ONE, TWO], ids=["one", "two"])
+def test_stepping_is_the_full_forward_with_boundaries_of_every_rows_own(shape: dict[str, Any], convolution: int) -> None:
+    model = small(convolution_size=convolution, **shape)
+    for rows in (1, 4):
+        tokens = ids(rows, 40, rows)
+        with torch.no_grad():
+            full = model(Batch.from_ids(tokens)).logits
+        marks = model.boundaries(Batch.from_ids(tokens))
+        assert 0.2 < marks[0].float().mean() < 0.95 and (rows == 1 or not torch.equal(marks[0][0], marks[0][1]))
+        with torch.no_grad():
+            out = model(Batch.from_ids(tokens[:, :7]), state=model.new_state(rows, 40))
+            assert (out.logits - full[:, :7]).abs().max() <= 1e-4
+            for t in range(7, 40):
+                out = model(Batch.from_ids(tokens[:, t : t + 1]), state=out.state)
+                assert (out.logits[:, 0] - full[:, t]).abs().max() <= 1e-4, t
+
+
+@pytest.mark.parametrize("shape", [ONE, TWO], ids=["one", "two"])
+def test_256_greedy_bytes_are_those_of_full_recomputation(shape: dict[str, Any]) -> None:
+    model = small(**shape)
+    prompt = ids(2, 9)
+    made = model.generate(prompt, max_new_tokens=256, temperature=0.0)
+    with torch.no_grad():
+        again = model(Batch.from_ids(made[:, :-1])).logits.argmax(-1)
+    assert torch.equal(again[:, 8:], made[:, 9:])
+
+
+def test_every_document_begins_a_chunk_and_padding_none() -> None:
+    model = small()
+    docs = torch.tensor([[-1] * 3 + [0] * 11 + [1] * 14 + [-1] * 2])
+    (marks,) = model.boundaries(Batch.from_ids(ids(1, 30), doc_ids=docs))
+    assert marks[0, 3] and marks[0, 14] and not marks[0, :3].any() and not marks[0, 28:].any()
+
+
+def test_the_ratio_loss_is_smallest_at_its_target() -> None:
+    real = torch.ones(1, 600, dtype=torch.bool)
+    found = {}
+    for every in (2, 3, 4, 6, 12, 30):
+        chosen = torch.arange(600)[None] % every == 0
+        found[every] = float(ratio_loss(Boundaries(chosen.float(), chosen), real, 6.0))
+    assert min(found, key=found.get) == 6 and found[6] == pytest.approx(1.0)  # type: ignore[arg-type]
+
+
+def test_losses_and_statistics_are_apart() -> None:
+    model = small(**TWO).train()
+    batch = Batch.for_training(ids(3, 50))
+    parts = NextToken()(model, batch)
+    assert set(parts.losses) == {"next_token", "ratio"} and parts.losses["ratio"].unit == "tokens"
+    rate = float(parts.stats["boundary_rate_0"])
+    assert 0 < rate <= 1 and float(parts.stats["symbols_per_chunk_0"]) == pytest.approx(1 / rate, rel=1e-5)
+    assert float(parts.stats["symbols_per_chunk_1"]) >= float(parts.stats["symbols_per_chunk_0"])
+
+
+def test_presets_have_exactly_their_parameters() -> None:
+    for name, count in HNetConfig.preset_sizes().items():
+        assert parameter_count(HNet, HNetConfig.with_preset(name)) == count
+
+
+def test_learning_rates_follow_the_stages() -> None:
+    def rates(**keys: Any) -> list[float]:
+        with torch.device("meta"):
+            rules = HNet(HNetConfig(**keys)).parameter_rules()
+        names = ["embedding.weight", "stage.inner.encoder_norm.weight", "stage.inner.inner.encoder_norm.weight"]
+        assert rules["head.weight"] == rules["embedding.weight"]
+        return [round(rules[n].learning_rate_multiplier, 2) for n in names if n in rules]
+
+    assert rates(hidden_sizes=[256, 384], num_blocks=[[1, 0, 1], [1]], target_ratios=[4]) == [2.63, 1.07]
+    assert rates(hidden_sizes=[512, 768, 1024], num_blocks=[[1, 0, 1], [1, 0, 1], [1]]) == [3.03, 1.43, 0.71]
+
+
+def test_a_json_configuration_loads_and_what_does_not_fit_is_said(tmp_path: Path) -> None:
+    table = {"model_type": "hnet_bit", "vocab_size": 256, "d_model": [32, 48], "num_blocks": [[1, 0, 1], [2]], "num_heads": 2,
+             "expand_ratio": 1, "hidden_ratio": 2, "attn_mode": "fused_recurrent", "max_position_embeddings": 64,
+             "rms_norm_eps": 1e-6}  # fmt: skip
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(table))
+    (tmp_path / "t.txt").write_text("one two three four five six seven\n" * 300)
+    common = ["--tokenizer.name", "byte", "--seq_len", 32, "--batch_size", 2, "--output_dir", tmp_path / "r"]
+    out = command("train", tmp_path / "t.txt", "--model.config_file", path, "--max_steps", 2, *common)
+    assert out.returncode == 0, out.stderr
+    rows = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["loss_ratio"] > 0 and 0 < rows[0]["boundary_rate_0"] <= 1
+    shown = command("generate", tmp_path / "r", "--prompt", "one two", "--max-new-tokens", 4, "--show-chunks")
+    assert shown.returncode == 0 and "\x1b[" in shown.stdout and "symbols a chunk" in shown.stdout, shown.stderr
+    for change, words in (({"d_model": [32]}, "1 stages"), ({"num_blocks": [[1, 1], [2]]}, "encoder, 0, decoder"),
+                          ({"hidden_stride": 3}, "hidden_stride")):  # fmt: skip
+        path.write_text(json.dumps({**table, **change}))
+        out = command("train", tmp_path / "t.txt", "--model.config_file", path, "--fresh", *common)
+        assert out.returncode == 2 and words in out.stderr, out.stderr
+
+
+def test_shapes_that_do_not_fit() -> None:
+    for keys, words in (({"hidden_sizes": [48, 32]}, "narrower"), ({"target_ratios": [1.0]}, "above 1"),
+                        ({"hidden_sizes": [8], "num_blocks": [[1]]}, "hgrn_bit")):  # fmt: skip
+        with pytest.raises(ConfigError, match=words):
+            small(**keys)
+    assert math.isclose(HNetConfig(**TWO).ratios[0], 3.0)

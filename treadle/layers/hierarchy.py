@@ -1,0 +1,127 @@
+"""Learned chunks: a router that decides where a chunk begins, and the way into and out of a shorter sequence (H-Net, Hwang,
+Wang and Gu 2025, arXiv 2507.07955)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from treadle.layers.state import LayerState
+from treadle.ops.scan import scan
+
+CLAMP = 1e-4
+THRESHOLD = 0.5
+
+
+def exact(x: Tensor) -> Tensor:
+    """fp32 where gradients are wanted, else fp64, rounded to fp32 at the end: sums of floats in another order then give the
+    same bits, so that decoding finds the boundaries of the full forward pass and moves no rounding after them."""
+    return x.float() if torch.is_grad_enabled() else x.double()
+
+
+@dataclass
+class StageState(LayerState):
+    """last [B, D], the router's last input; seen [B], whether there was one; smoothed [B, D'], the de-chunker's value."""
+
+    last: Tensor
+    seen: Tensor
+    smoothed: Tensor
+
+
+@dataclass
+class Boundaries:
+    """probability p [B, T] and decision [B, T]; only real places are ever chosen."""
+
+    probability: Tensor
+    chosen: Tensor
+
+
+class BoundaryRouter(nn.Module):
+    """p_t = (1 - cos(Wq x_{t-1}, Wk x_t)) / 2: a chunk begins where a place is unlike the one before it. 1 at every document
+    start. Full precision."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query = nn.Linear(width, width, bias=False)
+        self.key = nn.Linear(width, width, bias=False)
+
+    def forward(
+        self, x: Tensor, real: Tensor, doc_ids: Tensor | None = None, state: StageState | None = None
+    ) -> Boundaries:
+        """x [B, T, D]; real places [B, T], with a state all of them before the padding."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = exact(x)
+            before = F.pad(x, (0, 0, 1, 0))[:, :-1]
+            if state is not None:
+                before = torch.cat([state.last[:, None].to(x.dtype), before[:, 1:]], 1)
+            query, key = (F.linear(t, m.weight.to(t.dtype)) for t, m in ((before, self.query), (x, self.key)))
+            similar = F.cosine_similarity(query, key, dim=-1, eps=1e-8)
+            p = ((1.0 - similar) / 2.0).clamp(0.0, 1.0).float()
+        first = torch.zeros_like(real)
+        if state is not None:
+            first[:, 0] = ~state.seen
+        elif doc_ids is not None:
+            first = F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0), value=True)
+        else:
+            first[:, 0] = True
+        p = torch.where(first, 1.0, p)
+        return Boundaries(p, (p > THRESHOLD) & real)
+
+
+def straight_through(x: Tensor) -> Tensor:
+    """1 forward, the gradient of x backward."""
+    return 1.0 + x - x.detach()
+
+
+def compact(x: Tensor, chosen: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """The chosen places of x [B, T, ...] moved to the front: ([B, longest, ...], where they came from [B, longest])."""
+    order = (~chosen).to(torch.int8).argsort(dim=1, stable=True)[:, :longest]
+    index = order.view(*order.shape, *(1,) * (x.dim() - 2)).expand(*order.shape, *x.shape[2:])
+    return x.gather(1, index), order
+
+
+def smooth(
+    chunks: Tensor, probability: Tensor, doc_ids: Tensor | None, real: Tensor, start: Tensor | None = None
+) -> Tensor:
+    """z_j = P_j c_j + (1 - P_j) z_{j-1} over chunks [B, M, D], anew in each document; padding changes nothing."""
+    p = probability.clamp(CLAMP, 1.0 - CLAMP)[..., None]
+    gate, value = 1.0 - p, p * chunks.float()
+    if start is None:
+        first = torch.zeros_like(real)
+        first[:, 0] = True
+        if doc_ids is not None:
+            first = first | F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0), value=True)
+        gate = gate.masked_fill(first[..., None], 0.0)
+    gate = torch.where(real[..., None], gate, 1.0)
+    value = torch.where(real[..., None], value, 0.0)
+    return scan(gate.expand_as(value), value, start)
+
+
+def most_chosen(chosen: Tensor, expected: float) -> int:
+    """Chunks of the row that has most, at least 1: the one number the host has to know. Of tensors without contents (when
+    memory is planned), every `expected`-th place."""
+    if chosen.is_meta or type(chosen) is not Tensor:
+        return max(1, math.ceil(chosen.shape[1] / expected))
+    return max(1, int(chosen.sum(1).max()))
+
+
+def ratio_loss(found: Boundaries, real: Tensor, target: float) -> Tensor:
+    """[B], with N = target: N / (N - 1) ((N - 1) F G + (1 - F)(1 - G)), F the share of places chosen and G the mean
+    probability. Of each row by itself, so that it does not matter which rows share a pass."""
+    count = real.sum(1).clamp_min(1)
+    rate = found.chosen.sum(1) / count
+    mean = (found.probability * real).sum(1) / count
+    return target / (target - 1.0) * ((target - 1.0) * rate * mean + (1.0 - rate) * (1.0 - mean))
+
+
+def empty_state(rows: int, width: int, inner: int, device: Any) -> StageState:
+    return StageState(
+        torch.zeros(rows, width, device=device),
+        torch.zeros(rows, dtype=torch.bool, device=device),
+        torch.zeros(rows, inner, device=device),
+    )
