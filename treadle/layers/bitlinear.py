@@ -5,15 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from treadle.ops.ternary import (
-    dequantized,
-    integer_product,
-    pack,
-    packed_product,
-    quantize_activations,
-    quantize_weights,
-    ternary_linear,
-)  # fmt: skip
+from treadle.ops.ternary import PackedLayer, dequantized, ternary_linear
 
 EPS = 1e-8
 
@@ -30,7 +22,7 @@ class BitLinear(nn.Module):
         self.in_features, self.out_features = width, out
         self.weight = nn.Parameter(torch.empty(out, width))
         self.gain = nn.Parameter(torch.ones(width))
-        self._kept: tuple[tuple[int, int, torch.device], Tensor, Tensor, Tensor | None] | None = None
+        self._kept: tuple[tuple[int, int, int, torch.device], PackedLayer] | None = None
 
     def normed(self, x: Tensor) -> Tensor:
         x = x.float()
@@ -40,25 +32,17 @@ class BitLinear(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             if torch.is_grad_enabled() or self.training:
                 return ternary_linear(self.normed(x), self.weight.float())
-            return self._infer(self.normed(x))
+            return self._infer(x.float())
 
     def linear(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(n^, W^) whose plain product is the answer up to rounding; for losses that take a matrix."""
         return dequantized(self.normed(x), self.weight.float())
 
     def _infer(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        ternary, scale, codes = self._quantized()
-        q, s = quantize_activations(flat)
-        product = integer_product(q, ternary) if codes is None else packed_product(q, codes)
-        return (product * (scale / s)).view(*x.shape[:-1], self.out_features)
-
-    def _quantized(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        w = self.weight
+        w, flat = self.weight, x.reshape(-1, x.shape[-1])
         if w.is_meta or type(w.data) is not Tensor:  # shapes only, or a gathered part
-            return (*quantize_weights(w.float()), None)
-        mark = (w._version, w.data_ptr(), w.device)
+            return ternary_linear(self.normed(x), w.float())
+        mark = (w._version, self.gain._version, w.data_ptr(), w.device)
         if self._kept is None or self._kept[0] != mark:
-            ternary, scale = quantize_weights(w.float())
-            self._kept = (mark, ternary, scale, pack(ternary) if w.device.type == "cpu" else None)
-        return self._kept[1:]
+            self._kept = (mark, PackedLayer(w, self.gain, EPS))
+        return self._kept[1](flat, self.normed).view(*x.shape[:-1], self.out_features)

@@ -9,6 +9,8 @@ decoding step by step change no bit.
 from __future__ import annotations
 
 import ctypes
+import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -106,15 +108,67 @@ def unpack(codes: Tensor, columns: int) -> Tensor:
     return (planes.to(torch.int8) - 1)[:, :columns]
 
 
+@functools.cache
+def _native() -> ctypes.CDLL | None:
+    """csrc/ternary.c with its signatures: pointers go over as plain numbers, which costs a microsecond less each."""
+    made = library("ternary")
+    if made is not None:
+        pointer, size, number, count = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+        made.ternary_product.argtypes = [pointer] * 3 + [size] * 3 + [count]
+        made.normed_quantized.argtypes = [pointer] * 2 + [number] * 2 + [pointer] * 2 + [size] * 3
+        made.ternary_layer.argtypes = [pointer] * 2 + [number] * 2 + [pointer, number] + [pointer] * 3 + [size] * 4 + [count]
+        for function in (made.ternary_product, made.normed_quantized, made.ternary_layer):
+            function.restype = None
+    return made
+
+
 def packed_product(q: Tensor, codes: Tensor) -> Tensor:
     """q int8 [M, K], packed T [N, K / 4] -> q T^T as fp32 [M, N], exact; in C for few rows on a CPU, else unpacked."""
-    native = library("ternary") if q.device.type == "cpu" and q.shape[0] < INTEGER_ROWS else None
+    native = _native() if q.device.type == "cpu" and q.shape[0] < INTEGER_ROWS else None
     if native is None:
         return integer_product(q, unpack(codes, q.shape[1]))
-    q = F.pad(q, (0, 4 * codes.shape[1] - q.shape[1])).contiguous()
-    out = torch.empty(q.shape[0], codes.shape[0], dtype=torch.int32)
-    native.ternary_product(
-        *(ctypes.c_void_p(t.data_ptr()) for t in (codes, q, out)), *(ctypes.c_int64(n) for n in (q.shape[0], *codes.shape)),
-        torch.get_num_threads(),
-    )  # fmt: skip
+    rows, quarter = codes.shape
+    if q.shape[1] != 4 * quarter:
+        q = F.pad(q, (0, 4 * quarter - q.shape[1]))
+    q = q.contiguous()
+    out = torch.empty(q.shape[0], rows, dtype=torch.int32)
+    native.ternary_product(codes.data_ptr(), q.data_ptr(), out.data_ptr(), q.shape[0], rows, quarter, torch.get_num_threads())
     return out.float()
+
+
+class PackedLayer:
+    """One layer's weights for inference: quantised once, packed, with what the compiled form needs prepared.
+
+    In C the norm, the rounding and the product are one call. Every number of rows takes the same norm and rounding (of
+    many rows only the product is torch's), so a row has the same bits alone and among others.
+    """
+
+    def __init__(self, weight: Tensor, gain: Tensor, eps: float) -> None:
+        self.ternary, self.scale = quantize_weights(weight.float())
+        self.gain, self.eps = gain.float().contiguous(), eps
+        self.native = _native() if weight.device.type == "cpu" else None
+        if self.native is not None:
+            self.codes, self.factor = pack(self.ternary), float(self.scale)
+            self.rows, self.quarter = self.codes.shape
+            self._q = torch.empty(4 * self.quarter, dtype=torch.int8)
+            self._sums = torch.empty(self.rows, dtype=torch.int32)
+
+    def __call__(self, x: Tensor, normed: Callable[[Tensor], Tensor]) -> Tensor:
+        """x fp32 [M, K], before the norm -> fp32 [M, N]; `normed` is the norm in torch, for where there is no C."""
+        if self.native is None:
+            q, s = quantize_activations(normed(x))
+            return integer_product(q, self.ternary) * (self.scale / s)
+        x = x.contiguous()
+        count, width = x.shape
+        if count < INTEGER_ROWS:
+            y = torch.empty(count, self.rows)
+            self.native.ternary_layer(
+                x.data_ptr(), self.gain.data_ptr(), self.eps, SMALLEST, self.codes.data_ptr(), self.factor, y.data_ptr(),
+                self._q.data_ptr(), self._sums.data_ptr(), count, width, self.rows, self.quarter, torch.get_num_threads(),
+            )  # fmt: skip
+            return y
+        q, s = torch.empty(count, width, dtype=torch.int8), torch.empty(count, 1)
+        self.native.normed_quantized(
+            x.data_ptr(), self.gain.data_ptr(), self.eps, SMALLEST, q.data_ptr(), s.data_ptr(), count, width, width
+        )
+        return integer_product(q, self.ternary) * (self.scale / s)

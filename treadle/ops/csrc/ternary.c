@@ -2,6 +2,7 @@
 
    Four planes of a quarter of the columns share a byte: bits 0-1 of byte k hold column k, bits 2-3 column K/4 + k, and so on.
    Codes are T + 1 (0, 1, 2), so that T q = codes q - sum(q). */
+#include <math.h>
 #include <stdint.h>
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 #include <immintrin.h>
@@ -46,13 +47,55 @@ static int32_t row_product(const uint8_t *restrict codes, const int8_t *restrict
 }
 
 /* codes [rows, quarter], q [count, 4 quarter] -> out [count, rows]. */
+static void products(const uint8_t *codes, const int8_t *vector, int32_t *out, int64_t rows, int64_t quarter, int threads) {
+    int32_t total = 0;
+    for (int64_t k = 0; k < 4 * quarter; k++) total += vector[k];
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows * quarter > 65536)
+    for (int64_t r = 0; r < rows; r++) out[r] = row_product(codes + r * quarter, vector, quarter) - total;
+}
+
 void ternary_product(const uint8_t *codes, const int8_t *q, int32_t *out, int64_t count, int64_t rows, int64_t quarter,
                      int threads) {
+    for (int64_t c = 0; c < count; c++) products(codes, q + c * 4 * quarter, out + c * rows, rows, quarter, threads);
+}
+
+#define LANES 16
+
+/* n = x / rms(x) * gain; q = round(n s), s = 127 / max|n|, for each of count rows of width floats; q has `padded` columns. */
+void normed_quantized(const float *x, const float *gain, float eps, float smallest, int8_t *q, float *scale, int64_t count,
+                      int64_t width, int64_t padded) {
     for (int64_t c = 0; c < count; c++) {
-        const int8_t *vector = q + c * 4 * quarter;
-        int32_t total = 0;
-        for (int64_t k = 0; k < 4 * quarter; k++) total += vector[k];
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows * quarter > 65536)
-        for (int64_t r = 0; r < rows; r++) out[c * rows + r] = row_product(codes + r * quarter, vector, quarter) - total;
+        const float *row = x + c * width;
+        float squares[LANES] = {0}, largest = 0.0f, sum = 0.0f;
+        int64_t k = 0;
+        for (; k + LANES <= width; k += LANES)
+            for (int j = 0; j < LANES; j++) squares[j] += row[k + j] * row[k + j];
+        for (; k < width; k++) squares[0] += row[k] * row[k];
+        for (int j = 0; j < LANES; j++) sum += squares[j];
+        float rms = 1.0f / sqrtf(sum / (float)width + eps);
+        for (k = 0; k < width; k++) {
+            float n = fabsf(row[k] * rms * gain[k]);
+            largest = n > largest ? n : largest;
+        }
+        float s = 127.0f / (largest > smallest ? largest : smallest);
+        int8_t *out = q + c * padded;
+        for (k = 0; k < width; k++) {
+            float n = rintf(row[k] * rms * gain[k] * s); /* half to even */
+            out[k] = (int8_t)(n > 127.0f ? 127.0f : n < -128.0f ? -128.0f : n);
+        }
+        for (; k < padded; k++) out[k] = 0;
+        scale[c] = s;
+    }
+}
+
+/* The whole layer for a few rows: y [count, rows] = (T q) a / s. work: 4 quarter int8 and rows int32. */
+void ternary_layer(const float *x, const float *gain, float eps, float smallest, const uint8_t *codes, float a, float *y,
+                   int8_t *q, int32_t *sums, int64_t count, int64_t width, int64_t rows, int64_t quarter, int threads) {
+    for (int64_t c = 0; c < count; c++) {
+        float s;
+        normed_quantized(x + c * width, gain, eps, smallest, q, &s, 1, width, 4 * quarter);
+        products(codes, q, sums, rows, quarter, threads);
+        float factor = a / s;
+        for (int64_t r = 0; r < rows; r++) y[c * rows + r] = (float)sums[r] * factor;
     }
 }
