@@ -58,7 +58,11 @@ def _factor(old: torch.nn.Module, new: torch.nn.Module, moment: Tensor, size: in
     values, vectors = torch.linalg.eigh(moment)
     root = values.clamp_min(SMALLEST * float(values[-1])).sqrt()
     u, s, v = torch.linalg.svd(both @ (vectors * root), full_matrices=False)
-    down, up = v[:size] @ (vectors / root).T, u[:, :size] * s[:size]
+    # Both factors carry half of each singular value, at the scale of a weight: training goes on from here.
+    half = (s[:size] / s[0]).sqrt()
+    down, up = half[:, None] * (v[:size] @ (vectors / root).T), u[:, :size] * half * s[0]
+    balance = (down.norm() / up.norm()).sqrt()
+    down, up = down / balance, up * balance
     rows = len(key)
     for name, part in (("down", down), ("key", up[:rows]), ("value", up[rows:])):
         target = new.get_parameter(f"{name}.weight")
