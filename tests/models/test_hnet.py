@@ -116,11 +116,11 @@ def test_a_json_configuration_loads_and_what_does_not_fit_is_said(tmp_path: Path
     path = tmp_path / "model.json"
     path.write_text(json.dumps(table))
     (tmp_path / "t.txt").write_text("one two three four five six seven\n" * 300)
-    common = ["--tokenizer.name", "byte", "--seq_len", 32, "--batch_size", 2, "--output_dir", tmp_path / "r"]
+    common = ["--tokenizer.name", "byte", "--batch_size", 2, "--output_dir", tmp_path / "r"]
     out = command("train", tmp_path / "t.txt", "--model.config_file", path, "--max_steps", 2, *common)
     assert out.returncode == 0, out.stderr
     rows = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
-    assert rows[0]["loss_ratio"] > 0 and 0 < rows[0]["boundary_rate_0"] <= 1
+    assert "seq_len = 64" in (tmp_path / "r" / "config.toml").read_text() and rows[0]["loss_ratio"] > 0 and 0 < rows[0]["boundary_rate_0"] <= 1
     shown = command("generate", tmp_path / "r", "--prompt", "one two", "--max-new-tokens", 4, "--show-chunks")
     assert shown.returncode == 0 and "\x1b[" in shown.stdout and "symbols a chunk" in shown.stdout, shown.stderr
     for change, words in (({"d_model": [32]}, "1 stages"), ({"num_blocks": [[1, 1], [2]]}, "encoder, 0, decoder"),

@@ -49,6 +49,11 @@ class ModelConfig(Settings):
         return {}
 
     @classmethod
+    def implied(cls, keys: dict[str, Any]) -> dict[str, Any]:
+        """Training values, as dotted keys, that follow from model keys where nothing else sets them."""
+        return {}
+
+    @classmethod
     def with_preset(cls, preset: str | None, **keys: Any) -> ModelConfig:
         """A fresh config from a preset and keys that override it; ConfigError for unknown names or bad values."""
         from treadle.settings import Given, build_section

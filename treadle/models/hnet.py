@@ -82,7 +82,12 @@ class HNetConfig(ModelConfig):
     """Standard deviation of initial weights; projections into a stream are divided by the root of the blocks around."""
 
     max_position_embeddings: int | None = option(None, ge=2)
-    """Kept from configurations of other projects; a recurrence has no longest row."""
+    """The length of training rows where data.seq_len is not given; a recurrence itself has no longest row."""
+
+    @classmethod
+    def implied(cls, keys: dict[str, Any]) -> dict[str, Any]:
+        longest = keys.get("max_position_embeddings")
+        return {"data.seq_len": longest} if isinstance(longest, int) else {}
 
     @model_validator(mode="after")
     def _stages_fit(self) -> HNetConfig:
