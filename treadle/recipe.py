@@ -144,7 +144,7 @@ def compose(layers: list[Layer], with_model: bool = True) -> Recipe:
             final[key] = Given(key, one.value, "the run" if layer.weak else one.origin, False)
     if model_class is not None:
         of_model = {k.partition(".")[2]: v.value for k, v in final.items() if k.startswith("model.")}
-        for key, value in model_class.Config.implied(of_model).items():
+        for key, value in model_class.Config.with_preset(preset, **of_model).implied().items():
             final.setdefault(key, Given(key, value, "follows from the model's keys", False))
     sections = {
         name: build_section(name, cls, {k: v for k, v in final.items() if k.startswith(name + ".")})

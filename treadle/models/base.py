@@ -48,9 +48,8 @@ class ModelConfig(Settings):
         """Training values that go with a preset, as dotted keys; the weakest layer above section defaults."""
         return {}
 
-    @classmethod
-    def implied(cls, keys: dict[str, Any]) -> dict[str, Any]:
-        """Training values, as dotted keys, that follow from model keys where nothing else sets them."""
+    def implied(self) -> dict[str, Any]:
+        """Training values, as dotted keys, that follow from these where nothing else sets them."""
         return {}
 
     @classmethod

@@ -84,10 +84,8 @@ class HNetConfig(ModelConfig):
     max_position_embeddings: int | None = option(None, ge=2)
     """The length of training rows where data.seq_len is not given; a recurrence itself has no longest row."""
 
-    @classmethod
-    def implied(cls, keys: dict[str, Any]) -> dict[str, Any]:
-        longest = keys.get("max_position_embeddings")
-        return {"data.seq_len": longest} if isinstance(longest, int) else {}
+    def implied(self) -> dict[str, Any]:
+        return {"data.seq_len": self.max_position_embeddings} if self.max_position_embeddings is not None else {}
 
     @model_validator(mode="after")
     def _stages_fit(self) -> HNetConfig:
