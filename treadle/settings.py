@@ -132,7 +132,7 @@ def fit_value(section: type[Settings], name: str, value: Any, from_text: bool) -
             candidates.append([parse_text(part.strip()) for part in value.split(",") if part.strip()])
             candidates.append([part.strip() for part in value.split(",") if part.strip()])
         if _accepts_list(section, name):
-            candidates.append([value])
+            candidates += [[value], [parsed]]
         if plain(value) in ("none", "null") and _accepts_none(section, name):
             candidates.insert(0, None)
     else:

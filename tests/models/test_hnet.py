@@ -18,6 +18,7 @@ from treadle.layers.hierarchy import Boundaries, ratio_loss
 from treadle.models.base import parameter_count
 from treadle.models.hnet import HNet, HNetConfig
 from treadle.objectives.next_token import NextToken
+from treadle.recipe import Layer, compose
 
 ONE = {"hidden_sizes": [32, 48], "num_blocks": [[1, 0, 1], [2]]}
 TWO = {"hidden_sizes": [32, 32, 48], "num_blocks": [[1, 0, 1], [1, 0, 1], [1]]}
@@ -128,6 +129,12 @@ def test_a_json_configuration_loads_and_what_does_not_fit_is_said(tmp_path: Path
         path.write_text(json.dumps({**table, **change}))
         out = command("train", tmp_path / "t.txt", "--model.config_file", path, "--fresh", *common)
         assert out.returncode == 2 and words in out.stderr, out.stderr
+
+
+def test_lists_from_the_command_line() -> None:
+    given = {"model.arch": "hnet", "hidden_sizes": "96,128", "num_blocks": "[[1, 0, 1], [3]]", "target_ratios": "4"}
+    recipe = compose([Layer(given, "flag", from_text=True)])
+    assert HNetConfig.with_preset(None, **recipe.model).ratios == [4.0]
 
 
 def test_shapes_that_do_not_fit() -> None:
