@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import sys
@@ -377,21 +378,36 @@ def _rank() -> str:
 
 def main() -> None:
     """The entry point: one clear line and an exit code for every expected error."""
+    code = _run()
+    if _rank():
+        # At the end of the interpreter a daemon thread inside torch's C++ is unwound by force, which aborts the process
+        # (seen at the end of one of some hundred runs on a loaded machine). All work is done and closed by here.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _run() -> int:
     from treadle.errors import PeerFailed, Stopped, TreadleError
 
     try:
         app()
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except TreadleError as problem:
         if not isinstance(problem, (Stopped, PeerFailed)):  # said already, by this process or by another
             print(f"{_rank()}error: {problem}", file=sys.stderr)
-        sys.exit(problem.exit_code)
+        return problem.exit_code
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
     except BrokenPipeError:  # the reader of a pipe left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        return 0
     except OSError as problem:
         full = problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         hint = "free some space or write elsewhere with --output_dir" if full else "check the path and its permissions"
         print(f"{_rank()}error: {problem}; {hint}, then run the same command again", file=sys.stderr)
-        sys.exit(74 if full else 2)
+        return 74 if full else 2
+    return 0

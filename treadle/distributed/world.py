@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from treadle.distributed.environment import Launch, complete, detect
 from treadle.distributed.heartbeat import Heartbeat
@@ -198,7 +199,7 @@ def _initialised(launch: Launch, settings: ParallelSettings, device: str) -> Wor
         torch.cuda.set_device(launch.local_rank)
     timeout = datetime.timedelta(seconds=settings.communication_timeout)
     try:
-        store, _, _ = next(dist.rendezvous("env://", launch.rank, launch.size, timeout=timeout))
+        store, _, _ = next(rendezvous("env://", launch.rank, launch.size, timeout=timeout))
         # torchrun's agent keeps one store over restarts, and a process would meet the addresses of the dead (a hang in
         # one of ten restarts, torch 2.13): every attempt gets keys of its own.
         store = dist.PrefixStore(f"treadle/attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
