@@ -133,12 +133,12 @@ def evaluate(
 ) -> None:
     """Loss, bits per byte, accuracy and samples of one or more runs, beside simple baselines."""
     from treadle.evaluation.report import evaluate_run, table_of, write_results
+    from treadle.models.pretrained import home_of
 
     reports = []
     for run in runs:
         reports.append(evaluate_run(run, data, rows, samples, batch_size, device=device, stats=stats))
-        checkpoint = Path(reports[-1]["checkpoint"])
-        home = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+        home = home_of(Path(reports[-1]["checkpoint"]))
         write_results(Path(output) if output else home / "results", reports[-1])
     for line in table_of(reports):
         typer.echo(line)

@@ -39,11 +39,12 @@ CONTEXTS = (1024, 8192)
 def distill(request: Request, console: Console | None = None) -> dict[str, Any]:
     """Runs all stages (or continues them) and returns the last one's summary with the report."""
     console = console or Console(silent=detect().rank != 0)
-    asked = compose([Layer({"model.arch": STUDENT}, "default"), *_typed(request)])
+    request = replace(request, base=(Layer({"model.arch": STUDENT}, "default"),))
+    asked = compose(request.layers())
     if asked.distill.teacher is None:
         raise ConfigError("there is no teacher; say --teacher RUN (a run, a checkpoint, or an exported folder)")
-    base = _from_teacher(asked.distill.teacher, asked.arch)
-    recipe = compose([base, *_typed(request)])
+    request = replace(request, base=(_from_teacher(asked.distill.teacher, asked.arch),))
+    recipe = compose(request.layers())
     with opened_world(request) as world:
         folder = recipe.folder
         if request.fresh:
@@ -52,13 +53,13 @@ def distill(request: Request, console: Console | None = None) -> dict[str, Any]:
         summary: dict[str, Any] = {}
         for stage, steps in stage_steps(recipe.distill, recipe.train.max_steps):
             last = stage == recipe.distill.stages[-1]
-            here = folder if last else folder / "stages" / stage
+            here = stage_folder(folder, stage, recipe.distill)
             console.say(f"Stage {stage}: {steps} steps in {here}")
             above = {"run.output_dir": str(here), "run.run_name": folder.name if last else f"{folder.name}-{stage}",
                      "distill.stage": stage, "train.max_steps": steps}  # fmt: skip
             if not last:
                 above["eval.at_end"] = False
-            one = replace(request, base=(base,), above=(Layer(above, "the stage"),), fresh=False,
+            one = replace(request, above=(Layer(above, "the stage"),), fresh=False,
                           weights_from=str(before) if before is not None else None)  # fmt: skip
             summary = train_in(world, one, console)
             before = here
@@ -70,22 +71,28 @@ def distill(request: Request, console: Console | None = None) -> dict[str, Any]:
     return summary
 
 
-def _typed(request: Request) -> list[Layer]:
-    return request.named_layers() if request.target is not None else request.named_layers()[1:]
-
-
 def _from_teacher(teacher: str, arch: str) -> Layer:
     """What a student takes from its teacher where nobody says otherwise: shape, tokenizer and data."""
     checkpoint = locate(teacher)
     table = read_config(checkpoint)
-    shape = dict(table.get("model", {}))
-    known = MODELS.get(arch).Config.model_fields
-    model = {key: value for key, value in shape.items() if key in known}
-    if "num_streams" in known and "num_streams" not in shape:
-        model["num_streams"] = 1  # a plain transformer has one residual stream
+    model = _shape_for(arch, table.get("model", {}))
     name = table.get("run", {}).get("run_name") or checkpoint.folder.name
     return Layer({"model": {"arch": arch, **model}, "data": table.get("data", {}), "run": {"run_name": f"{name}-{arch}"}},
                  f"the teacher {teacher}")  # fmt: skip
+
+
+def _shape_for(arch: str, teacher: dict[str, Any]) -> dict[str, Any]:
+    """The teacher's model keys that a student architecture knows."""
+    known = MODELS.get(arch).Config.model_fields
+    shape = {key: value for key, value in teacher.items() if key in known}
+    if "num_streams" in known:
+        shape.setdefault("num_streams", 1)  # a plain transformer has one residual stream
+    return shape
+
+
+def stage_folder(folder: Path, stage: Stage, settings: DistillSettings) -> Path:
+    """Where a stage runs: the last one in the run's own folder."""
+    return folder if stage == settings.stages[-1] else folder / "stages" / stage
 
 
 def stage_steps(settings: DistillSettings, total: int | None) -> list[tuple[Stage, int]]:
@@ -160,7 +167,7 @@ class DistillationTrainer:
             recipe = copy.deepcopy(self.config)
             recipe.distill.stage = stage
             recipe.train.max_steps = steps
-            recipe.run.output_dir = str(folder if stage == settings.stages[-1] else folder / "stages" / stage)
+            recipe.run.output_dir = str(stage_folder(folder, stage, settings))
             objective = make_objective(recipe.distill, self.teacher)
             summary = Trainer(self.student, self.dataset, self.eval_dataset, recipe, objective, self.callbacks).train()
         return summary
@@ -169,11 +176,7 @@ class DistillationTrainer:
 def student_of(teacher: Model, arch: str = STUDENT, seed: int = 0, **keys: Any) -> Model:
     """A student with the teacher's configuration and every weight of it that fits; `keys` change the configuration
     (local_window=0 for a pure state-space model)."""
-    cls = MODELS.get(arch)
-    known = cls.Config.model_fields
-    shape = {name: value for name, value in teacher.config.model_dump().items() if name in known}
-    if "num_streams" in known and "num_streams" not in shape:
-        shape["num_streams"] = 1
+    cls, shape = MODELS.get(arch), _shape_for(arch, teacher.config.model_dump())
     with torch.device("meta"):
         student = cls(cls.Config.with_preset(None, **{**shape, **keys}))  # type: ignore[call-arg]
     student.start_from(teacher.named_weights())

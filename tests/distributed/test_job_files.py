@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -17,7 +16,7 @@ from tests.conftest import flags, treadle
 from tests.training.test_resume import rows_of, same_end, start
 from treadle.distributed.launch import free_port
 
-from .test_command_line import LONG, line, wait_for_rows
+from .test_command_line import LONG, children, line, wait_for_rows
 
 FILES = Path(__file__).parents[2] / "docs" / "cluster"
 
@@ -103,7 +102,7 @@ def test_kubernetes_and_a_process_that_dies(text_file: Path, tmp_path: Path) -> 
                "INSTALL": "true", "PATH": f"{tmp_path}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}  # fmt: skip
     process = start([*container["command"], *container["args"]], **environ)
     wait_for_rows(process, tmp_path / "run", 7)
-    os.kill(_worker(process.pid), signal.SIGKILL)
+    os.kill(children(process)[1], signal.SIGKILL)
     try:
         out, _ = process.communicate(timeout=100)
     except subprocess.TimeoutExpired:
@@ -112,15 +111,3 @@ def test_kubernetes_and_a_process_that_dies(text_file: Path, tmp_path: Path) -> 
     assert process.returncode == 0 and "Resumed from step" in out, out
     same_end(tmp_path / "whole", tmp_path / "run")
     assert len(rows_of(tmp_path / "run")) == len(rows_of(tmp_path / "whole"))
-
-
-def _worker(parent: int) -> int:
-    """The process of rank 1 below torchrun."""
-    for entry in Path("/proc").iterdir():
-        try:
-            found = re.search(r"\) \S (\d+)", (entry / "stat").read_text())
-            if found and int(found[1]) == parent and b"\0RANK=1\0" in (entry / "environ").read_bytes():
-                return int(entry.name)
-        except OSError:
-            continue
-    raise AssertionError("torchrun has no rank 1")

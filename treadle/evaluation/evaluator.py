@@ -68,19 +68,17 @@ class Evaluator:
 
     def batch_sums(self, batch: Batch) -> dict[str, float]:
         """nats, correct, top5, labels and bytes of one batch, added up in fp64."""
-        if self.strategy is None:
-            return self._batch_sums(self.model, batch)
-        return self.strategy.look(self._batch_sums, batch)
+        return self._look(self._batch_sums, batch)
 
     def inspect(self, data: Dataset) -> dict[str, float]:
         """The model's own numbers (`Model.inspect`) on the first rows of `data`, the same for any number of processes."""
         if type(self.model).inspect is Model.inspect:
             return {}
         (source, row), *_ = data.in_sequence(INSPECTED_ROWS, INSPECTED_ROWS)
-        batch = data.batch(source, row)
-        if self.strategy is None:
-            return self._inspect(self.model, batch)
-        return self.strategy.look(self._inspect, batch)
+        return self._look(self._inspect, data.batch(source, row))
+
+    def _look(self, work: Callable[[Model, Batch], dict[str, float]], batch: Batch) -> dict[str, float]:
+        return work(self.model, batch) if self.strategy is None else self.strategy.look(work, batch)
 
     @torch.no_grad()
     def _inspect(self, model: Model, batch: Batch) -> dict[str, float]:

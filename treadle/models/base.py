@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from treadle.checkpoint.tensors import read_tensors, write_tensors
 from treadle.data.batch import Batch
 from treadle.errors import CheckpointError, ConfigError, InputError, ShapeError
+from treadle.layers.bitlinear import BitLinear
 from treadle.layers.state import State
 from treadle.models.catalogue import MODELS
 from treadle.ops.sharding import copy_whole
@@ -133,8 +134,9 @@ class Model(nn.Module):
         raise NotImplementedError
 
     def full_precision_modules(self) -> list[nn.Module]:
-        """Modules inside blocks (routers, quantiser scales) whose weights stay fp32 where blocks are gathered in bf16."""
-        return []
+        """Modules inside blocks (routers, quantiser scales) whose weights stay fp32 where blocks are gathered in bf16:
+        ternary layers, and what an architecture adds."""
+        return [module for block in self.blocks() for module in block.modules() if isinstance(module, BitLinear)]
 
     @abstractmethod
     def flops(self, length: int) -> int:
@@ -147,7 +149,7 @@ class Model(nn.Module):
 
     def linear_head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """(inputs [..., D], weight [V, D]) whose product is the logits, for losses that never hold all of them."""
-        return hidden, self.head.weight
+        return self.head.linear(hidden) if isinstance(self.head, BitLinear) else (hidden, self.head.weight)
 
     def tie(self) -> None:
         """Restores shared parameters after materialising from the meta device."""

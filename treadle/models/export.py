@@ -12,7 +12,7 @@ from treadle.checkpoint.layout import MANIFEST
 from treadle.checkpoint.reader import Checkpoint
 from treadle.errors import CheckpointError, InputError
 from treadle.models.base import CONFIG_FILE, describe
-from treadle.models.pretrained import locate, read_config, read_shape
+from treadle.models.pretrained import home_of, locate, read_config, read_shape
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -27,7 +27,7 @@ def export(run: str, output: str | None = None, precision: str = "fp32", warn: A
     checkpoint = locate(run, warn)
     config = read_config(checkpoint)
     cls, shape = read_shape(checkpoint, config)
-    folder = Path(output) if output is not None else _home(checkpoint) / "export"
+    folder = Path(output) if output is not None else home_of(checkpoint.folder) / "export"
     _refuse_foreign(folder)
     weights = {
         name: t.to(DTYPES[precision]) if t.is_floating_point() else t for name, t in checkpoint.tensors("model").items()
@@ -40,12 +40,6 @@ def export(run: str, output: str | None = None, precision: str = "fp32", warn: A
     described = {"weights_only": True, "source": str(checkpoint.folder), "precision": precision}
     writer.save(folder.parent, checkpoint.step, {"model": weights}, files, described, name=folder.name)
     return folder
-
-
-def _home(checkpoint: Checkpoint) -> Path:
-    """The run of a checkpoint, or the folder beside which it lies."""
-    parent = checkpoint.folder.resolve().parent
-    return parent.parent if parent.name == "checkpoints" else parent
 
 
 def _refuse_foreign(folder: Path) -> None:

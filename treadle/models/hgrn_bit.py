@@ -9,7 +9,6 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from treadle.layers.attention import Context
-from treadle.layers.bitlinear import BitLinear
 from treadle.layers.hgrn import HGRN, GatedMLP, RecurrentState, linear
 from treadle.layers.norm import RMSNorm
 from treadle.models.backbone import Backbone
@@ -134,7 +133,6 @@ class HGRNBit(Backbone):
     config: HGRNBitConfig
 
     def __init__(self, config: HGRNBitConfig) -> None:
-        self._block_config = config  # make_block runs inside Backbone.__init__
         norm = RMSNorm(config.hidden_size, config.norm_eps)
         super().__init__(config, config.hidden_size, config.num_layers, norm, config.tie_embeddings)
         if config.ternary:
@@ -142,13 +140,7 @@ class HGRNBit(Backbone):
             self.head = linear(config.hidden_size, config.vocab_size, True)  # type: ignore[assignment]
 
     def make_block(self, index: int) -> nn.Module:
-        return Block(self._block_config)
-
-    def linear_head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        return self.head.linear(hidden) if isinstance(self.head, BitLinear) else super().linear_head(hidden)
-
-    def full_precision_modules(self) -> list[nn.Module]:
-        return [module for module in self.modules() if isinstance(module, BitLinear) and module is not self.head]
+        return Block(self.config)
 
     def layer_state(self, index: int, batch_size: int, max_len: int, device: Any, dtype: Any) -> RecurrentState:
         return self.layers[index].attention.empty(batch_size, device, dtype)  # type: ignore[union-attr, operator]

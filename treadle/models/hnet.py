@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from treadle.data.batch import PAD, Batch
 from treadle.layers.attention import Context
-from treadle.layers.bitlinear import BitLinear
 from treadle.layers.hgrn import linear
 from treadle.layers.hierarchy import (
     Boundaries,
@@ -248,12 +247,6 @@ class HNet(Model):
 
     def blocks(self) -> list[nn.Module]:
         return self.stage.blocks()
-
-    def full_precision_modules(self) -> list[nn.Module]:
-        return [m for block in self.blocks() for m in block.modules() if isinstance(m, BitLinear)]
-
-    def linear_head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        return self.head.linear(hidden) if isinstance(self.head, BitLinear) else super().linear_head(hidden)
 
     def hidden(self, batch: Batch, state: State | None = None) -> Output:
         x, found = self.embedding(batch.input_ids), []  # type: ignore[var-annotated]

@@ -85,6 +85,12 @@ def checkpoint_root(run: Path) -> Path:
     return Path(configured) if configured else run / "checkpoints"
 
 
+def home_of(checkpoint: Path) -> Path:
+    """The run of a checkpoint's folder, or the folder in which it lies."""
+    parent = checkpoint.resolve().parent
+    return parent.parent if parent.name == "checkpoints" else parent
+
+
 def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
     try:
         return tomllib.loads(checkpoint.text("config.toml"))

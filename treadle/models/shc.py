@@ -131,7 +131,6 @@ class SHC(Backbone):
     config: SHCConfig
 
     def __init__(self, config: SHCConfig) -> None:
-        self._block_config = config  # make_block runs inside Backbone.__init__
         self._record: list[Routed] | None = None
         norm = RMSNorm(config.hidden_size, config.norm_eps)
         super().__init__(config, config.hidden_size, config.num_layers, norm, config.tie_embeddings)
@@ -141,8 +140,9 @@ class SHC(Backbone):
         learned = n > 1 and config.stream_reduction == "learned"
         self.stream_weights = nn.Parameter(torch.zeros(n)) if learned else None
 
-    def make_mixer(self, config: SHCConfig) -> nn.Module:
+    def make_mixer(self) -> nn.Module:
         """What mixes places in a block; called as mixer(x, context, layer_state)."""
+        config = self.config
         if config.latent_size is not None:
             return LatentAttention(config.hidden_size, config.num_heads, config.groups, config.width_of_head,
                                    config.latent_size, config.rope_theta)  # fmt: skip
@@ -150,7 +150,7 @@ class SHC(Backbone):
                          qk_norm=config.qk_norm, eps=config.norm_eps)  # fmt: skip
 
     def make_block(self, index: int) -> nn.Module:
-        return Block(self._block_config, self.make_mixer(self._block_config))
+        return Block(self.config, self.make_mixer())
 
     def context(self, batch: Batch, state: State | None) -> Context:
         context = super().context(batch, state)

@@ -45,8 +45,8 @@ class SSM(SHC):
     Config = SSMConfig
     config: SSMConfig
 
-    def make_mixer(self, config: SHCConfig) -> nn.Module:
-        assert isinstance(config, SSMConfig)
+    def make_mixer(self) -> nn.Module:
+        config = self.config
         return SSMMixer(config.hidden_size, config.num_heads, config.groups, config.width_of_head,
                         window=config.local_window, features=config.feature_map, normalizer=config.normalizer,
                         qk_norm=config.qk_norm, eps=config.norm_eps)  # fmt: skip

@@ -120,7 +120,6 @@ class Transformer(Backbone):
     config: TransformerConfig
 
     def __init__(self, config: TransformerConfig) -> None:
-        self._block_config = config  # make_block runs inside Backbone.__init__
         norm = make_norm("layer" if config.style == "gpt2" else "rms", config.hidden_size, config.norm_eps)
         norm = norm if config.pre_norm else nn.Identity()
         super().__init__(config, config.hidden_size, config.num_layers, norm, config.tie_embeddings)
@@ -129,7 +128,7 @@ class Transformer(Backbone):
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def make_block(self, index: int) -> nn.Module:
-        return Block(self._block_config)
+        return Block(self.config)
 
     def context(self, batch: Batch, state: State | None) -> Context:
         context = super().context(batch, state)
