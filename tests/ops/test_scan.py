@@ -32,3 +32,11 @@ def test_values_and_all_gradients(backend: Any, shape: tuple[int, int, int], sta
 def test_strided_inputs_are_taken() -> None:
     gate, value = torch.rand(4, 6, 20).transpose(0, 1), torch.randn(6, 4, 40)[:, :, ::2]
     assert torch.allclose(scan(gate, value), scan_reference(gate, value), atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_values_are_those_of_two_roundings_a_place(backend: Any) -> None:
+    """Decoding place by place gives the bits of the whole: rn(rn(f h) + i), whichever way it is computed."""
+    torch.manual_seed(1)
+    gate, value, start = torch.rand(2, 40, 67), torch.randn(2, 40, 67), torch.randn(2, 67)
+    assert torch.equal(scan(gate, value, start, backend), scan_reference(gate, value, start))

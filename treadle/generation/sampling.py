@@ -44,13 +44,13 @@ def next_ids(logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.
     if sampling.temperature == 0:
         return logits.argmax(-1)
     logits = logits / sampling.temperature
-    if 0 < sampling.top_k < logits.shape[-1]:
-        least = logits.topk(sampling.top_k, -1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, float("-inf"))
+    count = logits.shape[-1]
+    limited = 0 < sampling.top_k < count
+    if not limited and sampling.top_p == 1:
+        return torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
+    ordered, index = logits.topk(sampling.top_k if limited else count, -1)  # likeliest first
+    share = ordered.softmax(-1)
     if sampling.top_p < 1:
-        ordered, index = logits.sort(-1, descending=True)
-        share = ordered.softmax(-1)
-        surplus = share.cumsum(-1) - share >= sampling.top_p  # the set before this symbol is already enough
-        logits = torch.empty_like(logits).scatter(-1, index, ordered.masked_fill(surplus, float("-inf")))
-    share = logits.softmax(-1)
-    return torch.multinomial(share.cpu(), 1, generator=generator)[:, 0].to(logits.device)
+        share = share.masked_fill(share.cumsum(-1) - share >= sampling.top_p, 0.0)  # the set before a symbol is already enough
+    drawn = torch.multinomial(share.cpu(), 1, generator=generator).to(logits.device)
+    return index.gather(-1, drawn)[:, 0]

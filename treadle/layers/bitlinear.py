@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from treadle.ops.ternary import PackedLayer, dequantized, ternary_linear
+from treadle.ops.precision import without_autocast
+from treadle.ops.ternary import PackedLayer, dequantized, quantize_weights, ternary_linear
 
 EPS = 1e-8
 
@@ -29,7 +30,7 @@ class BitLinear(nn.Module):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * self.gain.float()
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             if torch.is_grad_enabled() or self.training:
                 return ternary_linear(self.normed(x), self.weight.float())
             return self._infer(x.float())
@@ -39,10 +40,15 @@ class BitLinear(nn.Module):
         return dequantized(self.normed(x), self.weight.float())
 
     def _infer(self, x: Tensor) -> Tensor:
-        w, flat = self.weight, x.reshape(-1, x.shape[-1])
+        w = self.weight
         if w.is_meta or type(w.data) is not Tensor:  # shapes only, or a gathered part
             return ternary_linear(self.normed(x), w.float())
+        return self.packed()(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], self.out_features)
+
+    def packed(self) -> PackedLayer:
+        """The weights as inference takes them."""
+        w = self.weight
         mark = (w._version, self.gain._version, w.data_ptr(), w.device)
         if self._kept is None or self._kept[0] != mark:
-            self._kept = (mark, PackedLayer(w, self.gain, EPS))
-        return self._kept[1](flat, self.normed).view(*x.shape[:-1], self.out_features)
+            self._kept = (mark, PackedLayer(*quantize_weights(w.detach().float()), self.gain.detach(), EPS))
+        return self._kept[1]

@@ -3,7 +3,6 @@ arXiv 2406.02528)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,19 +12,13 @@ from torch import Tensor, nn
 
 from treadle.layers.attention import Context
 from treadle.layers.bitlinear import BitLinear
+from treadle.layers.exact import evenly, mean_normed
 from treadle.layers.state import LayerState
 from treadle.ops.scan import Backend, scan
 
 
 def linear(width: int, out: int, ternary: bool) -> nn.Module:
     return BitLinear(width, out) if ternary else nn.Linear(width, out, bias=False)
-
-
-def evenly(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """sigmoid or silu with the same bits wherever an element lies in memory: torch's vector and scalar forms of exp differ in
-    the last bit, and which of them an element gets depends on how many there are. Through fp64 both round alike. Only
-    without gradients, where decoding step by step has to be the full forward pass."""
-    return function(x) if torch.is_grad_enabled() else function(x.double()).to(x.dtype)
 
 
 @dataclass
@@ -133,9 +126,8 @@ class HGRN(nn.Module):
         return y
 
     def _norm(self, x: Tensor) -> Tensor:
-        parts = x.unflatten(-1, (self.heads, -1))
-        parts = parts * torch.rsqrt(parts.square().mean(-1, keepdim=True) + self.eps)
-        return parts.flatten(-2) * self.norm.float()
+        weight = self.norm.unflatten(0, (self.heads, -1))
+        return mean_normed(x.unflatten(-1, (self.heads, -1)), weight, self.eps).flatten(-2)
 
 
 class GatedMLP(nn.Module):

@@ -11,17 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from treadle.layers.exact import exact
 from treadle.layers.state import LayerState
 from treadle.ops.scan import scan
 
 CLAMP = 1e-4
 THRESHOLD = 0.5
-
-
-def exact(x: Tensor) -> Tensor:
-    """fp32 where gradients are wanted, else fp64, rounded to fp32 at the end: sums of floats in another order then give the
-    same bits, so that decoding finds the boundaries of the full forward pass and moves no rounding after them."""
-    return x.float() if torch.is_grad_enabled() else x.double()
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, Literal
 
 import torch
@@ -9,10 +10,11 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from treadle.layers.attention import Context
+from treadle.layers.exact import ExactRMSNorm, evenly
 from treadle.layers.hgrn import HGRN, GatedMLP, RecurrentState, linear
-from treadle.layers.norm import RMSNorm
 from treadle.models.backbone import Backbone
 from treadle.models.base import Capabilities, ModelConfig, ParameterRule
+from treadle.ops.recurrent_block import PackedBlock, available
 from treadle.settings import option
 
 
@@ -101,28 +103,62 @@ class HGRNBitConfig(ModelConfig):
         return {"optim.learning_rate": 3e-4, "tokenizer.name": "byte", "train.per_device_train_batch_size": 32}
 
 
+_version, _address = operator.attrgetter("_version"), Tensor.data_ptr
+
+
 class Block(nn.Module):
     """x += HGRN(norm x); x += MLP(norm x)."""
 
     def __init__(self, config: HGRNBitConfig) -> None:
         super().__init__()
         width = config.hidden_size
-        self.attention_norm = RMSNorm(width, config.norm_eps)
+        self.attention_norm = ExactRMSNorm(width, config.norm_eps)
         self.attention = HGRN(
             width, config.inner, heads=config.num_heads, ternary=config.ternary, gate=config.output_gate,
             convolution=config.convolution_size, shared_convolution=config.shared_convolution, eps=config.norm_eps,
             backend=config.scan_backend,
         )  # fmt: skip
-        self.mlp_norm = RMSNorm(width, config.norm_eps)
+        self.mlp_norm = ExactRMSNorm(width, config.norm_eps)
         self.mlp = GatedMLP(width, config.mlp_inner, config.ternary)
         self.lower_bound = nn.Parameter(torch.zeros(config.inner)) if config.lower_bound else None
+        self.eps, self.fusable = config.norm_eps, config.ternary and not config.convolution_size
+        self._kept: tuple[Any, PackedBlock] | None = None
+        self._sources: list[tuple[Any, str]] | None = None  # where its parameters are, so that new ones are seen at once
+
+    @property
+    def bound(self) -> Tensor | None:
+        return evenly(torch.sigmoid, self.lower_bound.float()) if self.lower_bound is not None else None
 
     def forward(self, x: Tensor, context: Context, state: RecurrentState | None = None) -> Tensor:
-        bound = torch.sigmoid(self.lower_bound.float()) if self.lower_bound is not None else None
+        if state is not None and x.shape[1] == 1 and not torch.is_grad_enabled() and not self.training:
+            packed = self.packed(x)
+            if packed is not None:
+                assert context.places is not None
+                return packed(x.float(), state.hidden, context.places.real)
+        bound = self.bound
         if context.mixer_only:
             return self.attention(x, context, None, bound)
         x = x + self.attention(self.attention_norm(x), context, state, bound)
         return x + self.mlp(self.mlp_norm(x))
+
+    def packed(self, x: Tensor) -> PackedBlock | None:
+        """The block as one compiled call for a place at a time, where there is one."""
+        if not self.fusable or x.device.type != "cpu" or not available():
+            return None
+        if self._sources is None:
+            self._sources = [(module._parameters, name) for module in (*self._layers(), self.attention_norm, self.mlp_norm, self.attention, self)
+                             for name, found in module._parameters.items() if found is not None]  # fmt: skip
+        mark = [f(p[name]) for p, name in self._sources for f in (_version, _address)]
+        if self._kept is None or self._kept[0] != mark:
+            packed = [layer.packed() for layer in self._layers()]  # type: ignore[operator]
+            vectors = (self.attention_norm.weight, self.mlp_norm.weight, self.attention.norm, self.bound)
+            self._kept = mark, PackedBlock(packed, *vectors, eps=self.eps, heads=self.attention.heads,
+                                           norm_of_hidden=self.attention.gate == "hgrn")  # fmt: skip
+        return self._kept[1]
+
+    def _layers(self) -> tuple[nn.Module, ...]:
+        mixer, mlp = self.attention, self.mlp
+        return mixer.forget, mixer.input, mixer.output_gate, mixer.out, mlp.gate_up, mlp.down
 
 
 class HGRNBit(Backbone):
@@ -133,7 +169,7 @@ class HGRNBit(Backbone):
     config: HGRNBitConfig
 
     def __init__(self, config: HGRNBitConfig) -> None:
-        norm = RMSNorm(config.hidden_size, config.norm_eps)
+        norm = ExactRMSNorm(config.hidden_size, config.norm_eps)
         super().__init__(config, config.hidden_size, config.num_layers, norm, config.tie_embeddings)
         if config.ternary:
             self.capabilities = Capabilities(rounds=True)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from treadle.data.batch import PAD, Batch
 from treadle.layers.attention import Context
+from treadle.layers.exact import ExactRMSNorm, exact
 from treadle.layers.hgrn import linear
 from treadle.layers.hierarchy import (
     Boundaries,
@@ -19,13 +20,11 @@ from treadle.layers.hierarchy import (
     StageState,
     compact,
     empty_state,
-    exact,
     most_chosen,
     ratio_loss,
     smooth,
     straight_through,
 )  # fmt: skip
-from treadle.layers.norm import RMSNorm
 from treadle.layers.state import Places, State
 from treadle.models.backbone import through
 from treadle.models.base import Capabilities, Model, ModelConfig, Output, ParameterRule
@@ -150,7 +149,7 @@ class Stage(nn.Module):
         self.target = None if self.innermost else config.ratios[index]
         blocks = config.block_config(index)
         self.encoder = nn.ModuleList(Block(blocks) for _ in range(counts[0]))
-        self.encoder_norm = RMSNorm(width, config.norm_eps)
+        self.encoder_norm = ExactRMSNorm(width, config.norm_eps)
         if self.innermost:
             return
         inner = config.hidden_sizes[index + 1]
@@ -159,7 +158,7 @@ class Stage(nn.Module):
         self.widening = nn.Parameter(torch.zeros(inner - width)) if inner > width else None
         self.inner = Stage(config, index + 1)
         self.decoder = nn.ModuleList(Block(blocks) for _ in range(counts[2]))
-        self.decoder_norm = RMSNorm(width, config.norm_eps)
+        self.decoder_norm = ExactRMSNorm(width, config.norm_eps)
 
     def blocks(self) -> list[nn.Module]:
         inside = [] if self.innermost else [*self.inner.blocks(), *self.decoder]

@@ -1,7 +1,8 @@
 """The gated linear recurrence h_t = f_t h_{t-1} + i_t, elementwise over [B, T, D], with its gradient written out:
 dh_t = do_t + f_{t+1} dh_{t+1}, di_t = dh_t, df_t = dh_t h_{t-1} (HGRN, arXiv 2311.04823).
 
-Three ways that agree to 2e-6: C through ctypes, a loop of torch operations in place, flash-linear-attention on CUDA.
+Three ways: C through ctypes and a loop of torch operations in place, whose values are equal bit for bit and whose gradients
+agree to 2e-6, and flash-linear-attention on CUDA (2e-6).
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class _Scan(torch.autograd.Function):
             )
         else:
             state = start if start is not None else torch.zeros_like(value[:, 0])
-            for t in range(value.shape[1]):
-                state = torch.addcmul(value[:, t], gate[:, t], state, out=out[:, t])
+            for t in range(value.shape[1]):  # not addcmul, which rounds once: every way has to give the same bits
+                state = torch.mul(gate[:, t], state, out=out[:, t]).add_(value[:, t])
         ctx.save_for_backward(gate, out, start)
         ctx.native = native
         return out

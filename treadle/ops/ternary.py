@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 from treadle.ops.native import library
 
 SMALLEST = 1e-5  # of max|x| and mean|W|
+TOGETHER = 4  # rows that csrc/ternary.c takes at once
 INTEGER_ROWS = 17  # torch._int_mm wants more than 16 rows on a GPU; on a CPU it pays from about there
 
 
@@ -30,7 +30,7 @@ def _integer_product_flops(a: tuple[int, ...], b: tuple[int, ...], *_: object, *
 
 
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [M, K] fp32 -> (q int8 [M, K], scale s [M, 1]); rounding half to even."""
+    """x [M, K] -> (q int8 [M, K], scale s [M, 1] in x's type); rounding half to even."""
     scale = 127.0 / x.abs().amax(-1, keepdim=True).clamp_min(SMALLEST)
     return (x * scale).round_().clamp_(-128, 127).to(torch.int8), scale
 
@@ -92,7 +92,7 @@ def dequantized(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return _Straight.apply(x, rounded), _Straight.apply(weight, matrix)  # type: ignore[no-untyped-call]
 
 
-# ---- packed weights, for decoding ----
+# ---- packed weights, for inference ----
 
 
 def pack(ternary: Tensor) -> Tensor:
@@ -108,67 +108,80 @@ def unpack(codes: Tensor, columns: int) -> Tensor:
     return (planes.to(torch.int8) - 1)[:, :columns]
 
 
+class Layer(ctypes.Structure):
+    """struct layer of csrc/ternary.c."""
+
+    _fields_ = (
+        ("codes", ctypes.c_void_p), ("gain", ctypes.c_void_p), ("width", ctypes.c_int64), ("rows", ctypes.c_int64),
+        ("quarter", ctypes.c_int64), ("scale", ctypes.c_float),
+    )  # fmt: skip
+
+
+class Setting(ctypes.Structure):
+    """struct setting of csrc/ternary.c."""
+
+    _fields_ = (("eps", ctypes.c_double), ("smallest", ctypes.c_double), ("threads", ctypes.c_int))
+
+
 @functools.cache
-def _native() -> ctypes.CDLL | None:
+def setting(eps: float, threads: int) -> Setting:
+    return Setting(eps, SMALLEST, threads)
+
+
+@functools.cache
+def native() -> ctypes.CDLL | None:
     """csrc/ternary.c with its signatures: pointers go over as plain numbers, which costs a microsecond less each."""
     made = library("ternary")
     if made is not None:
-        pointer, size, number, count = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
-        made.ternary_product.argtypes = [pointer] * 3 + [size] * 3 + [count]
-        made.normed_quantized.argtypes = [pointer] * 2 + [number] * 2 + [pointer] * 2 + [size] * 3
-        made.ternary_layer.argtypes = [pointer] * 2 + [number] * 2 + [pointer, number] + [pointer] * 3 + [size] * 4 + [count]
-        for function in (made.ternary_product, made.normed_quantized, made.ternary_layer):
-            function.restype = None
+        pointer, size = ctypes.c_void_p, ctypes.c_int64
+        made.normed_quantized.argtypes = [pointer] * 5 + [size] * 2
+        made.rms_normed.argtypes = [pointer] * 2 + [ctypes.c_double, pointer] + [size] * 2
+        made.ternary_layer.argtypes = [pointer] * 4 + [size]
+        made.recurrent_block.argtypes = [pointer] * 5 + [size]
+        made.normed_quantized.restype = made.rms_normed.restype = None
     return made
 
 
-def packed_product(q: Tensor, codes: Tensor) -> Tensor:
-    """q int8 [M, K], packed T [N, K / 4] -> q T^T as fp32 [M, N], exact; in C for few rows on a CPU, else unpacked."""
-    native = _native() if q.device.type == "cpu" and q.shape[0] < INTEGER_ROWS else None
-    if native is None:
-        return integer_product(q, unpack(codes, q.shape[1]))
-    rows, quarter = codes.shape
-    if q.shape[1] != 4 * quarter:
-        q = F.pad(q, (0, 4 * quarter - q.shape[1]))
-    q = q.contiguous()
-    out = torch.empty(q.shape[0], rows, dtype=torch.int32)
-    native.ternary_product(codes.data_ptr(), q.data_ptr(), out.data_ptr(), q.shape[0], rows, quarter, torch.get_num_threads())
-    return out.float()
+def done(code: int) -> None:
+    """MemoryError for the answer of a compiled function that found none."""
+    if code:
+        raise MemoryError("no memory for the buffers of a ternary layer")
 
 
 class PackedLayer:
-    """One layer's weights for inference: quantised once, packed, with what the compiled form needs prepared.
+    """One layer's weights for inference: quantised once, packed in 2 bits, with what the compiled form needs prepared.
 
-    In C the norm, the rounding and the product are one call. Every number of rows takes the same norm and rounding (of
-    many rows only the product is torch's), so a row has the same bits alone and among others.
+    In C the norm, the rounding and the product of a few rows are one call. The norm is computed in fp64 in every form, so a
+    row has the same bits alone and among others, compiled or not.
     """
 
-    def __init__(self, weight: Tensor, gain: Tensor, eps: float) -> None:
-        self.ternary, self.scale = quantize_weights(weight.float())
+    def __init__(self, ternary: Tensor, scale: Tensor, gain: Tensor, eps: float) -> None:
+        """ternary int8 [N, K], its scale, the norm's gain [K] and eps."""
+        self.ternary, self.scale = ternary, scale
         self.gain, self.eps = gain.float().contiguous(), eps
-        self.native = _native() if weight.device.type == "cpu" else None
+        self.native = native() if ternary.device.type == "cpu" else None
         if self.native is not None:
-            self.codes, self.factor = pack(self.ternary), float(self.scale)
-            self.rows, self.quarter = self.codes.shape
-            self._q = torch.empty(4 * self.quarter, dtype=torch.int8)
-            self._sums = torch.empty(self.rows, dtype=torch.int32)
+            rows, width = ternary.shape
+            self.codes = pack(F.pad(ternary, (0, 0, 0, -rows % TOGETHER))).contiguous()
+            self.shape = Layer(self.codes.data_ptr(), self.gain.data_ptr(), width, rows, self.codes.shape[1], float(scale))
+            self.at = ctypes.addressof(self.shape)
 
-    def __call__(self, x: Tensor, normed: Callable[[Tensor], Tensor]) -> Tensor:
-        """x fp32 [M, K], before the norm -> fp32 [M, N]; `normed` is the norm in torch, for where there is no C."""
+    def normed(self, x: Tensor) -> Tensor:
+        x = x.double()
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.gain.double()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x fp32 [M, K], before the norm -> fp32 [M, N]."""
         if self.native is None:
-            q, s = quantize_activations(normed(x))
-            return integer_product(q, self.ternary) * (self.scale / s)
+            q, s = quantize_activations(self.normed(x))
+            return integer_product(q, self.ternary) * (self.scale.double() / s).float()
         x = x.contiguous()
         count, width = x.shape
+        how = ctypes.addressof(setting(self.eps, torch.get_num_threads()))
         if count < INTEGER_ROWS:
-            y = torch.empty(count, self.rows)
-            self.native.ternary_layer(
-                x.data_ptr(), self.gain.data_ptr(), self.eps, SMALLEST, self.codes.data_ptr(), self.factor, y.data_ptr(),
-                self._q.data_ptr(), self._sums.data_ptr(), count, width, self.rows, self.quarter, torch.get_num_threads(),
-            )  # fmt: skip
+            y = torch.empty(count, self.shape.rows)
+            done(self.native.ternary_layer(self.at, how, x.data_ptr(), y.data_ptr(), count))
             return y
-        q, s = torch.empty(count, width, dtype=torch.int8), torch.empty(count, 1)
-        self.native.normed_quantized(
-            x.data_ptr(), self.gain.data_ptr(), self.eps, SMALLEST, q.data_ptr(), s.data_ptr(), count, width, width
-        )
-        return integer_product(q, self.ternary) * (self.scale / s)
+        q, s = torch.empty(count, width, dtype=torch.int8), torch.empty(count, 1, dtype=torch.float64)
+        self.native.normed_quantized(x.data_ptr(), self.gain.data_ptr(), how, q.data_ptr(), s.data_ptr(), count, width)
+        return integer_product(q, self.ternary) * (self.scale.double() / s).float()

@@ -1,0 +1,82 @@
+"""Quality at equal bytes seen: flat ternary and hierarchical byte models beside dense transformers of equal parameters and of
+equal FLOPs a byte.
+
+    python -m bench.quality austen --texts shakespeare=FOLDER [--seeds 3] [--steps 600] [--output FOLDER]
+
+Every cell is an ordinary run of the command line (so an interrupted table continues), evaluated on all of its held-out text.
+Learning rates are the best of 2e-3, 4e-3, 8e-3 and 1.6e-2 for each model after 250 steps on the first text, one seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import treadle
+from treadle.models.base import Model
+
+ROWS, LENGTH, WARMUP = 16, 256, 25
+HIERARCHY = {"hidden_sizes": [96, 128], "num_blocks": [[1, 0, 1], [3]], "target_ratios": [4.0]}
+DENSE = {"num_heads": 4, "tie_embeddings": False}
+MODELS: dict[str, tuple[str, dict[str, object], float]] = {
+    "dense": ("transformer", {**DENSE, "hidden_size": 128, "num_layers": 4, "intermediate_size": 512}, 4e-3),
+    "dense, FLOPs of hnet": ("transformer", {**DENSE, "hidden_size": 96, "num_layers": 3, "intermediate_size": 288}, 4e-3),
+    "hgrn_bit": ("hgrn_bit", {"hidden_size": 128, "num_layers": 4}, 6e-3),
+    "hnet": ("hnet", HIERARCHY, 8e-3),
+}
+
+
+def trained(name: str, text: str, source: str, seed: int, steps: int, output: Path) -> float:
+    """Bits per byte on the held-out text, from the run if it is there."""
+    arch, keys, rate = MODELS[name]
+    folder = output / f"{text}-{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+    wanted = {"max_steps": steps, "seq_len": LENGTH, "per_device_train_batch_size": ROWS, "warmup_steps": WARMUP, "lr": rate,
+              "precision": "fp32", "tokenizer": "byte", "seed": seed, "eval_rows": "null", "eval_steps": steps,
+              "save_steps": steps, "output_dir": folder, "model.arch": arch, **keys}  # fmt: skip
+    flags = [part for key, value in wanted.items() for part in (f"--{key}", _typed(value))]
+    done = subprocess.run([sys.executable, "-m", "treadle", "train", source, *flags], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    with (folder / "eval_log.csv").open() as log:
+        return float(list(csv.DictReader(log))[-1]["bpb"])
+
+
+def _typed(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def built(name: str) -> Model:
+    arch, keys, _ = MODELS[name]
+    return treadle.build(arch, vocab_size=256, **keys)  # type: ignore[arg-type]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__)
+    parser.add_argument("first", help="the text that learning rates were chosen on")
+    parser.add_argument("--texts", nargs="*", default=[], help="further texts, NAME=PATH")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--output", default="runs/quality")
+    given = parser.parse_args()
+    texts = {Path(given.first).stem: given.first, **dict(text.split("=", 1) for text in given.texts)}
+    found: dict[tuple[str, str], list[float]] = {}
+    for seed in range(given.seeds):
+        for text, source in texts.items():
+            for name in MODELS:
+                value = trained(name, text, source, seed, given.steps, Path(given.output))
+                found.setdefault((name, text), []).append(value)
+                print(f"{text}, {name}, seed {seed}: {value:.4f} bits per byte", flush=True)
+    print(f"\n{given.steps} steps of {ROWS} rows x {LENGTH} bytes; mean over {given.seeds} seeds (largest - smallest)")
+    print(f"{'':<22}{'parameters':>12}{'FLOPs a byte':>14}" + "".join(f"{text:>20}" for text in texts))
+    for name in MODELS:
+        model = built(name)
+        cells = [f"{statistics.mean(v):.3f} ({max(v) - min(v):.3f})" for v in (found[name, text] for text in texts)]
+        print(f"{name:<22}{model.parameter_count():>12,}{model.flops(LENGTH) / LENGTH:>14,.0f}" + "".join(f"{c:>20}" for c in cells))
+
+
+if __name__ == "__main__":
+    main()
