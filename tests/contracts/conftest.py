@@ -42,6 +42,9 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
     "hnet": [
         {"hidden_sizes": [32, 40], "num_blocks": [[1, 0, 1], [1]], "convolution_size": 4},
         {"hidden_sizes": [24, 24, 32], "num_blocks": [[1, 0, 1], [0, 0, 1], [1]], "ternary": False, "initializer_range": 0.1},
+        {"hidden_sizes": [24, 32], "num_blocks": [[1, 0, 1], [2]], "mixers": ["hgrn_bit", ["attention", "ssm"]], "local_window": 6},
+        {"hidden_sizes": [24, 32], "num_blocks": [[1, 0, 1], [2]], "mixers": [["attention", "hgrn"], "ssm"], "ternary": False,
+         "initializer_range": 0.1},
     ],
     "ssm": [
         {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "local_window": 5},

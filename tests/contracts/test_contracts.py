@@ -118,8 +118,11 @@ def test_04_packed_documents_are_isolated(model: Model, with_segments: bool) -> 
     changed = ids.clone()
     changed[0, 9:19] = (changed[0, 9:19] + 7) % 61
     other = run(changed)
-    assert torch.equal(packed[0, :9], other[0, :9]) and torch.equal(packed[0, 19:], other[0, 19:])
-    assert torch.equal(packed[1, :20], other[1, :20]) and not torch.allclose(packed[0, 9:19], other[0, 9:19])
+    for row, places in ((0, slice(0, 9)), (0, slice(19, None)), (1, slice(0, 20))):
+        # The text decides how many places an inner stage has, and with them how products of floats are blocked.
+        bound = 1e-6 if model.capabilities.dynamic_lengths and not model.capabilities.rounds else 0.0
+        assert (packed[row, places] - other[row, places]).abs().max() <= bound
+    assert not torch.allclose(packed[0, 9:19], other[0, 9:19])
     for row, start, stop in ((0, 0, 9), (0, 9, 19), (0, 19, 24), (1, 0, 20)):
         alone = logits(model, Batch.from_ids(ids[row, start:stop]))
         torch.testing.assert_close(packed[row, start:stop], alone[0], atol=1e-5, rtol=1e-4)

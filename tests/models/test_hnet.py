@@ -39,10 +39,21 @@ def ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 256, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("convolution", [0, 4])
-@pytest.mark.parametrize("shape", [ONE, TWO], ids=["one", "two"])
-def test_stepping_is_the_full_forward_with_boundaries_of_every_rows_own(shape: dict[str, Any], convolution: int) -> None:
-    model = small(convolution_size=convolution, **shape)
+MIXED = {
+    "hgrn in the middle": {**ONE, "mixers": ["hgrn_bit", "hgrn"]},
+    "attention in the middle": {**ONE, "mixers": ["hgrn_bit", ["hgrn_bit", "attention"]], "local_window": 5},
+    "attention in all": {**ONE, "mixers": ["attention", "attention"], "local_window": 6},
+    "ssm inside attention": {**TWO, "mixers": ["hgrn_bit", "attention", "ssm"], "local_window": 8},
+}
+
+
+@pytest.mark.parametrize("shape", [
+    *(pytest.param({**shape, "convolution_size": size}, id=f"{name} {size}")
+      for name, shape in (("one", ONE), ("two", TWO)) for size in (0, 4)),
+    *(pytest.param(shape, id=name) for name, shape in MIXED.items()),
+])  # fmt: skip
+def test_stepping_is_the_full_forward_with_boundaries_of_every_rows_own(shape: dict[str, Any]) -> None:
+    model = small(**shape)
     for rows in (1, 4):
         tokens = ids(rows, 40, rows)
         with torch.no_grad():
@@ -137,9 +148,37 @@ def test_lists_from_the_command_line() -> None:
     assert HNetConfig.with_preset(None, **recipe.model).ratios == [4.0]
 
 
+@pytest.mark.parametrize("shape", MIXED.values(), ids=list(MIXED))
+def test_mixed_stages_keep_packed_and_padded_documents_apart(shape: dict[str, Any]) -> None:
+    model = small(**shape)
+    tokens = ids(1, 30)
+    docs = torch.tensor([[-1] * 3 + [0] * 11 + [1] * 14 + [-1] * 2])
+    with torch.no_grad():
+        packed = model(Batch.from_ids(tokens, doc_ids=docs)).logits
+        for start, stop in ((3, 14), (14, 28)):
+            alone = model(Batch.from_ids(tokens[:, start:stop])).logits
+            assert (packed[:, start:stop] - alone).abs().max() <= 1e-6
+
+
+def test_the_inner_stages_run_only_where_a_chunk_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small()
+    tokens = ids(1, 40, 1)
+    (marks,) = model.boundaries(Batch.from_ids(tokens))
+    ran = []
+    forward = type(model.stage.inner).forward
+    monkeypatch.setattr(type(model.stage), "forward", lambda self, *a: (ran.append(self.innermost), forward(self, *a))[1])
+    state = model.new_state(1, 40)
+    with torch.no_grad():
+        for t in range(40):
+            state = model(Batch.from_ids(tokens[:, t : t + 1]), state=state).state
+    assert sum(ran) == int(marks.sum()) < 40
+
+
 def test_shapes_that_do_not_fit() -> None:
     for keys, words in (({"hidden_sizes": [48, 32]}, "narrower"), ({"target_ratios": [1.0]}, "above 1"),
-                        ({"hidden_sizes": [8], "num_blocks": [[1]]}, "hgrn_bit")):  # fmt: skip
+                        ({"hidden_sizes": [8], "num_blocks": [[1]]}, "hgrn_bit"), ({"mixers": ["hgrn"]}, "each of 2 stages"),
+                        ({"mixers": ["hgrn", "attention"], "attention_heads": 5}, "attention_heads = 5"),
+                        ({"num_heads": 5}, "num_heads = 5"), ({"convolution_size": 1}, "0 for none")):  # fmt: skip
         with pytest.raises(ConfigError, match=words):
             small(**keys)
     assert math.isclose(HNetConfig(**TWO).ratios[0], 3.0)

@@ -31,14 +31,14 @@ class Attention(nn.Module):
 
     def __init__(
         self, width: int, heads: int, groups: int, head_width: int, *, bias: bool = False, out_bias: bool = False,
-        qk_norm: bool = False, eps: float = 1e-6, dropout: float = 0.0,
+        qk_norm: bool = False, eps: float = 1e-6, dropout: float = 0.0, linear: type[nn.Linear] = nn.Linear,
     ) -> None:  # fmt: skip
         super().__init__()
         self.heads, self.groups, self.head_width, self.dropout = heads, groups, head_width, dropout
-        self.query = nn.Linear(width, heads * head_width, bias=bias)
-        self.key = nn.Linear(width, groups * head_width, bias=bias)
-        self.value = nn.Linear(width, groups * head_width, bias=bias)
-        self.out = nn.Linear(heads * head_width, width, bias=out_bias)
+        self.query = linear(width, heads * head_width, bias=bias)
+        self.key = linear(width, groups * head_width, bias=bias)
+        self.value = linear(width, groups * head_width, bias=bias)
+        self.out = linear(heads * head_width, width, bias=out_bias)
         self.query_norm = RMSNorm(head_width, eps) if qk_norm else None
         self.key_norm = RMSNorm(head_width, eps) if qk_norm else None
 

@@ -12,13 +12,16 @@ from torch import Tensor, nn
 
 from treadle.layers.attention import Context
 from treadle.layers.bitlinear import BitLinear
-from treadle.layers.exact import evenly, mean_normed
+from treadle.layers.exact import ExactLinear, evenly, mean_normed
 from treadle.layers.state import LayerState
 from treadle.ops.scan import Backend, scan
 
 
-def linear(width: int, out: int, ternary: bool) -> nn.Module:
-    return BitLinear(width, out) if ternary else nn.Linear(width, out, bias=False)
+def linear(width: int, out: int, ternary: bool, even: bool = False) -> nn.Module:
+    """`even`: of a full-precision layer in a model that also rounds (layers/exact.py)."""
+    if ternary:
+        return BitLinear(width, out)
+    return (ExactLinear if even else nn.Linear)(width, out, bias=False)
 
 
 @dataclass
@@ -68,14 +71,13 @@ class HGRN(nn.Module):
 
     def __init__(
         self, width: int, inner: int, *, heads: int = 1, ternary: bool = True, gate: Literal["matmulfree", "hgrn"] = "matmulfree",
-        convolution: int = 0, shared_convolution: bool = False, eps: float = 1e-6, backend: Backend = "auto",
+        convolution: int = 0, shared_convolution: bool = False, eps: float = 1e-6, backend: Backend = "auto", even: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.inner, self.heads, self.gate, self.eps, self.backend = inner, heads, gate, eps, backend
-        self.forget = linear(width, inner, ternary)
-        self.input = linear(width, inner, ternary)
-        self.output_gate = linear(width, inner, ternary)
-        self.out = linear(inner, width, ternary)
+        self.width = width
+        self.forget, self.input = linear(width, inner, ternary, even), linear(width, inner, ternary, even)
+        self.output_gate, self.out = linear(width, inner, ternary, even), linear(inner, width, ternary, even)
         self.norm = nn.Parameter(torch.ones(inner))
         self.shared = shared_convolution
         channels = width if shared_convolution else 2 * inner
@@ -105,6 +107,10 @@ class HGRN(nn.Module):
             o = self._norm(gate) * evenly(F.silu, h) if self.gate == "matmulfree" else self._norm(h) * evenly(F.silu, gate)
         return self.out(o.to(x.dtype))
 
+    def flops(self, length: int) -> int:
+        """Of the products of one row's forward pass."""
+        return 2 * length * 4 * self.width * self.inner
+
     def _recur(self, f: Tensor, i: Tensor, context: Context, state: RecurrentState | None) -> Tensor:
         if state is None:
             if context.doc_ids is not None:  # the first place of a document forgets all before it
@@ -133,11 +139,16 @@ class HGRN(nn.Module):
 class GatedMLP(nn.Module):
     """down(silu(gate x) * up x) with gate and up in one matrix (so that one norm serves both)."""
 
-    def __init__(self, width: int, inner: int, ternary: bool) -> None:
+    def __init__(self, width: int, inner: int, ternary: bool, even: bool = False) -> None:
         super().__init__()
-        self.gate_up = linear(width, 2 * inner, ternary)
-        self.down = linear(inner, width, ternary)
+        self.shape = width, inner
+        self.gate_up = linear(width, 2 * inner, ternary, even)
+        self.down = linear(inner, width, ternary, even)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, -1)
         return self.down(evenly(F.silu, gate) * up)
+
+    def flops(self, length: int) -> int:
+        """Of the products of one row's forward pass."""
+        return 2 * length * 3 * self.shape[0] * self.shape[1]

@@ -29,6 +29,19 @@ class StageState(LayerState):
 
 
 @dataclass
+class PlaceCount(LayerState):
+    """seen [B]: real places before, for blocks that know positions."""
+
+    seen: Tensor
+
+    def move(self, real: Tensor) -> Tensor:
+        """The positions of the next places [B, T], of which `real` ones count."""
+        positions = self.seen[:, None] + real.cumsum(1) - 1
+        self.seen = self.seen + real.sum(1)
+        return positions.clamp_min(0)
+
+
+@dataclass
 class Boundaries:
     """probability p [B, T] and decision [B, T]; only real places are ever chosen."""
 
@@ -98,11 +111,20 @@ def smooth(
 
 
 def most_chosen(chosen: Tensor, expected: float) -> int:
-    """Chunks of the row that has most, at least 1: the one number the host has to know. Of tensors without contents (when
-    memory is planned), every `expected`-th place."""
+    """Chunks of the row that has most: the one number the host has to know. Of tensors without contents (when memory is
+    planned), every `expected`-th place."""
     if chosen.is_meta or type(chosen) is not Tensor:
-        return max(1, math.ceil(chosen.shape[1] / expected))
-    return max(1, int(chosen.sum(1).max()))
+        return math.ceil(chosen.shape[1] / expected)
+    return int(chosen.sum(1).max())
+
+
+def places_in_documents(real: Tensor, doc_ids: Tensor | None) -> Tensor:
+    """Each place's number within its document, int64 [B, T]."""
+    index = torch.arange(real.shape[1], device=real.device).expand(real.shape)
+    if doc_ids is None:
+        return index
+    first = F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0), value=True)
+    return index - torch.where(first, index, 0).cummax(1).values
 
 
 def ratio_loss(found: Boundaries, real: Tensor, target: float) -> Tensor:

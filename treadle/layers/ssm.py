@@ -15,33 +15,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from treadle.layers.attention import Attention, Context
+from treadle.layers.exact import ExactLinear, exact
 from treadle.layers.rope import rotate
-from treadle.layers.state import LayerState, Places
-from treadle.ops.ssd import ssd, step
-from treadle.ops.window import window_attention
+from treadle.layers.window import RingState, expanded
+from treadle.ops.ssd import ssd, ssd_flops, step
+from treadle.ops.window import window_attention, window_flops
 
 
 @dataclass
-class SSMState(LayerState):
-    """memory [B, H, N, P] in fp32; a ring of the last w rotated keys and values [B, G, w + 1, E], the last slot taking
-    padding; count [B], real symbols seen."""
+class SSMState(RingState):
+    """memory [B, H, N, P] in fp32, beside the ring of the window."""
 
     memory: Tensor
-    keys: Tensor
-    values: Tensor
-    count: Tensor
 
 
 class SSMMixer(Attention):
-    """y = g SSD(features of q and k, v) + (1 - g) softmax window, per head; `window` 0 leaves the state alone."""
+    """y = g SSD(features of q and k, v) + (1 - g) softmax window, per head; `window` 0 leaves the state alone. `even`:
+    evaluation in fp64 (layers/exact.py), for models that round."""
 
     def __init__(
         self, width: int, heads: int, groups: int, head_width: int, *, window: int, features: str, normalizer: bool,
-        qk_norm: bool = False, eps: float = 1e-6,
+        qk_norm: bool = False, eps: float = 1e-6, even: bool = False,
     ) -> None:  # fmt: skip
-        super().__init__(width, heads, groups, head_width, qk_norm=qk_norm, eps=eps)
-        self.window, self.normalizer = window, normalizer
-        self.decay = nn.Linear(width, heads)
+        linear: type[nn.Linear] = ExactLinear if even else nn.Linear
+        super().__init__(width, heads, groups, head_width, qk_norm=qk_norm, eps=eps, linear=linear)
+        self.window, self.normalizer, self.even = window, normalizer, even
+        self.decay = linear(width, heads)
         self.skip = nn.Parameter(torch.zeros(heads))
         self.gate = nn.Parameter(torch.zeros(heads)) if window else None
         mapped = features == "hedgehog"
@@ -54,14 +53,11 @@ class SSMMixer(Attention):
         return self.head_width * (2 if self.query_features is not None else 1)
 
     def empty(self, rows: int, device: Any, dtype: Any) -> SSMState:
-        width = self.head_width + self.normalizer
-        ring = (rows, self.groups, self.window + 1, self.head_width)
-        return SSMState(
-            torch.zeros(rows, self.heads, self.inner, width, device=device),
-            torch.zeros(ring, device=device, dtype=dtype),
-            torch.zeros(ring, device=device, dtype=dtype),
-            torch.zeros(rows, dtype=torch.int64, device=device),
-        )
+        if self.even:
+            dtype = torch.float64
+        shape = (rows, self.heads, self.inner, self.head_width + self.normalizer)
+        memory = torch.zeros(shape, device=device, dtype=torch.float64 if self.even else torch.float32)
+        return SSMState(memory=memory, **RingState.fields(rows, self.groups, self.window, self.head_width, device, dtype))
 
     def forward(self, x: Tensor, context: Context, cache: SSMState | None = None) -> Tensor:  # type: ignore[override]
         rows, length, _ = x.shape
@@ -70,38 +66,51 @@ class SSMMixer(Attention):
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         assert context.rotary is not None
-        q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
-        with torch.autocast(x.device.type, enabled=False):
-            y = self._scan(x, q, k, v, context, cache)
-        if self.gate is not None:
-            near = self._near(q, k, v, context, cache)
-            share = torch.sigmoid(self.gate.float())[:, None, None]
-            y = share * y + (1.0 - share) * near.float()
+        with torch.autocast(x.device.type, enabled=torch.is_autocast_enabled(x.device.type) and not self.even):
+            if self.even:
+                q, k, v = exact(q), exact(k), exact(v)
+            q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
+            with torch.autocast(x.device.type, enabled=False):
+                y = self._scan(x, q, k, v, context, cache)
+            if self.gate is not None:
+                near = self._near(q, k, v, context, cache)
+                share = torch.sigmoid(self.gate.to(y.dtype))[:, None, None]
+                y = share * y + (1.0 - share) * near.to(y.dtype)
+            elif cache is not None:
+                assert context.places is not None
+                cache.count = cache.count + context.places.real.sum(1)
         return self.out(y.to(x.dtype).transpose(1, 2).reshape(rows, length, self.heads * self.head_width))
 
+    def _near(self, q: Tensor, k: Tensor, v: Tensor, context: Context, cache: SSMState | None) -> Tensor:
+        if cache is None:
+            return window_attention(q, self._expanded(k), self._expanded(v), self.window, context.doc_ids)
+        assert context.places is not None
+        return cache.attend(q, k, v, context.places, self.window)
+
     def _expanded(self, t: Tensor) -> Tensor:
-        repeat = self.heads // self.groups
-        return t if repeat == 1 else t.repeat_interleave(repeat, dim=1)
+        return expanded(t, self.heads // self.groups)
 
     def _features(self, t: Tensor, weight: Tensor | None) -> Tensor:
         if weight is None:
             return t * self.head_width**-0.25  # so that a product of two is scaled like attention's
-        z = torch.einsum("bhte,hef->bhtf", t, weight.float())
+        z = torch.einsum("bhte,hef->bhtf", t, weight.to(t.dtype))
         return torch.cat([z.softmax(-1), (-z).softmax(-1)], -1)
 
     def _scan(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, context: Context, cache: SSMState | None) -> Tensor:
-        """[B, H, T, E] in fp32."""
-        log_decay = -F.softplus(F.linear(x.float(), self.decay.weight.float(), self.decay.bias.float()))
-        log_decay = log_decay.transpose(1, 2)  # [B, H, T]
-        c = self._features(q.float(), self.query_features)
-        b = self._expanded(self._features(k.float(), self.key_features))
-        v = self._expanded(v.float())
+        """[B, H, T, E] in fp32 (fp64 stays)."""
+        wide = q.dtype if q.dtype == torch.float64 else torch.float32
+        q, k, v = q.to(wide), k.to(wide), v.to(wide)
+        decay = self.decay(x.float()) if self.even else F.linear(x.float(), self.decay.weight.float(), self.decay.bias.float())
+        log_decay = -F.softplus(decay.to(wide)).transpose(1, 2)  # [B, H, T]
+        c = self._features(q, self.query_features)
+        b = self._expanded(self._features(k, self.key_features))
+        v = self._expanded(v)
         taken = torch.cat([v, torch.ones_like(v[..., :1])], -1) if self.normalizer else v
         if cache is None:
             y, _ = ssd(taken, log_decay, b, c, context.doc_ids)
         else:
             assert context.places is not None
-            real = context.places.real[:, None].float()  # padding: no decay, no input
+            real = context.places.real[:, None].to(wide)  # padding: no decay, no input
             log_decay, b = log_decay * real, b * real[..., None]
             if x.shape[1] == 1:
                 cache.memory = step(cache.memory, taken[:, :, 0], log_decay[:, :, 0], b[:, :, 0]).detach()
@@ -111,34 +120,21 @@ class SSMMixer(Attention):
                 cache.memory = last.detach()
         if self.normalizer:
             y = y[..., :-1] / (y[..., -1:] + 1e-6)
-        return y + self.skip.float()[:, None, None] * v
+        return y + self.skip.to(wide)[:, None, None] * v
 
-    def _near(self, q: Tensor, k: Tensor, v: Tensor, context: Context, cache: SSMState | None) -> Tensor:
-        if cache is None:
-            return window_attention(q, self._expanded(k), self._expanded(v), self.window, context.doc_ids)
-        assert context.places is not None
-        return self._ring(q, k, v, context.places, cache)
+    def flops(self, length: int) -> int:
+        """Of the products of one row's forward pass."""
+        width, heads, groups, e = self.query.in_features, self.heads, self.groups, self.head_width
+        products = 2 * width * heads * e + 2 * width * groups * e + width * heads
+        features = (heads + groups) * e * e if self.query_features is not None else 0
+        window = window_flops(length, heads, e, self.window) if self.window else 0
+        return 2 * length * (products + features) + window + ssd_flops(length, heads, self.inner, e + self.normalizer)
 
-    def _ring(self, q: Tensor, k: Tensor, v: Tensor, places: Places, cache: SSMState) -> Tensor:
-        """Softmax over the ring and the new places; then the ring takes the newest."""
-        w, count = self.window, cache.count[:, None]
-        slots = torch.arange(w, device=q.device)
-        old = count - 1 - (count - 1 - slots) % w  # [B, w]: the position that a slot holds, negative where it is empty
-        new = torch.where(places.real, places.positions, -1)
-        held = torch.cat([old, new], 1)[:, None]  # [B, 1, w + T]
-        now = places.positions[:, :, None]
-        seen = (held >= 0) & (held <= now) & (held > now - w)
-        keys, values = (
-            self._expanded(torch.cat([ring[:, :, :w].to(t.dtype), t], 2)) for ring, t in ((cache.keys, k), (cache.values, v))
-        )
-        scores = (q @ keys.transpose(-1, -2)) * self.head_width**-0.5
-        share = scores.masked_fill(~seen[:, None], torch.finfo(scores.dtype).min).softmax(-1)
-        after = cache.count + places.real.sum(1)
-        kept = places.real & (places.positions >= (after - w)[:, None])
-        write = torch.where(kept, places.positions % w, w)
-        rows = torch.arange(q.shape[0], device=q.device)[:, None]
-        for ring, t in ((cache.keys, k), (cache.values, v)):
-            taken = t.detach().transpose(1, 2) * kept[:, :, None, None]
-            ring.transpose(1, 2)[rows, write] = taken.to(ring.dtype)
-        cache.count = after
-        return share @ values
+    @staticmethod
+    def initial(name: str, parameter: Tensor) -> Tensor | str | None:
+        """How the parameters that attention does not have start."""
+        if name.endswith("_features"):
+            return torch.eye(parameter.shape[-1]).expand(parameter.shape)
+        if name.endswith("decay.bias"):  # from a memory of 90 places to one of 3
+            return torch.linspace(-4.5, -1.0, parameter.shape[0])
+        return "zeros" if name.endswith(("attention.skip", "attention.gate")) else None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from pydantic import model_validator
@@ -17,22 +18,25 @@ from treadle.layers.hgrn import linear
 from treadle.layers.hierarchy import (
     Boundaries,
     BoundaryRouter,
+    PlaceCount,
     StageState,
     compact,
     empty_state,
     most_chosen,
+    places_in_documents,
     ratio_loss,
     smooth,
     straight_through,
 )  # fmt: skip
+from treadle.layers.rope import rotation
 from treadle.layers.state import Places, State
 from treadle.models.backbone import through
-from treadle.models.base import Capabilities, Model, ModelConfig, Output, ParameterRule
-from treadle.models.hgrn_bit import Block, HGRNBitConfig
+from treadle.models.base import Capabilities, Model, Output, ParameterRule
+from treadle.models.recurrent import INTO_STREAM, Block, Mixer, RecurrentConfig, block_initial, block_rule
 from treadle.settings import option
 
 
-class HNetConfig(ModelConfig):
+class HNetConfig(RecurrentConfig):
     """The hierarchical model's keys."""
 
     hidden_sizes: list[int] = option([128, 192], aliases=("d_model", "hidden_size"))
@@ -41,43 +45,24 @@ class HNetConfig(ModelConfig):
     num_blocks: list[list[int]] = option([[1, 0, 1], [4]])
     """[encoder, 0, decoder] blocks of each outer stage, then [blocks] of the innermost."""
 
+    mixers: list[Mixer | list[Mixer]] | None = option(None)
+    """What mixes places in each stage: hgrn_bit, hgrn, attention (over the last local_window places) or ssm; a list is a
+    pattern that repeats over the stage's blocks. Without it hgrn_bit everywhere (hgrn with ternary off)."""
+
+    local_window: int = option(64, aliases=("window_size", "sliding_window"), ge=1)
+    """Places that an attention block sees; chunks, in an inner stage."""
+
+    attention_heads: int = option(4, ge=1)
+    """Heads of attention and ssm blocks; half a head's width must be whole in every stage that has them."""
+
     target_ratios: list[float] | None = option(None)
     """Symbols a chunk at each outer stage, as the ratio loss wants them; default 6 for one stage, 3 each for more."""
 
     ratio_weight: float = option(0.03, ge=0.0)
     """Weight of the ratio loss."""
 
-    ternary: bool = option(True)
-    """Off: ordinary fp32 matrices (plain HGRN blocks)."""
-
-    expand_ratio: int = option(1, ge=1)
-    """Width of a block's recurrence: this times the stage's width."""
-
-    hidden_ratio: int = option(4, ge=1)
-    """Width of a block's MLP: this times the stage's width."""
-
-    mlp_width: Literal["full", "matmulfree"] = option("full")
-    """full: hidden_ratio D; matmulfree: two thirds of it, rounded up to a multiple of 256."""
-
-    num_heads: int = option(1, aliases=("n_heads",), ge=1)
-    """Parts that the norm of a recurrence's output is split into."""
-
-    convolution_size: int = option(0, aliases=("conv_size",), ge=0, le=16)
-    """Places that a short convolution before the gates sees; 0 is none."""
-
-    scan_backend: Literal["auto", "native", "loop", "triton"] = option(
-        "auto", aliases=("attn_mode",), spellings={"fused_recurrent": "triton", "chunk": "auto"}
-    )
-    """How the recurrence is computed; all ways agree."""
-
     stage_learning_rates: bool = option(True)
     """Each stage's learning rate by its width and the symbols it sees (H-Net, appendix C)."""
-
-    norm_eps: float = option(1e-6, aliases=("rms_norm_eps",), gt=0)
-    """Added inside the norms' square roots."""
-
-    initializer_range: float = option(0.02, aliases=("init_std",), gt=0)
-    """Standard deviation of initial weights; projections into a stream are divided by the root of the blocks around."""
 
     max_position_embeddings: int | None = option(None, ge=2)
     """The length of training rows where data.seq_len is not given; a recurrence itself has no longest row."""
@@ -99,6 +84,13 @@ class HNetConfig(ModelConfig):
                 raise ValueError(f"num_blocks[{number}] = {blocks}: this stage takes {wanted}")
         if any(a > b for a, b in zip(self.hidden_sizes, self.hidden_sizes[1:])):
             raise ValueError(f"hidden_sizes = {self.hidden_sizes}: an inner stage may not be narrower than the one around it")
+        self.check_widths(*self.hidden_sizes)
+        if self.mixers is not None and (len(self.mixers) != len(self.hidden_sizes) or [] in self.mixers):
+            raise ValueError(f"mixers = {self.mixers}: give one entry (or a list) for each of {len(self.hidden_sizes)} stages")
+        for stage, width in enumerate(self.hidden_sizes):
+            if {"attention", "ssm"} & set(self.pattern(stage)) and width % (2 * self.attention_heads):
+                raise ValueError(f"hidden_sizes[{stage}] = {width} does not divide into attention_heads = {self.attention_heads} "
+                                 "heads of even width")  # fmt: skip
         ratios = self.ratios
         if len(ratios) != len(self.hidden_sizes) - 1 or any(r <= 1 for r in ratios):
             raise ValueError(f"target_ratios = {ratios}: give {len(self.hidden_sizes) - 1} number(s) above 1, one for each outer "
@@ -112,12 +104,17 @@ class HNetConfig(ModelConfig):
         outer = len(self.hidden_sizes) - 1
         return [6.0] if outer == 1 else [3.0] * outer
 
-    def block_config(self, stage: int) -> HGRNBitConfig:
-        return HGRNBitConfig(
-            hidden_size=self.hidden_sizes[stage], ternary=self.ternary, expand_ratio=self.expand_ratio, mlp_width=self.mlp_width,
-            hidden_ratio=self.hidden_ratio, num_heads=self.num_heads, convolution_size=self.convolution_size,
-            scan_backend=self.scan_backend, norm_eps=self.norm_eps,
-        )  # fmt: skip
+    def pattern(self, stage: int) -> list[Mixer]:
+        """The mixers of a stage's blocks, repeated over them."""
+        if self.mixers is None:
+            return ["hgrn_bit" if self.ternary else "hgrn"]
+        given = self.mixers[stage]
+        return given if isinstance(given, list) else [given]
+
+    @property
+    def rounds(self) -> bool:
+        """Some block rounds to integers."""
+        return any("hgrn_bit" in self.pattern(stage) for stage in range(len(self.hidden_sizes)))
 
     @classmethod
     def presets(cls) -> dict[str, dict[str, Any]]:
@@ -147,8 +144,17 @@ class Stage(nn.Module):
         width, counts = config.hidden_sizes[index], config.num_blocks[index]
         self.innermost = len(counts) == 1
         self.target = None if self.innermost else config.ratios[index]
-        blocks = config.block_config(index)
-        self.encoder = nn.ModuleList(Block(blocks) for _ in range(counts[0]))
+        self.counted = any(mixer in ("attention", "ssm") for mixer in config.pattern(index))
+        self.head_width, self.even = width // config.attention_heads, config.rounds
+
+        def blocks(first: int, count: int) -> nn.ModuleList:
+            pattern = config.pattern(index)
+            return nn.ModuleList(
+                Block(config, width, pattern[number % len(pattern)], even=config.rounds, window=config.local_window,
+                      heads=config.attention_heads) for number in range(first, first + count)
+            )  # fmt: skip
+
+        self.encoder = blocks(0, counts[0])
         self.encoder_norm = ExactRMSNorm(width, config.norm_eps)
         if self.innermost:
             return
@@ -157,30 +163,37 @@ class Stage(nn.Module):
         self.residual = nn.Linear(width, width)
         self.widening = nn.Parameter(torch.zeros(inner - width)) if inner > width else None
         self.inner = Stage(config, index + 1)
-        self.decoder = nn.ModuleList(Block(blocks) for _ in range(counts[2]))
+        self.decoder = blocks(counts[0], counts[2])
         self.decoder_norm = ExactRMSNorm(width, config.norm_eps)
+
+    def own_blocks(self) -> list[nn.Module]:
+        return [*self.encoder, *(() if self.innermost else self.decoder)]
 
     def blocks(self) -> list[nn.Module]:
         inside = [] if self.innermost else [*self.inner.blocks(), *self.decoder]
         return [*self.encoder, *inside]
 
+    @property
+    def memories(self) -> int:
+        """Entries of `states`."""
+        return self.counted + len(self.own_blocks()) + (0 if self.innermost else 1 + self.inner.memories)
+
     def states(self, rows: int, device: Any, dtype: Any) -> list[Any]:
         """Decoding states in the order that `forward` takes them."""
-        made: list[Any] = [block.attention.empty(rows, device, dtype) for block in self.encoder]  # type: ignore[union-attr, operator]
+        made: list[Any] = [PlaceCount(torch.zeros(rows, dtype=torch.int64, device=device))] if self.counted else []
+        made += [block.empty(rows, device, dtype) for block in self.encoder]  # type: ignore[operator]
         if not self.innermost:
             inner = self.inner.encoder_norm.weight.shape[0]
             made.append(empty_state(rows, self.encoder_norm.weight.shape[0], inner, device))
             made += self.inner.states(rows, device, dtype)
-            made += [block.attention.empty(rows, device, dtype) for block in self.decoder]  # type: ignore[union-attr, operator]
+            made += [block.empty(rows, device, dtype) for block in self.decoder]  # type: ignore[operator]
         return made
 
     def forward(
         self, x: Tensor, real: Tensor, doc_ids: Tensor | None, states: Iterator[Any] | None, found: list[tuple[Boundaries, Tensor]],
     ) -> Tensor:  # fmt: skip
         """x [B, T, D]; real [B, T], with states all of them before the padding. `found` takes each stage's boundaries."""
-        context = Context(doc_ids)
-        if states is not None:
-            context.places = Places(real, real.long(), real.long())
+        context = self._context(real, doc_ids, states)
         x = self.encoder_norm(through(self.encoder, x, context, states))
         if self.innermost:
             return x
@@ -201,6 +214,19 @@ class Stage(nn.Module):
             own.seen = own.seen | (count > 0)
         return self.decoder_norm(through(self.decoder, y, context, states))
 
+    def _context(self, real: Tensor, doc_ids: Tensor | None, states: Iterator[Any] | None) -> Context:
+        """What this stage's blocks share; places count from each document's start, in chunks inside."""
+        context = Context(doc_ids)
+        positions = real  # recurrences know none
+        if self.counted:
+            seen = next(states) if states is not None else None
+            positions = places_in_documents(real, doc_ids) if seen is None else seen.move(real)
+            wide = torch.float64 if self.even and not torch.is_grad_enabled() else torch.float32
+            context.rotary = rotation(positions, self.head_width, dtype=wide)
+        if states is not None:
+            context.places = Places(real, positions, positions)
+        return context
+
     def _inside(
         self, x: Tensor, real: Tensor, boundaries: Boundaries, doc_ids: Tensor | None, own: StageState | None,
         states: Iterator[Any] | None, found: list[tuple[Boundaries, Tensor]],
@@ -209,6 +235,11 @@ class Stage(nn.Module):
         chosen = boundaries.chosen
         assert self.target is not None
         longest = most_chosen(chosen, self.target)
+        if longest == 0 and own is not None and states is not None:  # no chunk begins: the stages inside stand still
+            for _ in range(self.inner.memories):
+                next(states)
+            return own.smoothed[:, None, : x.shape[2]].expand(-1, x.shape[1], -1)
+        longest = max(1, longest)
         chunks, order = compact(x, chosen, longest)
         taken = chosen.gather(1, order)
         inner_docs = None
@@ -238,7 +269,7 @@ class HNet(Model):
     def __init__(self, config: HNetConfig) -> None:
         super().__init__()
         self.config = config
-        self.capabilities = Capabilities(dynamic_lengths=True, rounds=config.ternary)
+        self.capabilities = Capabilities(dynamic_lengths=True, rounds=config.rounds or config.ternary)
         width = config.hidden_sizes[0]
         self.embedding = nn.Embedding(config.vocab_size, width)
         self.stage = Stage(config, 0)
@@ -295,37 +326,37 @@ class HNet(Model):
 
     def flops(self, length: int) -> int:
         """With as many chunks as the ratio loss wants; what a batch really costs depends on its text."""
-        c, total, places = self.config, 0.0, float(length)
-        for stage, (width, counts) in enumerate(zip(c.hidden_sizes, c.num_blocks)):
-            shape = c.block_config(stage)
-            block = 4 * width * shape.inner + 3 * width * shape.mlp_inner
-            total += places * (sum(counts) * block + (3 * width * width if len(counts) == 3 else 0))
-            places /= c.ratios[stage] if stage < len(c.ratios) else 1.0
-        return round(2 * (total + length * c.hidden_sizes[0] * c.vocab_size))
+        c, places, stage = self.config, float(length), self.stage
+        total = 2 * length * c.hidden_sizes[0] * c.vocab_size
+        for width, ratio in zip(c.hidden_sizes, [*c.ratios, 1.0]):
+            here = math.ceil(places)
+            total += sum(block.flops(here) for block in stage.own_blocks())  # type: ignore[operator]
+            if not stage.innermost:
+                total += 2 * here * 3 * width * width
+                stage, places = stage.inner, places / ratio
+        return total
 
     def parameter_rules(self) -> dict[str, ParameterRule]:
         c, rules = self.config, {}
         for name, _ in self.named_parameters():
             rate = _stage_rate(c, name.count("inner.")) if c.stage_learning_rates else 1.0
-            convolved = "convolution" in name
-            rules[name] = ParameterRule(round(rate, 6), False if convolved else None, not convolved)
+            rules[name] = replace(block_rule(name), learning_rate_multiplier=round(rate, 6))
         return rules
 
     def initial(self, name: str, parameter: Tensor) -> float | str | Tensor:
         if name == "embedding.weight":
             return 1.0
-        if name.endswith("convolution.weight"):  # starts as no convolution
-            return torch.nn.functional.pad(torch.ones(parameter.shape[0], 1), (0, parameter.shape[1] - 1))
         if name.endswith(("router.query.weight", "router.key.weight")):
             return torch.eye(parameter.shape[0])
         if name.endswith((".residual.weight", ".residual.bias")):
             return "zeros"
         if name.endswith("widening"):
             return self.config.initializer_range
-        if parameter.dim() == 1:
-            return "ones"
+        special = block_initial(name, parameter)
+        if special is not None:
+            return special
         std = self.config.initializer_range
-        if name.endswith(("attention.out.weight", "mlp.down.weight")):
+        if name.endswith(INTO_STREAM):
             around = sum(sum(counts) for counts in self.config.num_blocks[: name.count("inner.") + 1])
             return std / math.sqrt(2 * around)
         return std

@@ -5,14 +5,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
 from treadle.layers.ssm import SSMMixer
 from treadle.models.shc import SHC, SHCConfig
-from treadle.ops.ssd import ssd_flops
-from treadle.ops.window import window_flops
 from treadle.settings import option
 
 
@@ -55,12 +52,7 @@ class SSM(SHC):
         return self.layers[index].attention.empty(batch_size, device, dtype)  # type: ignore[union-attr, operator]
 
     def mixer_flops(self, length: int) -> int:
-        c, heads, e = self.config, self.config.num_heads, self.config.width_of_head
-        products = 2 * c.hidden_size * heads * e + 2 * c.hidden_size * c.groups * e + c.hidden_size * heads
-        mapped = c.feature_map == "hedgehog"
-        features = (heads + c.groups) * e * e if mapped else 0
-        window = window_flops(length, heads, e, c.local_window) if c.local_window else 0
-        return 2 * length * (products + features) + window + ssd_flops(length, heads, e * (1 + mapped), e + c.normalizer)
+        return self.layers[0].attention.flops(length)  # type: ignore[union-attr, operator]
 
     def parameter_rules(self) -> dict[str, Any]:
         from treadle.models.base import ParameterRule
@@ -69,10 +61,5 @@ class SSM(SHC):
         return {**super().parameter_rules(), **{n: ParameterRule(weight_decay=False) for n in maps}}
 
     def initial(self, name: str, parameter: Tensor) -> float | str | Tensor:
-        if name.endswith("_features"):
-            return torch.eye(parameter.shape[-1]).expand(parameter.shape)
-        if name.endswith("decay.bias"):  # from a memory of 90 places to one of 3
-            return torch.linspace(-4.5, -1.0, parameter.shape[0])
-        if name.endswith(("attention.skip", "attention.gate")):
-            return "zeros"
-        return super().initial(name, parameter)
+        own = SSMMixer.initial(name, parameter)
+        return super().initial(name, parameter) if own is None else own

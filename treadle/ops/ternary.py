@@ -133,9 +133,9 @@ def native() -> ctypes.CDLL | None:
     """csrc/ternary.c with its signatures: pointers go over as plain numbers, which costs a microsecond less each."""
     made = library("ternary")
     if made is not None:
-        pointer, size = ctypes.c_void_p, ctypes.c_int64
+        pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
         made.normed_quantized.argtypes = [pointer] * 5 + [size] * 2
-        made.rms_normed.argtypes = [pointer] * 2 + [ctypes.c_double, pointer] + [size] * 2
+        made.rms_normed.argtypes = [pointer, pointer, number, pointer, size, size]
         made.ternary_layer.argtypes = [pointer] * 4 + [size]
         made.recurrent_block.argtypes = [pointer] * 5 + [size]
         made.normed_quantized.restype = made.rms_normed.restype = None

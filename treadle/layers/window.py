@@ -1,0 +1,93 @@
+"""Attention over the last places alone, with a ring of keys and values instead of a growing cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from treadle.layers.attention import Attention, Context
+from treadle.layers.exact import ExactLinear, exact
+from treadle.layers.rope import rotate
+from treadle.layers.state import LayerState, Places
+from treadle.ops.window import window_attention, window_flops
+
+
+@dataclass
+class RingState(LayerState):
+    """The last w rotated keys and values [B, G, w + 1, E], the last slot taking padding; count [B], real symbols seen."""
+
+    keys: Tensor
+    values: Tensor
+    count: Tensor
+
+    @staticmethod
+    def fields(rows: int, groups: int, window: int, width: int, device: Any, dtype: Any) -> dict[str, Tensor]:
+        made = (torch.zeros(rows, groups, window + 1, width, device=device, dtype=dtype) for _ in range(2))
+        return {**dict(zip(("keys", "values"), made)), "count": torch.zeros(rows, dtype=torch.int64, device=device)}
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, places: Places, window: int) -> Tensor:
+        """Softmax over the ring and the new places, q [B, H, T, E], k and v [B, G, T, E]; then the ring takes the newest."""
+        w, count = window, self.count[:, None]
+        slots = torch.arange(w, device=q.device)
+        old = count - 1 - (count - 1 - slots) % w  # [B, w]: the position that a slot holds, negative where it is empty
+        new = torch.where(places.real, places.positions, -1)
+        held = torch.cat([old, new], 1)[:, None]  # [B, 1, w + T]
+        now = places.positions[:, :, None]
+        seen = (held >= 0) & (held <= now) & (held > now - w)
+        repeat = q.shape[1] // k.shape[1]
+        keys, values = (
+            expanded(torch.cat([ring[:, :, :w].to(t.dtype), t], 2), repeat) for ring, t in ((self.keys, k), (self.values, v))
+        )
+        scores = (q @ keys.transpose(-1, -2)) * q.shape[-1] ** -0.5
+        share = scores.masked_fill(~seen[:, None], torch.finfo(scores.dtype).min).softmax(-1)
+        after = self.count + places.real.sum(1)
+        kept = places.real & (places.positions >= (after - w)[:, None])
+        write = torch.where(kept, places.positions % w, w)
+        rows = torch.arange(q.shape[0], device=q.device)[:, None]
+        for ring, t in ((self.keys, k), (self.values, v)):
+            taken = t.detach().transpose(1, 2) * kept[:, :, None, None]
+            ring.transpose(1, 2)[rows, write] = taken.to(ring.dtype)
+        self.count = after
+        return share @ values
+
+
+def expanded(t: Tensor, repeat: int) -> Tensor:
+    """Groups [B, G, ...] repeated for their heads."""
+    return t if repeat == 1 else t.repeat_interleave(repeat, dim=1)
+
+
+class WindowAttention(Attention):
+    """Softmax attention of place t over t - window + 1 .. t of its document, with rotary positions. `even`: evaluation in
+    fp64 (layers/exact.py), for models that round."""
+
+    def __init__(self, width: int, heads: int, *, window: int, even: bool = False) -> None:
+        linear: type[nn.Linear] = ExactLinear if even else nn.Linear
+        super().__init__(width, heads, heads, width // heads, linear=linear)
+        self.window, self.even = window, even
+
+    def empty(self, rows: int, device: Any, dtype: Any) -> RingState:
+        dtype = torch.float64 if self.even else dtype
+        return RingState(**RingState.fields(rows, self.groups, self.window, self.head_width, device, dtype))
+
+    def forward(self, x: Tensor, context: Context, cache: RingState | None = None) -> Tensor:  # type: ignore[override]
+        rows, length, _ = x.shape
+        q, k, v = (self._split(layer(x), self.heads) for layer in (self.query, self.key, self.value))
+        with torch.autocast(x.device.type, enabled=torch.is_autocast_enabled(x.device.type) and not self.even):
+            if self.even:
+                q, k, v = exact(q), exact(k), exact(v)
+            assert context.rotary is not None
+            q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
+            if cache is None:
+                y = window_attention(q, k, v, self.window, context.doc_ids)
+            else:
+                assert context.places is not None
+                y = cache.attend(q, k, v, context.places, self.window)
+        return self.out(y.to(x.dtype).transpose(1, 2).reshape(rows, length, -1))
+
+    def flops(self, length: int) -> int:
+        """Of the products of one row's forward pass."""
+        width = self.query.in_features
+        return 2 * length * 4 * width * width + window_flops(length, self.heads, self.head_width, self.window)

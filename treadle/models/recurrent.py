@@ -1,0 +1,175 @@
+"""The block of the byte models and its keys: a recurrence (or windowed attention, or a state-space mixer) and a gated MLP."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from treadle.layers.attention import Context
+from treadle.layers.exact import ExactRMSNorm, evenly
+from treadle.layers.hgrn import HGRN, GatedMLP
+from treadle.layers.ssm import SSMMixer
+from treadle.layers.window import WindowAttention
+from treadle.models.base import ModelConfig, ParameterRule
+from treadle.ops.recurrent_block import PackedBlock, available
+from treadle.settings import option
+
+Mixer = Literal["hgrn_bit", "hgrn", "attention", "ssm"]
+
+
+class RecurrentConfig(ModelConfig):
+    """Keys of the recurrence and of the MLP beside it."""
+
+    ternary: bool = option(True)
+    """Matrices of -1, 0 and 1. Off: the same model with ordinary fp32 matrices, for comparison."""
+
+    num_heads: int = option(1, aliases=("n_heads", "heads"), ge=1)
+    """Parts that the norm of a recurrence's output is split into."""
+
+    expand_ratio: int = option(1, ge=1)
+    """Width of the recurrence: this times the block's width."""
+
+    hidden_ratio: int = option(4, ge=1)
+    """Width of the MLP: this times the block's width (mlp_width = full)."""
+
+    mlp_width: Literal["full", "matmulfree"] = option("full")
+    """full: hidden_ratio D; matmulfree: two thirds of it, rounded up to a multiple of 256."""
+
+    output_gate: Literal["matmulfree", "hgrn"] = option("matmulfree")
+    """What is normed and what gates: norm(G x) silu(h), or norm(h) silu(G x)."""
+
+    convolution_size: int = option(0, aliases=("conv_size",), ge=0, le=16)
+    """Places that a short convolution before the gates sees; 0 is none, 4 is usual."""
+
+    shared_convolution: bool = option(False, aliases=("share_conv_kernel",))
+    """One convolution of the block's input instead of one for each gate."""
+
+    scan_backend: Literal["auto", "native", "loop", "triton"] = option(
+        "auto", aliases=("attn_mode",), spellings={"fused_recurrent": "triton", "chunk": "auto"}
+    )
+    """How the recurrence is computed; all ways agree."""
+
+    norm_eps: float = option(1e-6, aliases=("rms_norm_eps",), gt=0)
+    """Added inside the norms' square roots."""
+
+    initializer_range: float = option(0.02, aliases=("init_std",), gt=0)
+    """Standard deviation of initial weights; projections into a stream are divided by the root of the blocks around."""
+
+    def inner(self, width: int) -> int:
+        """Width of the recurrence in a block of this width."""
+        return width * self.expand_ratio
+
+    def mlp_inner(self, width: int) -> int:
+        wide = self.hidden_ratio * width
+        return wide if self.mlp_width == "full" else 256 * -(-(2 * wide) // (3 * 256))
+
+    def check_widths(self, *widths: int) -> None:
+        """ValueError where the recurrence does not fit into blocks of these widths."""
+        for width in widths:
+            if self.inner(width) % self.num_heads:
+                raise ValueError(f"the recurrence is {self.inner(width)} wide, which does not divide by num_heads = "
+                                 f"{self.num_heads}")  # fmt: skip
+        if self.convolution_size == 1:
+            raise ValueError("convolution_size = 1 sees one place alone; use 0 for none, or 4")
+
+
+_version, _address = operator.attrgetter("_version"), Tensor.data_ptr
+
+
+class Block(nn.Module):
+    """x += mixer(norm x); x += MLP(norm x). `mixer` hgrn_bit is ternary with its MLP; the others are full precision, and
+    `even` where other blocks of the model round (layers/exact.py)."""
+
+    def __init__(
+        self, config: RecurrentConfig, width: int, mixer: Mixer, *, bounded: bool = False, even: bool = False, window: int = 0,
+        heads: int = 1,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.mixer, ternary, inner = mixer, mixer == "hgrn_bit", config.inner(width)
+        self.attention_norm = ExactRMSNorm(width, config.norm_eps)
+        self.attention: nn.Module
+        if mixer == "attention":
+            self.attention = WindowAttention(width, heads, window=window, even=even)
+        elif mixer == "ssm":
+            self.attention = SSMMixer(width, heads, heads, width // heads, window=0, features="hedgehog", normalizer=True,
+                                      eps=config.norm_eps, even=even)  # fmt: skip
+        else:
+            self.attention = HGRN(
+                width, inner, heads=config.num_heads, ternary=ternary, gate=config.output_gate, even=even,
+                convolution=config.convolution_size, shared_convolution=config.shared_convolution, eps=config.norm_eps,
+                backend=config.scan_backend,
+            )  # fmt: skip
+        self.mlp_norm = ExactRMSNorm(width, config.norm_eps)
+        self.mlp = GatedMLP(width, config.mlp_inner(width), ternary, even)
+        self.lower_bound = nn.Parameter(torch.zeros(inner)) if bounded else None
+        self.eps, self.fusable = config.norm_eps, ternary and not config.convolution_size
+        self._kept: tuple[Any, PackedBlock] | None = None
+        self._sources: list[tuple[Any, str]] | None = None  # where its parameters are, so that new ones are seen at once
+
+    @property
+    def bound(self) -> Tensor | None:
+        return evenly(torch.sigmoid, self.lower_bound.float()) if self.lower_bound is not None else None
+
+    def forward(self, x: Tensor, context: Context, state: Any = None) -> Tensor:
+        if state is not None and x.shape[1] == 1 and not torch.is_grad_enabled() and not self.training:
+            packed = self.packed(x)
+            if packed is not None:
+                assert context.places is not None
+                return packed(x.float(), state.hidden, context.places.real)
+        bound = () if self.lower_bound is None else (self.bound,)
+        if context.mixer_only:
+            return self.attention(x, context, None, *bound)
+        x = x + self.attention(self.attention_norm(x), context, state, *bound)
+        return x + self.mlp(self.mlp_norm(x))
+
+    def empty(self, rows: int, device: Any, dtype: Any) -> Any:
+        """The decoding state before the first place."""
+        return self.attention.empty(rows, device, dtype)  # type: ignore[operator]
+
+    def flops(self, length: int) -> int:
+        """Of the products of one row's forward pass."""
+        return self.attention.flops(length) + self.mlp.flops(length)  # type: ignore[operator]
+
+    def packed(self, x: Tensor) -> PackedBlock | None:
+        """The block as one compiled call for a place at a time, where there is one."""
+        if not self.fusable or x.device.type != "cpu" or not available():
+            return None
+        if self._sources is None:
+            holders = (*self._layers(), self.attention_norm, self.mlp_norm, self.attention, self)
+            self._sources = [(h._parameters, name) for h in holders for name, p in h._parameters.items() if p is not None]
+        mark = [look(p[name]) for p, name in self._sources for look in (_version, _address)]
+        if self._kept is None or self._kept[0] != mark:
+            packed = [layer.packed() for layer in self._layers()]  # type: ignore[operator]
+            mixer: HGRN = self.attention  # type: ignore[assignment]
+            vectors = (self.attention_norm.weight, self.mlp_norm.weight, mixer.norm, self.bound)
+            self._kept = mark, PackedBlock(packed, *vectors, eps=self.eps, heads=mixer.heads,
+                                           norm_of_hidden=mixer.gate == "hgrn")  # fmt: skip
+        return self._kept[1]
+
+    def _layers(self) -> tuple[nn.Module, ...]:
+        mixer, mlp = self.attention, self.mlp
+        return mixer.forget, mixer.input, mixer.output_gate, mixer.out, mlp.gate_up, mlp.down  # type: ignore[return-value]
+
+
+INTO_STREAM = ("attention.out.weight", "mlp.down.weight")
+
+
+def block_initial(name: str, parameter: Tensor) -> Tensor | str | None:
+    """How a block's special parameters start; None for matrices."""
+    if name.endswith("convolution.weight"):  # starts as no convolution
+        return torch.nn.functional.pad(torch.ones(parameter.shape[0], 1), (0, parameter.shape[1] - 1))
+    if (own := SSMMixer.initial(name, parameter)) is not None:
+        return own
+    if name.endswith(".bias"):
+        return "zeros"
+    return "ones" if parameter.dim() == 1 else None
+
+
+def block_rule(name: str) -> ParameterRule:
+    """How the optimiser treats a block's parameters beyond the default."""
+    if "convolution" in name:
+        return ParameterRule(weight_decay=False, matrix=False)
+    return ParameterRule(weight_decay=False if name.endswith(("_features", "decay.weight")) else None)
