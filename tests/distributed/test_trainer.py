@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from treadle.checkpoint import sharded, writer
 from treadle.checkpoint.layout import checkpoint_name
 from treadle.checkpoint.reader import Checkpoint
 from treadle.errors import ConfigError, PeerFailed, SaveError, Stopped
-from treadle.training import snapshot
+from treadle.training import snapshot, steering
 from treadle.training.trainer import Trainer
 
 SHAPE = {"hidden_size": 32, "num_layers": 2, "num_heads": 2}
@@ -222,6 +223,30 @@ def stopped_at(text: str, folder: Path, keys: Keys, step: int, resume: bool) -> 
     with pytest.raises(Stopped):
         made.train()
     assert made.state.step == step
+
+
+def test_a_signal_just_after_they_agreed_counts_at_the_next_step(text: str, tmp_path: Path) -> None:
+    """One process that heard it alone would save while the others go on, and all would wait for each other for ever."""
+    run_in(2, told_late, text, tmp_path / "run", MODES["ddp"][1])
+
+
+def told_late(text: str, folder: Path, keys: Keys) -> None:
+    made, obey = build(text, folder, keys), steering.obey
+
+    def late(trainer: Trainer) -> bool:
+        agreed = obey(trainer)
+        if trainer.state.step == 5 and trainer.world.rank == 1:
+            trainer.control._on_signal(signal.SIGTERM, None)
+            trainer.control._on_signal(signal.SIGUSR1, None)
+        return agreed
+
+    steering.obey = late
+    try:
+        with pytest.raises(Stopped) as stopped:
+            made.train()
+    finally:
+        steering.obey = obey
+    assert made.state.step == 6 and stopped.value.exit_code == 143
 
 
 def test_sizes_that_do_not_fit_are_refused(text: str, tmp_path: Path) -> None:

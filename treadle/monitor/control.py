@@ -47,6 +47,16 @@ class Command:
     reply: Callable[[str], None]
 
 
+@dataclass
+class Wishes:
+    """What shall happen between two steps, the same in all processes. Signals reach each process at a moment of its own, so
+    nothing that all have to do together may depend on what one of them has heard since they last agreed."""
+
+    stop: bool = False
+    save: bool = False
+    evaluate: bool = False
+
+
 class Control:
     """Collects requests; the trainer asks `commands()` and `should_stop()` when it is ready for them."""
 
@@ -56,7 +66,7 @@ class Control:
         self.stop_reason: str | None = None
         self.exit_code = 0
         self.save_requested = False
-        self.eval_requested = False
+        self._signalled = False
         self._folder = folder / CONTROL_FOLDER if folder is not None else None
         self._say = say
         self._read_stdin = read_stdin
@@ -84,7 +94,8 @@ class Control:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGUSR1:
             self.save_requested = True
-        elif self.stop_reason is None:
+        elif not self._signalled:  # the first here: that another process was told already makes it no second one
+            self._signalled = True
             self.request_stop(signal.Signals(number).name, EXIT_CODES[signal.Signals(number)])
         else:
             os._exit(self.exit_code or STOP_COMMAND_CODE)

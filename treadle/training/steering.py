@@ -28,25 +28,22 @@ SETTABLE = (
 def obey(trainer: Trainer) -> bool:
     """Carries out everything said since the last call; true when the run shall stop. All processes call it at the same
     moment and do the same: a signal to one of them counts for all, words come from the first."""
-    control, world = trainer.control, trainer.world
+    control, world, wishes = trainer.control, trainer.world, trainer.wishes
     commands = control.commands()
-    if world.size == 1:
-        trainer.saving_ended = trainer.saver.ended
-        _answer(trainer, commands)
-        return control.should_stop()
-    wanted = [control.exit_code if control.should_stop() else 0, control.save_requested, control.eval_requested,
-              len(commands), trainer.saver.busy, trainer.saver.ended]  # fmt: skip
-    code, save, evaluation, said, busy, ended = world.most([int(w) for w in wanted])
-    if said:
+    save, control.save_requested = control.save_requested, False
+    heard = [control.exit_code if control.should_stop() else 0, save, len(commands), trainer.saver.busy, trainer.saver.ended]
+    code, save, said, busy, ended = world.most([int(h) for h in heard])
+    if said and world.size > 1:
         lines = world.lead(lambda: [command.line for command in commands])
-        _answer(trainer, commands if world.main else [Command(line, lambda text: None) for line in lines])
-    if code:
+        commands = commands if world.main else [Command(line, lambda text: None) for line in lines]
+    _answer(trainer, commands)
+    if code and not wishes.stop:
         control.request_stop(STOP_REASONS.get(code, "stop"), code)
         control.exit_code = code
-    control.save_requested |= bool(save)
-    control.eval_requested |= bool(evaluation)
+    wishes.stop |= bool(code)
+    wishes.save |= bool(save)
     trainer.saving_ended = bool(ended and not busy)
-    return control.should_stop()
+    return wishes.stop
 
 
 def obey_alone(trainer: Trainer) -> bool:
@@ -71,14 +68,15 @@ def _carry_out(trainer: Trainer, line: str) -> str:
     trainer.event("command", step=trainer.state.step, line=line)
     if word == "stop":
         trainer.control.request_stop("stop")
+        trainer.wishes.stop = True
         return f"stopping after step {trainer.state.step}"
     if word == "save":
-        trainer.control.save_requested = True
+        trainer.wishes.save = True
         return f"saving after step {trainer.state.step}"
     if word == "eval":
         if trainer.eval_dataset is None:
             raise ConfigError("there is no evaluation data: nothing was held out")
-        trainer.control.eval_requested = True
+        trainer.wishes.evaluate = True
         return f"evaluating after step {trainer.state.step}"
     key, equals, text = rest.partition("=")
     if not equals:

@@ -27,7 +27,7 @@ from treadle.models.pretrained import pick_device
 from treadle.monitor import records
 from treadle.monitor.alerts import Alerts
 from treadle.monitor.console import Console
-from treadle.monitor.control import Control
+from treadle.monitor.control import Control, Wishes
 from treadle.monitor.health import Health
 from treadle.monitor.profiler import Profiler
 from treadle.monitor.settings import AlertSettings
@@ -134,7 +134,7 @@ class Trainer:
         self.window = Window(self.state)
         self._lock: RunLock | None = None
         self._opened = False
-        self.saving_ended = False  # in all processes, as agreed by steering.obey
+        self.saving_ended, self.wishes = False, Wishes()  # in all processes, as agreed by steering.obey
 
     def _refuse_used_folder(self) -> None:
         if steps_in(self.checkpoints) or (self.folder / "metrics.jsonl").exists():
@@ -325,20 +325,20 @@ class Trainer:
 
     def _evaluation_due(self) -> bool:
         fresh = self.eval_dataset is not None and self.state.step > self.state.evaluated_step
-        return fresh and (self._due(self.plan.eval_steps) or self.control.eval_requested)
+        return fresh and (self._due(self.plan.eval_steps) or self.wishes.evaluate)
 
     def _look_around(self) -> bool:
         """Between steps: log, evaluate, save, obey. True when training ends here."""
         improved, ended = False, False
-        steering.obey(self)
+        stopping = steering.obey(self)
         if self.saving_ended:
             self._collect(self.saver.wait())
         if self._evaluation_due():
             improved, ended = checkup.evaluate(self)
-        self.control.eval_requested = False
-        stopping = self.control.should_stop()
-        if self._due(self.plan.save_steps) or improved or ended or stopping or self.control.save_requested:
-            self.control.save_requested = False
+            stopping = self.wishes.stop
+        self.wishes.evaluate = False
+        if self._due(self.plan.save_steps) or improved or ended or stopping or self.wishes.save:
+            self.wishes.save = False
             last = stopping or ended or self.state.step == self.plan.max_steps
             self._save(must=last, best=improved)
         if stopping and self.state.step < self.plan.max_steps:
