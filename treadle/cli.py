@@ -124,6 +124,7 @@ def ctl(
 def evaluate(
     runs: Annotated[list[str], typer.Argument(help="Runs: a folder, a checkpoint, `last`, RUN@best, RUN@STEP.")],
     data: Annotated[str | None, typer.Option(help="Evaluate on this text instead of the held-out text.")] = None,
+    split: Annotated[str, typer.Option(help="Which held-out text: validation or test (--test_fraction).")] = "validation",
     rows: Annotated[int | None, typer.Option(min=1, help="At most this many rows, spread over the text.")] = None,
     samples: Annotated[int, typer.Option(min=0, help="Samples to generate and check.")] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows in one pass.")] = 16,
@@ -208,20 +209,23 @@ def export(
     run: Annotated[str, typer.Argument(help="A run, a checkpoint, `last`, RUN@best or RUN@STEP.")] = "last",
     output: Annotated[str | None, typer.Option(help="The folder to write; default RUN/export.")] = None,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16: how the weights are stored.")] = "fp32",
+    packed: Annotated[bool, typer.Option("--packed", help="Ternary weights in 1.6 bits each; same answers.")] = False,
 ) -> None:
     """The weights of a run as one folder: config.json, model.safetensors and the tokenizer; shards are joined."""
     from treadle.models.export import export as write
 
-    folder = write(run, output, precision)
+    folder = write(run, output, precision, packed)
     size = (folder / "model.safetensors").stat().st_size
-    typer.echo(f"{folder}: {size / 1e6:.1f} MB of weights in {precision}; use it like a run: treadle generate {folder}, "
+    ternary = ", ternary ones packed" if packed else ""
+    typer.echo(f"{folder}: {size / 1e6:.1f} MB of weights in {precision}{ternary}; use it like a run: treadle generate {folder}, "
                f"treadle train --from {folder}")  # fmt: skip
 
 
 @data_app.command("prepare")
 def data_prepare(
     path: Annotated[
-        str, typer.Argument(help="A text, JSONL or parquet file, or a folder of them; `austen` ships along.")
+        str,
+        typer.Argument(help="A text, JSONL or parquet file, or a folder of them; `austen` ships along, `tinystories` is fetched."),
     ],
     output: Annotated[str | None, typer.Option(help="Where the shards go; default the cache.")] = None,
     tokenizer: Annotated[str, typer.Option(help="auto, byte, bpe, wordpiece, unigram, char, or a path.")] = "auto",
@@ -229,6 +233,9 @@ def data_prepare(
     text_column: Annotated[str, typer.Option(help="The column that holds the text.")] = "text",
     document_separator: Annotated[str | None, typer.Option(help="A line that ends a document in .txt.")] = None,
     validation_fraction: Annotated[float, typer.Option(min=0, max=0.99, help="Share of the text held out.")] = 0.05,
+    test_fraction: Annotated[float, typer.Option(min=0, max=0.99, help="Share held out for a last test.")] = 0.05,
+    max_samples: Annotated[int | None, typer.Option(min=1, help="Read this many documents at most.")] = None,
+    seq_len: Annotated[int, typer.Option(min=2, help="Symbols in a row, for counting them.")] = 256,
     min_length: Annotated[int, typer.Option(min=0, help="Leave out documents with fewer symbols.")] = 0,
     on_bad: Annotated[str, typer.Option(help="skip or error: what a malformed line does.")] = "skip",
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 is one for each core.")] = 0,
@@ -245,7 +252,8 @@ def data_prepare(
 
     settings = summary.settings(
         path, text_column=text_column, document_separator=document_separator, validation_fraction=validation_fraction,
-        min_length=min_length, on_bad=on_bad, preparation_workers=workers or "auto",
+        test_fraction=test_fraction, max_samples=max_samples, seq_len=seq_len, min_length=min_length, on_bad=on_bad,
+        preparation_workers=workers or "auto",
     )  # fmt: skip
     if shard is not None and fresh:
         raise ConfigError("--fresh would delete what the other shards have made; delete the folder before the first shard")
@@ -299,7 +307,7 @@ def tokenizer_train(
     from treadle.data.sources import open_source
     from treadle.text.base import Tokenizer
 
-    made = Tokenizer.train(kind, training_texts(open_source(path, text_column), 0.0, train_bytes), vocab_size)
+    made = Tokenizer.train(kind, training_texts(open_source(path, text_column), (0.0, 0.0), train_bytes), vocab_size)
     made.save(output)
     typer.echo(f"{made.kind} tokenizer of {made.vocab_size} symbols written to {output}; "
                f"use it with --tokenizer.name {output}")  # fmt: skip

@@ -122,7 +122,7 @@ def test_packing_efficiency() -> None:
 
 
 def byte_set(path: Path, root: Path, **options: object):  # type: ignore[no-untyped-def]
-    return prepare(open_source(path), Tokenizer.load("byte"), root=root, **{"fraction": 0.0, **options})  # type: ignore[arg-type]
+    return prepare(open_source(path), Tokenizer.load("byte"), root=root, **{"held": (0.0, 0.0), **options})  # type: ignore[arg-type]
 
 
 def test_parts_have_the_ids_of_the_whole(own_cache: Path) -> None:
@@ -164,7 +164,7 @@ def test_every_source_gives_the_same_documents(tmp_path: Path, kind: str) -> Non
         np.array(ids, dtype="<u2").tofile(path)
     tokenizer = Tokenizer.load("byte")
     source = open_source(path, separator=separator)
-    tokens = prepare(source, tokenizer, root=tmp_path / "cache", fraction=0.0)["train"]
+    tokens = prepare(source, tokenizer, root=tmp_path / "cache", held=(0.0, 0.0))["train"]
     found = [tokens.document(n) for n in range(tokens.documents())]
     assert [tokenizer.decode(d.tolist()) for d in found] == documents
     assert all(d[-1] == 255 for d in found)  # one end-of-document symbol each
@@ -258,12 +258,12 @@ def test_held_out_text_is_the_end_or_whole_documents(tmp_path: Path) -> None:
     few = tmp_path / "few.txt"
     text = make_text(500)
     few.write_text(text)
-    sets = byte_set(few, tmp_path / "c", fraction=0.1)
+    sets = byte_set(few, tmp_path / "c", held=(0.1, 0.0))
     parts = [bytes(sets[s].document(0)[:-1].astype(np.uint8)).decode() for s in ("train", "validation")]
     assert "".join(parts) == text and 0.08 < len(parts[1]) / len(text) < 0.12 and parts[0].endswith("\n")
     many = tmp_path / "many.jsonl"
     many.write_text("\n".join(json.dumps({"text": f"document number {n}"}) for n in range(1000)))
-    sets = byte_set(many, tmp_path / "c", fraction=0.1)
+    sets = byte_set(many, tmp_path / "c", held=(0.1, 0.0))
     assert sets["train"].documents() + sets["validation"].documents() == 1000
     assert 60 < sets["validation"].documents() < 140
     names = [{sets[s].document(n).tobytes() for n in range(sets[s].documents())} for s in sets]
@@ -407,6 +407,58 @@ def test_hugging_face_folders(tmp_path: Path) -> None:
     wanted = DataSettings(dataset_name=str(tmp_path / "set"), text_column="story", seq_len=8, validation_fraction=0.0)
     data = load_splits(wanted, TokenizerSettings(name="byte"))["train"]
     assert [data.tokenizer.decode(data.sets[0].document(n).tolist()) for n in range(20)] == documents
+
+
+def test_three_parts_that_share_no_document(tmp_path: Path) -> None:
+    many = tmp_path / "a.jsonl"
+    many.write_text("".join(json.dumps({"text": f"story number {n}"}) + "\n" for n in range(400)))
+    sets = byte_set(many, tmp_path / "c", held=(0.1, 0.2))
+    told = {name: {tuple(tokens.document(n).tolist()) for n in range(tokens.documents())} for name, tokens in sets.items()}
+    assert set(told) == {"train", "validation", "test"} and sum(map(len, told.values())) == 400
+    assert not (told["train"] & told["test"] or told["validation"] & told["test"] or told["train"] & told["validation"])
+    assert 20 < len(told["validation"]) < 65 and 50 < len(told["test"]) < 115
+    assert byte_set(many, tmp_path / "c", held=(0.1, 0.0))["validation"].documents() == len(told["validation"])
+    one = tmp_path / "b.txt"
+    one.write_text("".join(f"line {n} of one text\n" for n in range(500)))
+    parts = byte_set(one, tmp_path / "c", held=(0.1, 0.1))
+    text = "".join(Tokenizer.load("byte").decode(parts[name].document(0).tolist()) for name in ("train", "validation", "test"))
+    assert text == one.read_text()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "txt", "bin"])
+def test_the_first_documents_alone(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("treadle.data.sources.PIECE_BYTES", 64)  # several pieces
+    path = tmp_path / f"a.{kind}"
+    documents = [f"document {n}" for n in range(30)]
+    if kind == "jsonl":
+        path.write_text("not json\n" + "".join(json.dumps({"text": d}) + "\n" for d in documents))
+    elif kind == "txt":
+        path.write_text("\n---\n".join(documents))
+    else:
+        np.array([i for d in documents for i in [*d.encode(), 255]], dtype="<u2").tofile(path)
+    wanted = DataSettings(path=str(path), seq_len=8, validation_fraction=0.0, max_samples=17, document_separator="---")
+    data = load_splits(wanted, TokenizerSettings(name="byte"))["train"]
+    decoded = [data.tokenizer.decode(data.sets[0].document(n).tolist()).strip() for n in range(data.sets[0].documents())]
+    assert decoded == documents[:17] and data.sets[0].statistics["malformed"] == (kind == "jsonl")
+
+
+def test_tinystories_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub itself is not asked: what the library is told to fetch, and what comes of it or of its absence."""
+    datasets = pytest.importorskip("datasets", reason="the extra hf (datasets) is not installed")
+    asked = []
+
+    def load_dataset(name: str, config: object, split: str, streaming: bool = False):  # type: ignore[no-untyped-def]
+        asked.append((name, split, streaming))
+        if len(asked) > 1:
+            raise ConnectionError("no route to the hub")
+        return datasets.Dataset.from_dict({"text": [f"Once upon a time {n}." for n in range(50)]}).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    wanted = DataSettings(path="tinystories", max_samples=20, seq_len=16, validation_fraction=0.0)
+    data = load_splits(wanted, TokenizerSettings(name="byte"))["train"]
+    assert asked == [("roneneldan/TinyStories", "train", True)] and data.sets[0].documents() == 20
+    with pytest.raises(InputError, match="no route to the hub. Without a connection, give local text"):
+        open_source("tinystories")
 
 
 def test_the_bundled_corpus_is_the_documented_text() -> None:

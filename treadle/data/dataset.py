@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from treadle.data.order import Order
-from treadle.data.prepare import Progress, is_prepared, open_prepared, prepare, tokenizer_for
+from treadle.data.prepare import Held, Progress, is_prepared, open_prepared, prepare, tokenizer_for
 from treadle.data.settings import DataSettings
 from treadle.data.shards import Rows, TokenSet
 from treadle.data.sources import HuggingFaceSource, Source, open_source
@@ -131,12 +131,13 @@ def create_dataloader(dataset: Dataset, batch_size: int, seed: int = 0, start_st
 
 def sources_of(settings: DataSettings) -> list[Source]:
     """The sources a [data] section names."""
+    limit = settings.max_samples
     if settings.dataset_name is not None:
-        return [HuggingFaceSource(settings.dataset_name, settings.dataset_config, settings.split, settings.text_column)]
+        return [HuggingFaceSource(settings.dataset_name, settings.dataset_config, settings.split, settings.text_column, limit)]
     if settings.path is None:
         raise InputError("no data: give a text file (`treadle train FILE.txt`), --data.path or --data.dataset_name")
     paths = settings.path if isinstance(settings.path, list) else [settings.path]
-    return [open_source(path, settings.text_column, settings.document_separator) for path in paths]
+    return [open_source(path, settings.text_column, settings.document_separator, limit) for path in paths]
 
 
 def load_splits(
@@ -148,11 +149,11 @@ def load_splits(
 ) -> dict[str, Dataset]:
     """The train and (where something is held out) validation rows that the configuration asks for."""
     root = cache_root(settings.cache_dir)
-    fraction = 0.0 if settings.validation_path is not None else settings.validation_fraction
+    held_out = (0.0, settings.test_fraction) if settings.validation_path is not None else settings.held_out
 
-    def prepared(source: Source, fraction: float, tokenizer: Tokenizer) -> dict[str, TokenSet]:
+    def prepared(source: Source, held: Held, tokenizer: Tokenizer) -> dict[str, TokenSet]:
         return prepare(
-            source, tokenizer, root=root, fraction=fraction, min_length=settings.min_length, on_bad=settings.on_bad,
+            source, tokenizer, root=root, held=held, min_length=settings.min_length, on_bad=settings.on_bad,
             bad_limit=settings.bad_limit, workers=settings.preparation_workers, progress=progress, fresh=fresh,
         )  # fmt: skip
 
@@ -162,22 +163,23 @@ def load_splits(
     else:
         sources = sources_of(settings)
         tokenizer = tokenizer or tokenizer_for(
-            sources[0], tokenizer_settings.name, tokenizer_settings.vocab_size, root=root, fraction=fraction,
+            sources[0], tokenizer_settings.name, tokenizer_settings.vocab_size, root=root, held=held_out,
             limit=tokenizer_settings.train_bytes,
         )  # fmt: skip
-        sets = [prepared(source, fraction, tokenizer) for source in sources]
+        sets = [prepared(source, held_out, tokenizer) for source in sources]
     for one in sets:
         if one["train"].described["tokenizer"] != tokenizer.fingerprint():
             raise ConfigError(f"{settings.path} was prepared with another tokenizer; prepare it again")
     held = [one["validation"] for one in sets if "validation" in one]
     if settings.validation_path is not None:
         source = open_source(settings.validation_path, settings.text_column, settings.document_separator)
-        held = [prepared(source, 0.0, tokenizer)["train"]]
+        held = [prepared(source, (0.0, 0.0), tokenizer)["train"]]
 
     def rows(sets: list[TokenSet], weights: list[float] | None) -> Dataset:
         return Dataset(sets, tokenizer, settings.seq_len, settings.packing, weights, settings.shuffle)
 
     splits = {"train": rows([one["train"] for one in sets], settings.weights)}
-    if held:
-        splits["validation"] = rows(held, None)
+    for name, some in (("validation", held), ("test", [one["test"] for one in sets if "test" in one])):
+        if some:
+            splits[name] = rows(some, None)
     return splits

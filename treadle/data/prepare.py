@@ -24,13 +24,14 @@ import numpy as np
 
 from treadle.data.order import key
 from treadle.data.shards import DATASET_FILE, SCHEMA, TokenSet, file_sha256, id_type
-from treadle.data.sources import Bad, Document, Piece, Source, TokenFileSource
+from treadle.data.sources import Bad, Document, FirstDocuments, Piece, Source, TokenFileSource
 from treadle.errors import ConfigError, DataError, InputError
 from treadle.files import write_atomically
 from treadle.text.base import TRAINABLE, Tokenizer
 
-SPLITS = ("train", "validation")
+SPLITS = ("train", "validation", "test")
 WHOLE_DOCUMENTS_FROM = 100  # with fewer documents, holding out whole ones would be a lottery
+Held = tuple[float, float]  # shares held out for validation and for a test
 ENCODE_CHARACTERS = 1 << 16  # long documents are encoded in parts, so that the encoder's threads share them
 PARALLEL_FROM = 64 << 20  # bytes; below, starting processes costs more than it saves
 ALWAYS_TOLERATED = 10  # malformed lines that a small file may hold before bad_limit counts
@@ -44,24 +45,27 @@ Progress = Callable[[int, int], None]  # pieces done, pieces in all
 class Split:
     """How documents are divided: a share of whole documents (by hash), or the end of each document."""
 
-    fraction: float
+    held: Held
     whole_documents: bool
 
     @staticmethod
-    def of(source: Source, fraction: float) -> Split:
-        return Split(fraction, fraction > 0 and source.count() >= WHOLE_DOCUMENTS_FROM)
+    def of(source: Source, held: Held) -> Split:
+        return Split(held, sum(held) > 0 and source.count() >= WHOLE_DOCUMENTS_FROM)
 
     def divide(self, document: Document, piece: int, ordinal: int) -> Iterator[tuple[str, Document]]:
         """(split, part) of one document; `piece` and `ordinal` identify it for the hash."""
-        if self.fraction == 0 or (not self.whole_documents and len(document) < 200):
+        validation, test = self.held
+        if validation + test == 0 or (not self.whole_documents and len(document) < 200):
             yield "train", document
         elif self.whole_documents:
-            held = key(0x5B117, piece, ordinal) / 2**64 < self.fraction
-            yield ("validation" if held else "train"), document
+            drawn = key(0x5B117, piece, ordinal) / 2**64
+            yield ("validation" if drawn < validation else "test" if drawn < validation + test else "train"), document
         else:
-            cut = _cut_point(document, int(len(document) * (1 - self.fraction)))
-            yield "train", document[:cut]
-            yield "validation", document[cut:]
+            first = _cut_point(document, int(len(document) * (1 - validation - test)))
+            second = max(first, _cut_point(document, int(len(document) * (1 - test)))) if test else len(document)
+            yield "train", document[:first]
+            yield "validation", document[first:second]
+            yield "test", document[second:]
 
 
 def _cut_point(document: Document, at: int) -> int:
@@ -215,10 +219,10 @@ def _folder_lock(folder: Path) -> Iterator[None]:
 
 
 def _asked(
-    source: Source, tokenizer: Tokenizer, fraction: float, min_length: int, root: Path, output: Path | None
+    source: Source, tokenizer: Tokenizer, held: Held, min_length: int, root: Path, output: Path | None
 ) -> tuple[str, Path]:
     """(everything that decides the contents, the folder for it)."""
-    asked = json.dumps([SCHEMA, source.identity(), tokenizer.fingerprint(), fraction, min_length])
+    asked = json.dumps([SCHEMA, source.identity(), tokenizer.fingerprint(), held if held[1] else held[0], min_length])
     return asked, output or root / "data" / hashlib.sha256(asked.encode()).hexdigest()[:24]
 
 
@@ -227,7 +231,7 @@ def prepare(
     tokenizer: Tokenizer,
     *,
     root: Path,
-    fraction: float = 0.05,
+    held: Held = (0.05, 0.0),
     min_length: int = 0,
     on_bad: str = "skip",
     bad_limit: float = 0.001,
@@ -241,12 +245,12 @@ def prepare(
     Raises DataError with file, line and byte offset when more than `bad_limit` of the documents are malformed (or any,
     with on_bad="error"), InputError when no document is left.
     """
-    asked, folder = _asked(source, tokenizer, fraction, min_length, root, output)
+    asked, folder = _asked(source, tokenizer, held, min_length, root, output)
     with _folder_lock(folder):
         if fresh and folder.exists():
             shutil.rmtree(folder)
         if not (folder / DATASET_FILE).is_file():
-            _prepare_into(folder, asked, source, tokenizer, fraction, min_length, on_bad, workers, progress)
+            _prepare_into(folder, asked, source, tokenizer, held, min_length, on_bad, workers, progress)
     _check_bad(folder, on_bad, bad_limit)
     return open_prepared(folder)
 
@@ -262,16 +266,16 @@ def is_prepared(path: str | Path) -> bool:
 
 
 def _prepare_into(
-    folder: Path, asked: str, source: Source, tokenizer: Tokenizer, fraction: float, min_length: int, on_bad: str,
+    folder: Path, asked: str, source: Source, tokenizer: Tokenizer, held: Held, min_length: int, on_bad: str,
     workers: int | str, progress: Progress | None,
 ) -> None:  # fmt: skip
     _begin(folder, asked, source, tokenizer)
-    jobs, found = _jobs(folder, source, fraction, min_length, on_bad)
+    jobs, found = _jobs(folder, source, held, min_length, on_bad)
     _run(jobs, source, tokenizer, workers, progress, done=len(found))
     for number in found:  # written by an earlier run, or on another machine
         _verify_piece(folder, _read_record(folder, number))
     records = [_read_record(folder, n) for n in range(len(jobs) + len(found))]
-    _finish(folder, records, tokenizer, Split.of(source, fraction))
+    _finish(folder, records, tokenizer, Split.of(source, held))
 
 
 def _begin(folder: Path, asked: str, source: Source, tokenizer: Tokenizer, keep: bool = False) -> None:
@@ -287,7 +291,7 @@ def _begin(folder: Path, asked: str, source: Source, tokenizer: Tokenizer, keep:
         for path in stale:  # an output folder reused for other text
             path.unlink()
         write_atomically(asked_path, asked.encode())
-    if isinstance(source, TokenFileSource):
+    if isinstance(source, (TokenFileSource, FirstDocuments)):
         source.eos_id = tokenizer.eos_id
     tokenizer.save(folder / "tokenizer")
     if keep:
@@ -295,10 +299,10 @@ def _begin(folder: Path, asked: str, source: Source, tokenizer: Tokenizer, keep:
 
 
 def _jobs(
-    folder: Path, source: Source, fraction: float, min_length: int, on_bad: str
+    folder: Path, source: Source, held: Held, min_length: int, on_bad: str
 ) -> tuple[list[PieceJob], list[int]]:
     """(pieces to do, numbers of those that are done)."""
-    split = Split.of(source, fraction)
+    split = Split.of(source, held)
     jobs, found = [], []
     for number, piece in enumerate(source.pieces()):
         if _record_path(folder, number).is_file():
@@ -357,15 +361,15 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def prepare_shard(
-    source: Source, tokenizer: Tokenizer, shard: tuple[int, int], *, root: Path, fraction: float, min_length: int,
+    source: Source, tokenizer: Tokenizer, shard: tuple[int, int], *, root: Path, held: Held, min_length: int,
     on_bad: str, workers: int | str, progress: Progress | None, output: Path | None = None,
 ) -> tuple[Path, int, int]:  # fmt: skip
     """Makes the pieces that fall to one of several processes or machines (piece p belongs to shard p mod N); returns the
     folder, the pieces there and the pieces in all. `prepare` without a shard then verifies and joins them."""
-    asked, folder = _asked(source, tokenizer, fraction, min_length, root, output)
+    asked, folder = _asked(source, tokenizer, held, min_length, root, output)
     with _folder_lock(folder):
         _begin(folder, asked, source, tokenizer, keep=True)
-    jobs, found = _jobs(folder, source, fraction, min_length, on_bad)
+    jobs, found = _jobs(folder, source, held, min_length, on_bad)
     number, count = shard
     mine = [job for job in jobs if job.number % count == number]
     _run(mine, source, tokenizer, workers, progress, done=len([n for n in found if n % count == number]))
@@ -427,9 +431,9 @@ def _finish(folder: Path, records: list[PieceRecord], tokenizer: Tokenizer, spli
 # the tokenizer that goes with a text
 
 
-def training_texts(source: Source, fraction: float, limit: int) -> Iterator[str]:
+def training_texts(source: Source, held: Held, limit: int) -> Iterator[str]:
     """The training part of a source's text, in parts, up to `limit` bytes."""
-    split, read = Split.of(source, fraction), 0
+    split, read = Split.of(source, held), 0
     for number, piece in enumerate(source.pieces()):
         for ordinal, document in enumerate(source.read(piece)):
             if not isinstance(document, str):
@@ -443,18 +447,18 @@ def training_texts(source: Source, fraction: float, limit: int) -> Iterator[str]
 
 
 def tokenizer_for(
-    source: Source, name: str, vocab_size: int, *, root: Path, fraction: float = 0.05, limit: int = 20_000_000
+    source: Source, name: str, vocab_size: int, *, root: Path, held: Held = (0.05, 0.0), limit: int = 20_000_000
 ) -> Tokenizer:
     """The tokenizer a configuration asks for: loaded, or trained once on this source and kept."""
     if name == "auto":
         name = "byte" if source.size() < 200_000 else "bpe"
     if name.lower() not in TRAINABLE:
         return Tokenizer.load(name)
-    asked = json.dumps([name.lower(), vocab_size, source.identity(), fraction, limit])
+    asked = json.dumps([name.lower(), vocab_size, source.identity(), held if held[1] else held[0], limit])
     folder = root / "tokenizers" / hashlib.sha256(asked.encode()).hexdigest()[:24]
     with _folder_lock(folder):
         if not (folder / "complete").is_file():
-            trained = Tokenizer.train(name, training_texts(source, fraction, limit), vocab_size)
+            trained = Tokenizer.train(name, training_texts(source, held, limit), vocab_size)
             trained.save(folder)
             write_atomically(folder / "complete", b"")
     return Tokenizer.load(folder)

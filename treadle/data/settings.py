@@ -54,6 +54,12 @@ class DataSettings(Settings):
     validation_fraction: float = option(0.05, change="guarded", ge=0.0, lt=1.0)
     """Share of the text held out: whole documents when there are 100 or more, else the end of each document."""
 
+    test_fraction: float = option(0.0, change="guarded", ge=0.0, lt=1.0)
+    """Share of the text held out beside it and seen by nobody until `treadle eval RUN --split test`."""
+
+    max_samples: int | None = option(None, aliases=("max_documents",), change="guarded", ge=1)
+    """Read this many documents of each path at most, the first ones."""
+
     seq_len: int = option(256, aliases=("max_length", "max_seq_len", "max_seq_length"), change="guarded", ge=2)
     """Symbols in a row."""
 
@@ -96,6 +102,8 @@ class DataSettings(Settings):
     def _consistent(self) -> DataSettings:
         if self.path is not None and self.dataset_name is not None:
             raise ValueError("path and dataset_name are both given; keep one")
+        if sum(self.held_out) >= 1:
+            raise ValueError(f"validation_fraction and test_fraction hold out {sum(self.held_out):g} of the text; leave some to train on")
         if self.weights is not None:
             paths = self.path if isinstance(self.path, list) else [self.path]
             if len(self.weights) != len(paths):
@@ -106,3 +114,8 @@ class DataSettings(Settings):
             if isinstance(getattr(self, name), int) and not 0 <= getattr(self, name) <= 256:
                 raise ValueError(f"{name} must be auto or between 0 and 256")
         return self
+
+    @property
+    def held_out(self) -> tuple[float, float]:
+        """Shares for validation and for a test."""
+        return self.validation_fraction, self.test_fraction

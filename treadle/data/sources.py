@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from treadle.registry import Registry
 
 PIECE_BYTES = 16 << 20
 BUNDLED = {"austen": "austen.txt.xz"}  # the corpus that ships inside the package
+HUB = {"tinystories": "roneneldan/TinyStories"}  # data sets of the Hugging Face hub that have a short name here
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".bin")
 
 SOURCES = Registry(
@@ -327,28 +329,35 @@ class HuggingFaceSource(Source):
 
     ROWS = 20_000
 
-    def __init__(self, name: str, config: str | None, split: str, column: str) -> None:
+    def __init__(self, name: str, config: str | None, split: str, column: str, limit: int | None = None) -> None:
         try:
             import datasets
         except ImportError:
-            raise MissingExtra("a Hugging Face data set", "hf") from None
-        self.name, self.config, self.split, self.column = name, config, split, column
+            raise MissingExtra(f"the Hugging Face data set {name!r}", "hf") from None
+        self.name, self.config, self.split, self.column, self.limit = name, config, split, column, limit
         try:
             if Path(name).is_dir() and (Path(name) / "dataset_info.json").is_file():
                 self.rows = datasets.load_from_disk(name)
             elif Path(name).is_dir() and (Path(name) / "dataset_dict.json").is_file():
                 self.rows = datasets.load_from_disk(name)[split]
+            elif limit is not None and not Path(name).exists():  # fetches no more than it takes
+                rows = list(datasets.load_dataset(name, config, split=split, streaming=True).take(limit))
+                self.rows = datasets.Dataset.from_list(rows)
             else:
                 self.rows = datasets.load_dataset(name, config, split=split)
+            if limit is not None:
+                self.rows = self.rows.select(range(min(limit, len(self.rows))))
         except Exception as problem:  # the library's errors have no common base
-            raise InputError(f"data set {name!r} cannot be loaded: {problem}") from None
+            raise InputError(f"data set {name!r} cannot be loaded: {problem}. Without a connection, give local text: a .txt, "
+                             ".jsonl or .parquet file, or a folder of them") from None  # fmt: skip
         if column not in self.rows.column_names:
             raise InputError(f"data set {name!r} has no column {column!r} (there is: "
                              f"{', '.join(self.rows.column_names)}); set --data.text_column")  # fmt: skip
         self.files = []
 
     def identity(self) -> str:
-        text = json.dumps(["hf", self.name, self.config, self.split, self.column, self.rows._fingerprint])
+        described = [self.name, self.config, self.split, self.column, *([self.limit] if self.limit is not None else [])]
+        text = json.dumps(["hf", *described, self.rows._fingerprint])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def size(self) -> int:
@@ -366,17 +375,72 @@ class HuggingFaceSource(Source):
         return len(self.rows)
 
 
-def open_source(path: str | Path, column: str = "text", separator: str | None = None) -> Source:
-    """The source at a path: a file by its suffix, a folder of files of one suffix, or a bundled corpus by name.
+class FirstDocuments(Source):
+    """The first `limit` documents of another source; malformed ones are passed on and not counted."""
+
+    def __init__(self, source: Source, limit: int) -> None:
+        super().__init__(source.files, source.column, source.separator)
+        self.source, self.limit = source, limit
+        self._share: dict[Piece, int] = {}
+
+    @property
+    def eos_id(self) -> int | None:
+        """Where raw ids are read, what ends a document."""
+        return getattr(self.source, "eos_id", None)
+
+    @eos_id.setter
+    def eos_id(self, value: int | None) -> None:
+        if isinstance(self.source, TokenFileSource):
+            self.source.eos_id, self._share = value, {}
+
+    def identity(self) -> str:
+        return hashlib.sha256(f"first {self.limit} of {self.source.identity()}".encode()).hexdigest()
+
+    def pieces(self) -> list[Piece]:
+        if not self._share:  # read once here: nobody else knows how many documents a piece holds
+            left = self.limit
+            for piece in self.source.pieces():
+                if left == 0:
+                    break
+                good = sum(1 for _ in islice((d for d in self.source.read(piece) if not isinstance(d, Bad)), left))
+                self._share[piece], left = good, left - good
+        return list(self._share)
+
+    def read(self, piece: Piece) -> Iterator[Document | Bad]:
+        self.pieces()
+        left = self._share[piece]
+        for document in self.source.read(piece):
+            if left == 0:
+                return
+            left -= not isinstance(document, Bad)
+            yield document
+
+    def count(self) -> int:
+        return min(self.limit, self.source.count())
+
+
+def open_source(
+    path: str | Path, column: str = "text", separator: str | None = None, limit: int | None = None
+) -> Source:
+    """The source at a path: a file by its suffix, a folder of files of one suffix, or by name a bundled corpus or a data set of
+    the hub; of all, the first `limit` documents.
 
     Raises InputError when there is nothing, or nothing readable, there.
     """
+    if str(path) in HUB and not Path(path).exists():
+        return HuggingFaceSource(HUB[str(path)], None, "train", column, limit)
+    found = _source_at(path, column, separator)
+    return found if limit is None else FirstDocuments(found, limit)
+
+
+def _source_at(path: str | Path, column: str, separator: str | None) -> Source:
     if str(path) in BUNDLED and not Path(path).exists():
         file = Path(__file__).parent.parent / "corpus" / BUNDLED[str(path)]
         return TextSource([file], column, separator)
     path = Path(path)
     if not path.exists():
-        raise InputError(f"{path} does not exist; give a file or folder of {', '.join(SUFFIXES)}, or `austen`")
+        raise InputError(f"{path} does not exist; give a file or folder of {', '.join(SUFFIXES)}, or "
+                         f"{', '.join([*BUNDLED, *HUB])}")  # fmt: skip
     if path.is_file():
         files = [path]
     else:

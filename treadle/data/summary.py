@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -19,9 +20,12 @@ from treadle.data.prepare import (
 from treadle.data.settings import DataSettings, Packing
 from treadle.data.shards import Rows, TokenSet
 from treadle.errors import ConfigError, InputError
-from treadle.files import cache_root
+from treadle.files import cache_root, write_atomically
 from treadle.settings import Given, build_section
 from treadle.text.base import Tokenizer
+
+
+STATISTICS = "statistics.json"
 
 
 def settings(path: str, **keys: Any) -> DataSettings:
@@ -46,9 +50,9 @@ def _open(
         return Tokenizer.load(Path(wanted.path) / "tokenizer"), open_prepared(Path(wanted.path))
     (source,) = sources_of(wanted)
     root = cache_root(wanted.cache_dir)
-    made = tokenizer_for(source, tokenizer, vocab_size, root=root, fraction=wanted.validation_fraction)
+    made = tokenizer_for(source, tokenizer, vocab_size, root=root, held=wanted.held_out)
     sets = prepare(
-        source, made, root=root, fraction=wanted.validation_fraction, min_length=wanted.min_length,
+        source, made, root=root, held=wanted.held_out, min_length=wanted.min_length,
         on_bad=wanted.on_bad, bad_limit=wanted.bad_limit, workers=wanted.preparation_workers,
         progress=_progress(say), fresh=fresh, output=Path(output) if output else None,
     )  # fmt: skip
@@ -64,7 +68,7 @@ def _describe(tokenizer: Tokenizer, sets: dict[str, TokenSet]) -> list[str]:
         lines.append(f"{split}: {s['documents']:,} documents, {s['bytes']:,} bytes, {s['tokens']:,} symbols "
                      f"({ratio:.2f} bytes a symbol); document lengths: {lengths}")  # fmt: skip
     s = sets["train"].statistics
-    lines.append(f"held out: {s['held_out'] if 'validation' in sets else 'nothing'}; left out: {s['empty']} empty, "
+    lines.append(f"held out: {s['held_out'] if len(sets) > 1 else 'nothing'}; left out: {s['empty']} empty, "
                  f"{s['shorter_than_min_length']} short, {s['malformed']} malformed")  # fmt: skip
     lines += [f"    malformed: {place}" for place in s["malformed_first"]]
     return lines
@@ -73,9 +77,23 @@ def _describe(tokenizer: Tokenizer, sets: dict[str, TokenSet]) -> list[str]:
 def prepare_text(
     wanted: DataSettings, tokenizer: str, vocab_size: int, output: str | None, fresh: bool, say: Callable[[str], None]
 ) -> list[str]:
+    """Prepares, and leaves STATISTICS in the folder."""
     made, sets = _open(wanted, tokenizer, vocab_size, output, fresh, say)
     folder = sets["train"].folder.parent
-    return [*_describe(made, sets), f"prepared: {folder}", f"train on it: treadle train --data.path {folder}"]
+    table = {split: _numbers(tokens, wanted) for split, tokens in sets.items()}
+    write_atomically(folder / STATISTICS, json.dumps(table, indent=1).encode())
+    rows = ", ".join(f"{numbers['sequences']:,} {split}" for split, numbers in table.items())
+    return [*_describe(made, sets), f"sequences of {wanted.seq_len} symbols: {rows}", f"prepared: {folder} ({STATISTICS})",
+            f"train on it: treadle train --data.path {folder}"]  # fmt: skip
+
+
+def _numbers(tokens: TokenSet, wanted: DataSettings) -> dict[str, Any]:
+    s = tokens.statistics
+    return {
+        "samples": s["documents"], "bytes": s["bytes"], "symbols": s["tokens"],
+        "sequences": len(Rows(tokens, wanted.packing, wanted.seq_len)), "sequence_length": wanted.seq_len,
+        "length_percentiles": s["length_percentiles"], "empty": s["empty"], "malformed": s["malformed"],
+    }  # fmt: skip
 
 
 def prepare_part(
@@ -85,9 +103,9 @@ def prepare_part(
     part = parse_shard(shard)
     (source,) = sources_of(wanted)
     root = cache_root(wanted.cache_dir)
-    made = tokenizer_for(source, tokenizer, vocab_size, root=root, fraction=wanted.validation_fraction)
+    made = tokenizer_for(source, tokenizer, vocab_size, root=root, held=wanted.held_out)
     folder, done, total = prepare_shard(
-        source, made, part, root=root, fraction=wanted.validation_fraction, min_length=wanted.min_length,
+        source, made, part, root=root, held=wanted.held_out, min_length=wanted.min_length,
         on_bad=wanted.on_bad, workers=wanted.preparation_workers, progress=_progress(say),
         output=Path(output) if output else None,
     )  # fmt: skip

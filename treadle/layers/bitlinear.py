@@ -47,8 +47,17 @@ class BitLinear(nn.Module):
 
     def packed(self) -> PackedLayer:
         """The weights as inference takes them."""
-        w = self.weight
-        mark = (w._version, self.gain._version, w.data_ptr(), w.device)
-        if self._kept is None or self._kept[0] != mark:
-            self._kept = (mark, PackedLayer(*quantize_weights(w.detach().float()), self.gain.detach(), EPS))
+        if self._kept is None or self._kept[0] != self._mark():
+            self.keep(*quantize_weights(self.weight.detach().float()))
+        assert self._kept is not None
         return self._kept[1]
+
+    def keep(self, ternary: Tensor, scale: Tensor) -> None:
+        """Infers with these (int8 [N, K] and a scalar) until the weight changes: a packed file's scale, to the last bit."""
+        w = self.weight
+        if type(w.data) is Tensor:
+            self._kept = (self._mark(), PackedLayer(ternary.to(w.device), scale.to(w.device), self.gain.detach(), EPS))
+
+    def _mark(self) -> tuple[int, int, int, torch.device]:
+        w = self.weight
+        return w._version, self.gain._version, w.data_ptr(), w.device

@@ -222,11 +222,17 @@ class Model(nn.Module):
         return {**dict(self.named_parameters()), **buffers}
 
     def load_weights(self, tensors: dict[str, Tensor]) -> None:
-        """Copies tensors in by name; ShapeError names what is missing, surplus or of another shape."""
+        """Copies tensors in by name, ternary layers packed or not; ShapeError names what is missing, surplus or of another
+        shape."""
+        from treadle.models.packed import unpacked
+
+        tensors, kept = unpacked(self, tensors)
         self.refuse_other_weights({name: list(tensor.shape) for name, tensor in tensors.items()})
         with torch.no_grad():
             for name, tensor in self.named_weights().items():
                 copy_whole(tensor, tensors[name])
+        for name, (ternary, scale) in kept.items():
+            self.get_submodule(name).keep(ternary, scale)  # type: ignore[operator]
 
     def refuse_other_weights(self, shapes: dict[str, list[int]]) -> None:
         """ShapeError unless these are the names and shapes of this model's weights."""

@@ -11,16 +11,19 @@ from treadle.checkpoint import writer
 from treadle.checkpoint.layout import MANIFEST
 from treadle.checkpoint.reader import Checkpoint
 from treadle.errors import CheckpointError, InputError
+from treadle.models import packed as packing
 from treadle.models.base import CONFIG_FILE, describe
 from treadle.models.pretrained import home_of, locate, read_config, read_shape
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def export(run: str, output: str | None = None, precision: str = "fp32", warn: Any = None) -> Path:
+def export(
+    run: str, output: str | None = None, precision: str = "fp32", packed: bool = False, warn: Any = None
+) -> Path:
     """Writes config.json, model.safetensors and the tokenizer of a run (or checkpoint) and returns the folder, by default
-    RUN/export. Shards are joined. The folder is checked like a checkpoint and serves wherever a run is asked for;
-    `from_pretrained` reads it too. InputError when the folder is in use for something else.
+    RUN/export. Shards are joined. `packed` stores ternary layers in 1.6 bits a weight; answers stay the same bit for bit. The folder is checked like a checkpoint and serves wherever a run is asked for;
+    `from_pretrained` reads it too. InputError when the folder is in use for something else, or nothing in it is ternary.
     """
     if precision not in DTYPES:
         raise InputError(f"--precision {precision!r}: use {', '.join(DTYPES)}")
@@ -29,15 +32,21 @@ def export(run: str, output: str | None = None, precision: str = "fp32", warn: A
     cls, shape = read_shape(checkpoint, config)
     folder = Path(output) if output is not None else home_of(checkpoint.folder) / "export"
     _refuse_foreign(folder)
-    weights = {
-        name: t.to(DTYPES[precision]) if t.is_floating_point() else t for name, t in checkpoint.tensors("model").items()
-    }
     with torch.device("meta"):
-        cls(shape).refuse_other_weights({n: list(t.shape) for n, t in weights.items()})  # type: ignore[call-arg]
+        model = cls(shape)  # type: ignore[call-arg]
+    weights, kept = packing.unpacked(model, checkpoint.tensors("model"))
+    model.refuse_other_weights({n: list(t.shape) for n, t in weights.items()})
+    if packed:
+        if not packing.layers_of(model):
+            raise InputError(f"--packed: {run} has no ternary layers to pack; leave it out")
+        weights = packing.packed(model, weights)
+        for name, (_, scale) in kept.items():  # of an export that is packed already: the scale as it is
+            weights[name + packing.SCALE] = scale
+    weights = {n: t if n.endswith(packing.SCALE) or not t.is_floating_point() else t.to(DTYPES[precision]) for n, t in weights.items()}
     members = ["config.toml", *checkpoint.members("tokenizer/")]
     files = {name: checkpoint.raw(name) for name in members}
     files[CONFIG_FILE] = describe(cls, shape).encode()
-    described = {"weights_only": True, "source": str(checkpoint.folder), "precision": precision}
+    described = {"weights_only": True, "source": str(checkpoint.folder), "precision": precision, "packed": packed}
     writer.save(folder.parent, checkpoint.step, {"model": weights}, files, described, name=folder.name)
     return folder
 

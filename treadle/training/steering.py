@@ -30,8 +30,8 @@ def obey(trainer: Trainer) -> bool:
     moment and do the same: a signal to one of them counts for all, words come from the first."""
     control, world, wishes = trainer.control, trainer.world, trainer.wishes
     commands = control.commands()
-    save, control.save_requested = control.save_requested, False
-    heard = [control.exit_code if control.should_stop() else 0, save, len(commands), trainer.saver.busy, trainer.saver.ended]
+    asked, control.save_requested = control.save_requested, False
+    heard = [control.exit_code if control.should_stop() else 0, asked, len(commands), trainer.saver.busy, trainer.saver.ended]
     code, save, said, busy, ended = world.most([int(h) for h in heard])
     if said and world.size > 1:
         lines = world.lead(lambda: [command.line for command in commands])

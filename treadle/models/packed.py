@@ -1,0 +1,63 @@
+"""Ternary weights as files hold them: five to a byte, with one scale a layer, instead of fp32.
+
+Layer X has X.weight.trits (uint8, five values of -1, 0, 1 as the digits of a number below 3^5 = 243) and X.weight.scale.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from treadle.errors import CheckpointError
+from treadle.layers.bitlinear import BitLinear
+from treadle.ops.ternary import quantize_weights
+
+if TYPE_CHECKING:
+    from treadle.models.base import Model
+
+TRITS, SCALE = ".weight.trits", ".weight.scale"
+DIGITS = (1, 3, 9, 27, 81)
+
+
+def to_trits(ternary: Tensor) -> Tensor:
+    """int8 of -1, 0, 1 in any shape -> uint8 [count / 5, rounded up]."""
+    flat = ternary.reshape(-1) + 1
+    flat = F.pad(flat, (0, -len(flat) % 5)).view(-1, 5)
+    return (flat.to(torch.int32) * torch.tensor(DIGITS, dtype=torch.int32)).sum(1).to(torch.uint8)
+
+
+def from_trits(codes: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse; CheckpointError when the codes are not those of `shape` values."""
+    if codes.dtype != torch.uint8 or codes.shape != (-(-shape.numel() // 5),) or int(codes.max()) >= 3**5:
+        raise CheckpointError(f"packed weights {list(codes.shape)} are not those of a matrix {list(shape)}")
+    digits = codes.to(torch.int32)[:, None] // torch.tensor(DIGITS, dtype=torch.int32) % 3
+    return (digits.reshape(-1)[: shape.numel()].view(shape) - 1).to(torch.int8)
+
+
+def layers_of(model: Model) -> dict[str, BitLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, BitLinear)}
+
+
+@torch.no_grad()
+def packed(model: Model, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A model's weights (it may be on the meta device itself) with its ternary layers packed."""
+    out = dict(tensors)
+    for name in layers_of(model):
+        ternary, scale = quantize_weights(out.pop(f"{name}.weight").float())
+        out[name + TRITS], out[name + SCALE] = to_trits(ternary), scale
+    return out
+
+
+def unpacked(model: Model, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
+    """(weights by their own names, what `BitLinear.keep` takes). A packed layer's latent weight is one that rounds to it."""
+    out, kept = dict(tensors), {}
+    for name, layer in layers_of(model).items():
+        if name + TRITS in out and name + SCALE in out:
+            ternary, scale = from_trits(out.pop(name + TRITS), layer.weight.shape), out.pop(name + SCALE)
+            share = ternary.float().abs().mean()
+            out[f"{name}.weight"] = ternary.float() * (scale / share if share > 0 else scale)
+            kept[name] = ternary, scale
+    return out, kept
