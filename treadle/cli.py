@@ -138,7 +138,7 @@ def evaluate(
 
     reports = []
     for run in runs:
-        reports.append(evaluate_run(run, data, rows, samples, batch_size, device=device, stats=stats))
+        reports.append(evaluate_run(run, data, rows, samples, batch_size, device=device, stats=stats, split=split))
         home = home_of(Path(reports[-1]["checkpoint"]))
         write_results(Path(output) if output else home / "results", reports[-1])
     for line in table_of(reports):
@@ -151,17 +151,40 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="Runs or checkpoints; RUN@all is each checkpoint of a run.")],
+    data: Annotated[str | None, typer.Option(help="Compare on this text instead of the held-out text.")] = None,
+    split: Annotated[str, typer.Option(help="Which held-out text: validation or test (--test_fraction).")] = "validation",
+    rows: Annotated[int | None, typer.Option(min=1, help="At most this many rows, spread over the text.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows in one pass.")] = 16,
+    output: Annotated[str | None, typer.Option(help="A JSON file for the table.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Several runs or checkpoints on the same text: bits per byte, accuracy, parameters, FLOPs, decoding state."""
+    from treadle.evaluation import compare as comparing
+    from treadle.monitor.records import write_json
+
+    table = comparing.compare(runs, data, split, rows, batch_size, device)
+    for line in comparing.lines_of(table):
+        typer.echo(line)
+    if output is not None:
+        write_json(Path(output), {"rows": table})
+
+
+@app.command()
 def generate(
     run: Annotated[str, typer.Argument(help="A run, a checkpoint, `last`, RUN@best or RUN@STEP.")] = "last",
     prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
     prompt_file: Annotated[str | None, typer.Option(help="A file with one prompt a line.")] = None,
     output_file: Annotated[str | None, typer.Option(help="Where the continuations of --prompt-file go.")] = None,
     interactive: Annotated[bool, typer.Option("--interactive", "-i", help="Ask for prompts; /help there.")] = False,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "--max-tokens", min=1, help="Symbols.")] = 100,
-    temperature: Annotated[float, typer.Option(help="Lower is safer, higher is wilder, 0 is greedy.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Keep the likeliest symbols; 0 is off.")] = 50,
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest symbols of this total probability.")] = 0.9,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: repeat less.")] = 1.0,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", "--max-tokens", min=1, help="Symbols; 100.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Lower is safer, higher is wilder, 0 is greedy; 1.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the likeliest symbols; 0 is off; 50.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest symbols of this total probability; 0.9.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: repeat less; 1.")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="The same as --temperature 0.")] = False,
     num_samples: Annotated[int, typer.Option(min=1, help="Continuations of each prompt.")] = 1,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
@@ -169,20 +192,23 @@ def generate(
     show_chunks: Annotated[bool, typer.Option("--show-chunks", help="Colour by learned chunk (hnet).")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
-    """Let a trained model continue text."""
+    """Let a trained model continue text. A generation_config.json beside the weights or in the run has other defaults."""
     from treadle.errors import ConfigError
-    from treadle.generation.sampling import Sampling
+    from treadle.generation.sampling import Sampling, typed_over
 
     if show_chunks and (prompt_file is not None or interactive or num_samples > 1):
         raise ConfigError("--show-chunks shows one continuation of --prompt; leave the other ways of asking out")
     if sum((prompt is not None, prompt_file is not None, interactive)) > 1:
         raise ConfigError("--prompt, --prompt-file and --interactive exclude one another; keep one")
-    sampling = Sampling(0.0 if greedy else temperature, top_k, top_p, repetition_penalty)
+    typed = {"max_new_tokens": max_new_tokens, "temperature": 0.0 if greedy else temperature, "top_k": top_k, "top_p": top_p,
+             "repetition_penalty": repetition_penalty}  # fmt: skip
+    Sampling(**typed_over({}, typed)[0])  # what is wrong with it is said before a model is loaded
     from treadle.generation.session import Session
-    from treadle.models.pretrained import load_run
+    from treadle.models.pretrained import generation_defaults, load_run
 
     loaded = load_run(run, device)
-    session = Session(loaded.model, loaded.tokenizer, sampling, max_new_tokens, seed, stop)
+    sampling, count = typed_over(generation_defaults(loaded.checkpoint.folder), typed)
+    session = Session(loaded.model, loaded.tokenizer, Sampling(**sampling), count, seed, stop)
 
     def write(text: str) -> None:
         sys.stdout.write(text)

@@ -457,7 +457,7 @@ def test_tinystories_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     wanted = DataSettings(path="tinystories", max_samples=20, seq_len=16, validation_fraction=0.0)
     data = load_splits(wanted, TokenizerSettings(name="byte"))["train"]
     assert asked == [("roneneldan/TinyStories", "train", True)] and data.sets[0].documents() == 20
-    with pytest.raises(InputError, match="no route to the hub. Without a connection, give local text"):
+    with pytest.raises(InputError, match=r"no route to the hub\. Without a connection, give local text"):
         open_source("tinystories")
 
 

@@ -140,6 +140,11 @@ def sources_of(settings: DataSettings) -> list[Source]:
     return [open_source(path, settings.text_column, settings.document_separator, limit) for path in paths]
 
 
+def held_shares(settings: DataSettings) -> Held:
+    """Shares of the text that are held out; a text of its own to validate on leaves all but the test's."""
+    return settings.validation_fraction if settings.validation_path is None else 0.0, settings.test_fraction
+
+
 def load_splits(
     settings: DataSettings,
     tokenizer_settings: TokenizerSettings,
@@ -149,7 +154,7 @@ def load_splits(
 ) -> dict[str, Dataset]:
     """The train and (where something is held out) validation rows that the configuration asks for."""
     root = cache_root(settings.cache_dir)
-    held_out = (0.0, settings.test_fraction) if settings.validation_path is not None else settings.held_out
+    held_out = held_shares(settings)
 
     def prepared(source: Source, held: Held, tokenizer: Tokenizer) -> dict[str, TokenSet]:
         return prepare(

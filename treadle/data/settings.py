@@ -102,8 +102,8 @@ class DataSettings(Settings):
     def _consistent(self) -> DataSettings:
         if self.path is not None and self.dataset_name is not None:
             raise ValueError("path and dataset_name are both given; keep one")
-        if sum(self.held_out) >= 1:
-            raise ValueError(f"validation_fraction and test_fraction hold out {sum(self.held_out):g} of the text; leave some to train on")
+        if (held := self.validation_fraction + self.test_fraction) >= 1:
+            raise ValueError(f"validation_fraction and test_fraction hold out {held:g} of the text; leave some to train on")
         if self.weights is not None:
             paths = self.path if isinstance(self.path, list) else [self.path]
             if len(self.weights) != len(paths):
@@ -114,8 +114,3 @@ class DataSettings(Settings):
             if isinstance(getattr(self, name), int) and not 0 <= getattr(self, name) <= 256:
                 raise ValueError(f"{name} must be auto or between 0 and 256")
         return self
-
-    @property
-    def held_out(self) -> tuple[float, float]:
-        """Shares for validation and for a test."""
-        return self.validation_fraction, self.test_fraction

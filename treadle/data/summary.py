@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
-from treadle.data.dataset import sources_of
+from treadle.data.dataset import held_shares, sources_of
 from treadle.data.prepare import (
     Progress,
     is_prepared,
@@ -23,7 +23,6 @@ from treadle.errors import ConfigError, InputError
 from treadle.files import cache_root, write_atomically
 from treadle.settings import Given, build_section
 from treadle.text.base import Tokenizer
-
 
 STATISTICS = "statistics.json"
 
@@ -50,9 +49,9 @@ def _open(
         return Tokenizer.load(Path(wanted.path) / "tokenizer"), open_prepared(Path(wanted.path))
     (source,) = sources_of(wanted)
     root = cache_root(wanted.cache_dir)
-    made = tokenizer_for(source, tokenizer, vocab_size, root=root, held=wanted.held_out)
+    made = tokenizer_for(source, tokenizer, vocab_size, root=root, held=held_shares(wanted))
     sets = prepare(
-        source, made, root=root, held=wanted.held_out, min_length=wanted.min_length,
+        source, made, root=root, held=held_shares(wanted), min_length=wanted.min_length,
         on_bad=wanted.on_bad, bad_limit=wanted.bad_limit, workers=wanted.preparation_workers,
         progress=_progress(say), fresh=fresh, output=Path(output) if output else None,
     )  # fmt: skip
@@ -103,9 +102,9 @@ def prepare_part(
     part = parse_shard(shard)
     (source,) = sources_of(wanted)
     root = cache_root(wanted.cache_dir)
-    made = tokenizer_for(source, tokenizer, vocab_size, root=root, held=wanted.held_out)
+    made = tokenizer_for(source, tokenizer, vocab_size, root=root, held=held_shares(wanted))
     folder, done, total = prepare_shard(
-        source, made, part, root=root, held=wanted.held_out, min_length=wanted.min_length,
+        source, made, part, root=root, held=held_shares(wanted), min_length=wanted.min_length,
         on_bad=wanted.on_bad, workers=wanted.preparation_workers, progress=_progress(say),
         output=Path(output) if output else None,
     )  # fmt: skip

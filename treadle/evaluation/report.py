@@ -23,42 +23,47 @@ CUSTOMARY = {"bpb": ("<", 1.5), "perplexity": ("<", 20.0), "accuracy": (">", 0.3
 PROMPTS = ("\n", "The ", "She ", "It was ", "In the ")
 
 
-def held_out(loaded: Loaded, data: str | None) -> dict[str, Dataset]:
-    """The data a run is evaluated on: its own held-out text, or all of another text."""
+def held_out(loaded: Loaded, data: str | None, split: str = "validation") -> dict[str, Dataset]:
+    """The splits a run is evaluated on: those of its own text, or all of another text, called `split`."""
     section = dict(loaded.config.get("data", {}))
     if data is not None:
         section = {"path": data, "seq_len": section.get("seq_len", 256), "validation_fraction": 0.0,
                    "text_column": section.get("text_column", "text"), "cache_dir": section.get("cache_dir")}  # fmt: skip
     splits = load_splits(DataSettings(**section), TokenizerSettings(), loaded.tokenizer)
     if data is not None:
-        return {"validation": splits["train"]}
-    if "validation" not in splits:
-        raise InputError("this run held nothing out; give text to evaluate on: --data FILE")
+        return {split: splits["train"]}
+    if split not in splits:
+        have = ", ".join(name for name in splits if name != "train") or "nothing"
+        raise InputError(f"this run held out {have} and no {split} text; give text to evaluate on: --data FILE")
     return splits
+
+
+def evaluator_of(loaded: Loaded) -> Evaluator:
+    """Evaluates a run in the number format it was trained in."""
+    precision = loaded.config.get("train", {}).get("precision", "fp32")
+    return Evaluator(loaded.model, loaded.tokenizer, "fp32" if precision == "auto" else precision)
 
 
 def evaluate_run(
     run: str, data: str | None = None, rows: int | None = None, samples: int = 0, batch_size: int = 16,
-    with_baselines: bool = True, device: str = "auto", stats: bool = False,
+    with_baselines: bool = True, device: str = "auto", stats: bool = False, split: str = "validation",
 ) -> dict[str, Any]:  # fmt: skip
     """Everything `treadle eval` says about one run, as a table of plain numbers."""
     loaded = load_run(run, device)
-    splits = held_out(loaded, data)
-    precision = loaded.config.get("train", {}).get("precision", "fp32")
-    evaluator = Evaluator(loaded.model, loaded.tokenizer, "fp32" if precision == "auto" else precision)
-    metrics = evaluator.evaluate(splits["validation"], batch_size, rows) or {}
+    splits = held_out(loaded, data, split)
+    evaluator, text = evaluator_of(loaded), splits[split]
+    metrics = evaluator.evaluate(text, batch_size, rows) or {}
     report: dict[str, Any] = {
         "run": run,
         "checkpoint": str(loaded.checkpoint.folder),
         "step": loaded.checkpoint.step,
-        "data": data or "held-out text of the run",
+        "data": data or f"{split} text of the run",
         "metrics": metrics,
     }
     if stats:
-        report["stats"] = evaluator.inspect(splits["validation"])
+        report["stats"] = evaluator.inspect(text)
     if with_baselines:
-        fitted = splits.get("train", splits["validation"])
-        report["baselines"] = baselines(fitted, splits["validation"], loaded.tokenizer)
+        report["baselines"] = baselines(splits.get("train", text), text, loaded.tokenizer)
     if samples and loaded.model.capabilities.decodes:
         prompts = [PROMPTS[i % len(PROMPTS)] for i in range(samples)]
         report["samples"], checks = sample_texts(loaded.model, loaded.tokenizer, prompts, 150, temperature=0.8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,33 @@ class Sampling:
         for name, good, allowed in rules:
             if not good:
                 raise ConfigError(f"{name} = {getattr(self, name)}: must be {allowed}")
+
+
+NEW_TOKENS = 100
+
+
+def typed_over(stored: dict[str, Any], typed: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """(keys of Sampling, max_new_tokens): what was typed (not None), else what a checkpoint stores, else the defaults."""
+    given = {**stored, **{name: value for name, value in typed.items() if value is not None}}
+    count = given.pop("max_new_tokens", NEW_TOKENS)
+    return given, count
+
+
+def stored_defaults(table: dict[str, Any], place: str) -> dict[str, Any]:
+    """The keys of a generation_config.json that are ours; the format's other keys are left alone. ConfigError for values of
+    another kind."""
+    kinds = {"max_new_tokens": int, "temperature": float, "top_k": int, "top_p": float, "repetition_penalty": float}
+    found = {}
+    for name, kind in kinds.items():
+        value = table.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind is int and value != int(value)):
+            raise ConfigError(f"{place}: {name} = {value!r} is no {'whole ' if kind is int else ''}number")
+        found[name] = kind(value)
+    if table.get("do_sample") is False:
+        found["temperature"] = 0.0
+    return found
 
 
 def next_ids(logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:

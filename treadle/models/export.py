@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from treadle.checkpoint.reader import Checkpoint
 from treadle.errors import CheckpointError, InputError
 from treadle.models import packed as packing
 from treadle.models.base import CONFIG_FILE, describe
-from treadle.models.pretrained import home_of, locate, read_config, read_shape
+from treadle.models.pretrained import GENERATION_FILE, generation_defaults, home_of, locate, read_config, read_shape
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -46,6 +47,9 @@ def export(
     members = ["config.toml", *checkpoint.members("tokenizer/")]
     files = {name: checkpoint.raw(name) for name in members}
     files[CONFIG_FILE] = describe(cls, shape).encode()
+    told = generation_defaults(checkpoint.folder)
+    if told:
+        files[GENERATION_FILE] = (json.dumps(told, indent=1) + "\n").encode()
     described = {"weights_only": True, "source": str(checkpoint.folder), "precision": precision, "packed": packed}
     writer.save(folder.parent, checkpoint.step, {"model": weights}, files, described, name=folder.name)
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 import tomllib
@@ -15,10 +16,12 @@ from treadle.checkpoint.layout import MANIFEST, checkpoint_name, steps_in
 from treadle.checkpoint.reader import Checkpoint, newest_valid
 from treadle.checkpoint.retention import best_step
 from treadle.errors import CheckpointError, ConfigError, InputError
+from treadle.generation.sampling import stored_defaults
 from treadle.models.base import Model, ModelConfig
 from treadle.models.catalogue import MODELS
 from treadle.text.base import Tokenizer
 
+GENERATION_FILE = "generation_config.json"  # the name and keys that Hugging Face folders have
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 
 
@@ -114,6 +117,21 @@ def read_shape(checkpoint: Checkpoint, config: dict[str, Any]) -> tuple[type[Mod
         raise CheckpointError(f"{checkpoint.folder}/config.toml names no architecture")
     cls = MODELS.get(str(arch))
     return cls, cls.Config.with_preset(None, **keys)
+
+
+def generation_defaults(folder: Path) -> dict[str, Any]:
+    """What the generation_config.json of a checkpoint's folder, or of its run, says; {} when there is none."""
+    for place in (folder, home_of(folder)):
+        path = place / GENERATION_FILE
+        if path.is_file():
+            try:
+                table = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as problem:
+                raise ConfigError(f"{path} is not JSON: {problem}") from None
+            if not isinstance(table, dict):
+                raise ConfigError(f"{path} holds no table")
+            return stored_defaults(table, str(path))
+    return {}
 
 
 def load_run(run: str, device: Any = None, warn: Any = None) -> Loaded:
