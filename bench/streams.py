@@ -5,36 +5,15 @@
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import time
-from collections.abc import Callable
-from typing import Any
-
 import torch
 
 import treadle
+from bench.side_by_side import medians, run, step_at
 from treadle.data.batch import Batch
-from treadle.models.base import Model
 from treadle.ops import rotations
-from treadle.ops.memory import keep_freed_memory
 from treadle.ops.ssd import ssd, ssd_reference
 
 TOKENS, STREAMS, COMPONENTS = 2048, 4, 2
-
-
-def medians(ways: dict[str, Callable[[], Any]], rounds: int, repeats: int) -> dict[str, float]:
-    """CPU seconds of each, taken in turns."""
-    taken: dict[str, list[float]] = {name: [] for name in ways}
-    for way in ways.values():
-        way()
-    for _ in range(rounds):
-        for name, way in ways.items():
-            begun = time.process_time()
-            for _ in range(repeats):
-                way()
-            taken[name].append(time.process_time() - begun)
-    return {name: statistics.median(values) / repeats for name, values in taken.items()}
 
 
 def routing(rounds: int) -> None:
@@ -102,30 +81,5 @@ def decoding(rounds: int) -> None:
                   f"{sizes['teacher'] / sizes[name]:6.1f} times smaller state ({sizes[name] / 1e3:.0f} kB)")  # fmt: skip
 
 
-def step_at(model: Model, context: int) -> Callable[[], Any]:
-    """Decoding of one symbol with a state that says `context` symbols were seen."""
-    token = Batch.from_ids(torch.zeros(1, 1, dtype=torch.int64))
-
-    def step() -> None:
-        with torch.inference_mode():
-            model(token, state=state)
-
-    with torch.inference_mode():
-        state = model.new_state(1, context + 500)
-        state.lengths += context
-        state.host_lengths = [context]
-    return step
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.streams", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    given = parser.parse_args()
-    keep_freed_memory()
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    for part in (routing, blocks, scan, decoding):
-        part(given.rounds)
-
-
 if __name__ == "__main__":
-    main()
+    run("bench.streams", __doc__ or "", (routing, blocks, scan, decoding), 7)

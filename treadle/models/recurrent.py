@@ -76,6 +76,7 @@ class RecurrentConfig(ModelConfig):
             raise ValueError("convolution_size = 1 sees one place alone; use 0 for none, or 4")
 
 
+FEW_PLACES = 16  # place after place through the compiled block; more are faster in products of matrices
 _version, _address = operator.attrgetter("_version"), Tensor.data_ptr
 
 
@@ -114,11 +115,13 @@ class Block(nn.Module):
         return evenly(torch.sigmoid, self.lower_bound.float()) if self.lower_bound is not None else None
 
     def forward(self, x: Tensor, context: Context, state: Any = None) -> Tensor:
-        if state is not None and x.shape[1] == 1 and not torch.is_grad_enabled() and not self.training:
+        if state is not None and x.shape[1] <= FEW_PLACES and not torch.is_grad_enabled() and not self.training:
             packed = self.packed(x)
             if packed is not None:
                 assert context.places is not None
-                return packed(x.float(), state.hidden, context.places.real)
+                real = context.places.real.split(1, 1)
+                made = [packed(place.float(), state.hidden, here.contiguous()) for place, here in zip(x.split(1, 1), real)]
+                return made[0] if len(made) == 1 else torch.cat(made, 1)
         bound = () if self.lower_bound is None else (self.bound,)
         if context.mixer_only:
             return self.attention(x, context, None, *bound)
