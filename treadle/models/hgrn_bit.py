@@ -51,7 +51,8 @@ class HGRNBitConfig(RecurrentConfig):
     def recommended(cls, preset: str | None) -> dict[str, Any]:
         if (preset or "").lower().replace("-", "_") != "slm_base":
             return {}
-        return {"optim.learning_rate": 3e-4, "tokenizer.name": "byte", "train.per_device_train_batch_size": 32}
+        return {"optim.learning_rate": 3e-4, "tokenizer.name": "byte", "train.per_device_train_batch_size": 32,
+                "train.max_steps": 15_000}  # fmt: skip
 
 
 class HGRNBit(Backbone):

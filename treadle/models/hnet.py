@@ -64,12 +64,6 @@ class HNetConfig(RecurrentConfig):
     stage_learning_rates: bool = option(True)
     """Each stage's learning rate by its width and the symbols it sees (H-Net, appendix C)."""
 
-    max_position_embeddings: int | None = option(None, ge=2)
-    """The length of training rows where data.seq_len is not given; a recurrence itself has no longest row."""
-
-    def implied(self) -> dict[str, Any]:
-        return {"data.seq_len": self.max_position_embeddings} if self.max_position_embeddings is not None else {}
-
     @model_validator(mode="after")
     def _stages_fit(self) -> HNetConfig:
         if len(self.hidden_sizes) != len(self.num_blocks):
@@ -133,7 +127,7 @@ class HNetConfig(RecurrentConfig):
         if preset is None:
             return {}
         return {"optim.learning_rate": 2e-4, "optim.lr_scheduler_type": "wsd", "tokenizer.name": "byte",
-                "train.per_device_train_batch_size": 16}  # fmt: skip
+                "train.per_device_train_batch_size": 16, "train.max_steps": 30_000}  # fmt: skip
 
 
 class Stage(nn.Module):

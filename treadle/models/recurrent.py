@@ -58,6 +58,12 @@ class RecurrentConfig(ModelConfig):
     initializer_range: float = option(0.02, aliases=("init_std",), gt=0)
     """Standard deviation of initial weights; projections into a stream are divided by the root of the blocks around."""
 
+    max_position_embeddings: int | None = option(None, ge=2)
+    """The length of training rows where data.seq_len is not given; a recurrence itself has no longest row."""
+
+    def implied(self) -> dict[str, Any]:
+        return {"data.seq_len": self.max_position_embeddings} if self.max_position_embeddings is not None else {}
+
     def inner(self, width: int) -> int:
         """Width of the recurrence in a block of this width."""
         return width * self.expand_ratio
