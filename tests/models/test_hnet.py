@@ -115,6 +115,8 @@ def test_learning_rates_follow_the_stages() -> None:
             rules = HNet(HNetConfig(**keys)).parameter_rules()
         names = ["embedding.weight", "stage.inner.encoder_norm.weight", "stage.inner.inner.encoder_norm.weight"]
         assert rules["head.weight"] == rules["embedding.weight"]
+        outer = rules["embedding.weight"].learning_rate_multiplier
+        assert rules["stage.router.query.weight"].learning_rate_multiplier == pytest.approx(10 * outer, rel=1e-4)
         return [round(rules[n].learning_rate_multiplier, 2) for n in names if n in rules]
 
     assert rates(hidden_sizes=[256, 384], num_blocks=[[1, 0, 1], [1]], target_ratios=[4]) == [2.63, 1.07]
@@ -188,17 +190,16 @@ def test_shapes_that_do_not_fit() -> None:
 def test_chunks_are_learned_at_the_rate_that_was_asked_for(tmp_path: Path) -> None:
     """1500 steps with and without the ratio loss: the rate stays where it is useful, and costs little quality."""
     found = {}
-    for weight in (0.3, 0.0):
+    for weight in (0.03, 0.0):
         done = command("train", "hnet", "--hidden_sizes", "64,96", "--num_blocks", "[[1,0,1],[2]]", "--ratio_weight", weight,
-                       "--max_steps", 1500, "--warmup_steps", 100, "--batch_size", 8, "--seq_len", 128, "--logging_steps", 1,
-                       "--eval_steps", 1500, "--precision", "fp32", "--report_to", "jsonl", "--output_dir",
+                       "--max_steps", 1500, "--warmup_steps", 300, "--lr", 3e-3, "--batch_size", 8, "--seq_len", 128,
+                       "--logging_steps", 1, "--eval_steps", 1500, "--precision", "fp32", "--report_to", "jsonl", "--output_dir",
                        tmp_path / str(weight), timeout=1200)  # fmt: skip
         assert done.returncode == 0, done.stderr
         rows = [json.loads(line) for line in (tmp_path / str(weight) / "metrics.jsonl").read_text().splitlines()]
         (evaluation,) = [row for row in rows if row.get("split") == "validation"]
-        found[weight] = [row["boundary_rate_0"] for row in rows if "boundary_rate_0" in row], evaluation["bpb"]
-    rates, quality = found[0.3]
-    free_rates, free_quality = found[0.0]
-    last = sum(rates[-100:]) / 100
+        rates = [row["boundary_rate_0"] for row in rows if "boundary_rate_0" in row and "split" not in row]
+        found[weight] = rates, sum(rates[-100:]) / 100, evaluation["bpb"]
+    (rates, last, quality), (_, free_last, free_quality) = found[0.03], found[0.0]
     assert len(rates) == 1500 and 0.20 <= last <= 0.35 and all(0.05 <= rate <= 0.95 for rate in rates), (last, min(rates), max(rates))
-    assert quality <= free_quality + 0.05 and sum(free_rates[-100:]) / 100 >= 1.5 * last, (found[0.3][1], free_quality, free_rates[-1])
+    assert quality <= free_quality + 0.05 and free_last >= 1.5 * last, (quality, free_quality, last, free_last)

@@ -64,6 +64,10 @@ class HNetConfig(RecurrentConfig):
     stage_learning_rates: bool = option(True)
     """Each stage's learning rate by its width and the symbols it sees (H-Net, appendix C)."""
 
+    router_learning_rate: float = option(10.0, gt=0)
+    """Learning rate of the routers as a multiple of their stage's. They start as the identity, with entries fifty times those
+    of other matrices, and would follow the stream they read too slowly: chunks nearly vanish for some twenty steps at 1."""
+
     @model_validator(mode="after")
     def _stages_fit(self) -> HNetConfig:
         if len(self.hidden_sizes) != len(self.num_blocks):
@@ -334,6 +338,7 @@ class HNet(Model):
         c, rules = self.config, {}
         for name, _ in self.named_parameters():
             rate = _stage_rate(c, name.count("inner.")) if c.stage_learning_rates else 1.0
+            rate *= c.router_learning_rate if ".router." in name else 1.0
             rules[name] = replace(block_rule(name), learning_rate_multiplier=round(rate, 6))
         return rules
 
