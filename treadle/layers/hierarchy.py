@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from treadle.layers.exact import exact
+from treadle.layers.exact import ExactLinear, exact
 from treadle.layers.state import LayerState
 from treadle.ops.scan import scan
 
@@ -55,20 +55,19 @@ class BoundaryRouter(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.query = nn.Linear(width, width, bias=False)
-        self.key = nn.Linear(width, width, bias=False)
+        self.query = ExactLinear(width, width, bias=False)
+        self.key = ExactLinear(width, width, bias=False)
 
     def forward(
         self, x: Tensor, real: Tensor, doc_ids: Tensor | None = None, state: StageState | None = None
     ) -> Boundaries:
         """x [B, T, D]; real places [B, T], with a state all of them before the padding."""
         with torch.autocast(x.device.type, enabled=False):
-            x = exact(x)
+            x = x.float()
             before = F.pad(x, (0, 0, 1, 0))[:, :-1]
             if state is not None:
-                before = torch.cat([state.last[:, None].to(x.dtype), before[:, 1:]], 1)
-            query, key = (F.linear(t, m.weight.to(t.dtype)) for t, m in ((before, self.query), (x, self.key)))
-            similar = F.cosine_similarity(query, key, dim=-1, eps=1e-8)
+                before = torch.cat([state.last[:, None], before[:, 1:]], 1)
+            similar = F.cosine_similarity(exact(self.query(before)), exact(self.key(x)), dim=-1, eps=1e-8)
             p = ((1.0 - similar) / 2.0).clamp(0.0, 1.0).float()
         first = torch.zeros_like(real)
         if state is not None:

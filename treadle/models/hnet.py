@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from treadle.data.batch import PAD, Batch
 from treadle.layers.attention import Context
-from treadle.layers.exact import ExactRMSNorm, exact
+from treadle.layers.exact import ExactLinear, ExactRMSNorm
 from treadle.layers.hgrn import linear
 from treadle.layers.hierarchy import (
     Boundaries,
@@ -158,7 +158,7 @@ class Stage(nn.Module):
             return
         inner = config.hidden_sizes[index + 1]
         self.router = BoundaryRouter(width)
-        self.residual = nn.Linear(width, width)
+        self.residual = ExactLinear(width, width)
         self.widening = nn.Parameter(torch.zeros(inner - width)) if inner > width else None
         self.inner = Stage(config, index + 1)
         self.decoder = blocks(counts[0], counts[2])
@@ -201,10 +201,7 @@ class Stage(nn.Module):
         y = self._inside(x, real, boundaries, doc_ids, own, states, found)
         share = torch.where(boundaries.chosen, boundaries.probability, 1.0 - boundaries.probability)
         with torch.autocast(x.device.type, enabled=False):
-            wide = exact(x)
-            weight, bias = self.residual.weight.to(wide.dtype), self.residual.bias.to(wide.dtype)
-            residual = nn.functional.linear(wide, weight, bias).float()
-            y = y * straight_through(share)[..., None] + residual
+            y = y * straight_through(share)[..., None] + self.residual(x.float())
         if own is not None:
             count = real.sum(1)
             last = x.gather(1, (count - 1).clamp_min(0)[:, None, None].expand(-1, 1, x.shape[2]))[:, 0]
