@@ -208,6 +208,24 @@ def test_09_flops_agree_with_the_counter(model: Model) -> None:
     assert counter.get_total_flops() == 3 * model.flops(32)
 
 
+def test_08_an_evaluation_sees_the_weights_of_its_step(case: tuple[str, int]) -> None:
+    """Whatever a model keeps from one evaluation to the next, made of its weights."""
+    model = make(*case)
+    stepper = Stepper(Unit(model, NextToken()), Optimizers(model, OptimSettings()), seed=0, precision="fp32", max_grad_norm=1.0,
+                      loss_weights={})  # fmt: skip
+    batch, found = Batch.for_training(random_ids(2, 20)), []
+    for step in range(3):
+        stepper.run(step, [batch], 1e-2)
+        model.eval()
+        with torch.no_grad():
+            found.append(model(batch).logits)
+            fresh = make(*case).eval()
+            fresh.load_weights(model.named_weights())
+            torch.testing.assert_close(found[-1], fresh(batch).logits, atol=1e-6, rtol=1e-6)
+        model.train()
+    assert not torch.equal(found[0], found[2])
+
+
 def test_10_checkpointing_changes_no_gradient_and_saves_memory(case: tuple[str, int]) -> None:
     found = []
     for on in (False, True):

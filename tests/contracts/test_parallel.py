@@ -12,8 +12,10 @@ from treadle.data.batch import Batch
 from treadle.distributed.choose import make_strategy
 from treadle.distributed.settings import ParallelSettings
 from treadle.distributed.world import World
+from treadle.evaluation.evaluator import Evaluator
 from treadle.objectives.base import Unit
 from treadle.objectives.next_token import NextToken
+from treadle.text.base import Tokenizer
 from treadle.training.optim import Optimizers
 from treadle.training.settings import OptimSettings
 from treadle.training.step import Stepper
@@ -40,7 +42,8 @@ def batches(step: int, packs: bool) -> list[Batch]:
 
 
 def trace(case: tuple[str, int], optimizer: str, mode: str, rank: int = 0, size: int = 1) -> list[list[float]]:
-    """[loss, gradient norm] of each step; two micro-batches a step for each of two processes, four for one."""
+    """[loss, gradient norm, loss of an evaluation after it] of each step; two micro-batches a step for each of two processes,
+    four for one."""
     model, world = make(*case), World.open()
     options = dict(MODES.get(mode, {}))
     recompute = options.pop("recompute", False)
@@ -56,11 +59,15 @@ def trace(case: tuple[str, int], optimizer: str, mode: str, rank: int = 0, size:
         unit, Optimizers(model, OptimSettings(name=optimizer), settings.shard_optimizer and size > 1), seed=0,
         precision="fp32", max_grad_norm=1.0, loss_weights={}, strategy=strategy,
     )  # fmt: skip
+    evaluator = Evaluator(model, Tokenizer.load("byte"), strategy=strategy)
     found = []
     for step in range(STEPS):
         share = ROWS // size
         result = stepper.run(step, batches(step, model.capabilities.packs)[rank * share : (rank + 1) * share], 1e-2)
-        found.append([result.loss, result.grad_norm])
+        model.eval()
+        nats = evaluator.batch_sums(batches(STEPS, model.capabilities.packs)[1])["nats"]
+        model.train()
+        found.append([result.loss, result.grad_norm, nats])
     return found
 
 

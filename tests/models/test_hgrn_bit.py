@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -48,6 +49,16 @@ def test_packed_and_padded_rows_are_the_documents_themselves(keys: dict[str, Any
         for start, stop in ((3, 14), (14, 28)):
             alone = model(Batch.from_ids(tokens[:, start:stop])).logits
             assert torch.equal(packed[:, start:stop], alone)
+
+
+def test_a_copy_has_weights_of_its_own() -> None:
+    model, batch = small(), Batch.from_ids(ids(1, 20))
+    model.generate(ids(1, 4), 4)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        before = model(batch).logits
+        other.layers[0].mlp.down.weight.mul_(-1)
+        assert not torch.equal(other(batch).logits, before) and torch.equal(model(batch).logits, before)
 
 
 def test_the_state_does_not_grow() -> None:

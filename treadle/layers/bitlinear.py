@@ -5,17 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from treadle.layers.exact import Keeping, version
 from treadle.ops.precision import without_autocast
 from treadle.ops.ternary import PackedLayer, dequantized, quantize_weights, ternary_linear
 
 EPS = 1e-8
 
 
-class BitLinear(nn.Module):
+class BitLinear(Keeping):
     """y = ternary(W) int8(RMSNorm(x) gain), no bias. fp32 throughout, whatever autocast says: its integers are exact, and
     its scales would not be.
 
-    In evaluation weights are quantised once and kept (`packed` in 2 bits, for decoding row by row), until they change.
+    In evaluation weights are quantised once and kept (`packed` in 2 bits, for decoding row by row).
     """
 
     def __init__(self, width: int, out: int) -> None:
@@ -23,7 +24,6 @@ class BitLinear(nn.Module):
         self.in_features, self.out_features = width, out
         self.weight = nn.Parameter(torch.empty(out, width))
         self.gain = nn.Parameter(torch.ones(width))
-        self._kept: tuple[tuple[int, int, int, torch.device], PackedLayer] | None = None
 
     def normed(self, x: Tensor) -> Tensor:
         x = x.float()
@@ -48,16 +48,17 @@ class BitLinear(nn.Module):
     def packed(self) -> PackedLayer:
         """The weights as inference takes them."""
         if self._kept is None or self._kept[0] != self._mark():
-            self.keep(*quantize_weights(self.weight.detach().float()))
-        assert self._kept is not None
-        return self._kept[1]
+            with torch.no_grad():
+                self.keep(*quantize_weights(self.weight.float()))
+        made: PackedLayer = self._kept[1]
+        return made
 
     def keep(self, ternary: Tensor, scale: Tensor) -> None:
-        """Infers with these (int8 [N, K] and a scalar) until the weight changes: a packed file's scale, to the last bit."""
+        """Infers with these (int8 [N, K] and a scalar): a packed file's scale, to the last bit."""
         w = self.weight
         if type(w.data) is Tensor:
-            self._kept = (self._mark(), PackedLayer(ternary.to(w.device), scale.to(w.device), self.gain.detach(), EPS))
+            self._kept = (self._mark(), PackedLayer(ternary.to(w.device), scale.to(w.device), self.gain, EPS))
 
     def _mark(self) -> tuple[int, int, int, torch.device]:
         w = self.weight
-        return w._version, self.gain._version, w.data_ptr(), w.device
+        return version(w), version(self.gain), w.data_ptr(), w.device

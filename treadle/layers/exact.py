@@ -8,6 +8,7 @@ fp64 and round once: other orders of adding then agree, but for about one number
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -47,19 +48,40 @@ class ExactRMSNorm(RMSNorm):
         return super().forward(x) if torch.is_grad_enabled() else mean_normed(x, self.weight, self.eps)
 
 
-class ExactLinear(nn.Linear):
-    """nn.Linear; without gradients fp64 (the weight's copy is kept until it changes) rounded to x's type."""
+class Keeping(nn.Module):
+    """A module that keeps something made of its weights for evaluation.
 
-    _kept: tuple[tuple[object, ...], Tensor] | None = None
+    It is made anew when the weights change, which their versions and addresses tell, and when training begins or ends:
+    processes that share weights write them without a trace. (So does `parameter.data`; change parameters themselves.)
+    """
+
+    _kept: Any = None
+
+    def train(self, mode: bool = True) -> Self:
+        if mode != self.training:
+            self._kept = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}  # a copy has weights of its own
+
+
+def version(t: Tensor) -> int:
+    """Counts writes; tensors made for inference (weights gathered from shards) do not say."""
+    return -1 if t.is_inference() else t._version
+
+
+class ExactLinear(Keeping, nn.Linear):
+    """nn.Linear; without gradients fp64 rounded to fp32."""
 
     def forward(self, x: Tensor) -> Tensor:
         w = self.weight
         if torch.is_grad_enabled() or w.is_meta or type(w.data) is not Tensor:
             # Weights gathered in 16 bits meet a router's fp32.
             return F.linear(x, w.to(x.dtype), self.bias.to(x.dtype) if self.bias is not None else None)
-        mark = (w._version, w.data_ptr(), w.device)
+        mark = (version(w), w.data_ptr(), w.device)
         if self._kept is None or self._kept[0] != mark:
-            self._kept = (mark, w.detach().double())
+            self._kept = (mark, w.double())
         with torch.autocast(x.device.type, enabled=False):
             bias = self.bias.double() if self.bias is not None else None
             return F.linear(x.double(), self._kept[1], bias).float()

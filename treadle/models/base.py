@@ -198,7 +198,7 @@ class Model(nn.Module):
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 copy_whole(parameter, self._initial_values(seed, name, parameter))
-        self._start = MappingProxyType({})
+        self.__dict__.pop("_start", None)
         return self
 
     def _initial_values(self, seed: int, name: str, parameter: Tensor) -> Tensor:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from treadle.layers.attention import Context
-from treadle.layers.exact import ExactRMSNorm, evenly
+from treadle.layers.exact import ExactRMSNorm, Keeping, evenly, version
 from treadle.layers.hgrn import HGRN, GatedMLP
 from treadle.layers.ssm import SSMMixer
 from treadle.layers.window import WindowAttention
@@ -83,10 +82,9 @@ class RecurrentConfig(ModelConfig):
 
 
 FEW_PLACES = 16  # place after place through the compiled block; more are faster in products of matrices
-_version, _address = operator.attrgetter("_version"), Tensor.data_ptr
 
 
-class Block(nn.Module):
+class Block(Keeping):
     """x += mixer(norm x); x += MLP(norm x). `mixer` hgrn_bit is ternary with its MLP; the others are full precision, and
     `even` where other blocks of the model round (layers/exact.py)."""
 
@@ -113,7 +111,6 @@ class Block(nn.Module):
         self.mlp = GatedMLP(width, config.mlp_inner(width), ternary, even)
         self.lower_bound = nn.Parameter(torch.zeros(inner)) if bounded else None
         self.eps, self.fusable = config.norm_eps, ternary and not config.convolution_size
-        self._kept: tuple[Any, PackedBlock] | None = None
         self._sources: list[tuple[Any, str]] | None = None  # where its parameters are, so that new ones are seen at once
 
     @property
@@ -149,14 +146,17 @@ class Block(nn.Module):
         if self._sources is None:
             holders = (*self._layers(), self.attention_norm, self.mlp_norm, self.attention, self)
             self._sources = [(h._parameters, name) for h in holders for name, p in h._parameters.items() if p is not None]
-        mark = [look(p[name]) for p, name in self._sources for look in (_version, _address)]
+        if any(type(p[name].data) is not Tensor for p, name in self._sources):  # in parts, on several processes
+            return None
+        mark = [look(p[name]) for p, name in self._sources for look in (version, Tensor.data_ptr)]
         if self._kept is None or self._kept[0] != mark:
             packed = [layer.packed() for layer in self._layers()]  # type: ignore[operator]
             mixer: HGRN = self.attention  # type: ignore[assignment]
             vectors = (self.attention_norm.weight, self.mlp_norm.weight, mixer.norm, self.bound)
             self._kept = mark, PackedBlock(packed, *vectors, eps=self.eps, heads=mixer.heads,
                                            norm_of_hidden=mixer.gate == "hgrn")  # fmt: skip
-        return self._kept[1]
+        made: PackedBlock = self._kept[1]
+        return made
 
     def _layers(self) -> tuple[nn.Module, ...]:
         mixer, mlp = self.attention, self.mlp

@@ -34,7 +34,9 @@ class PackedBlock:
     ) -> None:  # fmt: skip
         """layers: forget, input, output gate, out, gate and up, down."""
         self.eps = layers[0].eps
-        vectors = [v.detach().float().contiguous() if v is not None else None for v in (norm, mlp_norm, inner_norm, bound)]
+        with torch.no_grad():  # copies: gathered weights are gone after the pass
+            given = (norm, mlp_norm, inner_norm, bound)
+            vectors = [v.to(torch.float32, copy=True).contiguous() if v is not None else None for v in given]
         self._kept = (layers, vectors)  # what the pointers point at
         pointers = (v.data_ptr() if v is not None else None for v in vectors)
         self._shape = Block(*(layer.shape for layer in layers), *pointers, eps, heads, int(norm_of_hidden))

@@ -157,8 +157,9 @@ class PackedLayer:
 
     def __init__(self, ternary: Tensor, scale: Tensor, gain: Tensor, eps: float) -> None:
         """ternary int8 [N, K], its scale, the norm's gain [K] and eps."""
-        self.ternary, self.scale = ternary, scale
-        self.gain, self.eps = gain.float().contiguous(), eps
+        self.ternary, self.scale, self.eps = ternary, scale, eps
+        with torch.no_grad():
+            self.gain = gain.to(torch.float32, copy=True).contiguous()  # gathered weights are gone after the pass
         self.native = native() if ternary.device.type == "cpu" else None
         if self.native is not None:
             rows, width = ternary.shape
