@@ -39,8 +39,9 @@ INLINE void columns_64(const uint8_t *restrict codes, const int8_t *restrict q, 
     }
 }
 
-INLINE void four_rows(const uint8_t *restrict codes, const int8_t *restrict q, int64_t quarter, int32_t total,
-                      int32_t *restrict out) {
+/* out = (codes q - total) factor for four rows. */
+INLINE void four_rows(const uint8_t *restrict codes, const int8_t *restrict q, int64_t quarter, int32_t total, float factor,
+                      float *restrict out) {
     __m512i parts[TOGETHER];
     for (int r = 0; r < TOGETHER; r++) parts[r] = _mm512_setzero_si512();
     int64_t k = 0;
@@ -51,7 +52,7 @@ INLINE void four_rows(const uint8_t *restrict codes, const int8_t *restrict q, i
     __m512i four = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
     __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(four), _mm512_extracti64x4_epi64(four, 1));
     __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-    _mm_storeu_si128((__m128i *)out, _mm_sub_epi32(sums, _mm_set1_epi32(total)));
+    _mm_storeu_ps(out, _mm_mul_ps(_mm_cvtepi32_ps(_mm_sub_epi32(sums, _mm_set1_epi32(total))), _mm_set1_ps(factor)));
 }
 
 #elif defined(__AVX2__)
@@ -77,35 +78,46 @@ static int32_t one_row(const uint8_t *restrict codes, const int8_t *restrict q, 
     return sum;
 }
 
-INLINE void four_rows(const uint8_t *restrict codes, const int8_t *restrict q, int64_t quarter, int32_t total,
-                      int32_t *restrict out) {
-    for (int r = 0; r < TOGETHER; r++) out[r] = one_row(codes + r * quarter, q, quarter) - total;
+/* out = (codes q - total) factor for four rows. */
+INLINE void four_rows(const uint8_t *restrict codes, const int8_t *restrict q, int64_t quarter, int32_t total, float factor,
+                      float *restrict out) {
+    for (int r = 0; r < TOGETHER; r++) out[r] = (float)(one_row(codes + r * quarter, q, quarter) - total) * factor;
 }
 
 #else
 
-INLINE void four_rows(const uint8_t *restrict codes, const int8_t *restrict q, int64_t quarter, int32_t total,
-                      int32_t *restrict out) {
+/* out = (codes q - total) factor for four rows. */
+INLINE void four_rows(const uint8_t *restrict codes, const int8_t *restrict q, int64_t quarter, int32_t total, float factor,
+                      float *restrict out) {
     for (int r = 0; r < TOGETHER; r++) {
         int32_t sum = 0;
         for (int plane = 0; plane < 4; plane++)
             for (int64_t k = 0; k < quarter; k++) sum += ((codes[r * quarter + k] >> (2 * plane)) & 3) * q[plane * quarter + k];
-        out[r] = sum - total;
+        out[r] = (float)(sum - total) * factor;
     }
 }
 
 #endif
 
-/* codes [rows padded to fours, quarter], q [4 quarter] -> out [rows padded to fours]. */
-static __attribute__((noinline)) void product(const uint8_t *codes, const int8_t *q, int32_t *out, int64_t rows, int64_t quarter, int threads) {
+INLINE void some_rows(const uint8_t *codes, const int8_t *q, int64_t quarter, int32_t total, float factor, float *out, int64_t left) {
+    float last[TOGETHER];
+    four_rows(codes, q, quarter, total, factor, left >= TOGETHER ? out : last);
+    if (left < TOGETHER) memcpy(out, last, left * sizeof(float));
+}
+
+/* codes [rows padded to fours, quarter], q [4 quarter] -> out [rows] = T q factor. */
+static __attribute__((noinline)) void product(const uint8_t *codes, const int8_t *q, float factor, float *out, int64_t rows,
+                                              int64_t quarter, int threads) {
     int32_t total = 0;
     for (int64_t k = 0; k < 4 * quarter; k++) total += q[k];
     if (threads > 1 && rows * quarter > 65536) {
 #pragma omp parallel for schedule(static) num_threads(threads)
-        for (int64_t r = 0; r < rows; r += TOGETHER) four_rows(codes + r * quarter, q, quarter, total, out + r);
+        for (int64_t r = 0; r < rows; r += TOGETHER) some_rows(codes + r * quarter, q, quarter, total, factor, out + r, rows - r);
         return;
     }
-    for (int64_t r = 0; r < rows; r += TOGETHER) four_rows(codes + r * quarter, q, quarter, total, out + r);
+    int64_t r = 0;
+    for (; r + TOGETHER <= rows; r += TOGETHER) four_rows(codes + r * quarter, q, quarter, total, factor, out + r);
+    if (r < rows) some_rows(codes + r * quarter, q, quarter, total, factor, out + r, rows - r);
 }
 
 /* ---- what lies between products ---- */
@@ -191,27 +203,21 @@ struct setting {
     int threads;
 };
 
-/* n of `size` bytes begin 64 bytes apart in a buffer: loads that cross cache lines cost a layer of 3072 x 512 4 of 9 us. */
+/* n of `size` bytes begin 64 bytes apart in a buffer, so that loads cross no cache lines. */
 static int64_t lines(int64_t n, int64_t size) { return (n * size + 63) / 64 * 64; }
 
-static int64_t fours(int64_t rows) { return (rows + TOGETHER - 1) / TOGETHER * TOGETHER; }
-
 /* y [rows] = T q a / s for one row x; r: the inverse root mean square of x. */
-static void layer_of(const struct layer *l, const float *x, double r, float *y, const struct setting *how, int8_t *q, int32_t *sums) {
+static void layer_of(const struct layer *l, const float *x, double r, float *y, const struct setting *how, int8_t *q) {
     double s = quantized(x, r, l->gain, how->smallest, q, l->width, 4 * l->quarter);
-    product(l->codes, q, sums, l->rows, l->quarter, how->threads);
-    float factor = (float)(l->scale / s);
-    for (int64_t k = 0; k < l->rows; k++) y[k] = (float)sums[k] * factor;
+    product(l->codes, q, (float)(l->scale / s), y, l->rows, l->quarter, how->threads);
 }
 
 /* x [count, width] -> y [count, rows]; -1 when there is no memory. */
 int ternary_layer(const struct layer *l, const struct setting *how, const float *x, float *y, int64_t count) {
-    int64_t columns = lines(4 * l->quarter, 1);
-    int8_t *q = aligned_alloc(64, columns + lines(fours(l->rows), sizeof(int32_t)));
+    int8_t *q = aligned_alloc(64, lines(4 * l->quarter, 1));
     if (!q) return -1;
-    int32_t *sums = (int32_t *)(q + columns);
     for (int64_t c = 0; c < count; c++, x += l->width, y += l->rows)
-        layer_of(l, x, root_mean_square(x, l->width, how->eps), y, how, q, sums);
+        layer_of(l, x, root_mean_square(x, l->width, how->eps), y, how, q);
     free(q);
     return 0;
 }
@@ -241,21 +247,19 @@ struct block {
 int recurrent_block(const struct block *b, const struct setting *how, float *x, float *hidden, const uint8_t *real, int64_t count) {
     int64_t width = b->forget.width, inner = b->forget.rows, mlp = b->down.width, part = inner / b->heads;
     int64_t stream = lines(width, sizeof(float)), state = lines(inner, sizeof(float)), wide = lines(b->gate_up.rows, sizeof(float));
-    int64_t sums_size = lines(fours(b->gate_up.rows + width + inner), sizeof(int32_t)); /* more than the widest layer */
     int64_t q_size = lines(4 * (b->down.quarter + b->out.quarter + b->forget.quarter), 1);
-    char *work = aligned_alloc(64, 2 * stream + 3 * state + wide + sums_size + q_size);
+    char *work = aligned_alloc(64, 2 * stream + 3 * state + wide + q_size);
     if (!work) return -1;
     float *n = (float *)work, *y = (float *)(work + stream), *f = (float *)(work + 2 * stream);
     float *i = (float *)((char *)f + state), *g = (float *)((char *)i + state), *up = (float *)((char *)g + state);
-    int32_t *sums = (int32_t *)((char *)up + wide);
-    int8_t *q = (int8_t *)((char *)sums + sums_size);
+    int8_t *q = (int8_t *)up + wide;
     for (int64_t c = 0; c < count; c++, x += width, hidden += inner) {
         if (!real[c]) continue;
         normed(x, b->norm, b->eps, n, width);
         double r = root_mean_square(n, width, how->eps); /* three layers of one input */
-        layer_of(&b->forget, n, r, f, how, q, sums);
-        layer_of(&b->input, n, r, i, how, q, sums);
-        layer_of(&b->gate, n, r, g, how, q, sums);
+        layer_of(&b->forget, n, r, f, how, q);
+        layer_of(&b->input, n, r, i, how, q);
+        layer_of(&b->gate, n, r, g, how, q);
         for (int64_t k = 0; k < inner; k++) f[k] = sigmoid(f[k]);
         if (b->bound)
             for (int64_t k = 0; k < inner; k++) f[k] = b->bound[k] + (1.0f - b->bound[k]) * f[k];
@@ -264,12 +268,12 @@ int recurrent_block(const struct block *b, const struct setting *how, float *x, 
         const float *from = b->norm_of_hidden ? hidden : g;
         for (int64_t h = 0; h < inner; h += part) normed(from + h, b->inner_norm + h, b->eps, f + h, part);
         for (int64_t k = 0; k < inner; k++) f[k] = f[k] * i[k];
-        layer_of(&b->out, f, root_mean_square(f, inner, how->eps), y, how, q, sums);
+        layer_of(&b->out, f, root_mean_square(f, inner, how->eps), y, how, q);
         for (int64_t k = 0; k < width; k++) x[k] += y[k];
         normed(x, b->mlp_norm, b->eps, n, width);
-        layer_of(&b->gate_up, n, root_mean_square(n, width, how->eps), up, how, q, sums);
+        layer_of(&b->gate_up, n, root_mean_square(n, width, how->eps), up, how, q);
         for (int64_t k = 0; k < mlp; k++) up[k] = silu(up[k]) * up[mlp + k];
-        layer_of(&b->down, up, root_mean_square(up, mlp, how->eps), y, how, q, sums);
+        layer_of(&b->down, up, root_mean_square(up, mlp, how->eps), y, how, q);
         for (int64_t k = 0; k < width; k++) x[k] += y[k];
     }
     free(work);
