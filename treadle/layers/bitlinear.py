@@ -32,11 +32,13 @@ class BitLinear(Keeping):
     def forward(self, x: Tensor) -> Tensor:
         with without_autocast(x):
             if torch.is_grad_enabled() or self.training:
+                self.forget()
                 return ternary_linear(self.normed(x), self.weight.float())
             return self._infer(x.float())
 
     def linear(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(n^, W^) whose plain product is the answer up to rounding; for losses that take a matrix."""
+        self.forget()
         return dequantized(self.normed(x), self.weight.float())
 
     def _infer(self, x: Tensor) -> Tensor:

@@ -51,15 +51,21 @@ class ExactRMSNorm(RMSNorm):
 class Keeping(nn.Module):
     """A module that keeps something made of its weights for evaluation.
 
-    It is made anew when the weights change, which their versions and addresses tell, and when training begins or ends:
-    processes that share weights write them without a trace. (So does `parameter.data`; change parameters themselves.)
+    It is made anew when the weights change, which their versions and addresses tell, when training goes on after an
+    evaluation, and after a pass of training: fused optimisers and processes that share weights write them without a trace. (So
+    does who writes `parameter.data`.)
     """
 
     _kept: Any = None
 
-    def train(self, mode: bool = True) -> Self:
-        if mode != self.training:
+    def forget(self) -> None:
+        """Called in every pass of training."""
+        if self._kept is not None:
             self._kept = None
+
+    def train(self, mode: bool = True) -> Self:
+        if mode:
+            self.forget()
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -77,6 +83,7 @@ class ExactLinear(Keeping, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         w = self.weight
         if torch.is_grad_enabled() or w.is_meta or type(w.data) is not Tensor:
+            self.forget()
             # Weights gathered in 16 bits meet a router's fp32.
             return F.linear(x, w.to(x.dtype), self.bias.to(x.dtype) if self.bias is not None else None)
         mark = (version(w), w.data_ptr(), w.device)

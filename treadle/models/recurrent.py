@@ -125,6 +125,8 @@ class Block(Keeping):
                 real = context.places.real.split(1, 1)
                 made = [packed(place.float(), state.hidden, here.contiguous()) for place, here in zip(x.split(1, 1), real)]
                 return made[0] if len(made) == 1 else torch.cat(made, 1)
+        if torch.is_grad_enabled():
+            self.forget()
         bound = () if self.lower_bound is None else (self.bound,)
         if context.mixer_only:
             return self.attention(x, context, None, *bound)
