@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from treadle.layers.attention import Context
-from treadle.layers.exact import ExactRMSNorm, Keeping, evenly, version
+from treadle.layers.exact import ExactRMSNorm, Keeping, evenly
 from treadle.layers.hgrn import HGRN, GatedMLP
 from treadle.layers.ssm import SSMMixer
 from treadle.layers.window import WindowAttention
@@ -122,9 +122,11 @@ class Block(Keeping):
             packed = self.packed(x)
             if packed is not None:
                 assert context.places is not None
-                real = context.places.real.split(1, 1)
-                made = [packed(place.float(), state.hidden, here.contiguous()) for place, here in zip(x.split(1, 1), real)]
-                return made[0] if len(made) == 1 else torch.cat(made, 1)
+                real = context.places.real
+                if x.shape[1] == 1:
+                    return packed(x.float(), state.hidden, real)
+                steps = zip(x.split(1, 1), real.split(1, 1))
+                return torch.cat([packed(place.float(), state.hidden, here) for place, here in steps], 1)
         if torch.is_grad_enabled():
             self.forget()
         bound = () if self.lower_bound is None else (self.bound,)
@@ -148,10 +150,14 @@ class Block(Keeping):
         if self._sources is None:
             holders = (*self._layers(), self.attention_norm, self.mlp_norm, self.attention, self)
             self._sources = [(h._parameters, name) for h in holders for name, p in h._parameters.items() if p is not None]
-        if any(type(p[name].data) is not Tensor for p, name in self._sources):  # in parts, on several processes
+        parameters = [held[name] for held, name in self._sources]
+        try:
+            mark = [p._version for p in parameters] + [p.data_ptr() for p in parameters]
+        except RuntimeError:  # gathered from shards
             return None
-        mark = [look(p[name]) for p, name in self._sources for look in (version, Tensor.data_ptr)]
         if self._kept is None or self._kept[0] != mark:
+            if any(type(p.data) is not Tensor for p in parameters):  # in parts, on several processes
+                return None
             packed = [layer.packed() for layer in self._layers()]  # type: ignore[operator]
             mixer: HGRN = self.attention  # type: ignore[assignment]
             vectors = (self.attention_norm.weight, self.mlp_norm.weight, mixer.norm, self.bound)

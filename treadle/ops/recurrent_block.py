@@ -47,7 +47,8 @@ class PackedBlock:
         """x [B, 1, D], hidden [B, Di] (moved on in place), real [B, 1] -> [B, 1, D]; other rows stay as they are."""
         y = x.clone(memory_format=torch.contiguous_format)
         how = ctypes.addressof(setting(self.eps, torch.get_num_threads()))
-        done(self._step(self._at, how, y.data_ptr(), hidden.data_ptr(), real.data_ptr(), len(y)))
+        real = real.contiguous()
+        done(self._step(self._at, how, y.data_ptr(), hidden.data_ptr(), real.data_ptr(), y.shape[0]))
         return y
 
 

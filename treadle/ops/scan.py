@@ -40,8 +40,8 @@ class _Scan(torch.autograd.Function):
             )
         else:
             state = start if start is not None else torch.zeros_like(value[:, 0])
-            for t in range(value.shape[1]):  # not addcmul, which rounds once: every way has to give the same bits
-                state = torch.mul(gate[:, t], state, out=out[:, t]).add_(value[:, t])
+            for f, i, h in zip(gate.unbind(1), value.unbind(1), out.unbind(1)):
+                state = torch.mul(f, state, out=h).add_(i)  # not addcmul, which rounds once: every way has to give the same bits
         ctx.save_for_backward(gate, out, start)
         ctx.native = native
         return out
@@ -58,9 +58,9 @@ class _Scan(torch.autograd.Function):
             )
             return grad_gate, grad_value, grad_start, None
         carried = torch.zeros_like(grad[:, 0])
-        for t in range(gate.shape[1] - 1, -1, -1):
-            total = torch.add(grad[:, t], carried, out=grad_value[:, t])
-            carried = total * gate[:, t]
+        for f, slope, total in reversed(list(zip(gate.unbind(1), grad.unbind(1), grad_value.unbind(1)))):
+            torch.add(slope, carried, out=total)
+            torch.mul(total, f, out=carried)
         before = torch.cat([(start if start is not None else torch.zeros_like(carried))[:, None], out[:, :-1]], 1)
         torch.mul(grad_value, before, out=grad_gate)
         return grad_gate, grad_value, carried if start is not None else None, None
