@@ -33,7 +33,8 @@ def evenly(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 def mean_normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension, fp32."""
-    if not torch.is_grad_enabled() and x.device.type == "cpu" and weight.dim() == 1 and x.numel() <= SMALL and native() is not None:
+    plain = type(x) is Tensor and x.device.type == "cpu" and weight.dim() == 1
+    if plain and not torch.is_grad_enabled() and x.numel() <= SMALL and native() is not None:
         x, weight, out = x.float().contiguous(), weight.float().contiguous(), torch.empty(x.shape)
         native().rms_normed(x.data_ptr(), weight.data_ptr(), eps, out.data_ptr(), x.numel() // x.shape[-1], x.shape[-1])  # type: ignore[union-attr]
         return out

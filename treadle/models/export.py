@@ -23,8 +23,9 @@ def export(
     run: str, output: str | None = None, precision: str = "fp32", packed: bool = False, warn: Any = None
 ) -> Path:
     """Writes config.json, model.safetensors and the tokenizer of a run (or checkpoint) and returns the folder, by default
-    RUN/export. Shards are joined. `packed` stores ternary layers in 1.6 bits a weight; answers stay the same bit for bit. The folder is checked like a checkpoint and serves wherever a run is asked for;
-    `from_pretrained` reads it too. InputError when the folder is in use for something else, or nothing in it is ternary.
+    RUN/export. Shards are joined. `packed` stores ternary layers in 1.6 bits a weight; with fp32 for the rest, answers stay the
+    same bit for bit. The folder is checked like a checkpoint and serves wherever a run is asked for; `from_pretrained` reads it
+    too. InputError when the folder is in use for something else, or nothing in it is ternary.
     """
     if precision not in DTYPES:
         raise InputError(f"--precision {precision!r}: use {', '.join(DTYPES)}")
