@@ -26,6 +26,14 @@ app.add_typer(tokenizer_app, name="tokenizer")
 # train and check take every key of the configuration as a flag; help.py writes their help from the sections.
 OPEN = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
+# What several verbs take.
+Run = Annotated[str, typer.Argument(help="A run, a checkpoint, `last`, RUN@best or RUN@STEP.")]
+Text = Annotated[str | None, typer.Option(help="Measure on this text instead of the held-out text.")]
+Split = Annotated[str, typer.Option(help="Which held-out text: validation or test (--test_fraction).")]
+MostRows = Annotated[int | None, typer.Option(min=1, help="At most this many rows, spread over the text.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Rows in one pass.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+
 
 def _request(arguments: list[str]) -> Any:
     from treadle.errors import ConfigError
@@ -123,14 +131,14 @@ def ctl(
 @app.command("eval")
 def evaluate(
     runs: Annotated[list[str], typer.Argument(help="Runs: a folder, a checkpoint, `last`, RUN@best, RUN@STEP.")],
-    data: Annotated[str | None, typer.Option(help="Evaluate on this text instead of the held-out text.")] = None,
-    split: Annotated[str, typer.Option(help="Which held-out text: validation or test (--test_fraction).")] = "validation",
-    rows: Annotated[int | None, typer.Option(min=1, help="At most this many rows, spread over the text.")] = None,
+    data: Text = None,
+    split: Split = "validation",
+    rows: MostRows = None,
     samples: Annotated[int, typer.Option(min=0, help="Samples to generate and check.")] = 3,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows in one pass.")] = 16,
+    batch_size: BatchSize = 16,
     stats: Annotated[bool, typer.Option("--stats", help="The architecture's own numbers too (routing, ...).")] = False,
     output: Annotated[str | None, typer.Option(help="Folder for the results; default RUN/results.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Loss, bits per byte, accuracy and samples of one or more runs, beside simple baselines."""
     from treadle.evaluation.report import evaluate_run, table_of, write_results
@@ -153,12 +161,12 @@ def evaluate(
 @app.command()
 def compare(
     runs: Annotated[list[str], typer.Argument(help="Runs or checkpoints; RUN@all is each checkpoint of a run.")],
-    data: Annotated[str | None, typer.Option(help="Compare on this text instead of the held-out text.")] = None,
-    split: Annotated[str, typer.Option(help="Which held-out text: validation or test (--test_fraction).")] = "validation",
-    rows: Annotated[int | None, typer.Option(min=1, help="At most this many rows, spread over the text.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows in one pass.")] = 16,
+    data: Text = None,
+    split: Split = "validation",
+    rows: MostRows = None,
+    batch_size: BatchSize = 16,
     output: Annotated[str | None, typer.Option(help="A JSON file for the table.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Several runs or checkpoints on the same text: bits per byte, accuracy, parameters, FLOPs, decoding state."""
     from treadle.evaluation import compare as comparing
@@ -173,7 +181,7 @@ def compare(
 
 @app.command()
 def generate(
-    run: Annotated[str, typer.Argument(help="A run, a checkpoint, `last`, RUN@best or RUN@STEP.")] = "last",
+    run: Run = "last",
     prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
     prompt_file: Annotated[str | None, typer.Option(help="A file with one prompt a line.")] = None,
     output_file: Annotated[str | None, typer.Option(help="Where the continuations of --prompt-file go.")] = None,
@@ -190,7 +198,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     stop: Annotated[str | None, typer.Option(help="End before this text.")] = None,
     show_chunks: Annotated[bool, typer.Option("--show-chunks", help="Colour by learned chunk (hnet).")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Let a trained model continue text. A generation_config.json beside the weights or in the run has other defaults."""
     from treadle.errors import ConfigError
@@ -232,7 +240,7 @@ def generate(
 
 @app.command()
 def export(
-    run: Annotated[str, typer.Argument(help="A run, a checkpoint, `last`, RUN@best or RUN@STEP.")] = "last",
+    run: Run = "last",
     output: Annotated[str | None, typer.Option(help="The folder to write; default RUN/export.")] = None,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16: how the weights are stored.")] = "fp32",
     packed: Annotated[bool, typer.Option("--packed", help="Ternary weights in 1.6 bits each; same answers.")] = False,

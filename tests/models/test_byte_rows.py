@@ -9,6 +9,7 @@ import torch
 
 import treadle
 from tests.conftest import treadle as command
+from tests.models.rows import DOCUMENTS, doc_ids, ids
 from treadle.data.batch import IGNORE, Batch
 from treadle.objectives.next_token import NextToken
 
@@ -18,7 +19,6 @@ SHAPES = {
     "one stage": ("hnet", {"hidden_sizes": [32, 48], "num_blocks": [[1, 0, 1], [1]]}),
     "two stages": ("hnet", {"hidden_sizes": [24, 32, 48], "num_blocks": [[1, 0, 1], [1, 0, 1], [1]], "convolution_size": 4}),
 }
-DOCUMENTS = [(3, 14), (14, 28)]  # of a row of 30; padding before and after
 
 
 def graded(model: Any, batches: list[Batch], labels: int) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
@@ -36,14 +36,12 @@ def graded(model: Any, batches: list[Batch], labels: int) -> tuple[list[torch.Te
 def test_documents_in_a_padded_row_are_the_documents_alone(name: str) -> None:
     arch, keys = SHAPES[name]
     model = treadle.build(arch, vocab_size=256, **keys).train()
-    ids = torch.randint(0, 256, (1, 31), generator=torch.Generator().manual_seed(0))
-    docs, labels = torch.full((1, 30), -1), torch.full((1, 30), IGNORE)
-    for number, (start, stop) in enumerate(DOCUMENTS):
-        docs[0, start:stop] = number
-        labels[0, start : stop - 1] = ids[0, start + 1 : stop]
+    tokens, labels = ids(1, 30), torch.full((1, 30), IGNORE)
+    for start, stop in DOCUMENTS:
+        labels[0, start : stop - 1] = tokens[0, start + 1 : stop]
     count = sum(stop - start - 1 for start, stop in DOCUMENTS)
-    alone = [Batch.from_ids(ids[:, a:b], labels=labels[:, a:b]) for a, b in DOCUMENTS]
-    one, gradients = graded(model, [Batch.from_ids(ids[:, :30], doc_ids=docs, labels=labels)], count)
+    alone = [Batch.from_ids(tokens[:, a:b], labels=labels[:, a:b]) for a, b in DOCUMENTS]
+    one, gradients = graded(model, [Batch.from_ids(tokens, doc_ids=doc_ids(), labels=labels)], count)
     apart, wanted = graded(model, alone, count)
     for logits, (start, stop) in zip(apart, DOCUMENTS):
         assert (one[0][:, start:stop] - logits).abs().max() <= 1e-6

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import treadle
+from tests.models.rows import ids, packed_and_alone
 from treadle.data.batch import Batch
 from treadle.errors import ConfigError
 from treadle.models.base import Model, parameter_count
@@ -18,10 +19,6 @@ from treadle.objectives.next_token import NextToken
 
 def small(seed: int = 0, **keys: Any) -> Model:
     return treadle.build("hgrn_bit", seed=seed, **{"vocab_size": 256, "hidden_size": 48, "num_layers": 2, **keys}).eval()
-
-
-def ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, 256, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -41,14 +38,7 @@ def test_decoding_is_the_full_forward_bit_for_bit(seed: int) -> None:
 
 @pytest.mark.parametrize("keys", [{}, {"convolution_size": 4}])
 def test_packed_and_padded_rows_are_the_documents_themselves(keys: dict[str, Any]) -> None:
-    model = small(**keys)
-    tokens = ids(1, 30)
-    docs = torch.tensor([[-1] * 3 + [0] * 11 + [1] * 14 + [-1] * 2])
-    with torch.no_grad():
-        packed = model(Batch.from_ids(tokens, doc_ids=docs)).logits
-        for start, stop in ((3, 14), (14, 28)):
-            alone = model(Batch.from_ids(tokens[:, start:stop])).logits
-            assert torch.equal(packed[:, start:stop], alone)
+    assert all(torch.equal(packed, alone) for packed, alone in packed_and_alone(small(**keys)))
 
 
 def test_a_copy_has_weights_of_its_own() -> None:

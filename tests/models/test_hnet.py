@@ -12,6 +12,7 @@ import torch
 
 import treadle
 from tests.conftest import treadle as command
+from tests.models.rows import ids, packed_and_alone
 from treadle.data.batch import Batch
 from treadle.errors import ConfigError
 from treadle.layers.hierarchy import Boundaries, ratio_loss
@@ -33,10 +34,6 @@ def small(seed: int = 0, **keys: Any) -> HNet:
             if name.endswith("residual.weight"):
                 p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)) * 0.1)
     return model  # type: ignore[return-value]
-
-
-def ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, 256, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 MIXED = {
@@ -152,14 +149,7 @@ def test_lists_from_the_command_line() -> None:
 
 @pytest.mark.parametrize("shape", MIXED.values(), ids=list(MIXED))
 def test_mixed_stages_keep_packed_and_padded_documents_apart(shape: dict[str, Any]) -> None:
-    model = small(**shape)
-    tokens = ids(1, 30)
-    docs = torch.tensor([[-1] * 3 + [0] * 11 + [1] * 14 + [-1] * 2])
-    with torch.no_grad():
-        packed = model(Batch.from_ids(tokens, doc_ids=docs)).logits
-        for start, stop in ((3, 14), (14, 28)):
-            alone = model(Batch.from_ids(tokens[:, start:stop])).logits
-            assert (packed[:, start:stop] - alone).abs().max() <= 1e-6
+    assert all((packed - alone).abs().max() <= 1e-6 for packed, alone in packed_and_alone(small(**shape)))
 
 
 def test_the_inner_stages_run_only_where_a_chunk_begins(monkeypatch: pytest.MonkeyPatch) -> None:

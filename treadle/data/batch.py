@@ -12,6 +12,7 @@ from torch import Tensor
 
 from treadle.data.shards import Row
 from treadle.errors import ConfigError
+from treadle.ops.documents import document_positions
 
 IGNORE = -100  # a label nobody scores
 PAD = -1  # the doc_id of a place that holds no symbol
@@ -142,12 +143,7 @@ def _runs(documents: Sequence[int]) -> tuple[int, ...]:
 
 def _positions(doc_ids: Tensor) -> Tensor:
     """Positions restart where doc_ids change; 0 on padding."""
-    rows, length = doc_ids.shape
-    index = torch.arange(length).expand(rows, length)
-    starts = torch.ones_like(doc_ids, dtype=torch.bool)
-    starts[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
-    first = torch.where(starts, index, torch.zeros_like(index)).cummax(dim=1).values
-    return torch.where(doc_ids == PAD, torch.zeros_like(index), index - first)
+    return document_positions(doc_ids).masked_fill(doc_ids == PAD, 0)
 
 
 def collate(rows: Sequence[Row | None], row_length: int) -> Batch:

@@ -24,7 +24,7 @@ import numpy as np
 
 from treadle.data.order import key
 from treadle.data.shards import DATASET_FILE, SCHEMA, TokenSet, file_sha256, id_type
-from treadle.data.sources import Bad, Document, FirstDocuments, Piece, Source, TokenFileSource
+from treadle.data.sources import Bad, Document, Piece, Source
 from treadle.errors import ConfigError, DataError, InputError
 from treadle.files import write_atomically
 from treadle.text.base import TRAINABLE, Tokenizer
@@ -218,11 +218,16 @@ def _folder_lock(folder: Path) -> Iterator[None]:
         yield
 
 
+def _named(held: Held) -> Any:
+    """In the names of folders: without a test the one share, as they were named before there was one."""
+    return held if held[1] else held[0]
+
+
 def _asked(
     source: Source, tokenizer: Tokenizer, held: Held, min_length: int, root: Path, output: Path | None
 ) -> tuple[str, Path]:
     """(everything that decides the contents, the folder for it)."""
-    asked = json.dumps([SCHEMA, source.identity(), tokenizer.fingerprint(), held if held[1] else held[0], min_length])
+    asked = json.dumps([SCHEMA, source.identity(), tokenizer.fingerprint(), _named(held), min_length])
     return asked, output or root / "data" / hashlib.sha256(asked.encode()).hexdigest()[:24]
 
 
@@ -291,8 +296,7 @@ def _begin(folder: Path, asked: str, source: Source, tokenizer: Tokenizer, keep:
         for path in stale:  # an output folder reused for other text
             path.unlink()
         write_atomically(asked_path, asked.encode())
-    if isinstance(source, (TokenFileSource, FirstDocuments)):
-        source.eos_id = tokenizer.eos_id
+    source.ended_by(tokenizer.eos_id)
     tokenizer.save(folder / "tokenizer")
     if keep:
         write_atomically(folder / SHARDED_FILE, b"")
@@ -454,7 +458,7 @@ def tokenizer_for(
         name = "byte" if source.size() < 200_000 else "bpe"
     if name.lower() not in TRAINABLE:
         return Tokenizer.load(name)
-    asked = json.dumps([name.lower(), vocab_size, source.identity(), held if held[1] else held[0], limit])
+    asked = json.dumps([name.lower(), vocab_size, source.identity(), _named(held), limit])
     folder = root / "tokenizers" / hashlib.sha256(asked.encode()).hexdigest()[:24]
     with _folder_lock(folder):
         if not (folder / "complete").is_file():

@@ -82,6 +82,9 @@ class Source:
         """Bytes on disk."""
         return sum(f.stat().st_size for f in self.files)
 
+    def ended_by(self, eos_id: int) -> None:
+        """Told, before reading, what ends a document in the tokenizer; for sources of ids."""
+
     def pieces(self) -> list[Piece]:
         raise NotImplementedError
 
@@ -302,7 +305,10 @@ class ParquetSource(Source):
 class TokenFileSource(Source):
     """Raw .bin files of little-endian uint16 ids, documents ended by the tokenizer's end-of-document symbol."""
 
-    eos_id: int | None = None  # set by whoever knows the tokenizer
+    eos_id: int | None = None
+
+    def ended_by(self, eos_id: int) -> None:
+        self.eos_id = eos_id
 
     def pieces(self) -> list[Piece]:
         return [Piece((str(file),)) for file in self.files]
@@ -334,7 +340,7 @@ class HuggingFaceSource(Source):
             import datasets
         except ImportError:
             raise MissingExtra(f"the Hugging Face data set {name!r}", "hf") from None
-        self.name, self.config, self.split, self.column, self.limit = name, config, split, column, limit
+        self.name, self.config, self.split, self.column = name, config, split, column
         try:
             if Path(name).is_dir() and (Path(name) / "dataset_info.json").is_file():
                 self.rows = datasets.load_from_disk(name)
@@ -356,8 +362,7 @@ class HuggingFaceSource(Source):
         self.files = []
 
     def identity(self) -> str:
-        described = [self.name, self.config, self.split, self.column, *([self.limit] if self.limit is not None else [])]
-        text = json.dumps(["hf", *described, self.rows._fingerprint])
+        text = json.dumps(["hf", self.name, self.config, self.split, self.column, self.rows._fingerprint])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def size(self) -> int:
@@ -383,15 +388,10 @@ class FirstDocuments(Source):
         self.source, self.limit = source, limit
         self._share: dict[Piece, int] = {}
 
-    @property
-    def eos_id(self) -> int | None:
-        """Where raw ids are read, what ends a document."""
-        return getattr(self.source, "eos_id", None)
-
-    @eos_id.setter
-    def eos_id(self, value: int | None) -> None:
-        if isinstance(self.source, TokenFileSource):
-            self.source.eos_id, self._share = value, {}
+    def ended_by(self, eos_id: int) -> None:
+        self.source.ended_by(eos_id)
+        if isinstance(self.source, TokenFileSource):  # it has other documents now
+            self._share = {}
 
     def identity(self) -> str:
         return hashlib.sha256(f"first {self.limit} of {self.source.identity()}".encode()).hexdigest()

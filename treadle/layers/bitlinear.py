@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from treadle.layers.exact import Keeping, version
+from treadle.layers.keeping import Keeping, version
 from treadle.ops.precision import without_autocast
+from treadle.ops.rms_norm import normed
 from treadle.ops.ternary import PackedLayer, dequantized, quantize_weights, ternary_linear
 
 EPS = 1e-8
@@ -26,8 +27,7 @@ class BitLinear(Keeping):
         self.gain = nn.Parameter(torch.ones(width))
 
     def normed(self, x: Tensor) -> Tensor:
-        x = x.float()
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * self.gain.float()
+        return normed(x.float(), self.gain, EPS)
 
     def forward(self, x: Tensor) -> Tensor:
         with without_autocast(x):
@@ -49,11 +49,11 @@ class BitLinear(Keeping):
 
     def packed(self) -> PackedLayer:
         """The weights as inference takes them."""
-        if self._kept is None or self._kept[0] != self._mark():
-            with torch.no_grad():
-                self.keep(*quantize_weights(self.weight.float()))
-        made: PackedLayer = self._kept[1]
-        return made
+        return self.kept(self._mark(), self._quantized)
+
+    @torch.no_grad()
+    def _quantized(self) -> PackedLayer:
+        return PackedLayer(*quantize_weights(self.weight.float()), self.gain, EPS)
 
     def keep(self, ternary: Tensor, scale: Tensor) -> None:
         """Infers with these (int8 [N, K] and a scalar): a packed file's scale, to the last bit."""

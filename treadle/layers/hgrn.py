@@ -14,10 +14,12 @@ from treadle.layers.attention import Context
 from treadle.layers.bitlinear import BitLinear
 from treadle.layers.exact import ExactLinear, evenly, mean_normed
 from treadle.layers.state import LayerState
+from treadle.ops.documents import document_starts
+from treadle.ops.precision import without_autocast
 from treadle.ops.scan import Backend, scan
 
 
-def linear(width: int, out: int, ternary: bool, even: bool = False) -> nn.Module:
+def linear(width: int, out: int, ternary: bool, even: bool = False) -> BitLinear | nn.Linear:
     """`even`: of a full-precision layer in a model that also rounds (layers/exact.py)."""
     if ternary:
         return BitLinear(width, out)
@@ -75,7 +77,6 @@ class HGRN(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.inner, self.heads, self.gate, self.eps, self.backend = inner, heads, gate, eps, backend
-        self.width = width
         self.forget, self.input = linear(width, inner, ternary, even), linear(width, inner, ternary, even)
         self.output_gate, self.out = linear(width, inner, ternary, even), linear(inner, width, ternary, even)
         self.norm = nn.Parameter(torch.ones(inner))
@@ -97,7 +98,7 @@ class HGRN(nn.Module):
         if self.convolution is not None and not self.shared:
             forget, value = self._convolve(torch.cat([forget, value], -1), context, state).chunk(2, -1)
         gate = self.output_gate(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             f = evenly(torch.sigmoid, forget.float())
             if bound is not None:
                 f = bound + (1.0 - bound) * f
@@ -109,13 +110,12 @@ class HGRN(nn.Module):
 
     def flops(self, length: int) -> int:
         """Of the products of one row's forward pass."""
-        return 2 * length * 4 * self.width * self.inner
+        return 2 * length * 4 * self.forget.in_features * self.inner
 
     def _recur(self, f: Tensor, i: Tensor, context: Context, state: RecurrentState | None) -> Tensor:
         if state is None:
             if context.doc_ids is not None:  # the first place of a document forgets all before it
-                first = F.pad(context.doc_ids[:, 1:] != context.doc_ids[:, :-1], (1, 0), value=True)
-                f = f.masked_fill(first[..., None], 0.0)
+                f = f.masked_fill(document_starts(context.doc_ids)[..., None], 0.0)
             return scan(f, i, None, self.backend)
         assert context.places is not None
         real = context.places.real[..., None]
@@ -141,7 +141,6 @@ class GatedMLP(nn.Module):
 
     def __init__(self, width: int, inner: int, ternary: bool, even: bool = False) -> None:
         super().__init__()
-        self.shape = width, inner
         self.gate_up = linear(width, 2 * inner, ternary, even)
         self.down = linear(inner, width, ternary, even)
 
@@ -151,4 +150,4 @@ class GatedMLP(nn.Module):
 
     def flops(self, length: int) -> int:
         """Of the products of one row's forward pass."""
-        return 2 * length * 3 * self.shape[0] * self.shape[1]
+        return 2 * length * 3 * self.gate_up.in_features * self.down.in_features

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from treadle.layers.exact import ExactLinear, exact
-from treadle.layers.state import LayerState
+from treadle.layers.state import LayerState, counted
+from treadle.ops.documents import document_starts
+from treadle.ops.precision import without_autocast
 from treadle.ops.scan import scan
 
 CLAMP = 1e-4
@@ -36,8 +38,7 @@ class PlaceCount(LayerState):
 
     def move(self, real: Tensor) -> Tensor:
         """The positions of the next places [B, T], of which `real` ones count."""
-        positions = self.seen[:, None] + real.cumsum(1) - 1
-        self.seen = self.seen + real.sum(1)
+        positions, self.seen = counted(self.seen, real)
         return positions.clamp_min(0)
 
 
@@ -62,7 +63,7 @@ class BoundaryRouter(nn.Module):
         self, x: Tensor, real: Tensor, doc_ids: Tensor | None = None, state: StageState | None = None
     ) -> Boundaries:
         """x [B, T, D]; real places [B, T], with a state all of them before the padding."""
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             x = x.float()
             before = F.pad(x, (0, 0, 1, 0))[:, :-1]
             if state is not None:
@@ -73,7 +74,7 @@ class BoundaryRouter(nn.Module):
         if state is not None:
             first[:, 0] = ~state.seen
         elif doc_ids is not None:
-            first = F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0), value=True)
+            first = document_starts(doc_ids)
         else:
             first[:, 0] = True
         p = torch.where(first, 1.0, p)
@@ -102,7 +103,7 @@ def smooth(
         first = torch.zeros_like(real)
         first[:, 0] = True
         if doc_ids is not None:
-            first = first | F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0), value=True)
+            first = document_starts(doc_ids)
         gate = gate.masked_fill(first[..., None], 0.0)
     gate = torch.where(real[..., None], gate, 1.0)
     value = torch.where(real[..., None], value, 0.0)
@@ -115,15 +116,6 @@ def most_chosen(chosen: Tensor, expected: float) -> int:
     if chosen.is_meta or type(chosen) is not Tensor:
         return math.ceil(chosen.shape[1] / expected)
     return int(chosen.sum(1).max())
-
-
-def places_in_documents(real: Tensor, doc_ids: Tensor | None) -> Tensor:
-    """Each place's number within its document, int64 [B, T]."""
-    index = torch.arange(real.shape[1], device=real.device).expand(real.shape)
-    if doc_ids is None:
-        return index
-    first = F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0), value=True)
-    return index - torch.where(first, index, 0).cummax(1).values
 
 
 def ratio_loss(found: Boundaries, real: Tensor, target: float) -> Tensor:

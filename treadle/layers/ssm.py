@@ -7,6 +7,7 @@ After Mamba-2 (arXiv 2405.21060), LoLCATs (arXiv 2410.10254: a window beside lin
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 from treadle.layers.attention import Attention, Context
 from treadle.layers.exact import ExactLinear, exact
 from treadle.layers.rope import rotate
-from treadle.layers.window import RingState, expanded
+from treadle.layers.window import RingState, attend, expanded
+from treadle.ops.precision import without_autocast
 from treadle.ops.ssd import ssd, ssd_flops, step
-from treadle.ops.window import window_attention, window_flops
+from treadle.ops.window import window_flops
 
 
 @dataclass
@@ -53,10 +55,8 @@ class SSMMixer(Attention):
         return self.head_width * (2 if self.query_features is not None else 1)
 
     def empty(self, rows: int, device: Any, dtype: Any) -> SSMState:
-        if self.even:
-            dtype = torch.float64
-        shape = (rows, self.heads, self.inner, self.head_width + self.normalizer)
-        memory = torch.zeros(shape, device=device, dtype=torch.float64 if self.even else torch.float32)
+        dtype, wide = (torch.float64, torch.float64) if self.even else (dtype, torch.float32)
+        memory = torch.zeros(rows, self.heads, self.inner, self.head_width + self.normalizer, device=device, dtype=wide)
         return SSMState(memory=memory, **RingState.fields(rows, self.groups, self.window, self.head_width, device, dtype))
 
     def forward(self, x: Tensor, context: Context, cache: SSMState | None = None) -> Tensor:  # type: ignore[override]
@@ -66,29 +66,17 @@ class SSMMixer(Attention):
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         assert context.rotary is not None
-        with torch.autocast(x.device.type, enabled=torch.is_autocast_enabled(x.device.type) and not self.even):
+        with without_autocast(x) if self.even else nullcontext():
             if self.even:
                 q, k, v = exact(q), exact(k), exact(v)
             q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
-            with torch.autocast(x.device.type, enabled=False):
+            with without_autocast(x):
                 y = self._scan(x, q, k, v, context, cache)
             if self.gate is not None:
-                near = self._near(q, k, v, context, cache)
+                near = attend(q, k, v, context, cache, self.window)
                 share = torch.sigmoid(self.gate.to(y.dtype))[:, None, None]
                 y = share * y + (1.0 - share) * near.to(y.dtype)
-            elif cache is not None:
-                assert context.places is not None
-                cache.count = cache.count + context.places.real.sum(1)
         return self.out(y.to(x.dtype).transpose(1, 2).reshape(rows, length, self.heads * self.head_width))
-
-    def _near(self, q: Tensor, k: Tensor, v: Tensor, context: Context, cache: SSMState | None) -> Tensor:
-        if cache is None:
-            return window_attention(q, self._expanded(k), self._expanded(v), self.window, context.doc_ids)
-        assert context.places is not None
-        return cache.attend(q, k, v, context.places, self.window)
-
-    def _expanded(self, t: Tensor) -> Tensor:
-        return expanded(t, self.heads // self.groups)
 
     def _features(self, t: Tensor, weight: Tensor | None) -> Tensor:
         if weight is None:
@@ -103,8 +91,8 @@ class SSMMixer(Attention):
         decay = self.decay(x.float()) if self.even else F.linear(x.float(), self.decay.weight.float(), self.decay.bias.float())
         log_decay = -F.softplus(decay.to(wide)).transpose(1, 2)  # [B, H, T]
         c = self._features(q, self.query_features)
-        b = self._expanded(self._features(k, self.key_features))
-        v = self._expanded(v)
+        repeat = self.heads // self.groups
+        b, v = expanded(self._features(k, self.key_features), repeat), expanded(v, repeat)
         taken = torch.cat([v, torch.ones_like(v[..., :1])], -1) if self.normalizer else v
         if cache is None:
             y, _ = ssd(taken, log_decay, b, c, context.doc_ids)

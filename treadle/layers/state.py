@@ -41,6 +41,11 @@ class Places:
     write: Tensor  # the cache slot of each symbol; padding goes to the spare slot behind the last
 
 
+def counted(seen: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """seen [B] real places before, real [B, T] -> (positions [B, T], of padding that of the place before; seen afterwards)."""
+    return seen[:, None] + real.cumsum(1) - 1, seen + real.sum(1)
+
+
 @dataclass
 class State:
     """The decoding state of a whole model. A passed state is consumed: go on with `out.state`.
@@ -75,9 +80,8 @@ class State:
         if doc_ids is None and length == 1:  # a step of decoding: the same in three operations instead of nine
             positions, self.lengths = self.lengths[:, None], self.lengths + 1
             return Places(real, positions, positions)
-        positions = self.lengths[:, None] + real.cumsum(1) - 1
+        positions, self.lengths = counted(self.lengths, real)
         write = torch.where(real, positions, self.max_len)
-        self.lengths = self.lengths + real.sum(1)
         return Places(real, positions.clamp_min(0), write)
 
     @property

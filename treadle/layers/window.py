@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from treadle.layers.attention import Attention, Context
 from treadle.layers.exact import ExactLinear, exact
 from treadle.layers.rope import rotate
 from treadle.layers.state import LayerState, Places
+from treadle.ops.precision import without_autocast
 from treadle.ops.window import window_attention, window_flops
 
 
@@ -59,6 +61,15 @@ def expanded(t: Tensor, repeat: int) -> Tensor:
     return t if repeat == 1 else t.repeat_interleave(repeat, dim=1)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, context: Context, cache: RingState | None, window: int) -> Tensor:
+    """Softmax over the last `window` places, q [B, H, T, E], k and v [B, G, T, E]; with a ring, over what it holds too."""
+    if cache is None:
+        repeat = q.shape[1] // k.shape[1]
+        return window_attention(q, expanded(k, repeat), expanded(v, repeat), window, context.doc_ids)
+    assert context.places is not None
+    return cache.attend(q, k, v, context.places, window)
+
+
 class WindowAttention(Attention):
     """Softmax attention of place t over t - window + 1 .. t of its document, with rotary positions. `even`: evaluation in
     fp64 (layers/exact.py), for models that round."""
@@ -75,16 +86,12 @@ class WindowAttention(Attention):
     def forward(self, x: Tensor, context: Context, cache: RingState | None = None) -> Tensor:  # type: ignore[override]
         rows, length, _ = x.shape
         q, k, v = (self._split(layer(x), self.heads) for layer in (self.query, self.key, self.value))
-        with torch.autocast(x.device.type, enabled=torch.is_autocast_enabled(x.device.type) and not self.even):
+        with without_autocast(x) if self.even else nullcontext():
             if self.even:
                 q, k, v = exact(q), exact(k), exact(v)
             assert context.rotary is not None
             q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
-            if cache is None:
-                y = window_attention(q, k, v, self.window, context.doc_ids)
-            else:
-                assert context.places is not None
-                y = cache.attend(q, k, v, context.places, self.window)
+            y = attend(q, k, v, context, cache, self.window)
         return self.out(y.to(x.dtype).transpose(1, 2).reshape(rows, length, -1))
 
     def flops(self, length: int) -> int:

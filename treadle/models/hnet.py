@@ -23,7 +23,6 @@ from treadle.layers.hierarchy import (
     compact,
     empty_state,
     most_chosen,
-    places_in_documents,
     ratio_loss,
     smooth,
     straight_through,
@@ -33,6 +32,8 @@ from treadle.layers.state import Places, State
 from treadle.models.backbone import through
 from treadle.models.base import Capabilities, Model, Output, ParameterRule
 from treadle.models.recurrent import INTO_STREAM, Block, Mixer, RecurrentConfig, block_initial, block_rule
+from treadle.ops.documents import document_positions
+from treadle.ops.precision import without_autocast
 from treadle.settings import option
 
 
@@ -200,7 +201,7 @@ class Stage(nn.Module):
         found.append((boundaries, real))
         y = self._inside(x, real, boundaries, doc_ids, own, states, found)
         share = torch.where(boundaries.chosen, boundaries.probability, 1.0 - boundaries.probability)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             y = y * straight_through(share)[..., None] + self.residual(x.float())
         if own is not None:
             count = real.sum(1)
@@ -215,7 +216,8 @@ class Stage(nn.Module):
         positions = real  # recurrences know none
         if self.counted:
             seen = next(states) if states is not None else None
-            positions = places_in_documents(real, doc_ids) if seen is None else seen.move(real)
+            documents = torch.zeros_like(real) if doc_ids is None else doc_ids
+            positions = document_positions(documents) if seen is None else seen.move(real)
             wide = torch.float64 if self.even and not torch.is_grad_enabled() else torch.float32
             context.rotary = rotation(positions, self.head_width, dtype=wide)
         if states is not None:
@@ -243,7 +245,7 @@ class Stage(nn.Module):
         if self.widening is not None:
             chunks = torch.cat([chunks, self.widening.expand(*chunks.shape[:2], -1).to(chunks.dtype)], -1)
         chunks = self.inner(chunks, taken, inner_docs, states, found)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             smoothed = smooth(chunks, boundaries.probability.gather(1, order), inner_docs, taken, own.smoothed if own else None)
         number = chosen.cumsum(1) - 1  # which chunk each place is in
         if own is not None:
@@ -289,7 +291,7 @@ class HNet(Model):
         out = Output(hidden=hidden)
         tokens = found[0][1].sum(1)
         total = hidden.new_zeros((), dtype=torch.float32)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden):
             for stage, (boundaries, real) in enumerate(found):
                 loss = ratio_loss(boundaries, real, self.config.ratios[stage])
                 total = total + (loss * tokens).sum()

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from treadle.layers.attention import Context
-from treadle.layers.exact import ExactRMSNorm, Keeping, evenly
+from treadle.layers.exact import ExactRMSNorm, evenly
 from treadle.layers.hgrn import HGRN, GatedMLP
+from treadle.layers.keeping import Keeping
 from treadle.layers.ssm import SSMMixer
 from treadle.layers.window import WindowAttention
 from treadle.models.base import ModelConfig, ParameterRule
@@ -93,7 +94,7 @@ class Block(Keeping):
         heads: int = 1,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.mixer, ternary, inner = mixer, mixer == "hgrn_bit", config.inner(width)
+        ternary, inner = mixer == "hgrn_bit", config.inner(width)
         self.attention_norm = ExactRMSNorm(width, config.norm_eps)
         self.attention: nn.Module
         if mixer == "attention":
@@ -155,16 +156,16 @@ class Block(Keeping):
             mark = [p._version for p in parameters] + [p.data_ptr() for p in parameters]
         except RuntimeError:  # gathered from shards
             return None
-        if self._kept is None or self._kept[0] != mark:
-            if any(type(p.data) is not Tensor for p in parameters):  # in parts, on several processes
-                return None
-            packed = [layer.packed() for layer in self._layers()]  # type: ignore[operator]
-            mixer: HGRN = self.attention  # type: ignore[assignment]
-            vectors = (self.attention_norm.weight, self.mlp_norm.weight, mixer.norm, self.bound)
-            self._kept = mark, PackedBlock(packed, *vectors, eps=self.eps, heads=mixer.heads,
-                                           norm_of_hidden=mixer.gate == "hgrn")  # fmt: skip
-        made: PackedBlock = self._kept[1]
-        return made
+        return self.kept(mark, lambda: self._pack(parameters))
+
+    def _pack(self, parameters: list[Any]) -> PackedBlock | None:
+        if any(type(p.data) is not Tensor for p in parameters):  # in parts, on several processes
+            return None
+        mixer: HGRN = self.attention  # type: ignore[assignment]
+        return PackedBlock(
+            [layer.packed() for layer in self._layers()], self.attention_norm.weight, self.mlp_norm.weight, mixer.norm,  # type: ignore[operator]
+            self.bound, eps=self.eps, heads=mixer.heads, norm_of_hidden=mixer.gate == "hgrn",
+        )  # fmt: skip
 
     def _layers(self) -> tuple[nn.Module, ...]:
         mixer, mlp = self.attention, self.mlp

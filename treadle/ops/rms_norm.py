@@ -13,10 +13,14 @@ from torch import Tensor
 from treadle.ops.precision import compute_dtype
 
 
+def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The equation as it stands, in x's own type."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
+
+
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """The equation as it stands, in fp32, returned in x's type."""
-    x32 = x.float()
-    return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
+    return normed(x.float(), weight, eps).to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -17,8 +17,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from treadle.ops.native import library
+from treadle.ops.rms_norm import normed
 
 SMALLEST = 1e-5  # of max|x| and mean|W|
+SMALL = 1 << 16  # numbers: up to here one call into C costs less than seven operations of torch
 TOGETHER = 4  # rows that csrc/ternary.c takes at once
 INTEGER_ROWS = 17  # torch._int_mm wants more than 16 rows on a GPU; on a CPU it pays from about there
 
@@ -142,6 +144,17 @@ def native() -> ctypes.CDLL | None:
     return made
 
 
+def rms_norm_once(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension, in fp64 and rounded to fp32 once; without gradients."""
+    plain = type(x) is Tensor and x.device.type == "cpu" and weight.dim() == 1 and x.numel() <= SMALL
+    made = native() if plain else None
+    if made is None:
+        return normed(x.double(), weight, eps).float()
+    x, weight, out = x.float().contiguous(), weight.float().contiguous(), torch.empty(x.shape)
+    made.rms_normed(x.data_ptr(), weight.data_ptr(), eps, out.data_ptr(), x.numel() // x.shape[-1], x.shape[-1])
+    return out
+
+
 def done(code: int) -> None:
     """MemoryError for the answer of a compiled function that found none."""
     if code:
@@ -168,8 +181,7 @@ class PackedLayer:
             self.at = ctypes.addressof(self.shape)
 
     def normed(self, x: Tensor) -> Tensor:
-        x = x.double()
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.gain.double()
+        return normed(x.double(), self.gain, self.eps)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x fp32 [M, K], before the norm -> fp32 [M, N]."""
