@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import subprocess
@@ -132,3 +133,34 @@ def test_silence_is_no_division_by_zero() -> None:
     assert torch.equal(made(torch.zeros(2, 40)), torch.zeros(2, 24))
     torch.nn.init.zeros_(made.weight)
     assert torch.isfinite(made(torch.randn(2, 40))).all()
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("rows", [3, 20])
+def test_what_is_not_finite_is_not_rounded_away(rows: int, bad: float, compiled: bool) -> None:
+    """A diverged model must evaluate to NaN, in C too: integers would hide it."""
+    x = torch.randn(rows, 40)
+    x[1, 7] = bad
+    ternary = torch.randint(-1, 2, (24, 40), dtype=torch.int8)
+    made = ops.PackedLayer(ternary, torch.tensor(0.75), torch.ones(40), 1e-8)
+    spoilt = ops.PackedLayer(ternary, torch.tensor(0.75), torch.ones(40).index_fill_(0, torch.tensor(3), bad), 1e-8)
+    if not compiled:
+        made.native = spoilt.native = None
+    y = made(x)
+    assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
+    assert spoilt(x[:1]).isnan().all()
+
+
+@pytest.mark.parametrize("width, out", [(512, 1030), (1500, 513)])
+def test_threads_change_no_bit(width: int, out: int) -> None:
+    made = ops.PackedLayer(torch.randint(-1, 2, (out, width), dtype=torch.int8), torch.tensor(0.75), torch.ones(width), 1e-8)
+    x, before, found = torch.randn(2, width), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(made(x))
+    finally:
+        torch.set_num_threads(before)
+    made.native = None
+    assert all(torch.equal(made(x), y) for y in found)

@@ -170,14 +170,15 @@ class PackedLayer:
 
     def __init__(self, ternary: Tensor, scale: Tensor, gain: Tensor, eps: float) -> None:
         """ternary int8 [N, K], its scale, the norm's gain [K] and eps."""
-        self.ternary, self.scale, self.eps = ternary, scale, eps
+        self.ternary, self.eps = ternary, eps
         with torch.no_grad():
             self.gain = gain.to(torch.float32, copy=True).contiguous()  # gathered weights are gone after the pass
+            self.scale = scale + 0 * self.gain.sum()  # NaN where a gain is not finite: a maximum in C passes over NaN
         self.native = native() if ternary.device.type == "cpu" else None
         if self.native is not None:
             rows, width = ternary.shape
             self.codes = pack(F.pad(ternary, (0, 0, 0, -rows % TOGETHER))).contiguous()
-            self.shape = Layer(self.codes.data_ptr(), self.gain.data_ptr(), width, rows, self.codes.shape[1], float(scale))
+            self.shape = Layer(self.codes.data_ptr(), self.gain.data_ptr(), width, rows, self.codes.shape[1], float(self.scale))
             self.at = ctypes.addressof(self.shape)
 
     def normed(self, x: Tensor) -> Tensor:
