@@ -118,7 +118,7 @@ def stage_steps(settings: DistillSettings, total: int | None) -> list[tuple[Stag
 def report(teacher: str, student: str, rows: int | None = 256) -> dict[str, Any]:
     """Loss of both on the student's held-out text, how often they agree, and the bytes of a decoding state."""
     ours, theirs = load_run(student), load_run(teacher)
-    data = held_out(ours, None)["validation"]
+    data = held_out(ours.config, ours.tokenizer, None)["validation"]
     table: dict[str, Any] = {"agreement": agreement(ours.model, theirs.model, data, rows)}
     for name, loaded in (("teacher", theirs), ("student", ours)):
         metrics = Evaluator(loaded.model, loaded.tokenizer).evaluate(data, rows=rows) or {}

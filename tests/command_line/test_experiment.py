@@ -11,6 +11,8 @@ import pytest
 
 from tests.conftest import make_text
 from tests.conftest import treadle as command
+from treadle.errors import InputError
+from treadle.evaluation.compare import compare
 
 SMALL = ("--num_blocks", "[[1,0,1],[1]]", "--hidden_sizes", "24,32")
 
@@ -70,7 +72,7 @@ def test_evaluation_on_the_last_test(experiment: Path) -> None:
     assert done.returncode == 2 and "held out validation, test and no tset text" in done.stderr
 
 
-def test_compare(experiment: Path) -> None:
+def test_compare(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = experiment / "table.json"
     shown = ok("compare", experiment / "flat", f"{experiment / 'deep'}@all", "--output", out).splitlines()
     assert len(shown) == 4 and "bits/byte" in shown[0] and sum(" <" in line for line in shown[1:]) == 1
@@ -83,6 +85,9 @@ def test_compare(experiment: Path) -> None:
        "--seq_len", 64, "--batch_size", 2, "--max_steps", 1, "--output_dir", experiment / "other")  # fmt: skip
     done = command("compare", experiment / "flat", experiment / "other")
     assert done.returncode == 2 and "--data FILE" in done.stderr
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="different text"):  # said before anything is measured
+        patch.setattr("treadle.evaluation.compare.load_run", lambda *_: pytest.fail("a model was loaded"))
+        compare([str(experiment / "flat"), str(experiment / "other")])
     assert len(ok("compare", experiment / "flat", experiment / "other", "--data", experiment / "other.txt").splitlines()) == 3
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from treadle.checkpoint.layout import checkpoint_name, steps_in
 from treadle.data.dataset import Dataset
 from treadle.errors import InputError
 from treadle.evaluation.report import evaluator_of, held_out
-from treadle.models.pretrained import Loaded, checkpoint_root, load_run
+from treadle.models.pretrained import Loaded, checkpoint_root, load_run, locate, read_config, read_tokenizer
+from treadle.text.base import Tokenizer
 
 METRICS = ("bpb", "loss", "perplexity", "accuracy", "top5_accuracy")
 STATE_AT = 1000  # symbols; a constant state shows itself by being small here
@@ -37,23 +39,24 @@ def compare(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One row a run. Without `data` each is measured on its own held-out text, which must be the same text for all; InputError
     where it is not."""
-    table, texts = [], {}
-    for run in expand(runs):
-        loaded = load_run(run, device)
-        held = held_out(loaded, data, split)[split]
-        texts[_text(loaded, held)] = run
+    names = expand(runs)
+    held, texts = [], {}
+    for run in names:  # all texts before the first, long evaluation
+        checkpoint = locate(run)
+        tokenizer = read_tokenizer(checkpoint)
+        held.append(held_out(read_config(checkpoint), tokenizer, data, split)[split])
+        texts[_text(tokenizer, held[-1])] = run
         if len(texts) > 1:
             one, other = texts.values()
             raise InputError(f"{one} and {other} held out different text, on which their numbers do not compare; give one text for "
                              "all: --data FILE")  # fmt: skip
-        table.append(_row(run, loaded, held, rows, batch_size))
-    return table
+    return [_row(run, load_run(run, device), text, rows, batch_size) for run, text in zip(names, held)]
 
 
-def _text(loaded: Loaded, held: Dataset) -> Any:
+def _text(tokenizer: Tokenizer, held: Dataset) -> Any:
     """What tells one held-out text from another whatever its symbols are: how many bytes and documents it has, and its
     beginning."""
-    first = loaded.tokenizer.decode(held.sets[0].document(0)[:256].tolist())[:64]
+    first = tokenizer.decode(held.sets[0].document(0)[:256].tolist())[:64]
     return sum(s.statistics["bytes"] for s in held.sets), sum(s.documents() for s in held.sets), first
 
 
@@ -80,7 +83,7 @@ COLUMNS = {
 
 def lines_of(table: list[dict[str, Any]]) -> list[str]:
     """The table for people, best bits per byte marked."""
-    best = min(table, key=lambda row: row["bpb"])
+    best = min(table, key=lambda row: row["bpb"] if math.isfinite(row["bpb"]) else math.inf)
     cells = [list(COLUMNS.values())]
     for row in table:
         cells.append([_shown(name, row.get(name), row is best and len(table) > 1) for name in COLUMNS])

@@ -15,6 +15,7 @@ from treadle.evaluation.evaluator import Evaluator
 from treadle.evaluation.text_checks import sample_texts
 from treadle.models.pretrained import Loaded, load_run
 from treadle.monitor.records import write_json
+from treadle.text.base import Tokenizer
 from treadle.text.settings import TokenizerSettings
 
 # What a well-trained small model usually reaches on plain English text; a value outside is marked, not judged.
@@ -23,13 +24,13 @@ CUSTOMARY = {"bpb": ("<", 1.5), "perplexity": ("<", 20.0), "accuracy": (">", 0.3
 PROMPTS = ("\n", "The ", "She ", "It was ", "In the ")
 
 
-def held_out(loaded: Loaded, data: str | None, split: str = "validation") -> dict[str, Dataset]:
+def held_out(config: dict[str, Any], tokenizer: Tokenizer, data: str | None, split: str = "validation") -> dict[str, Dataset]:
     """The splits a run is evaluated on: those of its own text, or all of another text, called `split`."""
-    section = dict(loaded.config.get("data", {}))
+    section = dict(config.get("data", {}))
     if data is not None:
         section = {"path": data, "seq_len": section.get("seq_len", 256), "validation_fraction": 0.0,
                    "text_column": section.get("text_column", "text"), "cache_dir": section.get("cache_dir")}  # fmt: skip
-    splits = load_splits(DataSettings(**section), TokenizerSettings(), loaded.tokenizer)
+    splits = load_splits(DataSettings(**section), TokenizerSettings(), tokenizer)
     if data is not None:
         return {split: splits["train"]}
     if split not in splits:
@@ -50,7 +51,7 @@ def evaluate_run(
 ) -> dict[str, Any]:  # fmt: skip
     """Everything `treadle eval` says about one run, as a table of plain numbers."""
     loaded = load_run(run, device)
-    splits = held_out(loaded, data, split)
+    splits = held_out(loaded.config, loaded.tokenizer, data, split)
     evaluator, text = evaluator_of(loaded), splits[split]
     metrics = evaluator.evaluate(text, batch_size, rows) or {}
     report: dict[str, Any] = {
