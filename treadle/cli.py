@@ -169,8 +169,8 @@ def compare(
     device: Device = "auto",
 ) -> None:
     """Several runs or checkpoints on the same text: bits per byte, accuracy, parameters, FLOPs, decoding state."""
-    from treadle.evaluation import compare as comparing
     from treadle.monitor.records import write_json
+    from treadle.reporting import compare as comparing
 
     table = comparing.compare(runs, data, split, rows, batch_size, device)
     for line in comparing.lines_of(table):

@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import make_text
 from tests.conftest import treadle as command
 from treadle.errors import InputError
-from treadle.evaluation.compare import compare
+from treadle.reporting.compare import compare
 
 SMALL = ("--num_blocks", "[[1,0,1],[1]]", "--hidden_sizes", "24,32")
 
@@ -86,7 +86,7 @@ def test_compare(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = command("compare", experiment / "flat", experiment / "other")
     assert done.returncode == 2 and "--data FILE" in done.stderr
     with monkeypatch.context() as patch, pytest.raises(InputError, match="different text"):  # said before anything is measured
-        patch.setattr("treadle.evaluation.compare.load_run", lambda *_: pytest.fail("a model was loaded"))
+        patch.setattr("treadle.reporting.compare.load_run", lambda *_: pytest.fail("a model was loaded"))
         compare([str(experiment / "flat"), str(experiment / "other")])
     assert len(ok("compare", experiment / "flat", experiment / "other", "--data", experiment / "other.txt").splitlines()) == 3
 
