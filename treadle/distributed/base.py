@@ -60,7 +60,7 @@ class Strategy:
     def gather(
         self, weights: dict[str, Tensor], state: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Weights and optimiser state as a checkpoint holds them."""
+        """Weights and optimiser state as a checkpoint holds them; where one process writes it, on that one at least."""
         return weights, state
 
     def scatter(self, weights: dict[str, Tensor], state: dict[str, Tensor]) -> bool:

@@ -148,13 +148,19 @@ class DeepSpeed(Strategy):
             return weights, state
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        weights, state = dict(weights), {}
-        for name, parameter in self.named:
-            weights[name] = safe_get_full_fp32_param(parameter).detach().cpu().reshape(self._shape(parameter)).clone()
+        weights, state = dict(weights) if self.world.main else {}, {}
+
+        def keep(into: dict[str, Tensor], name: str, whole: Tensor, parameter: Tensor) -> None:
+            """On the process that writes; 12 bytes a parameter on each would fill a machine of eight."""
+            if self.world.main:
+                into[name] = whole.detach().cpu().reshape(self._shape(parameter)).clone()
+
+        for name, parameter in self.named:  # every process takes part in gathering
+            keep(weights, name, safe_get_full_fp32_param(parameter), parameter)
             for key in MOMENTS:
                 moment = safe_get_full_optimizer_state(parameter, key)
                 if moment is not None:
-                    state[f"{name}|{key}"] = moment.detach().cpu().reshape(self._shape(parameter)).clone()
+                    keep(state, f"{name}|{key}", moment, parameter)
                     state[f"{name}|step"] = torch.tensor(float(self._steps()))
         return weights, state
 
