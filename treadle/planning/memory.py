@@ -19,8 +19,9 @@ from treadle.ops.precision import autocast
 from treadle.training import resolve
 
 FP32 = 4
-# What python, torch and its libraries take in one process on a CPU (measured with torch 2.13: .36 GB) and a GPU's context.
-PROCESS_GB = {"cpu": 0.36, "cuda": 0.5}
+# What python, torch and its libraries take in one process on a CPU (measured with torch 2.13: .36 GB; with torch 2.11 built
+# for CUDA, whose libraries are loaded all the same, .71 GB) and a GPU's context.
+PROCESS_GB = {"cpu": 0.36 if torch.version.cuda is None else 0.71, "cuda": 0.5}
 # glibc's holes where freed memory is kept for speed (ops/memory.py): measured .19 of .91 GB and .18 of .99 GB.
 KEPT_SHARE = 0.2
 
