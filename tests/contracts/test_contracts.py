@@ -315,6 +315,28 @@ def test_14_no_host_reads_in_forward(case: tuple[str, int]) -> None:
         assert mode is not None
 
 
+@pytest.mark.parametrize("way", ["training", "evaluation", "decoding"])
+def test_14_everything_stays_on_the_models_device(case: tuple[str, int], way: str) -> None:
+    """With fake tensors of a GPU, which need none: a tensor made on the host by mistake meets one that is not."""
+    if not torch.backends.cuda.is_built():
+        pytest.skip("fake tensors of a GPU need a torch that was built for one")
+    shape = make(*case)
+    if way == "decoding":
+        needs(shape, "decodes")
+    with FakeTensorMode(allow_non_fake_inputs=False), torch.set_grad_enabled(way == "training"):
+        with torch.device("cuda"):
+            model = type(shape)(shape.config).train(way == "training")  # type: ignore[call-arg]
+            ids, doc_ids = torch.zeros(2, 16, dtype=torch.int64), torch.zeros(2, 16, dtype=torch.int64)
+        if way == "decoding":
+            state = model.new_state(2, 20)
+            for at in (slice(0, 5), slice(5, 6)):
+                found = model(Batch.from_ids(ids[:, at]), state=state).logits
+        else:
+            batch = Batch(ids, ids, ids, doc_ids, segments=((16,), (10, 6)))
+            found = NextToken()(model, batch).losses["next_token"].total if way == "training" else model(batch).logits
+        assert found is not None and found.device.type == "cuda"
+
+
 def test_15_every_parameter_gets_a_gradient(case: tuple[str, int]) -> None:
     model = make(*case)
     stepper = Stepper(Unit(model, NextToken()), Optimizers(model, OptimSettings()), seed=0, precision="fp32",

@@ -1,0 +1,120 @@
+"""A GPU computes what the CPU does, which the other contracts hold to its definitions. Skipped where there is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import treadle
+from tests.conftest import make_text
+from treadle.data.batch import Batch
+from treadle.data.dataset import Dataset
+from treadle.models.base import Model
+from treadle.objectives.next_token import NextToken
+from treadle.ops import ternary
+from treadle.ops.scan import scan, scan_reference
+
+from .conftest import make, needs, random_ids
+
+DEVICE = "cuda"
+if not torch.cuda.is_available():
+    pytest.skip("no GPU here", allow_module_level=True)
+
+
+def pair(case: tuple[str, int]) -> tuple[Model, Model]:
+    here, there = make(*case), make(*case)
+    return here, there.to(DEVICE)
+
+
+def packed() -> Batch:
+    doc_ids = torch.tensor([[0] * 9 + [1] * 10 + [2] * 5, [0] * 20 + [-1] * 4])
+    return Batch.for_training(random_ids(2, 24), doc_ids=doc_ids)
+
+
+def test_logits_on_packed_rows(case: tuple[str, int]) -> None:
+    here, there = (model.eval() for model in pair(case))
+    batch = packed()
+    with torch.no_grad():
+        want, found = here(batch).logits, there(batch.to(DEVICE)).logits
+    real = batch.real
+    torch.testing.assert_close(found.cpu()[real], want[real], atol=1e-4, rtol=1e-3)
+
+
+def test_gradients_on_packed_rows(case: tuple[str, int]) -> None:
+    found = []
+    for model in pair(case):
+        NextToken()(model, packed().to(model.device)).losses["next_token"].total.backward()
+        found.append({name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None})
+    # In training the norms are fp32, and a last bit may move a rounding to int8 by one.
+    bound = 0.05 if model.capabilities.rounds else 1e-3
+    for name, gradient in found[0].items():
+        assert (found[1][name] - gradient).norm() <= bound * gradient.norm() + 1e-5, name
+
+
+def test_decoding_is_the_full_forward(case: tuple[str, int]) -> None:
+    _, model = pair(case)
+    needs(model.eval(), "decodes")
+    ids = random_ids(3, 20).to(DEVICE)
+    with torch.no_grad():
+        whole, state, parts = model(Batch.from_ids(ids)).logits, model.new_state(3, 20), []
+        for at in (slice(0, 7), *(slice(t, t + 1) for t in range(7, 20))):
+            out = model(Batch.from_ids(ids[:, at]), state=state)
+            parts.append(out.logits)
+            state = out.state
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_goes_on_and_moves_to_the_cpu(case: tuple[str, int], precision: str, tmp_path: Path) -> None:
+    text = tmp_path / "t.txt"
+    text.write_text(make_text(60))
+    data = Dataset.load(str(text), "byte", 48)
+
+    def trainer(device: str, steps: int, resume: bool) -> treadle.Trainer:
+        config = treadle.TrainConfig(output_dir=str(tmp_path / "run"), max_steps=steps, batch_size=2, report_to=["jsonl"], device=device,
+                                     precision=precision if device == DEVICE else "fp32", learning_rate=1e-3)  # fmt: skip
+        return treadle.Trainer(make(*case, vocab_size=256), data, config=config, resume=resume)
+
+    first = trainer(DEVICE, 4, False)
+    first.train()
+    assert next(first.model.parameters()).device.type == DEVICE
+    for device, steps in ((DEVICE, 8), ("cpu", 10)):
+        later = trainer(device, steps, True)
+        later.train()
+        assert later.state.step == steps
+        assert all(bool(p.isfinite().all()) for p in later.model.parameters())
+
+
+@pytest.mark.parametrize("backend", ["loop", "triton"])
+@pytest.mark.parametrize("started", [True, False])
+def test_the_recurrence(backend: str, started: bool) -> None:
+    if backend == "triton":
+        pytest.importorskip("fla", reason="flash-linear-attention is not installed")
+    torch.manual_seed(0)
+    gate, value, slope = torch.rand(2, 70, 40), torch.randn(2, 70, 40), torch.randn(2, 70, 40)
+    gate[:, 30] = 0.0  # a document begins
+    found = []
+    for device, function in (("cpu", scan_reference), (DEVICE, lambda *given: scan(*given, backend=backend))):  # type: ignore[arg-type]
+        given = [t.to(device).requires_grad_() for t in (gate, value, *((torch.ones(2, 40),) if started else ()))]
+        out = function(*given)
+        gradients = torch.autograd.grad(out, given, slope.to(device))
+        inside = gradients[0].cpu().clone()
+        inside[:, 30] = 0.0  # nobody asks for the gradient of a gate that is fixed
+        found.append([out.detach().cpu(), inside, *(g.cpu() for g in gradients[1:])])
+    for want, got in zip(*found):
+        assert (got - want).abs().max() <= 2e-6 * max(1.0, float(want.abs().max()))
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 40])
+@pytest.mark.parametrize("width, out", [(61, 7), (64, 24), (2048, 136)])
+def test_ternary_products_are_exact(rows: int, width: int, out: int) -> None:
+    torch.manual_seed(rows)
+    q = torch.randint(-128, 128, (rows, width), dtype=torch.int8)
+    matrix = torch.randint(-1, 2, (out, width), dtype=torch.int8)
+    found = ternary.integer_product(q.to(DEVICE), matrix.to(DEVICE))
+    assert torch.equal(found.cpu(), (q.long() @ matrix.long().t()).float())
+    x = torch.randn(rows, width)
+    layers = [ternary.PackedLayer(matrix.to(d), torch.tensor(0.5, device=d), torch.ones(width, device=d), 1e-8) for d in ("cpu", DEVICE)]
+    torch.testing.assert_close(layers[1](x.to(DEVICE)).cpu(), layers[0](x), atol=0, rtol=0)
