@@ -318,8 +318,8 @@ def test_14_no_host_reads_in_forward(case: tuple[str, int]) -> None:
 @pytest.mark.parametrize("way", ["training", "evaluation", "decoding"])
 def test_14_everything_stays_on_the_models_device(case: tuple[str, int], way: str) -> None:
     """With fake tensors of a GPU, which need none: a tensor made on the host by mistake meets one that is not."""
-    if not torch.backends.cuda.is_built():
-        pytest.skip("fake tensors of a GPU need a torch that was built for one")
+    if not torch.backends.cuda.is_built() or (torch.__version__ < (2, 11) and not torch.cuda.is_available()):
+        pytest.skip("fake tensors of a GPU need a torch that was built for one, 2.11 or newer where there is none")
     shape = make(*case)
     if way == "decoding":
         needs(shape, "decodes")
