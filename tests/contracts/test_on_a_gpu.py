@@ -54,8 +54,8 @@ def test_gradients_on_packed_rows(case: tuple[str, int]) -> None:
 
 
 def test_decoding_is_the_full_forward(case: tuple[str, int]) -> None:
-    _, model = pair(case)
-    needs(model.eval(), "decodes")
+    model = make(*case).to(DEVICE).eval()
+    needs(model, "decodes")
     ids = random_ids(3, 20).to(DEVICE)
     with torch.no_grad():
         whole, state, parts = model(Batch.from_ids(ids)).logits, model.new_state(3, 20), []

@@ -149,6 +149,7 @@ class DeepSpeed(Strategy):
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         weights, state = dict(weights) if self.world.main else {}, {}
+        steps = torch.tensor(self._steps())
 
         def keep(into: dict[str, Tensor], name: str, whole: Tensor, parameter: Tensor) -> None:
             """On the process that writes; 12 bytes a parameter on each would fill a machine of eight."""
@@ -161,7 +162,7 @@ class DeepSpeed(Strategy):
                 moment = safe_get_full_optimizer_state(parameter, key)
                 if moment is not None:
                     keep(state, f"{name}|{key}", moment, parameter)
-                    state[f"{name}|step"] = torch.tensor(float(self._steps()))
+                    state[f"{name}|step"] = steps.clone()
         return weights, state
 
     def scatter(self, weights: dict[str, Tensor], state: dict[str, Tensor]) -> bool:

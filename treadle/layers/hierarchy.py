@@ -96,15 +96,12 @@ def compact(x: Tensor, chosen: Tensor, longest: int) -> tuple[Tensor, Tensor]:
 def smooth(
     chunks: Tensor, probability: Tensor, doc_ids: Tensor | None, real: Tensor, start: Tensor | None = None
 ) -> Tensor:
-    """z_j = P_j c_j + (1 - P_j) z_{j-1} over chunks [B, M, D], anew in each document; padding changes nothing."""
+    """z_j = P_j c_j + (1 - P_j) z_{j-1} over chunks [B, M, D], anew in each document, or on from `start`; padding changes
+    nothing."""
     p = probability.clamp(CLAMP, 1.0 - CLAMP)[..., None]
     gate, value = 1.0 - p, p * chunks.float()
-    if start is None:
-        first = torch.zeros_like(real)
-        first[:, 0] = True
-        if doc_ids is not None:
-            first = document_starts(doc_ids)
-        gate = gate.masked_fill(first[..., None], 0.0)
+    if doc_ids is not None:
+        gate = gate.masked_fill(document_starts(doc_ids)[..., None], 0.0)
     gate = torch.where(real[..., None], gate, 1.0)
     value = torch.where(real[..., None], value, 0.0)
     return scan(gate.expand_as(value), value, start)

@@ -40,17 +40,18 @@ def compare(
     """One row a run. Without `data` each is measured on its own held-out text, which must be the same text for all; InputError
     where it is not."""
     names = expand(runs)
-    held, texts = [], {}
+    found, texts = [], {}
     for run in names:  # all texts before the first, long evaluation
         checkpoint = locate(run)
         tokenizer = read_tokenizer(checkpoint)
-        held.append(held_out(read_config(checkpoint), tokenizer, data, split)[split])
-        texts[_text(tokenizer, held[-1])] = run
+        held = held_out(read_config(checkpoint), tokenizer, data, split)[split]
+        found.append((str(checkpoint.folder), held))
+        texts[_text(tokenizer, held)] = run
         if len(texts) > 1:
             one, other = texts.values()
             raise InputError(f"{one} and {other} held out different text, on which their numbers do not compare; give one text for "
                              "all: --data FILE")  # fmt: skip
-    return [_row(run, load_run(run, device), text, rows, batch_size) for run, text in zip(names, held)]
+    return [_row(run, load_run(folder, device), held, rows, batch_size) for run, (folder, held) in zip(names, found)]
 
 
 def _text(tokenizer: Tokenizer, held: Dataset) -> Any:

@@ -17,6 +17,7 @@
 #define TOGETHER 4 /* rows at a time, which layers are padded to */
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define SIXTEEN /* rows at a time are worth it: there are registers for their sums */
 
 /* Bits 2p and 2p+1 of every byte as 0 to 3; one instruction instead of two is a third of the time (213 -> 290 GMAC/s, Zen 5). */
 #if defined(__GFNI__)
@@ -115,7 +116,7 @@ INLINE void four_rows(const uint8_t *restrict codes, const int8_t *restrict q, i
 
 INLINE void some_rows(const uint8_t *codes, const int8_t *q, int64_t quarter, int32_t total, float factor, float *out, int64_t rows) {
     int64_t r = 0;
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#ifdef SIXTEEN
     for (; r + 16 <= rows; r += 16) sixteen_rows(codes + r * quarter, q, quarter, total, factor, out + r);
 #endif
     for (; r + TOGETHER <= rows; r += TOGETHER) four_rows(codes + r * quarter, q, quarter, total, factor, out + r);
