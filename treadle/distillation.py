@@ -48,7 +48,7 @@ def distill(request: Request, console: Console | None = None) -> dict[str, Any]:
     with opened_world(request) as world:
         folder = recipe.folder
         if request.fresh:
-            folder = free_folder(folder) if world is None else Path(world.lead(lambda: str(free_folder(recipe.folder))))
+            folder = free_folder(folder) if world is None else Path(world.on_main_first(lambda: str(free_folder(recipe.folder))))
         before: Path | None = None
         summary: dict[str, Any] = {}
         for stage, steps in stage_steps(recipe.distill, recipe.train.max_steps):
@@ -63,7 +63,7 @@ def distill(request: Request, console: Console | None = None) -> dict[str, Any]:
                           weights_from=str(before) if before is not None else None)  # fmt: skip
             summary = train_in(world, one, console)
             before = here
-        if world is None or world.main:
+        if world is None or world.is_main_process:
             summary["distillation"] = report(asked.distill.teacher, str(folder))
             records.write_json(folder / "results" / "distillation.json", summary["distillation"])
             for line in table_of(summary["distillation"]):

@@ -202,7 +202,7 @@ def make_trainer(request: Request, recipe: Recipe, console: Console, world: Worl
                 f"{trainer.plan.global_batch} rows x {recipe.data.seq_len}, {trainer.precision} on {trainer.device}{shared}")  # fmt: skip
     if recipe.checkpoint.resume_from_checkpoint is not None:
         chosen = locate(recipe.checkpoint.resume_from_checkpoint, console.warn)
-        world.lead(lambda: _take_up(trainer, chosen))
+        world.on_main_first(lambda: _take_up(trainer, chosen))
         checkpoint: Checkpoint | None = chosen
     else:
         checkpoint = snapshot.find_newest(trainer)
@@ -235,12 +235,12 @@ def _shared_data(
 ) -> dict[str, Dataset]:
     """The data, prepared by the first process while the others wait, and the same in all of them."""
     splits: dict[str, Dataset] = {}
-    if world.main:
-        world.lead(lambda: splits.update(load_data(recipe, console, tokenizer)))
+    if world.is_main_process:
+        world.on_main_first(lambda: splits.update(load_data(recipe, console, tokenizer)))
     else:
-        world.lead(lambda: None)
+        world.on_main_first(lambda: None)
         splits = load_data(recipe, console, tokenizer)
-    fingerprints = world.gather(splits["train"].fingerprint())
+    fingerprints = world.all_gather_object(splits["train"].fingerprint())
     for rank, other in enumerate(fingerprints):
         if other != fingerprints[0]:
             raise ConfigError(f"process {rank} reads other data than process 0: the files or tokenizers of their machines "
@@ -300,7 +300,7 @@ def devices(request: Request) -> int:
 def train(request: Request, console: Console | None = None) -> dict[str, Any]:
     """Trains (or continues) what was asked and returns the run's summary."""
     with opened_world(request) as world:
-        return train_in(world, request, console or Console(silent=world is not None and not world.main))
+        return train_in(world, request, console or Console(silent=world is not None and not world.is_main_process))
 
 
 @contextmanager
@@ -339,7 +339,7 @@ def train_in(world: World | None, request: Request, console: Console) -> dict[st
             lock = stack.enter_context(_locked(folder))
             return str(folder)
 
-        folder = Path(world.lead(take_folder) if world is not None else take_folder())
+        folder = Path(world.on_main_first(take_folder) if world is not None else take_folder())
         recipe = configure(request, folder)
         trainer = make_trainer(request, recipe, console, world)
         trainer.adopt_lock(lock)
@@ -355,7 +355,7 @@ def train_in(world: World | None, request: Request, console: Console) -> dict[st
             return trainer.summary("finished")
         summary = trainer.train()
     console.say(f"Finished at step {summary['step']}: {folder}")
-    if recipe.eval.at_end and trainer.world.main:
+    if recipe.eval.at_end and trainer.world.is_main_process:
         from treadle.evaluation.report import evaluate_run, write_results
 
         report = evaluate_run(str(folder), samples=3)

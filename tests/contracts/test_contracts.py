@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.conftest import make_text
 from treadle.data.batch import IGNORE, Batch
 from treadle.models.base import Model, build_from, from_pretrained
-from treadle.objectives.base import Unit
+from treadle.objectives.base import ModelWithObjective
 from treadle.objectives.next_token import NextToken
 from treadle.training.optim import Optimizers
 from treadle.training.settings import OptimSettings
@@ -211,7 +211,7 @@ def test_09_flops_agree_with_the_counter(model: Model) -> None:
 def test_08_an_evaluation_sees_the_weights_of_its_step(case: tuple[str, int]) -> None:
     """Whatever a model keeps from one evaluation to the next, made of its weights."""
     model = make(*case)
-    stepper = Stepper(Unit(model, NextToken()), Optimizers(model, OptimSettings()), seed=0, precision="fp32", max_grad_norm=1.0,
+    stepper = Stepper(ModelWithObjective(model, NextToken()), Optimizers(model, OptimSettings()), seed=0, precision="fp32", max_grad_norm=1.0,
                       loss_weights={})  # fmt: skip
     batch, found = Batch.for_training(random_ids(2, 20)), []
     for step in range(3):
@@ -266,7 +266,7 @@ def test_12_a_low_precision_step_is_finite(case: tuple[str, int], precision: str
     model = make(*case)
     optimizers = Optimizers(model, OptimSettings())
     stepper = Stepper(
-        Unit(model, NextToken()), optimizers, seed=0, precision=precision, max_grad_norm=1.0, loss_weights={}
+        ModelWithObjective(model, NextToken()), optimizers, seed=0, precision=precision, max_grad_norm=1.0, loss_weights={}
     )
     for step in range(3):
         result = stepper.run(step, [Batch.for_training(random_ids(4, 24))], 1e-3)
@@ -282,7 +282,7 @@ def test_13_it_learns(case: tuple[str, int]) -> None:
     data = np.frombuffer(make_text(600).encode(), dtype=np.uint8)
     counts = np.bincount(data, minlength=256) / len(data)
     unigram = -(counts[counts > 0] * np.log(counts[counts > 0])).sum()
-    stepper = Stepper(Unit(model, NextToken()), Optimizers(model, OptimSettings()), seed=0, precision="fp32",
+    stepper = Stepper(ModelWithObjective(model, NextToken()), Optimizers(model, OptimSettings()), seed=0, precision="fp32",
                       max_grad_norm=1.0, loss_weights={})  # fmt: skip
     generator = np.random.default_rng(0)
 
@@ -339,7 +339,7 @@ def test_14_everything_stays_on_the_models_device(case: tuple[str, int], way: st
 
 def test_15_every_parameter_gets_a_gradient(case: tuple[str, int]) -> None:
     model = make(*case)
-    stepper = Stepper(Unit(model, NextToken()), Optimizers(model, OptimSettings()), seed=0, precision="fp32",
+    stepper = Stepper(ModelWithObjective(model, NextToken()), Optimizers(model, OptimSettings()), seed=0, precision="fp32",
                       max_grad_norm=0.0, loss_weights={})  # fmt: skip
     moved: set[str] = set()
     for step in range(5):

@@ -14,7 +14,7 @@ from treadle.distributed.choose import make_strategy
 from treadle.distributed.settings import ParallelSettings
 from treadle.distributed.world import World
 from treadle.evaluation.evaluator import Evaluator
-from treadle.objectives.base import Unit
+from treadle.objectives.base import ModelWithObjective
 from treadle.objectives.next_token import NextToken
 from treadle.text.base import Tokenizer
 from treadle.training.optim import Optimizers
@@ -51,7 +51,7 @@ def trace(case: tuple[str, int], optimizer: str, mode: str, rank: int = 0, size:
     settings = ParallelSettings(**{"mode": mode.split(",")[0], **options})
     for block in model.blocks():
         block.gradient_checkpointing = recompute
-    unit = Unit(model, NextToken())
+    unit = ModelWithObjective(model, NextToken())
     chosen = settings.mode if size > 1 else "none"
     strategy = make_strategy(
         chosen, unit, model, world, settings, precision="fp32", accumulation=2, device=torch.device("cpu")

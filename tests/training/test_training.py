@@ -20,7 +20,7 @@ from treadle.data.batch import Batch
 from treadle.data.dataset import Dataset
 from treadle.errors import ConfigError, Diverged, OutOfMemory, SaveError
 from treadle.models.base import ParameterRule, build
-from treadle.objectives.base import Unit
+from treadle.objectives.base import ModelWithObjective
 from treadle.objectives.next_token import NextToken
 from treadle.training.optim import Optimizers, grouped
 from treadle.training.schedule import learning_rate, warmup_steps
@@ -38,7 +38,7 @@ def tiny(seed: int = 0, **keys: Any):  # type: ignore[no-untyped-def]
 def stepper(model: Any, precision: str = "fp32", clip: float = 1.0, **keys: Any) -> Stepper:
     optimizers = Optimizers(model, OptimSettings(**keys))
     return Stepper(
-        Unit(model, NextToken()), optimizers, seed=0, precision=precision, max_grad_norm=clip, loss_weights={}
+        ModelWithObjective(model, NextToken()), optimizers, seed=0, precision=precision, max_grad_norm=clip, loss_weights={}
     )
 
 
@@ -131,11 +131,11 @@ def test_optimiser_state_goes_by_name(name: str) -> None:
     one, two = stepper(tiny(), name=name), stepper(tiny(), name=name)
     for step in range(3):
         one.run(step, [uneven()], 0.01)
-    two.strategy.unit.model.load_weights(one.strategy.unit.model.named_weights())
+    two.strategy.module.model.load_weights(one.strategy.module.model.named_weights())
     two.optimizers.load_state_tensors({k: t.clone() for k, t in one.optimizers.state_tensors().items()})
     for run in (one, two):
         run.run(3, [uneven()], 0.01)
-    for a, b in zip(one.strategy.unit.parameters(), two.strategy.unit.parameters()):
+    for a, b in zip(one.strategy.module.parameters(), two.strategy.module.parameters()):
         assert torch.equal(a, b)
     with pytest.raises(Exception, match=r"other\.weight"):
         two.optimizers.load_state_tensors({"other.weight|exp_avg": torch.zeros(1)})
@@ -152,14 +152,14 @@ def test_accumulation_is_weighted_by_tokens() -> None:
     b = parts.run(0, [batch.rows(i, i + 1) for i in range(8)], 0.01)
     torch.testing.assert_close(a.losses["next_token"], b.losses["next_token"], atol=1e-6, rtol=1e-6)
     assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-6) and a.counts == b.counts
-    for (name, x), (_, y) in zip(whole.strategy.unit.named_parameters(), parts.strategy.unit.named_parameters()):
+    for (name, x), (_, y) in zip(whole.strategy.module.named_parameters(), parts.strategy.module.named_parameters()):
         torch.testing.assert_close(x.grad, y.grad, atol=1e-6, rtol=1e-4, msg=name)
 
 
 def test_clipping_scales_to_the_norm() -> None:
     run = stepper(tiny(), clip=0.01)
     run.run(0, [uneven()], 0.0)
-    norm = math.sqrt(sum(float(p.grad.pow(2).sum()) for p in run.strategy.unit.parameters()))  # type: ignore[union-attr]
+    norm = math.sqrt(sum(float(p.grad.pow(2).sum()) for p in run.strategy.module.parameters()))  # type: ignore[union-attr]
     assert norm == pytest.approx(0.01, rel=1e-3)
 
 

@@ -31,9 +31,9 @@ class Peers(Protocol):
     rank: int
     group: Any
 
-    def gather(self, value: Any) -> list[Any]: ...
+    def all_gather_object(self, value: Any) -> list[Any]: ...
 
-    def lead(self, action: Callable[[], T]) -> T: ...
+    def on_main_first(self, action: Callable[[], T]) -> T: ...
 
     def agree(self, problem: Exception | None) -> None: ...
 
@@ -49,7 +49,7 @@ def save(
 ) -> str:
     """`writer.save` by all processes together; SaveError in all of them when one cannot write."""
     root = str(root)
-    need = int(sum(sum(peers.gather(sum(t.nbytes for t in group.values()))) for group in tensors.values()))
+    need = int(sum(sum(peers.all_gather_object(sum(t.nbytes for t in group.values()))) for group in tensors.values()))
 
     def begin() -> list[str]:
         final, temporary = writer.places(root, step, name)
@@ -58,7 +58,7 @@ def save(
             os.mkdir(temporary)
         return [final, temporary]
 
-    final, temporary = peers.lead(begin)
+    final, temporary = peers.on_main_first(begin)
     mine: dict[str, dict[str, Any]] = {}
     try:
         for stem, group in tensors.items():
@@ -68,7 +68,7 @@ def save(
             with contextlib.suppress(OSError):
                 writer.remove_tree(temporary)
         raise
-    written = {member: entry for part in peers.gather(mine) for member, entry in part.items()}
+    written = {member: entry for part in peers.all_gather_object(mine) for member, entry in part.items()}
 
     def finish() -> str:
         with writer.refusals(final, temporary):
@@ -78,7 +78,7 @@ def save(
             writer.publish(temporary, final)
         return final
 
-    return peers.lead(finish)
+    return peers.on_main_first(finish)
 
 
 def _write_parts(

@@ -1,6 +1,6 @@
-"""How a unit (model and objective) is computed by one or several processes; this file: by one.
+"""How a module (model and objective) is computed by one or several processes; this file: by one.
 
-A strategy is what training/step knows of parallelism: the unit to call, how backward runs, and two sums. Averages that
+A strategy is what training/step knows of parallelism: the module to call, how backward runs, and two sums. Averages that
 torch's engines take over processes are turned into sums by `loss_factor`, since losses are already divided by the count
 over all processes.
 """
@@ -25,28 +25,28 @@ class Strategy:
     mode = "none"
     shards_weights = False  # each process holds a part of the weights
     shards_optimizer = False  # each process holds a part of the optimiser's state
-    owns_step = False  # clips and steps by itself (`step`) instead of leaving gradients to treadle
+    engine_owns_step = False  # clips and steps by itself (`step`) instead of leaving gradients to treadle
     host_mesh: Any = None
 
     @property
-    def everybody_looks(self) -> bool:
+    def full_weights_need_all_ranks(self) -> bool:
         """A forward pass needs all processes."""
         return self.shards_weights
 
-    def __init__(self, unit: torch.nn.Module, world: World) -> None:
+    def __init__(self, module: torch.nn.Module, world: World) -> None:
         self.world = world
-        self.unit = unit  # training calls this
-        self.plain = unit  # evaluation calls this: the same weights without gradient communication
+        self.module = module  # training calls this
+        self.plain = module  # evaluation calls this: the same weights without gradient communication
         self.loss_factor = 1.0
 
-    def inner(self, last: bool) -> AbstractContextManager:
-        """The context of one micro-batch; `last` is the one after which the optimiser steps."""
+    def no_sync(self, unless: bool) -> AbstractContextManager:
+        """The context of one micro-batch; `unless` is true for the one after which the optimiser steps."""
         return contextlib.nullcontext()
 
     def backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()
 
-    def take_optimizer(self, optimizers: list[torch.optim.Optimizer]) -> None:
+    def attach_optimizers(self, optimizers: list[torch.optim.Optimizer]) -> None:
         """Hands over the optimisers, before the first step."""
 
     def step(self, apply: bool) -> float:
@@ -57,17 +57,17 @@ class Strategy:
         """Name -> table, of what the strategy was configured with; kept in the run."""
         return {}
 
-    def gather(
+    def gather_full_state(
         self, weights: dict[str, Tensor], state: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Weights and optimiser state as a checkpoint holds them; where one process writes it, on that one at least."""
         return weights, state
 
-    def scatter(self, weights: dict[str, Tensor], state: dict[str, Tensor]) -> bool:
+    def load_full_state(self, weights: dict[str, Tensor], state: dict[str, Tensor]) -> bool:
         """Takes over weights and state of a checkpoint; False leaves it to the model and the optimisers."""
         return False
 
-    def whole_norm(self, norm: Tensor) -> Tensor:
+    def global_norm(self, norm: Tensor) -> Tensor:
         """The norm over all parts of what this process has a part of."""
         return norm
 
@@ -77,7 +77,7 @@ class Strategy:
             dist.all_reduce(values)
         return values
 
-    def look(self, work: Callable[..., Any], *arguments: Any) -> Any:
+    def with_full_weights(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """work(model, *arguments) on the current weights, as every process does at the same moment where weights are in
         shards."""
         return self.plain(*arguments, work=work)

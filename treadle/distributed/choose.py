@@ -33,18 +33,18 @@ def resolve_mode(settings: ParallelSettings, world: World, parameters: int, devi
 
 
 def make_strategy(
-    mode: str, unit: torch.nn.Module, model: Model, world: World, settings: ParallelSettings, *, precision: str,
+    mode: str, module: torch.nn.Module, model: Model, world: World, settings: ParallelSettings, *, precision: str,
     accumulation: int, device: torch.device, micro_batch: int = 1, max_grad_norm: float = 0.0,
 ) -> Strategy:  # fmt: skip
     """The strategy for a resolved mode. Under fsdp the model may still be on the meta device."""
     if mode == "ddp":
         from treadle.distributed.ddp import Replicated
 
-        return Replicated(unit, world, settings, accumulation)
+        return Replicated(module, world, settings, accumulation)
     if mode == "fsdp":
         from treadle.distributed.fsdp import Sharded
 
-        return Sharded(unit, model, world, settings, precision, device)
+        return Sharded(module, model, world, settings, precision, device)
     if mode == "deepspeed":
         from treadle.distributed import deepspeed_json
         from treadle.distributed.deepspeed import DeepSpeed
@@ -52,5 +52,5 @@ def make_strategy(
         table = deepspeed_json.read(settings.deepspeed) if settings.deepspeed is not None else None
         whole = deepspeed_json.complete(table, micro=micro_batch, accumulation=accumulation, world=world.size,
                                         precision=precision, max_grad_norm=max_grad_norm)  # fmt: skip
-        return DeepSpeed(unit, world, whole, device)
-    return Strategy(unit, world)
+        return DeepSpeed(module, world, whole, device)
+    return Strategy(module, world)

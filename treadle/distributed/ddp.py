@@ -24,18 +24,18 @@ _BUFFER_SYNC = (
 
 
 class Replicated(Strategy):
-    """DistributedDataParallel around the unit."""
+    """DistributedDataParallel around the module."""
 
     mode = "ddp"
 
-    def __init__(self, unit: torch.nn.Module, world: World, settings: ParallelSettings, accumulation: int) -> None:
-        super().__init__(unit, world)
-        device = next(unit.parameters()).device
+    def __init__(self, module: torch.nn.Module, world: World, settings: ParallelSettings, accumulation: int) -> None:
+        super().__init__(module, world)
+        device = next(module.parameters()).device
         # A graph that is only run whole can be static; inner micro-batches, which do not communicate, change it.
         static = accumulation == 1 if settings.static_graph == "auto" else settings.static_graph
         unsynced: Any = {_BUFFER_SYNC: False}  # buffers are functions of the configuration
-        self.unit: DistributedDataParallel = DistributedDataParallel(
-            unit,
+        self.module: DistributedDataParallel = DistributedDataParallel(
+            module,
             **unsynced,
             device_ids=[device.index] if device.type == "cuda" else None,
             bucket_cap_mb=settings.bucket_megabytes,
@@ -45,6 +45,6 @@ class Replicated(Strategy):
         self.loss_factor = float(world.size)
         self.shards_optimizer = settings.shard_optimizer
 
-    def inner(self, last: bool) -> AbstractContextManager:
+    def no_sync(self, unless: bool) -> AbstractContextManager:
         """Gradients travel once a step, with the last micro-batch."""
-        return contextlib.nullcontext() if last else self.unit.no_sync()
+        return contextlib.nullcontext() if unless else self.module.no_sync()

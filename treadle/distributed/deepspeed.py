@@ -38,13 +38,13 @@ def import_deepspeed(device: torch.device) -> Any:
 
 
 class DeepSpeed(Strategy):
-    """A DeepSpeed engine around the unit; it exists once the optimiser was handed over."""
+    """A DeepSpeed engine around the module; it exists once the optimiser was handed over."""
 
     mode = "deepspeed"
-    owns_step = True
+    engine_owns_step = True
 
-    def __init__(self, unit: torch.nn.Module, world: World, table: dict[str, Any], device: torch.device) -> None:
-        super().__init__(unit, world)
+    def __init__(self, module: torch.nn.Module, world: World, table: dict[str, Any], device: torch.device) -> None:
+        super().__init__(module, world)
         if device.type == "cpu" and table.get("fp16", {}).get("enabled"):
             raise ConfigError("DeepSpeed has no fp16 on a CPU; use --precision bf16 or fp32")
         self.package, self.table, self.device = import_deepspeed(device), table, device
@@ -56,16 +56,16 @@ class DeepSpeed(Strategy):
                                     init_method=f"tcp://127.0.0.1:{free_port()}")  # fmt: skip
 
     @property
-    def everybody_looks(self) -> bool:
+    def full_weights_need_all_ranks(self) -> bool:
         return self.stage == 3
 
-    def take_optimizer(self, optimizers: list[torch.optim.Optimizer]) -> None:
+    def attach_optimizers(self, optimizers: list[torch.optim.Optimizer]) -> None:
         if len(optimizers) != 1 or not isinstance(optimizers[0], torch.optim.AdamW):
             raise ConfigError("parallel.mode = deepspeed works with optim.name = adamw; use --parallel ddp or fsdp for muon")
         self.named = [(n, p) for n, p in self.plain.model.named_parameters() if p.requires_grad]  # type: ignore[union-attr]
         self.base = optimizers[0]
         self.engine, *_ = self.package.initialize(model=self.plain, optimizer=self.base, config=self.table)
-        self.unit = self.engine
+        self.module = self.engine
         if self.stage > 0:
             self._create_moments()
 
@@ -83,7 +83,7 @@ class DeepSpeed(Strategy):
         if self.stage < 3:
             optimizer._lazy_init_hp_params_optimizer_state()
 
-    def look(self, work: Callable[..., Any], *arguments: Any) -> Any:
+    def with_full_weights(self, work: Callable[..., Any], *arguments: Any) -> Any:
         # Stage 3's hooks want an output that they can walk through.
         return self.plain(*arguments, work=lambda *given: {"found": work(*given)})["found"]
 
@@ -141,19 +141,19 @@ class DeepSpeed(Strategy):
     def _zero(self) -> bool:
         return any(hasattr(self.named[0][1], mark) for mark in ("ds_id", "_hp_mapping"))
 
-    def gather(
+    def gather_full_state(
         self, weights: dict[str, Tensor], state: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if not self._zero():  # stage 0 in fp32: torch's own parameters and state
             return weights, state
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        weights, state = dict(weights) if self.world.main else {}, {}
+        weights, state = dict(weights) if self.world.is_main_process else {}, {}
         steps = torch.tensor(self._steps())
 
         def keep(into: dict[str, Tensor], name: str, whole: Tensor, parameter: Tensor) -> None:
             """On the process that writes; 12 bytes a parameter on each would fill a machine of eight."""
-            if self.world.main:
+            if self.world.is_main_process:
                 into[name] = whole.detach().cpu().reshape(self._shape(parameter)).clone()
 
         for name, parameter in self.named:  # every process takes part in gathering
@@ -165,7 +165,7 @@ class DeepSpeed(Strategy):
                     state[f"{name}|step"] = steps.clone()
         return weights, state
 
-    def scatter(self, weights: dict[str, Tensor], state: dict[str, Tensor]) -> bool:
+    def load_full_state(self, weights: dict[str, Tensor], state: dict[str, Tensor]) -> bool:
         """Takes whole weights and moments over; False when the plain way works."""
         if not self._zero():
             return False

@@ -35,8 +35,8 @@ def make_mesh(kind: str, size: int, shard_size: int | None) -> DeviceMesh:
     return init_device_mesh(kind, (size // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
 
 
-def shard(unit: torch.nn.Module, model: Model, mesh: DeviceMesh, settings: ParallelSettings, precision: str) -> None:
-    """Marks the model's blocks and the unit around it; the parameters are parts from here on."""
+def shard(module: torch.nn.Module, model: Model, mesh: DeviceMesh, settings: ParallelSettings, precision: str) -> None:
+    """Marks the model's blocks and the module around it; the parameters are parts from here on."""
     full = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     half = full
     if precision != "fp32":
@@ -48,42 +48,42 @@ def shard(unit: torch.nn.Module, model: Model, mesh: DeviceMesh, settings: Paral
     def apply(module: torch.nn.Module, policy: MixedPrecisionPolicy, reshard: bool) -> None:
         fully_shard(module, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy, offload_policy=offload)
 
-    for module in model.full_precision_modules():
-        apply(module, full, settings.reshard_after_forward)
+    for submodule in model.full_precision_modules():
+        apply(submodule, full, settings.reshard_after_forward)
     for block in model.blocks():
         apply(block, half, settings.reshard_after_forward)
-    apply(unit, full, False)  # backward needs the root first: freeing it would gather it twice
+    apply(module, full, False)  # backward needs the root first: freeing it would gather it twice
 
 
 class Sharded(Strategy):
-    """`fully_shard` on the blocks and the unit."""
+    """`fully_shard` on the blocks and the module."""
 
     mode = "fsdp"
     shards_weights = shards_optimizer = True
 
     def __init__(
-        self, unit: torch.nn.Module, model: Model, world: World, settings: ParallelSettings, precision: str,
+        self, module: torch.nn.Module, model: Model, world: World, settings: ParallelSettings, precision: str,
         device: torch.device,
     ) -> None:  # fmt: skip
-        super().__init__(unit, world)
+        super().__init__(module, world)
         if settings.cpu_offload and device.type == "cpu":
             raise ConfigError("parallel.cpu_offload moves shards from a GPU to the machine's memory; this run is on the "
                               "CPU: leave it out")  # fmt: skip
         mesh = make_mesh(device.type, world.size, settings.shard_size)
         self.shard_group = mesh.get_group("shard")
         self.host_mesh = mesh if device.type == "cpu" else make_mesh("cpu", world.size, settings.shard_size)
-        shard(unit, model, mesh, settings, precision)
+        shard(module, model, mesh, settings, precision)
         self.loss_factor = float(world.size)
 
-    def whole_norm(self, norm: Tensor) -> Tensor:
+    def global_norm(self, norm: Tensor) -> Tensor:
         square = norm.square()
         dist.all_reduce(square, group=self.shard_group)
         return square.sqrt()
 
-    def look(self, work: Callable[..., Any], *arguments: Any) -> Any:
+    def with_full_weights(self, work: Callable[..., Any], *arguments: Any) -> Any:
         try:
-            return super().look(work, *arguments)
+            return super().with_full_weights(work, *arguments)
         finally:  # a forward pass without backward leaves what it gathered
-            for module in self.plain.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
+            for submodule in self.plain.modules():
+                if isinstance(submodule, FSDPModule):
+                    submodule.reshard()

@@ -80,17 +80,17 @@ class World:
         return Launch(self.rank, self.size, self.local_rank, self.local_size)
 
     @property
-    def main(self) -> bool:
+    def is_main_process(self) -> bool:
         """This process writes files and prints."""
         return self.rank == 0
 
     # ---- agreeing ----
 
-    def sum(self, values: Sequence[float]) -> list[float]:
+    def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
         """Sums over all processes, in fp64."""
         return self._reduced(values, torch.float64, dist.ReduceOp.SUM)
 
-    def most(self, values: Sequence[int]) -> list[int]:
+    def all_reduce_max(self, values: Sequence[int]) -> list[int]:
         """The largest of each value over all processes."""
         return self._reduced(values, torch.int64, dist.ReduceOp.MAX)
 
@@ -102,12 +102,12 @@ class World:
             dist.all_reduce(tensor, operation, group=self.group)
         return tensor.tolist()
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """Every process's value (anything JSON holds), by rank."""
         if self.size == 1:
             return [value]
         data = json.dumps(value).encode()
-        longest = self.most([len(data)])[0]
+        longest = self.all_reduce_max([len(data)])[0]
         mine = torch.zeros(longest, dtype=torch.uint8)
         mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         parts = [torch.zeros_like(mine) for _ in range(self.size)]
@@ -115,14 +115,14 @@ class World:
             dist.all_gather(parts, mine, group=self.group)
         return [json.loads(part.numpy().tobytes().rstrip(b"\0")) for part in parts]
 
-    def lead(self, action: Callable[[], T]) -> T:
+    def on_main_first(self, action: Callable[[], T]) -> T:
         """Runs `action` in the first process and returns its result (anything JSON holds) in all of them. An error there
         is raised here too, as PeerFailed, which is not printed again."""
         if self.size == 1:
             return action()
         outcome: dict[str, Any] = {}
         problem: BaseException | None = None
-        if self.main:
+        if self.is_main_process:
             try:
                 outcome["value"] = action()
             except Exception as raised:
@@ -139,10 +139,10 @@ class World:
     def _told(self, value: Any) -> Any:
         """What the first process says."""
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        size = torch.tensor([len(data) if self.main else 0])
+        size = torch.tensor([len(data) if self.is_main_process else 0])
         with self.watching():
             dist.broadcast(size, 0, group=self.group)
-            data = data if self.main else torch.empty(int(size), dtype=torch.uint8)
+            data = data if self.is_main_process else torch.empty(int(size), dtype=torch.uint8)
             dist.broadcast(data, 0, group=self.group)
         return json.loads(data.numpy().tobytes())
 
@@ -151,7 +151,7 @@ class World:
         if self.size == 1 and problem is None:
             return
         code = problem.exit_code if isinstance(problem, TreadleError) else 1
-        found = self.gather(None if problem is None else [str(problem), code])
+        found = self.all_gather_object(None if problem is None else [str(problem), code])
         if problem is not None:
             raise problem
         for rank, failed in enumerate(found):

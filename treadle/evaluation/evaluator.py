@@ -62,7 +62,7 @@ class Evaluator:
         finally:
             self.model.train(was_training)
         # Added up in the order of the batches, whoever computed them: the same bits for any number of processes.
-        parts = world.gather(sums)
+        parts = world.all_gather_object(sums)
         total = [math.fsum(values) for values in zip(*(part[i] for i in range(len(sums)) for part in parts))]
         return metrics_of(dict(zip(SUMS, total)))
 
@@ -78,7 +78,7 @@ class Evaluator:
         return self._look(self._inspect, data.batch(source, row))
 
     def _look(self, work: Callable[[Model, Batch], dict[str, float]], batch: Batch) -> dict[str, float]:
-        return work(self.model, batch) if self.strategy is None else self.strategy.look(work, batch)
+        return work(self.model, batch) if self.strategy is None else self.strategy.with_full_weights(work, batch)
 
     @torch.no_grad()
     def _inspect(self, model: Model, batch: Batch) -> dict[str, float]:

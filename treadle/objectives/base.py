@@ -26,7 +26,7 @@ OBJECTIVES = Registry("objective", {
 
 
 @dataclass
-class Part:
+class LossTerm:
     """One part of a loss: a fresh scalar sum, the unit it is divided by, and its own weight. Only training/step divides."""
 
     total: Tensor
@@ -35,10 +35,10 @@ class Part:
 
 
 @dataclass
-class Parts:
+class Losses:
     """All parts of one forward pass by name, and statistics that ride along."""
 
-    losses: dict[str, Part]
+    losses: dict[str, LossTerm]
     stats: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -52,11 +52,11 @@ class Objective(ABC):
         """Called once before the model is spread over processes and optimisers are made; may freeze parameters."""
 
     @abstractmethod
-    def __call__(self, model: Model, batch: Batch) -> Parts:
+    def __call__(self, model: Model, batch: Batch) -> Losses:
         """One forward pass; sums only."""
 
 
-class Unit(nn.Module):
+class ModelWithObjective(nn.Module):
     """A model with its objective: what training wraps, so that head and loss run inside one forward."""
 
     def __init__(self, model: Model, objective: Objective) -> None:
@@ -65,13 +65,13 @@ class Unit(nn.Module):
         self.objective = objective
 
     def forward(self, *arguments: Any, work: Callable[..., Any] | None = None) -> Any:
-        """The objective's Parts for a batch; with `work`, work(model, ...) instead: whatever reads weights that are in
+        """The objective's Losses for a batch; with `work`, work(model, ...) instead: whatever reads weights that are in
         shards has to happen inside this call."""
         return (work or self.objective)(self.model, *arguments)
 
 
 # FSDP finds the tensors that backward starts from by walking the output as a pytree.
 pytree.register_pytree_node(
-    Part, lambda p: ([p.total], (p.unit, p.weight)), lambda totals, rest: Part(next(iter(totals)), *rest)
+    LossTerm, lambda p: ([p.total], (p.unit, p.weight)), lambda totals, rest: LossTerm(next(iter(totals)), *rest)
 )
-pytree.register_pytree_node(Parts, lambda p: ([p.losses, p.stats], None), lambda values, _: Parts(*values))
+pytree.register_pytree_node(Losses, lambda p: ([p.losses, p.stats], None), lambda values, _: Losses(*values))

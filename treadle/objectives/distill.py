@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from treadle.data.batch import IGNORE, Batch
 from treadle.errors import ConfigError
 from treadle.models.base import Model
-from treadle.objectives.base import OBJECTIVES, Objective, Part, Parts
+from treadle.objectives.base import OBJECTIVES, Losses, LossTerm, Objective
 from treadle.objectives.settings import DistillSettings
 from treadle.ops.cross_entropy import linear_cross_entropy
 from treadle.ops.divergence import linear_divergence
@@ -81,7 +81,7 @@ class MatchMixers(Distillation):
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in inside)
 
-    def __call__(self, model: Model, batch: Batch) -> Parts:
+    def __call__(self, model: Model, batch: Batch) -> Losses:
         with torch.no_grad(), watched(self.teacher.mixers()) as seen:
             self.teacher.hidden(batch)
         real = batch.real
@@ -91,7 +91,7 @@ class MatchMixers(Distillation):
         ]
         with torch.no_grad():
             stats = {f"mixer_error_{i}": error.detach() / real.sum().clamp_min(1) for i, error in enumerate(errors)}
-        return Parts({self.main: Part(torch.stack(errors).sum() / len(errors), "tokens")}, stats)
+        return Losses({self.main: LossTerm(torch.stack(errors).sum() / len(errors), "tokens")}, stats)
 
 
 class MatchHidden(Distillation):
@@ -109,7 +109,7 @@ class MatchHidden(Distillation):
                               f"{len(self.teacher.blocks())}; use --stages logits")  # fmt: skip
         super().prepare(model, device)
 
-    def __call__(self, model: Model, batch: Batch) -> Parts:
+    def __call__(self, model: Model, batch: Batch) -> Losses:
         with torch.no_grad(), watched(self.teacher.blocks()) as theirs:
             self.teacher.hidden(batch)
         with watched(model.blocks()) as ours:
@@ -119,7 +119,7 @@ class MatchHidden(Distillation):
                               f"{list(theirs[0][1].shape[2:])}; use --stages logits")  # fmt: skip
         real = batch.real
         errors = [relative_error(o, t, real) for (_, o), (_, t) in zip(ours, theirs)]
-        return Parts({self.main: Part(torch.stack(errors).sum() / len(errors), "tokens")})
+        return Losses({self.main: LossTerm(torch.stack(errors).sum() / len(errors), "tokens")})
 
 
 class MatchLogits(Distillation):
@@ -127,7 +127,7 @@ class MatchLogits(Distillation):
 
     main = "next_token"
 
-    def __call__(self, model: Model, batch: Batch) -> Parts:
+    def __call__(self, model: Model, batch: Batch) -> Losses:
         if batch.labels is None:
             raise ConfigError("the batch has no labels; make it with Batch.for_training(ids)")
         s = self.settings
@@ -142,10 +142,10 @@ class MatchLogits(Distillation):
         divergence, agreed = linear_divergence(*ours, *theirs, batch.labels, s.distill_temperature)
         scored = (batch.labels != IGNORE).sum().clamp_min(1)
         losses = {
-            self.main: Part(cross_entropy, "labels", s.alpha_ce),
-            "kd": Part(divergence, "labels", s.alpha_kd * s.distill_temperature**2),
+            self.main: LossTerm(cross_entropy, "labels", s.alpha_ce),
+            "kd": LossTerm(divergence, "labels", s.alpha_kd * s.distill_temperature**2),
         }
-        return Parts(losses, {**out.stats, "agreement": agreed / scored})
+        return Losses(losses, {**out.stats, "agreement": agreed / scored})
 
 
 def make_objective(settings: DistillSettings, teacher: Model) -> Distillation:

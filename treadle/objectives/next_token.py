@@ -5,7 +5,7 @@ from __future__ import annotations
 from treadle.data.batch import Batch
 from treadle.errors import ConfigError
 from treadle.models.base import Model
-from treadle.objectives.base import CountUnit, Objective, Part, Parts
+from treadle.objectives.base import CountUnit, Losses, LossTerm, Objective
 from treadle.ops.cross_entropy import linear_cross_entropy
 
 
@@ -14,15 +14,15 @@ class NextToken(Objective):
 
     main = "next_token"
 
-    def __call__(self, model: Model, batch: Batch) -> Parts:
+    def __call__(self, model: Model, batch: Batch) -> Losses:
         if batch.labels is None:
             raise ConfigError("the batch has no labels; make it with Batch.for_training(ids)")
         out = model.hidden(batch)
         assert out.hidden is not None
-        losses = {self.main: Part(linear_cross_entropy(*model.linear_head(out.hidden), batch.labels), "labels")}
+        losses = {self.main: LossTerm(linear_cross_entropy(*model.linear_head(out.hidden), batch.labels), "labels")}
         for name, (total, unit) in out.losses.items():
-            losses[name] = Part(total, _unit(unit))
-        return Parts(losses, out.stats)
+            losses[name] = LossTerm(total, _unit(unit))
+        return Losses(losses, out.stats)
 
 
 def _unit(name: str) -> CountUnit:

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from treadle.models.base import Model, ModelConfig
-from treadle.objectives.base import Objective, Unit
+from treadle.objectives.base import ModelWithObjective, Objective
 from treadle.ops.precision import autocast
 from treadle.training import resolve
 
@@ -80,14 +80,14 @@ def trace_activations(cls: type[Model], config: ModelConfig, objective: Objectiv
         warnings.simplefilter("ignore")  # MemTracker remarks on arguments that are no tensors
         model = cls(config)  # type: ignore[call-arg]
         resolve.set_checkpointing(model, shape.gradient_checkpointing)
-        unit = Unit(model, objective)
-        for parameter in unit.parameters():
+        module = ModelWithObjective(model, objective)
+        for parameter in module.parameters():
             parameter.register_post_accumulate_grad_hook(_drop)
         tracker = MemTracker()
         tracker.track_external(model)
         with tracker:
             with autocast(shape.precision, torch.device("cpu")):
-                parts = unit(batch)
+                parts = module(batch)
             sum(part.total for part in parts.losses.values()).backward()  # type: ignore[union-attr]
         peak = tracker.get_tracker_snapshot("peak")
         weights = sum(p.nbytes for p in model.parameters())

@@ -21,7 +21,7 @@ from treadle.distributed.fsdp import make_mesh, shard
 from treadle.distributed.settings import ParallelSettings
 from treadle.errors import ConfigError
 from treadle.models.base import Model, ModelConfig
-from treadle.objectives.base import Objective, Unit
+from treadle.objectives.base import ModelWithObjective, Objective
 from treadle.ops.precision import autocast
 from treadle.planning.memory import Shape
 from treadle.training import resolve
@@ -71,13 +71,13 @@ def rehearse(
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = cls(config)  # type: ignore[call-arg]
             resolve.set_checkpointing(model, shape.gradient_checkpointing)
-            unit = Unit(model, objective)
-            shard(unit, model, mesh, settings, shape.precision)
+            module = ModelWithObjective(model, objective)
+            shard(module, model, mesh, settings, shape.precision)
             optimizers = Optimizers(model, optim)
             with counted:
                 for _ in range(shape.accumulation):
                     with autocast(shape.precision, torch.device("cpu")):
-                        parts = unit(batch)
+                        parts = module(batch)
                     sum(part.total for part in parts.losses.values()).backward()  # type: ignore[union-attr]
             optimizers.step()
             optimizers.zero_grad()

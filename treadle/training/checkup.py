@@ -65,10 +65,10 @@ def _end(trainer: Trainer, reason: str) -> bool:
 def _sample(trainer: Trainer) -> None:
     if trainer.recipe.eval.sample_tokens == 0 or not trainer.model.capabilities.decodes:
         return
-    if not (trainer.world.main or trainer.strategy.everybody_looks):
+    if not (trainer.world.is_main_process or trainer.strategy.full_weights_need_all_ranks):
         return  # only shards need everybody
-    text = trainer.strategy.look(lambda model: _sampled_text(trainer, model))
-    if not trainer.world.main:
+    text = trainer.strategy.with_full_weights(lambda model: _sampled_text(trainer, model))
+    if not trainer.world.is_main_process:
         return
     folder = trainer.log_folder / "samples"
     folder.mkdir(exist_ok=True)

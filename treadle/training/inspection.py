@@ -39,5 +39,5 @@ class Inspection:
         if not gradients:
             return 0.0
         norms = torch.stack([torch.linalg.vector_norm(local(g).float()) for g in gradients])
-        norm = self.strategy.whole_norm(torch.linalg.vector_norm(norms))
+        norm = self.strategy.global_norm(torch.linalg.vector_norm(norms))
         return float(norm / sum(g.numel() for g in gradients) ** 0.5)

@@ -60,7 +60,7 @@ def log_row(trainer: Trainer, result: StepResult, rate: float, loader: Loader) -
 
 def _means(trainer: Trainer, result: StepResult) -> dict[str, float]:
     """The model's statistics of the step, averaged over the processes' rows."""
-    values = trainer.world.sum([float(value) for value in result.stats.values()]) if result.stats else []
+    values = trainer.world.all_reduce_sum([float(value) for value in result.stats.values()]) if result.stats else []
     return {name: value / trainer.world.size for name, value in zip(result.stats, values)}
 
 

@@ -44,7 +44,7 @@ def _contents(trainer: Trainer) -> tuple[Tensors, dict[str, bytes], dict[str, An
         "data_fingerprint": state.data_fingerprint,
         "versions": records.versions(),
     }
-    weights, moments = trainer.strategy.gather(trainer.model.named_weights(), trainer.optimizers.state_tensors())
+    weights, moments = trainer.strategy.gather_full_state(trainer.model.named_weights(), trainer.optimizers.state_tensors())
     tensors = {"model": weights, "optimizer": moments}
     return tensors, files, described
 
@@ -61,7 +61,7 @@ def _write(
 ) -> str:  # fmt: skip
     """By the first process alone where it holds everything, else by all together."""
     if not trainer.strategy.shards_optimizer:
-        return world.lead(lambda: writer.save(root, step, *contents, name=name))
+        return world.on_main_first(lambda: writer.save(root, step, *contents, name=name))
     from treadle.checkpoint import sharded
 
     return sharded.save(root, step, *contents, peers=world, name=name)
@@ -74,7 +74,7 @@ def prepare(trainer: Trainer, best: bool) -> Callable[[], None]:
     tensors, files, described = _contents(trainer)
     if trainer.saver.asynchronous:
         world = world.background()
-        if trainer.strategy.shards_optimizer or world.main:
+        if trainer.strategy.shards_optimizer or world.is_main_process:
             mesh = trainer.strategy.host_mesh
             tensors = {stem: {n: host_copy(t, mesh) for n, t in group.items()} for stem, group in tensors.items()}
     marked = (state.best_step, state.best_metric) if best else None
@@ -87,7 +87,7 @@ def prepare(trainer: Trainer, best: bool) -> Callable[[], None]:
 
     def job() -> None:
         _write(trainer, trainer.checkpoints, step, (tensors, files, described), world)
-        world.lead(after)
+        world.on_main_first(after)
 
     return job
 
@@ -109,13 +109,13 @@ def find_newest(trainer: Trainer) -> Checkpoint | None:
         found = newest_valid(trainer.checkpoints, trainer.console.warn)
         return str(found.folder) if found is not None else None
 
-    folder = trainer.world.lead(look)
+    folder = trainer.world.on_main_first(look)
     return Checkpoint(folder) if folder is not None else None
 
 
 def load_weights(trainer: Trainer, checkpoint: Checkpoint) -> None:
     """The model's weights; where they are in shards each process reads its part alone."""
-    if trainer.strategy.owns_step and trainer.strategy.scatter(checkpoint.tensors("model"), {}):
+    if trainer.strategy.engine_owns_step and trainer.strategy.load_full_state(checkpoint.tensors("model"), {}):
         return
     if not trainer.strategy.shards_weights:
         trainer.model.load_weights(checkpoint.tensors("model"))
@@ -139,13 +139,13 @@ def _load_optimizer(trainer: Trainer, checkpoint: Checkpoint) -> None:
 
 
 def _hand_over(trainer: Trainer, checkpoint: Checkpoint) -> bool:
-    return trainer.strategy.scatter(checkpoint.tensors("model"), checkpoint.tensors("optimizer"))
+    return trainer.strategy.load_full_state(checkpoint.tensors("model"), checkpoint.tensors("optimizer"))
 
 
 def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     """Weights, optimiser state and counters from a verified checkpoint."""
     state = RunState.from_json(checkpoint.json("run_state.json"))
-    if not (trainer.strategy.owns_step and _hand_over(trainer, checkpoint)):
+    if not (trainer.strategy.engine_owns_step and _hand_over(trainer, checkpoint)):
         load_weights(trainer, checkpoint)
         _load_optimizer(trainer, checkpoint)
     if trainer.stepper.loss_scale is not None and state.loss_scale:
@@ -156,7 +156,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     state.threads = trainer.state.threads
     trainer.state = state
     trainer.restored()
-    trainer.world.lead(lambda: _mend_mark(trainer))
+    trainer.world.on_main_first(lambda: _mend_mark(trainer))
 
 
 def _mend_mark(trainer: Trainer) -> None:

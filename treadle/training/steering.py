@@ -32,10 +32,10 @@ def obey(trainer: Trainer) -> bool:
     commands = control.commands()
     asked, control.save_requested = control.save_requested, False
     heard = [control.exit_code if control.should_stop() else 0, asked, len(commands), trainer.saver.busy, trainer.saver.ended]
-    code, save, said, busy, ended = world.most([int(h) for h in heard])
+    code, save, said, busy, ended = world.all_reduce_max([int(h) for h in heard])
     if said and world.size > 1:
-        lines = world.lead(lambda: [command.line for command in commands])
-        commands = commands if world.main else [Command(line, lambda text: None) for line in lines]
+        lines = world.on_main_first(lambda: [command.line for command in commands])
+        commands = commands if world.is_main_process else [Command(line, lambda text: None) for line in lines]
     _answer(trainer, commands)
     if code and not wishes.stop:
         control.request_stop(STOP_REASONS.get(code, "stop"), code)

@@ -18,7 +18,7 @@ from treadle.data.order import model_seed
 from treadle.distributed.base import Strategy
 from treadle.distributed.world import World
 from treadle.models.base import merged_stats
-from treadle.objectives.base import Unit
+from treadle.objectives.base import ModelWithObjective
 from treadle.ops.precision import autocast
 from treadle.ops.sharding import local
 from treadle.training.optim import Optimizers
@@ -53,11 +53,11 @@ class LossScale:
 
 
 class Stepper:
-    """Runs optimiser steps on a unit, alone or as one of several processes that each have a part of the rows."""
+    """Runs optimiser steps on a module, alone or as one of several processes that each have a part of the rows."""
 
     def __init__(
         self,
-        unit: Unit,
+        module: ModelWithObjective,
         optimizers: Optimizers,
         *,
         seed: int,
@@ -66,11 +66,11 @@ class Stepper:
         loss_weights: dict[str, float],
         strategy: Strategy | None = None,
     ) -> None:
-        self.optimizers, self.main = optimizers, unit.objective.main
-        self.strategy = strategy or Strategy(unit, World())
+        self.optimizers, self.main = optimizers, module.objective.main
+        self.strategy = strategy or Strategy(module, World())
         self.seed, self.precision = seed, precision
         self.max_grad_norm, self.loss_weights = max_grad_norm, loss_weights
-        self.device = unit.model.device
+        self.device = module.model.device
         self.loss_scale = LossScale() if precision == "fp16" else None
 
     def run(
@@ -84,19 +84,19 @@ class Stepper:
         """Step number `step`. A loss or gradient that is not finite, or a loss that `veto` refuses, leaves the weights as
         they were (skipped)."""
         counts = self._counts(micro_batches)
-        if not self.strategy.owns_step:
+        if not self.strategy.engine_owns_step:
             self.optimizers.zero_grad()
-        unit, rank = self.strategy.unit, self.strategy.world.rank
+        module, rank = self.strategy.module, self.strategy.world.rank
         sums: dict[str, Tensor] = {}
         stats = []
-        unit.train()
+        module.train()
         factor = self.strategy.loss_factor * (self.loss_scale.scale if self.loss_scale else 1.0)
         for micro, batch in enumerate(micro_batches):
             torch.manual_seed(model_seed(self.seed, step, micro, rank))
             last = micro + 1 == len(micro_batches)
-            with self.strategy.inner(last):
+            with self.strategy.no_sync(unless=last):
                 with autocast(self.precision, self.device):
-                    parts = unit(batch.to(self.device, non_blocking=True))
+                    parts = module(batch.to(self.device, non_blocking=True))
                 objective = torch.zeros((), device=self.device)
                 for name, part in parts.losses.items():
                     divided = part.total / max(1, counts[part.unit])
@@ -115,11 +115,11 @@ class Stepper:
     def _counts(self, micro_batches: Sequence[Batch]) -> dict[str, int]:
         """How many of each unit the whole step has; from the batches alone, so known before the first forward pass."""
         names = list(micro_batches[0].counts)
-        found = self.strategy.world.sum([sum(b.counts[name] for b in micro_batches) for name in names])
+        found = self.strategy.world.all_reduce_sum([sum(b.counts[name] for b in micro_batches) for name in names])
         return {name: int(value) for name, value in zip(names, found)}
 
     def _finish(self, learning_rate: float, update: bool, sums: dict[str, Tensor]) -> tuple[float, bool]:
-        if self.strategy.owns_step:
+        if self.strategy.engine_owns_step:
             sound = all(math.isfinite(float(total)) for total in sums.values())
             self.optimizers.set_learning_rate(learning_rate)
             norm_of_step = self.strategy.step(apply=update and sound)
@@ -128,7 +128,7 @@ class Stepper:
         scale = self.loss_scale.scale if self.loss_scale else 1.0
         if not gradients:
             return 0.0, True
-        norm = self.strategy.whole_norm(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))) / scale
+        norm = self.strategy.global_norm(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))) / scale
         # One read decides: the norm is not finite when any gradient is not.
         value = float(norm)
         finite = math.isfinite(value) and all(math.isfinite(float(total)) for total in sums.values())

@@ -33,7 +33,7 @@ from treadle.monitor.profiler import Profiler
 from treadle.monitor.settings import AlertSettings
 from treadle.monitor.sinks import SINKS, Sink
 from treadle.monitor.watchdog import Watchdog
-from treadle.objectives.base import Objective, Unit
+from treadle.objectives.base import ModelWithObjective, Objective
 from treadle.objectives.next_token import NextToken
 from treadle.registry import nearest
 from treadle.training import advice, checkup, guard, progress, resolve, snapshot, steering
@@ -57,7 +57,7 @@ class Trainer:
 
     config: a Recipe, or None for defaults. A used folder is refused unless resume=True, which continues it from its
     newest valid checkpoint. callbacks are called as callback(event, trainer, row) with the events "log", "evaluate",
-    "save" and "end", in every process (trainer.world.main tells the one that writes). Started by torchrun, or with an
+    "save" and "end", in every process (trainer.world.is_main_process tells the one that writes). Started by torchrun, or with an
     initialised process group, it trains as one of several processes.
     """
 
@@ -77,7 +77,7 @@ class Trainer:
     ) -> None:
         self.recipe = config or Recipe()
         self.world = world or World.open(self.recipe.parallel, self.recipe.run.device)
-        main = self.world.main
+        main = self.world.is_main_process
         self.console = console or Console(quiet=True, silent=not main)
         self.device = pick_device(self.recipe.run.device, self.world.local_rank if self.world.size > 1 else None)
         self.parameter_count = model.parameter_count()
@@ -93,9 +93,9 @@ class Trainer:
         self.checkpoints = Path(self.recipe.checkpoint.checkpoint_dir or self.folder / "checkpoints")
         self.log_folder = Path(self.recipe.log.log_dir or self.folder)
         if not resume:
-            self.world.lead(self._refuse_used_folder)
+            self.world.on_main_first(self._refuse_used_folder)
         self.plan = resolve.schedule(self.recipe, dataset, self.world.size)
-        self.precision = self.world.lead(
+        self.precision = self.world.on_main_first(
             lambda: resolve.resolve_precision(self.recipe, self.model, self.device, self.console)
         )
         # What was resolved is what the run's config.toml says, and what a resumed run keeps.
@@ -108,13 +108,13 @@ class Trainer:
         if self.recipe.train.torch_compile:
             resolve.compile_blocks(self.model)
         self.objective.prepare(self.model, self.device)
-        unit = Unit(self.model, self.objective)
-        self.strategy = self._spread(unit)
+        module = ModelWithObjective(self.model, self.objective)
+        self.strategy = self._spread(module)
         self.optimizers = Optimizers(self.model, self.recipe.optim, self.recipe.parallel.shard_optimizer
                                      and self.strategy.mode == "ddp")  # fmt: skip
-        self.strategy.take_optimizer(self.optimizers.inner)
+        self.strategy.attach_optimizers(self.optimizers.inner)
         self.stepper = Stepper(
-            unit, self.optimizers, seed=self.recipe.run.seed, precision=self.precision,
+            module, self.optimizers, seed=self.recipe.run.seed, precision=self.precision,
             max_grad_norm=self.recipe.optim.max_grad_norm, loss_weights=self.recipe.train.loss_weights,
             strategy=self.strategy,
         )  # fmt: skip
@@ -142,15 +142,15 @@ class Trainer:
                 f"{self.folder} already holds a run; continue it with resume=True or use another output_dir"
             )
 
-    def _spread(self, unit: Unit) -> Strategy:
-        """The unit over all processes, its weights allocated and on their device."""
+    def _spread(self, module: ModelWithObjective) -> Strategy:
+        """The module over all processes, its weights allocated and on their device."""
         mode = resolve_mode(self.recipe.parallel, self.world, self.model.parameter_count(), self.device)
         on_meta = any(p.is_meta for p in self.model.parameters())
         if mode != "fsdp" and not on_meta:
             self.model.to(self.device)
         elif mode != "fsdp":
             self.model.materialise(self.recipe.run.seed, self.device)
-        strategy = make_strategy(mode, unit, self.model, self.world, self.recipe.parallel, precision=self.precision,
+        strategy = make_strategy(mode, module, self.model, self.world, self.recipe.parallel, precision=self.precision,
                                  accumulation=self.plan.accumulation, device=self.device,
                                  micro_batch=self.plan.micro_batch, max_grad_norm=self.recipe.optim.max_grad_norm)  # fmt: skip
         if mode == "fsdp" and on_meta:  # no process ever holds the whole model
@@ -160,7 +160,7 @@ class Trainer:
 
     def event(self, kind: str, **details: Any) -> None:
         """A line in the run's events.jsonl, from the first process."""
-        if self.world.main:
+        if self.world.is_main_process:
             records.write_event(self.folder, kind, **details)
 
     # ---- the loop ----
@@ -192,7 +192,7 @@ class Trainer:
     def open(self) -> None:
         """Takes the run's lock and removes what an interrupted save left."""
         if not self._opened:
-            self.world.lead(lambda: self.adopt_lock(RunLock(self.folder)))
+            self.world.on_main_first(lambda: self.adopt_lock(RunLock(self.folder)))
             self._opened = True
 
     def adopt_lock(self, lock: RunLock | None) -> None:
@@ -214,7 +214,7 @@ class Trainer:
         self._opened = False
 
     def _train(self) -> None:
-        self.world.lead(self._write_start)
+        self.world.on_main_first(self._write_start)
         if self.finished:
             return
         self.state.ended = ""
@@ -237,7 +237,7 @@ class Trainer:
         self.sinks = [
             SINKS.get(name)(self.log_folder, self.state.step, self.recipe.name, self.recipe.log.project,
                             self.recipe.tables())
-            for name in (self.recipe.log.report_to if self.world.main else ())
+            for name in (self.recipe.log.report_to if self.world.is_main_process else ())
         ]  # fmt: skip
 
     def open_batches(self) -> None:
@@ -265,7 +265,7 @@ class Trainer:
             raise ConfigError(
                 f"loss_weights.{unknown[0]}: {nearest(unknown[0], list(result.losses))} (the parts of this model's loss)"
             )
-        if not self.strategy.owns_step:
+        if not self.strategy.engine_owns_step:
             self.optimizers.zero_grad()
 
     def _loop(self) -> None:
@@ -510,7 +510,7 @@ class Trainer:
             "skipped_steps": state.skipped_steps,
             "data_fingerprint": state.data_fingerprint,
         }
-        if self.world.main:
+        if self.world.is_main_process:
             records.write_json(self.folder / "summary.json", table)
         self.tell("end", table)
         return table
