@@ -212,11 +212,12 @@ def generate(
              "repetition_penalty": repetition_penalty}  # fmt: skip
     Sampling(**typed_over({}, typed)[0])  # what is wrong with it is said before a model is loaded
     from treadle.generation.session import Session
-    from treadle.models.pretrained import generation_defaults, load_run
+    from treadle.models.pretrained import generation_defaults, load_run, tokenizer_of
 
     loaded = load_run(run, device)
+    tokenizer = tokenizer_of(loaded)
     sampling, count = typed_over(generation_defaults(loaded.checkpoint.folder), typed)
-    session = Session(loaded.model, loaded.tokenizer, Sampling(**sampling), count, seed, stop)
+    session = Session(loaded.model, tokenizer, Sampling(**sampling), count, seed, stop)
 
     def write(text: str) -> None:
         sys.stdout.write(text)
@@ -225,7 +226,7 @@ def generate(
     if show_chunks:
         from treadle.generation.chunks import coloured
 
-        for line in coloured(loaded.model, loaded.tokenizer, (prompt or "") + session.say(prompt or "\n")):
+        for line in coloured(loaded.model, tokenizer, (prompt or "") + session.say(prompt or "\n")):
             write(line + "\n")
     elif interactive:
         session.interactive(input, write)

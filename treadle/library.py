@@ -23,8 +23,8 @@ from treadle.text.base import Tokenizer
 from treadle.training.config import Recipe
 
 
-class Model(BaseModel):
-    """`Model.load(run | folder)`: a trained model; a preset's name needs pretrained=False and gives random weights."""
+class Model(BaseModel, abstract=True):
+    """Base of models of one's own, and `Model.load(run | folder)`: a trained model; a preset's name needs pretrained=False and gives random weights."""
 
     @staticmethod
     def load(source: str | Path, device: Any = None, pretrained: bool = True) -> BaseModel:
@@ -36,8 +36,9 @@ def architectures() -> list[str]:
     return MODELS.names()
 
 
-def load(run: str | Path) -> tuple[BaseModel, Tokenizer]:
-    """The trained model and the tokenizer of a run (a folder, a checkpoint, `last`, RUN@best, RUN@STEP)."""
+def load(run: str | Path) -> tuple[BaseModel, Tokenizer | None]:
+    """The trained model and the tokenizer of a run (a folder, a checkpoint, `last`, RUN@best, RUN@STEP); None for a model
+    that reads no text."""
     loaded = load_run(str(run))
     return loaded.model, loaded.tokenizer
 

@@ -14,9 +14,12 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from treadle.errors import ConfigError
+
+USER_MODULE = "treadle_user_"  # begins the names of modules that are files of a user
 
 
 def nearest(word: str, known: Iterator[str] | list[str], count: int = 3) -> str:
@@ -64,6 +67,13 @@ class Registry:
             raise ConfigError(f"unknown {self.kind} {name!r}: {nearest(plain, self.names())}")
         return plain
 
+    def name_of(self, cls: type) -> str:
+        """The name by which `get` finds a class again."""
+        for name in self.names():
+            if self._objects.get(name) is cls or self._places.get(name) == f"{cls.__module__}:{cls.__qualname__}":
+                return name
+        return place_of(cls)
+
     def get(self, name: str) -> Any:
         """The thing called `name`, imported on first use; `file.py:Class` and `package.module:Class` work too."""
         name = self.canonical(name)
@@ -72,24 +82,45 @@ class Registry:
         return self._objects[name]
 
 
+def place_of(cls: type) -> str:
+    """FILE.py:CLASS or package.module:CLASS, by which a Registry finds a class again."""
+    module = sys.modules.get(cls.__module__)
+    file = getattr(module, "__file__", None)
+    importable = getattr(module, "__spec__", None) is not None and not cls.__module__.startswith(USER_MODULE)
+    if importable and cls.__module__ != "__main__":
+        return f"{cls.__module__}:{cls.__qualname__}"
+    return f"{Path(file).resolve()}:{cls.__qualname__}" if file else f"{cls.__module__}:{cls.__qualname__}"
+
+
 def _is_place(name: str) -> bool:
     return bool(re.match(r"^(.+\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*$", name))
+
+
+def load_file(path: Path) -> ModuleType:
+    """A user's Python file as a module, executed once a process."""
+    path = path.resolve()
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist")
+    unique = f"{USER_MODULE}{path.stem}_{abs(hash(str(path)))}"
+    if unique not in sys.modules:
+        spec = importlib.util.spec_from_file_location(unique, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[unique] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[unique]
+            raise
+    return sys.modules[unique]
 
 
 def _load_place(place: str) -> Any:
     module_name, _, attribute = place.rpartition(":")
     if module_name.endswith(".py"):
-        path = Path(module_name).resolve()
-        if not path.is_file():
+        if not Path(module_name).is_file():
             raise ConfigError(f"{module_name} does not exist, so {attribute} cannot be loaded from it")
-        unique = f"treadle_user_{path.stem}_{abs(hash(str(path)))}"
-        if unique not in sys.modules:
-            spec = importlib.util.spec_from_file_location(unique, path)
-            assert spec is not None and spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[unique] = module
-            spec.loader.exec_module(module)
-        module = sys.modules[unique]
+        module = load_file(Path(module_name))
     else:
         module = importlib.import_module(module_name)
     if not hasattr(module, attribute):

@@ -174,7 +174,7 @@ def test_08_resume_is_bit_equal(case: tuple[str, int], optimizer: str, tmp_path:
 
     import treadle
     from treadle.checkpoint.layout import checkpoint_name
-    from treadle.data.dataset import Dataset
+    from treadle.data.base import Dataset
 
     path = tmp_path / "d.jsonl"
     path.write_text("\n".join(json.dumps({"text": make_text(1 + n % 4, seed=n)}) for n in range(40)))

@@ -9,8 +9,8 @@ import torch
 
 import treadle
 from tests.conftest import make_text
+from treadle.data.base import Dataset
 from treadle.data.batch import Batch
-from treadle.data.dataset import Dataset
 from treadle.models.base import Model
 from treadle.objectives.next_token import NextToken
 from treadle.ops import ternary

@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 
 from tests.conftest import make_text
 from treadle.data import packing
+from treadle.data.base import BatchPlan
 from treadle.data.batch import IGNORE, PAD, Batch
-from treadle.data.dataset import Dataset, load_splits
-from treadle.data.loader import Loader, StepBatches
+from treadle.data.dataset import TokenDataset as Dataset
+from treadle.data.dataset import load_splits
+from treadle.data.loader import Loader
 from treadle.data.order import Order, key, permute, step_draws
 from treadle.data.prepare import parts_of, prepare
 from treadle.data.settings import DataSettings
@@ -325,8 +327,7 @@ def test_each_transition_is_trained_once_and_none_crosses_documents(tmp_path: Pa
         ids = tokens.document(n).tolist()
         want.update(itertools.pairwise(ids))
     got: Counter = Counter()
-    for source, row in data.in_sequence(3):
-        batch = data.batch(source, row)
+    for batch in data.in_sequence(3):
         assert batch.labels is not None and batch.doc_ids is not None and batch.position_ids is not None
         scored = batch.labels != IGNORE
         got.update(zip(batch.input_ids[scored].tolist(), batch.labels[scored].tolist()))
@@ -368,24 +369,24 @@ def test_batches_by_hand() -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_loader_is_the_function_of_the_step(tmp_path: Path, workers: int) -> None:
     data = documents_dataset(tmp_path, "best_fit", [9, 30, 12, 5, 77, 8, 3, 14] * 5)
-    batches = StepBatches(data, data.order(3), 6, accumulation=3)
-    loader = Loader(batches, 4, 11, workers=workers, prefetch=2)
-    seen = []
-    for step, micro in loader:
+    plan = BatchPlan(3, 6, accumulation=3, steps=7, workers=workers, prefetch=2)
+    read = data.step_reader(0, plan)
+    loader = Loader(data, 4, plan)
+    positions = []
+    for micro, position in loader:
         assert len(micro) == 3 and micro[0].shape == (2, 16)
-        for got, want in zip(micro, batches[step]):
+        for got, want in zip(micro, read(position - 1)):
             assert torch.equal(got.input_ids, want.input_ids) and got.counts == want.counts
-        seen.append(step)
+        positions.append(position)
     loader.close()
-    assert seen == list(range(4, 11))
+    assert positions == list(range(5, 12)) and loader.steps == 7
 
 
 def test_an_error_in_the_data_thread_reaches_the_step(tmp_path: Path) -> None:
     data = documents_dataset(tmp_path, "concat", [300])
-    batches = StepBatches(data, data.order(0), 2, 1)
     data.parts[0].row = lambda number: 1 / 0  # type: ignore[method-assign, assignment]
     with pytest.raises(ZeroDivisionError):
-        list(Loader(batches, 0, 5))
+        list(Loader(data, 0, BatchPlan(0, 2, steps=5)))
 
 
 def test_load_splits_caches_and_reports(text_file: Path, own_cache: Path) -> None:

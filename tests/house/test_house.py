@@ -18,7 +18,7 @@ from treadle.training.config import SECTIONS
 PACKAGE = Path(treadle.__file__).parent
 # From the top of the house to the bottom; a room imports only rooms further down.
 ROOMS = [
-    "__init__", "__main__", "cli", "library", "help", "examine", "distillation", "start", "recipe", "reporting", "planning", "training",
+    "__init__", "__main__", "cli", "library", "help", "examine", "distillation", "start", "recipe", "task_file", "reporting", "planning", "training",
     "evaluation", "objectives", "monitor", "distributed", "models", "generation", "data", "layers", "text", "checkpoint",
     "ops", "collatz", "settings", "registry", "processes", "files", "errors",
 ]  # fmt: skip

@@ -26,7 +26,9 @@ class Batch:
     when nothing is scored. position_ids: int64 [B, T], restarting in each document. doc_ids: int64 [B, T], which
     document of its row a place belongs to, -1 for padding; None means one document a row and no padding.
     segments: for each row the lengths of its runs of equal doc_id, host-side integers made with the data (a negative
-    length is padding), so that no model has to read doc_ids back from a device. extras: tensors of other tasks.
+    length is padding), so that no model has to read doc_ids back from a device. extras: tensors of other tasks (targets,
+    masks, what a decoder attends to), the rows first. counts: how many of each unit (labels, tokens, rows, documents, and
+    what a dataset adds) there are, on the host: what losses are divided by.
     """
 
     input_ids: Tensor
@@ -38,8 +40,9 @@ class Batch:
     counts: dict[str, int] = field(default_factory=dict)
 
     @staticmethod
-    def from_ids(ids: Any, doc_ids: Any = None, labels: Any = None) -> Batch:
-        """A batch from ids [B, T] or [T] (lists or tensors); without labels nothing is scored."""
+    def from_ids(ids: Any, doc_ids: Any = None, labels: Any = None, extras: dict[str, Any] | None = None) -> Batch:
+        """A batch from ids [B, T] or [T] (lists or tensors); without labels nothing is scored. extras: what else a task
+        needs, by name, each with the rows as its first dimension."""
         input_ids = torch.as_tensor(ids, dtype=torch.int64)
         input_ids = input_ids[None] if input_ids.dim() == 1 else input_ids
         if input_ids.dim() != 2:
@@ -62,7 +65,11 @@ class Batch:
         else:
             segments = tuple(_runs(row) for row in documents.tolist())
             positions = _positions(documents)
-        batch = Batch(input_ids, aligned, positions, documents, segments)
+        named = {name: torch.as_tensor(value) for name, value in (extras or {}).items()}
+        for name, tensor in named.items():
+            if tensor.dim() == 0 or tensor.shape[0] != rows:
+                raise ConfigError(f"extras[{name!r}] is {list(tensor.shape)}; its first dimension must be the {rows} rows")
+        batch = Batch(input_ids, aligned, positions, documents, segments, named)
         batch.counts = batch._count()
         return batch
 

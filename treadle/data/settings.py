@@ -9,6 +9,8 @@ from pydantic import model_validator
 
 from treadle.settings import Settings, option
 
+TEXT = "text"  # data.dataset_class of prepared tokens
+
 Packing = Literal["concat", "next_fit", "first_fit", "best_fit", "none"]
 
 
@@ -28,6 +30,10 @@ class DataSettings(Settings):
     path: str | list[str] | None = option(None, aliases=("data_path", "data_dir", "train_file"), change="guarded")
     """A .txt, .jsonl or .parquet file, a folder of them, a folder of prepared .bin shards, or a list of these.
     The word `austen` is the corpus that ships with treadle."""
+
+    dataset_class: str = option(TEXT, change="guarded")
+    """What kind of data: text (the other keys here), or FILE.py:CLASS, a treadle.Dataset of one's own with its keys in
+    [task]."""
 
     dataset_name: str | None = option(None, change="guarded")
     """A Hugging Face data set: a name on the hub (downloaded by the `datasets` extra) or a local folder."""

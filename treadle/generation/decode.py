@@ -30,11 +30,13 @@ def generate(
     attention_mask: Any = None,
     seed: int = 0,
     on_ids: Callable[[Tensor], bool | None] | None = None,
+    extras: dict[str, Any] | None = None,
 ) -> Tensor:
     """Prompt ids [B, T] or [T] -> prompt + new ids [B, T + N], int64.
 
     No stop unless eos_id is given: then rows end after it and are filled with it. Places with attention_mask 0 are
-    padding. `on_ids` sees each new column [B] and stops the generation by returning True. Raises ConfigError for an
+    padding. extras: what else the model reads, by name and with the rows first, as in Batch; it comes with the prompt
+    alone, so that the model keeps it in its state. `on_ids` sees each new column [B] and stops the generation by returning True. Raises ConfigError for an
     empty prompt, ids outside the vocabulary, or settings out of range.
     """
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
@@ -42,18 +44,18 @@ def generate(
     ids = ids[None] if ids.dim() == 1 else ids
     if ids.dim() != 2 or ids.shape[1] == 0:
         raise ConfigError("the prompt is empty; give at least one symbol")
-    vocabulary = model.config.vocab_size
+    vocabulary = model.vocab_size
     if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
         raise ConfigError(f"the prompt has ids outside 0..{vocabulary - 1}; is this the model's own tokenizer?")
     if max_new_tokens < 0:
         raise ConfigError(f"max_new_tokens = {max_new_tokens}: must be >= 0")
-    columns = list(_columns(model, ids, max_new_tokens, sampling, eos_id, attention_mask, seed, on_ids))
+    columns = list(_columns(model, ids, max_new_tokens, sampling, eos_id, attention_mask, seed, on_ids, extras))
     return torch.cat([ids, *(column[:, None].cpu() for column in columns)], dim=1)
 
 
 def _columns(
     model: Model, ids: Tensor, count: int, sampling: Sampling, eos_id: int | None, attention_mask: Any, seed: int,
-    on_ids: Callable[[Tensor], bool | None] | None,
+    on_ids: Callable[[Tensor], bool | None] | None, extras: dict[str, Any] | None,
 ) -> Iterator[Tensor]:  # fmt: skip
     """The new columns, one at a time."""
     if count == 0:
@@ -65,12 +67,13 @@ def _columns(
     rows = ids.shape[0]
     generator = torch.Generator().manual_seed(seed)
     was_training = model.training
+    head = model.heads()["lm_head"]
     model.eval()
     try:
         with torch.inference_mode():
             state = model.new_state(rows, ids.shape[1] + count)
-            batch = Batch.from_ids(ids, doc_ids=doc_ids).to(model.device)
-            seen = torch.zeros(rows, model.config.vocab_size, dtype=torch.bool, device=model.device)
+            batch = Batch.from_ids(ids, doc_ids=doc_ids, extras=extras).to(model.device)
+            seen = torch.zeros(rows, model.vocab_size, dtype=torch.bool, device=model.device)
             real = torch.ones_like(batch.input_ids, dtype=torch.bool) if batch.doc_ids is None else batch.doc_ids != PAD
             seen.scatter_(1, batch.input_ids, real)
             if doc_ids is not None:  # scatter has no order: set what is real last
@@ -81,14 +84,14 @@ def _columns(
             # Only the last real place of each row is read: the head never sees the rest of the prompt.
             last = _last_places(hidden.hidden, real)
             finished = torch.zeros(rows, dtype=torch.bool, device=model.device)
-            for _ in range(count):
-                new = next_ids(model.head(last), seen, sampling, generator)
+            for left in range(count - 1, -1, -1):
+                new = next_ids(head(last), seen, sampling, generator)
                 if eos_id is not None:
                     new = torch.where(finished, eos_id, new)
                     finished = finished | (new == eos_id)
                 yield new
                 stop = on_ids(new) if on_ids is not None else False
-                if stop or (eos_id is not None and bool(finished.all())):
+                if stop or left == 0 or (eos_id is not None and bool(finished.all())):
                     return
                 seen.scatter_(1, new[:, None], True)
                 assert hidden.state is not None

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from treadle.data.batch import Batch
 from treadle.layers.attention import Context
 from treadle.layers.state import State
-from treadle.models.base import Model, ModelConfig, Output
+from treadle.models.base import LanguageModelConfig, Model, Output
 
 
 def through(blocks: Iterable[nn.Module], x: Tensor, context: Context, states: Iterator[Any] | None) -> Tensor:
@@ -36,7 +36,7 @@ class Backbone(Model):
     embedding: nn.Embedding
     norm: nn.Module
 
-    def __init__(self, config: ModelConfig, width: int, count: int, norm: nn.Module, tied: bool) -> None:
+    def __init__(self, config: LanguageModelConfig, width: int, count: int, norm: nn.Module, tied: bool) -> None:
         super().__init__()
         self.config = config
         self.tied = tied

@@ -30,7 +30,7 @@ class Loaded:
     """A trained model with what goes with it."""
 
     model: Model
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None  # of models of text
     checkpoint: Checkpoint
     config: dict[str, Any]  # the checkpoint's config.toml
 
@@ -101,8 +101,10 @@ def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
         raise CheckpointError(f"{checkpoint.folder}/config.toml cannot be read: {problem}") from None
 
 
-def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The tokenizer inside a checkpoint, from its verified bytes."""
+def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
+    """The tokenizer inside a checkpoint, from its verified bytes; None for a model that reads no text."""
+    if not checkpoint.members("tokenizer/"):
+        return None
     with tempfile.TemporaryDirectory(prefix="treadle-") as folder:
         for member in checkpoint.members("tokenizer/"):
             Path(folder, Path(member).name).write_bytes(checkpoint.raw(member))
@@ -145,6 +147,14 @@ def load_run(run: str, device: Any = None, warn: Any = None) -> Loaded:
     model.tie()
     model.load_weights(checkpoint.tensors("model"))
     return Loaded(model.eval(), read_tokenizer(checkpoint), checkpoint, config)
+
+
+def tokenizer_of(loaded: Loaded) -> Tokenizer:
+    """The tokenizer of a model of text; ConfigError for any other."""
+    if loaded.tokenizer is None:
+        raise ConfigError(f"{loaded.checkpoint.folder} holds a model that reads no text, so there is nothing to generate; "
+                          "treadle eval shows its samples")  # fmt: skip
+    return loaded.tokenizer
 
 
 def load_model(source: str, device: Any = None, pretrained: bool = True) -> Model:

@@ -13,14 +13,14 @@ from treadle.layers.hgrn import HGRN, GatedMLP
 from treadle.layers.keeping import Keeping
 from treadle.layers.ssm import SSMMixer
 from treadle.layers.window import WindowAttention
-from treadle.models.base import ModelConfig, ParameterRule
+from treadle.models.base import LanguageModelConfig, ParameterRule
 from treadle.ops.recurrent_block import PackedBlock, available
 from treadle.settings import option
 
 Mixer = Literal["hgrn_bit", "hgrn", "attention", "ssm"]
 
 
-class RecurrentConfig(ModelConfig):
+class RecurrentConfig(LanguageModelConfig):
     """Keys of the recurrence and of the MLP beside it."""
 
     ternary: bool = option(True)
