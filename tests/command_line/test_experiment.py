@@ -53,7 +53,7 @@ def test_a_run_leaves_everything(experiment: Path) -> None:
     with (run / "training_log.csv").open() as log:
         rows = list(csv.DictReader(log))
     wanted = {"step", "loss", "bpb", "perplexity", "learning_rate", "grad_norm", "tokens_per_second", "boundary_rate_0",
-              "symbols_per_chunk_0", "ratio_loss_0"}  # fmt: skip
+              "tokens_per_chunk_0", "ratio_loss_0"}  # fmt: skip
     assert wanted <= set(rows[0]) and rows[-1]["step"] == "10" and len({row["step"] for row in rows}) == len(rows)
     with (run / "eval_log.csv").open() as log:
         assert [row["step"] for row in csv.DictReader(log)] == ["5", "10"]

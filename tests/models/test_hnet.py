@@ -37,10 +37,10 @@ def small(seed: int = 0, **keys: Any) -> HNet:
 
 
 MIXED = {
-    "hgrn in the middle": {**ONE, "mixers": ["hgrn_bit", "hgrn"]},
-    "attention in the middle": {**ONE, "mixers": ["hgrn_bit", ["hgrn_bit", "attention"]], "local_window": 5},
-    "attention in all": {**ONE, "mixers": ["attention", "attention"], "local_window": 6},
-    "ssm inside attention": {**TWO, "mixers": ["hgrn_bit", "attention", "ssm"], "local_window": 8},
+    "hgrn in the middle": {**ONE, "token_mixers": ["hgrn_bit", "hgrn"]},
+    "attention in the middle": {**ONE, "token_mixers": ["hgrn_bit", ["hgrn_bit", "attention"]], "local_window": 5},
+    "attention in all": {**ONE, "token_mixers": ["attention", "attention"], "local_window": 6},
+    "ssm inside attention": {**TWO, "token_mixers": ["hgrn_bit", "attention", "ssm"], "local_window": 8},
 }
 
 
@@ -97,8 +97,8 @@ def test_losses_and_statistics_are_apart() -> None:
     parts = NextToken()(model, batch)
     assert set(parts.losses) == {"next_token", "ratio"} and parts.losses["ratio"].unit == "tokens"
     rate = float(parts.stats["boundary_rate_0"])
-    assert 0 < rate <= 1 and float(parts.stats["symbols_per_chunk_0"]) == pytest.approx(1 / rate, rel=1e-5)
-    assert float(parts.stats["symbols_per_chunk_1"]) >= float(parts.stats["symbols_per_chunk_0"])
+    assert 0 < rate <= 1 and float(parts.stats["tokens_per_chunk_0"]) == pytest.approx(1 / rate, rel=1e-5)
+    assert float(parts.stats["tokens_per_chunk_1"]) >= float(parts.stats["tokens_per_chunk_0"])
 
 
 def test_presets_have_exactly_their_parameters() -> None:
@@ -168,8 +168,8 @@ def test_the_inner_stages_run_only_where_a_chunk_begins(monkeypatch: pytest.Monk
 
 def test_shapes_that_do_not_fit() -> None:
     for keys, words in (({"hidden_sizes": [48, 32]}, "narrower"), ({"target_ratios": [1.0]}, "above 1"),
-                        ({"hidden_sizes": [8], "num_blocks": [[1]]}, "hgrn_bit"), ({"mixers": ["hgrn"]}, "each of 2 stages"),
-                        ({"mixers": ["hgrn", "attention"], "attention_heads": 5}, "attention_heads = 5"),
+                        ({"hidden_sizes": [8], "num_blocks": [[1]]}, "hgrn_bit"), ({"token_mixers": ["hgrn"]}, "each of 2 stages"),
+                        ({"token_mixers": ["hgrn", "attention"], "attention_heads": 5}, "attention_heads = 5"),
                         ({"num_heads": 5}, "num_heads = 5"), ({"convolution_size": 1}, "0 for none")):  # fmt: skip
         with pytest.raises(ConfigError, match=words):
             small(**keys)

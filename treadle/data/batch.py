@@ -97,12 +97,12 @@ class Batch:
         return {"labels": scored, "tokens": sum(runs), "rows": real_rows, "documents": len(runs)}
 
     @property
-    def real(self) -> Tensor:
-        """Bool [B, T]: no padding."""
+    def token_mask(self) -> Tensor:
+        """Bool [B, T], false on padding."""
         return torch.ones_like(self.input_ids, dtype=torch.bool) if self.doc_ids is None else self.doc_ids != PAD
 
     @property
-    def whole_rows(self) -> bool:
+    def is_unpacked(self) -> bool:
         """Every row is one document without padding, known on the host."""
         if self.segments is None:
             return self.doc_ids is None

@@ -8,8 +8,8 @@ import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from treadle.layers.exact import ExactRMSNorm
 from treadle.layers.hgrn import RecurrentState, linear
+from treadle.layers.reproducible import ReproducibleRMSNorm
 from treadle.models.backbone import Backbone
 from treadle.models.base import Capabilities, ParameterRule
 from treadle.models.recurrent import INTO_STREAM, Block, Mixer, RecurrentConfig, block_initial, block_rule
@@ -63,7 +63,7 @@ class HGRNBit(Backbone):
     config: HGRNBitConfig
 
     def __init__(self, config: HGRNBitConfig) -> None:
-        norm = ExactRMSNorm(config.hidden_size, config.norm_eps)
+        norm = ReproducibleRMSNorm(config.hidden_size, config.norm_eps)
         super().__init__(config, config.hidden_size, config.num_layers, norm, config.tie_embeddings)
         if config.ternary:
             self.capabilities = Capabilities(rounds=True)

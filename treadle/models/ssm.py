@@ -9,6 +9,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from treadle.layers.ssm import SSMMixer
+from treadle.models.base import ParameterRule
 from treadle.models.shc import SHC, SHCConfig
 from treadle.settings import option
 
@@ -55,8 +56,6 @@ class SSM(SHC):
         return self.layers[0].attention.flops(length)  # type: ignore[union-attr, operator]
 
     def parameter_rules(self) -> dict[str, Any]:
-        from treadle.models.base import ParameterRule
-
         maps = [n for n, _ in self.named_parameters() if n.endswith(("_features", "decay.weight"))]
         return {**super().parameter_rules(), **{n: ParameterRule(weight_decay=False) for n in maps}}
 
