@@ -68,7 +68,7 @@ def scan(rounds: int) -> None:
 
 
 def decoding(rounds: int) -> None:
-    """One more symbol after 1024 and 8192, D = 256, 4 layers."""
+    """One more token after 1024 and 8192, D = 256, 4 layers."""
     shape = {"vocab_size": 256, "hidden_size": 256, "num_layers": 4, "num_heads": 4}
     models = {"teacher": treadle.build("shc", **shape), "latent .6": treadle.build("shc", latent_size=153, **shape),
               "student": treadle.build("ssm", **shape), "pure student": treadle.build("ssm", local_window=0, **shape)}  # fmt: skip

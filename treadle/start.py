@@ -219,7 +219,7 @@ def make_trainer(request: Request, recipe: Recipe, console: Console, world: Worl
 
 
 def _objective(recipe: Recipe) -> Distillation | None:
-    """What a run of `treadle distill` learns; None is the next symbol."""
+    """What a run of `treadle distill` learns; None is the next token."""
     if recipe.distill.stage is None:
         return None
     if recipe.distill.teacher is None:

@@ -27,7 +27,7 @@ TWO = {"hidden_sizes": [32, 32, 48], "num_blocks": [[1, 0, 1], [1, 0, 1], [1]]}
 
 def small(seed: int = 0, **keys: Any) -> HNet:
     model = treadle.build("hnet", seed=seed, **{"vocab_size": 256, **ONE, **keys}).eval()
-    with torch.no_grad():  # embeddings alone make every place unlike the one before it; after some training they are not
+    with torch.no_grad():  # embeddings alone make every position unlike the one before it; after some training they are not
         for name, p in model.named_parameters():
             if "router" in name:
                 p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)) * 0.3)
@@ -133,7 +133,7 @@ def test_a_json_configuration_loads_and_what_does_not_fit_is_said(tmp_path: Path
     rows = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
     assert "seq_len = 64" in (tmp_path / "r" / "config.toml").read_text() and rows[0]["loss_ratio"] > 0 and 0 < rows[0]["boundary_rate_0"] <= 1
     shown = command("generate", tmp_path / "r", "--prompt", "one two", "--max-new-tokens", 4, "--show-chunks")
-    assert shown.returncode == 0 and "\x1b[" in shown.stdout and "symbols a chunk" in shown.stdout, shown.stderr
+    assert shown.returncode == 0 and "\x1b[" in shown.stdout and "tokens per chunk" in shown.stdout, shown.stderr
     for change, words in (({"d_model": [32]}, "1 stages"), ({"num_blocks": [[1, 1], [2]]}, "encoder, 0, decoder"),
                           ({"hidden_stride": 3}, "hidden_stride")):  # fmt: skip
         path.write_text(json.dumps({**table, **change}))

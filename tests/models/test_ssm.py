@@ -42,7 +42,7 @@ def test_chunks_are_the_recurrence(chunk: int | None, documents: torch.Tensor | 
         assert (a.grad - b.grad).abs().max() <= 1e-8
 
 
-def test_a_state_goes_on_and_a_step_is_a_place() -> None:
+def test_a_state_goes_on_and_a_step_is_a_position() -> None:
     x, decay, b, c = inputs(70, torch.float32)
     whole, last = ssd(x, decay, b, c)
     _, state = ssd(*(t[:, :, :33] for t in (x, decay, b, c)))

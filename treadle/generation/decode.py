@@ -50,15 +50,15 @@ def generate(
 ) -> Tensor:
     """Prompt ids [B, T] or [T] -> prompt + new ids [B, T + N], int64.
 
-    No stop unless eos_id is given: then rows end after it and are filled with it. Places with attention_mask 0 are
-    padding. `on_ids` sees each new column [B] and stops the generation by returning True. Raises ConfigError for an
+    No stop unless eos_id is given: then rows end after it and are filled with it. Positions with attention_mask 0
+    are padding. `on_ids` sees each new column [B] and stops the generation by returning True. Raises ConfigError for an
     empty prompt, ids outside the vocabulary, or settings out of range.
     """
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
     ids = torch.as_tensor(input_ids, dtype=torch.int64)
     ids = ids[None] if ids.dim() == 1 else ids
     if ids.dim() != 2 or ids.shape[1] == 0:
-        raise ConfigError("the prompt is empty; give at least one symbol")
+        raise ConfigError("the prompt is empty; give at least one token")
     vocabulary = model.config.vocab_size
     if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
         raise ConfigError(f"the prompt has ids outside 0..{vocabulary - 1}; is this the model's own tokenizer?")
@@ -94,7 +94,7 @@ def _columns(
                 for row, column in token_mask.nonzero().tolist():
                     seen[row, batch.input_ids[row, column]] = True
             out = model.hidden(batch, state)
-            # Only the last real place of each row is read: the head never sees the rest of the prompt.
+            # Only the last token of each row is read: the head never sees the rest of the prompt.
             last = _last_positions(out.hidden, token_mask)
             finished = torch.zeros(rows, dtype=torch.bool, device=model.device)
             for _ in range(count):
@@ -139,7 +139,7 @@ def generate_text(
 ) -> str:
     """The continuation of a prompt as text, without the prompt; `on_text` gets it piece by piece.
 
-    Ends at the end-of-document symbol, after max_new_tokens, or before the text `stop`. A character cut at the end is
+    Ends at the end-of-document token, after max_new_tokens, or before the text `stop`. A character cut at the end is
     left out.
     """
     ids = tokenizer.encode(prompt).tolist() or [tokenizer.start_id]

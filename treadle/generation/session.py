@@ -14,9 +14,9 @@ from treadle.text.base import Tokenizer
 
 HELP = """/quit           leave
 /temp NUMBER    temperature (0 is greedy)
-/topk NUMBER    keep the NUMBER likeliest symbols (0 is off)
-/topp NUMBER    keep the likeliest symbols of this total probability (1 is off)
-/max NUMBER     symbols to generate
+/topk NUMBER    keep the NUMBER likeliest tokens (0 is off)
+/topp NUMBER    keep the likeliest tokens of this total probability (1 is off)
+/max NUMBER     tokens to generate
 /greedy         temperature 0
 /help           this text
 anything else is a prompt"""

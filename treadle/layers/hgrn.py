@@ -40,7 +40,7 @@ class RecurrentState(LayerState):
 
 
 class ShortConvolution(nn.Module):
-    """y_t = sum_k w_k x_{t-k} for each channel over the last `size` places of a document."""
+    """y_t = sum_k w_k x_{t-k} for each channel over the last `size` positions of a document."""
 
     def __init__(self, channels: int, size: int) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class ShortConvolution(nn.Module):
             return self._sum(x, context.doc_ids), None
         assert context.token_positions is not None
         token_mask = context.token_positions.token_mask
-        # Padding is no place: real inputs move to the front, are convolved there, and move back.
+        # Padding has no position: the tokens' inputs move to the front, are convolved there, and move back.
         order = (~token_mask).to(torch.int8).argsort(dim=1, stable=True)
         index = order[..., None].expand_as(x)
         whole = torch.cat([before.to(x.dtype), x.gather(1, index)], 1)
@@ -119,7 +119,7 @@ class HGRN(nn.Module):
 
     def _recur(self, f: Tensor, i: Tensor, context: Context, state: RecurrentState | None) -> Tensor:
         if state is None:
-            if context.doc_ids is not None:  # the first place of a document forgets all before it
+            if context.doc_ids is not None:  # the first position of a document forgets all before it
                 f = f.masked_fill(document_starts(context.doc_ids)[..., None], 0.0)
             return scan(f, i, None, self.backend)
         assert context.token_positions is not None

@@ -117,8 +117,8 @@ def most_chunks(boundary_mask: Tensor, expected: float) -> int:
 
 
 def ratio_loss(found: Boundaries, token_mask: Tensor, target: float) -> Tensor:
-    """[B], with N = target: N / (N - 1) ((N - 1) F G + (1 - F)(1 - G)), F the share of positions where a chunk begins and G the mean
-    probability. Of each row by itself, so that it does not matter which rows share a pass."""
+    """[B], with N = target: N / (N - 1) ((N - 1) F G + (1 - F)(1 - G)), F the share of positions where a chunk begins and G
+    the mean probability. Of each row by itself, so that it does not matter which rows share a pass."""
     count = token_mask.sum(1).clamp_min(1)
     rate = found.mask.sum(1) / count
     mean = (found.probability * token_mask).sum(1) / count

@@ -123,6 +123,6 @@ class SSMMixer(Attention):
         """How the parameters that attention does not have start."""
         if name.endswith("_features"):
             return torch.eye(parameter.shape[-1]).expand(parameter.shape)
-        if name.endswith("decay.bias"):  # from a memory of 90 places to one of 3
+        if name.endswith("decay.bias"):  # from a memory of 90 positions to one of 3
             return torch.linspace(-4.5, -1.0, parameter.shape[0])
         return "zeros" if name.endswith(("attention.skip", "attention.gate")) else None

@@ -52,8 +52,8 @@ def advance_positions(lengths: Tensor, token_mask: Tensor) -> tuple[Tensor, Tens
 class State:
     """The decoding state of a whole model. A passed state is consumed: go on with `out.state`.
 
-    lengths: int64 [B] on the device, tokens seen (padding not counted). host_lengths: the same (or an upper bound) known on the host, so
-    that no forward pass reads the device back.
+    lengths: int64 [B] on the device, tokens seen (padding not counted). host_lengths: the same (or an upper bound) known on
+    the host, so that no forward pass reads the device back.
     """
 
     lengths: Tensor

@@ -53,7 +53,7 @@ class Backbone(Model):
     def context(self, batch: Batch, state: State | None) -> Context:
         """What the blocks of this pass share."""
         context = Context()
-        if not batch.is_unpacked:  # rows without packing have the same shape at every step, which keeps compiled blocks from recompiling
+        if not batch.is_unpacked:  # unpacked rows look alike at every step, which keeps compiled blocks from recompiling
             compiled = self.layers[0]._compiled_call_impl is not None
             context = Context(batch.doc_ids, None if compiled else batch.segments)
         if state is not None:

@@ -39,7 +39,7 @@ class ModelConfig(Settings):
     model_config = ConfigDict(frozen=False)
 
     vocab_size: int = option(256, ge=2)
-    """Number of symbols; defaults to the tokenizer's."""
+    """Number of tokens; defaults to the tokenizer's."""
 
     @classmethod
     def presets(cls) -> dict[str, dict[str, Any]]:
@@ -131,11 +131,11 @@ class Model(nn.Module):
         """The units for checkpointing, compiling and sharding, in order."""
 
     def token_mixers(self) -> list[nn.Module]:
-        """The modules that mix places (attention and its like), one a block, in order; what distillation matches."""
+        """The modules that mix positions (attention and its like), one per block, in order; what distillation matches."""
         return []
 
     def run_token_mixers(self, given: list[Tensor], batch: Batch) -> list[Tensor]:
-        """What each mixer makes of an input of its own, [B, T, D] each; for models with `mixers`."""
+        """What each token mixer makes of an input of its own, [B, T, D] each; for models with `token_mixers`."""
         raise NotImplementedError
 
     def full_precision_modules(self) -> list[nn.Module]:
@@ -176,7 +176,7 @@ class Model(nn.Module):
 
     def forward(self, batch: Batch, state: State | None = None) -> Output:
         """batch [B, T] -> Output with logits [B, T, V]. With a state, positions go on from it and each row is one
-        document; a place with doc_id -1 leaves its row's state as it was."""
+        document; padding (doc_id -1) leaves its row's state as it was."""
         out = self.hidden(batch, state)
         out.logits = self.head(out.hidden)
         return out

@@ -84,7 +84,7 @@ class HGRNBit(Backbone):
         return {name: rule for name, _ in self.named_parameters() if (rule := block_rule(name)) != ParameterRule()}
 
     def initial(self, name: str, parameter: Tensor) -> float | str | Tensor:
-        if name.endswith("lower_bound"):  # from forgetting freely to a memory of 50 places, by depth
+        if name.endswith("lower_bound"):  # from forgetting freely to a memory of 50 positions, by depth
             depth = int(name.split(".")[1]) / max(1, self.config.num_layers - 1)
             return torch.full(parameter.shape, -4.0 + 8.0 * depth)
         special = block_initial(name, parameter)

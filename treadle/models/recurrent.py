@@ -42,7 +42,7 @@ class RecurrentConfig(ModelConfig):
     """What is normed and what gates: norm(G x) silu(h), or norm(h) silu(G x)."""
 
     convolution_size: int = option(0, aliases=("conv_size",), ge=0, le=16)
-    """Places that a short convolution before the gates sees; 0 is none, 4 is usual."""
+    """Positions that a short convolution before the gates sees; 0 is none, 4 is usual."""
 
     shared_convolution: bool = option(False, aliases=("share_conv_kernel",))
     """One convolution of the block's input instead of one for each gate."""
@@ -79,10 +79,10 @@ class RecurrentConfig(ModelConfig):
                 raise ValueError(f"the recurrence is {self.inner(width)} wide, which does not divide by num_heads = "
                                  f"{self.num_heads}")  # fmt: skip
         if self.convolution_size == 1:
-            raise ValueError("convolution_size = 1 sees one place alone; use 0 for none, or 4")
+            raise ValueError("convolution_size = 1 sees one position alone; use 0 for none, or 4")
 
 
-FEW_PLACES = 16  # place after place through the compiled block; more are faster in products of matrices
+FEW_POSITIONS = 16  # one after the other through the compiled block; more are faster in products of matrices
 
 
 class Block(ModuleWithWeightCache):
@@ -119,7 +119,7 @@ class Block(ModuleWithWeightCache):
         return reproducible_sigmoid(self.lower_bound.float()) if self.lower_bound is not None else None
 
     def forward(self, x: Tensor, context: Context, state: Any = None) -> Tensor:
-        if state is not None and x.shape[1] <= FEW_PLACES and not torch.is_grad_enabled() and not self.training:
+        if state is not None and x.shape[1] <= FEW_POSITIONS and not torch.is_grad_enabled() and not self.training:
             packed = self.packed(x)
             if packed is not None:
                 assert context.token_positions is not None
@@ -127,7 +127,7 @@ class Block(ModuleWithWeightCache):
                 if x.shape[1] == 1:
                     return packed(x.float(), state.hidden, token_mask)
                 steps = zip(x.split(1, 1), token_mask.split(1, 1))
-                return torch.cat([packed(place.float(), state.hidden, here) for place, here in steps], 1)
+                return torch.cat([packed(one.float(), state.hidden, mask) for one, mask in steps], 1)
         if torch.is_grad_enabled():
             self.clear_weight_cache()
         bound = () if self.lower_bound is None else (self.bound,)
@@ -137,7 +137,7 @@ class Block(ModuleWithWeightCache):
         return x + self.mlp(self.mlp_norm(x))
 
     def empty(self, rows: int, device: Any, dtype: Any) -> Any:
-        """The decoding state before the first place."""
+        """The decoding state before the first position."""
         return self.attention.empty(rows, device, dtype)  # type: ignore[operator]
 
     def flops(self, length: int) -> int:
@@ -145,7 +145,7 @@ class Block(ModuleWithWeightCache):
         return self.attention.flops(length) + self.mlp.flops(length)  # type: ignore[operator]
 
     def packed(self, x: Tensor) -> PackedBlock | None:
-        """The block as one compiled call for a place at a time, where there is one."""
+        """The block as one compiled call for one position at a time, where there is one."""
         if not self.fusable or x.device.type != "cpu" or not available():
             return None
         if self._sources is None:

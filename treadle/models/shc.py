@@ -142,7 +142,7 @@ class SHC(Backbone):
         self.stream_weights = nn.Parameter(torch.zeros(n)) if learned else None
 
     def make_mixer(self) -> nn.Module:
-        """What mixes places in a block; called as mixer(x, context, layer_state)."""
+        """The token mixer of a block; called as mixer(x, context, layer_state)."""
         config = self.config
         if config.latent_size is not None:
             return LatentAttention(config.hidden_size, config.num_heads, config.groups, config.width_of_head,
@@ -186,7 +186,7 @@ class SHC(Backbone):
     # ---- looking at the routing ----
 
     def routing_stats(self, batch: Batch | None = None) -> dict[str, Any]:
-        """What the routers do with a batch (default: an example of random symbols): "sublayers", a list of statistics in
+        """What the routers do with a batch (default: an example of random tokens): "sublayers", a list of statistics in
         depth order (layers/streams.py), and "composite_max", "composite_min", the gain of the residual path over the whole
         depth. Leaves mode, gradients and the random state alone."""
         if self.config.num_streams == 1 or self.config.routing == "none":

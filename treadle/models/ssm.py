@@ -18,7 +18,7 @@ class SSMConfig(SHCConfig):
     """The state-space model's keys: those of shc (num_streams = 1: one plain residual stream), and its mixer's."""
 
     local_window: int = option(16, aliases=("window_size", "sliding_window"), ge=0)
-    """Last places that are also seen by softmax attention, in a ring; 0 is a pure state-space model."""
+    """Last positions that are also seen by softmax attention, in a ring; 0 is a pure state-space model."""
 
     feature_map: Literal["hedgehog", "none"] = option("hedgehog")
     """What queries and keys become before they meet the state: softmax of +- a learned map, or themselves."""

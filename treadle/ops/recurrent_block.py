@@ -1,4 +1,4 @@
-"""One place of a whole ternary recurrent block in one compiled call: what makes decoding byte by byte fast on a CPU.
+"""One position of a whole ternary recurrent block in one compiled call: what makes decoding byte by byte fast on a CPU.
 
 The same operations in the same types as layers/hgrn.py, so the same bits; there each of some thirty operations costs more
 around it than in it.
@@ -44,7 +44,7 @@ class PackedBlock:
         self._step = native().recurrent_block  # type: ignore[union-attr]
 
     def __call__(self, x: Tensor, hidden: Tensor, token_mask: Tensor) -> Tensor:
-        """x [B, 1, D], hidden [B, Di] (moved on in place), real [B, 1] -> [B, 1, D]; other rows stay as they are."""
+        """x [B, 1, D], hidden [B, Di] (updated in place), token_mask [B, 1] -> [B, 1, D]; other rows stay as they are."""
         y = x.clone(memory_format=torch.contiguous_format)
         how = ctypes.addressof(setting(self.eps, torch.get_num_threads()))
         token_mask = token_mask.contiguous()
