@@ -18,6 +18,7 @@ from tests.conftest import make_text
 from tests.conftest import treadle as command
 from treadle.data.batch import Batch
 from treadle.errors import ConfigError
+from treadle.monitor.sinks import CsvSink
 from treadle.recipe import compose, target_layer
 from treadle.settings import dump_toml
 
@@ -49,6 +50,14 @@ def test_a_run_goes_on(older: Path) -> None:
     assert [row.pop("split", None) for row in found] == [row.pop("split", None) for row in wanted]
     found = [{name: new.get(name) for name in old} for new, old in zip(found, wanted)]
     assert found == (wanted if SAME_KERNELS else [pytest.approx(row, rel=1e-5) for row in wanted])
+
+
+def test_a_renamed_column_of_the_csv_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "training_log.csv").write_text("step,loss,symbols_per_chunk_0,symbols_per_chunk_1\n4,5.5,2.5,4.0\n")
+    sink = CsvSink(tmp_path, 4, "run", "project", {})
+    sink.train({"step": 6, "loss": 5.4, "tokens_per_chunk_0": 2.0, "tokens_per_chunk_1": 3.0})
+    text = (tmp_path / "training_log.csv").read_text()
+    assert text.splitlines() == ["step,loss,tokens_per_chunk_0,tokens_per_chunk_1", "4,5.5,2.5,4.0", "6,5.4,2.0,3.0"]
 
 
 def test_the_model_loads(older: Path) -> None:

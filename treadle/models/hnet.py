@@ -47,9 +47,8 @@ class HNetConfig(RecurrentConfig):
     """[encoder, 0, decoder] blocks of each outer stage, then [blocks] of the innermost."""
 
     token_mixers: list[Mixer | list[Mixer]] | None = option(None, aliases=("mixers",))
-    """The token mixer of each stage: hgrn_bit, hgrn, attention (over the last local_window
-    positions) or ssm; a list is a
-    pattern that repeats over the stage's blocks. Without it hgrn_bit everywhere (hgrn with ternary off)."""
+    """The token mixer of each stage: hgrn_bit, hgrn, attention (over the last local_window positions) or ssm; a list is
+    a pattern that repeats over the stage's blocks. Without it hgrn_bit everywhere (hgrn with ternary off)."""
 
     local_window: int = option(64, aliases=("window_size", "sliding_window"), ge=1)
     """Positions that an attention block sees; in an inner stage these are chunks."""

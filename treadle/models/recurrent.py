@@ -39,7 +39,7 @@ class RecurrentConfig(ModelConfig):
     """full: hidden_ratio D; matmulfree: two thirds of it, rounded up to a multiple of 256."""
 
     output_gate: Literal["matmulfree", "hgrn"] = option("matmulfree")
-    """What is normed and what gates: norm(G x) silu(h), or norm(h) silu(G x)."""
+    """What is normalised and what gates: norm(G x) silu(h), or norm(h) silu(G x)."""
 
     convolution_size: int = option(0, aliases=("conv_size",), ge=0, le=16)
     """Positions that a short convolution before the gates sees; 0 is none, 4 is usual."""
