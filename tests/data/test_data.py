@@ -96,7 +96,7 @@ def test_keys_differ() -> None:
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=200), st.integers(2, 128), st.sampled_from(MODES[1:]))
 @settings(max_examples=150, deadline=None)
-def test_every_symbol_is_packed_exactly_once(lengths: list[int], row_length: int, mode: str) -> None:
+def test_every_token_is_packed_exactly_once(lengths: list[int], row_length: int, mode: str) -> None:
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     total = sum(lengths)
     plan = packing.plan(mode, starts, total, row_length)
@@ -169,7 +169,7 @@ def test_every_source_gives_the_same_documents(tmp_path: Path, kind: str) -> Non
     tokens = prepare(source, tokenizer, root=tmp_path / "cache", held=(0.0, 0.0))["train"]
     found = [tokens.document(n) for n in range(tokens.documents())]
     assert [tokenizer.decode(d.tolist()) for d in found] == documents
-    assert all(d[-1] == 255 for d in found)  # one end-of-document symbol each
+    assert all(d[-1] == 255 for d in found)  # one end-of-document token each
     assert tokens.statistics["bytes"] == sum(len(d.encode()) for d in documents)
     tokens.verify()
 
@@ -476,5 +476,5 @@ def test_the_bundled_corpus_is_the_documented_text() -> None:
 
 def test_ids_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:
     np.array([1, 2, 300, 4], dtype="<u2").tofile(tmp_path / "a.bin")
-    with pytest.raises(DataError, match=r"id 300 is outside the tokenizer's 256 symbols; .* --tokenizer\.name"):
+    with pytest.raises(DataError, match=r"id 300 is outside the tokenizer's 256 tokens; .* --tokenizer\.name"):
         byte_set(tmp_path / "a.bin", tmp_path / "c")

@@ -57,7 +57,7 @@ def test_a_uniform_model_has_exactly_eight_bits(data: dict) -> None:
 
 
 def test_bits_per_byte_do_not_depend_on_the_tokenizer() -> None:
-    """100 bytes at 1 nat each in all, whether as 100 symbols or 25: the same bits per byte."""
+    """100 bytes at 1 nat each in all, whether as 100 tokens or 25: the same bits per byte."""
     a = NextToken().compute_metrics({"nats": 100.0, "correct": 0, "top5": 0, "labels": 100, "bytes": 100})
     b = NextToken().compute_metrics({"nats": 100.0, "correct": 0, "top5": 0, "labels": 25, "bytes": 100})
     assert a["bpb"] == b["bpb"] == pytest.approx(1 / math.log(2)) and a["loss"] != b["loss"]

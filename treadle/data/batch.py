@@ -15,16 +15,16 @@ from treadle.errors import ConfigError
 from treadle.ops.documents import document_positions
 
 IGNORE = -100  # a label nobody scores
-PAD = -1  # the doc_id of a place that holds no symbol
+PAD = -1  # the doc_id of padding
 
 
 @dataclass
 class Batch:
-    """B rows of T places.
+    """B rows of T positions.
 
-    input_ids: int64 [B, T]. labels: int64 [B, T], the next symbol of the same document, -100 where there is none; None
+    input_ids: int64 [B, T]. labels: int64 [B, T], the next token of the same document, -100 where there is none; None
     when nothing is scored. position_ids: int64 [B, T], restarting in each document. doc_ids: int64 [B, T], which
-    document of its row a place belongs to, -1 for padding; None means one document a row and no padding.
+    document of its row a position belongs to, -1 for padding; None means one document a row and no padding.
     segments: for each row the lengths of its runs of equal doc_id, host-side integers made with the data (a negative
     length is padding), so that no model has to read doc_ids back from a device. extras: tensors of other tasks (targets,
     masks, what a decoder attends to), the rows first. counts: how many of each unit (labels, tokens, rows, documents, and
@@ -75,7 +75,7 @@ class Batch:
 
     @staticmethod
     def for_training(ids: Any, doc_ids: Any = None) -> Batch:
-        """`from_ids` with labels made by the shift: the next symbol of the same document, else -100."""
+        """`from_ids` with labels made by the shift: the next token of the same document, else -100."""
         batch = Batch.from_ids(ids, doc_ids)
         labels = torch.full_like(batch.input_ids, IGNORE)
         labels[:, :-1] = batch.input_ids[:, 1:]
@@ -104,12 +104,12 @@ class Batch:
         return {"labels": scored, "tokens": sum(runs), "rows": real_rows, "documents": len(runs)}
 
     @property
-    def real(self) -> Tensor:
-        """Bool [B, T]: no padding."""
+    def token_mask(self) -> Tensor:
+        """Bool [B, T], false on padding."""
         return torch.ones_like(self.input_ids, dtype=torch.bool) if self.doc_ids is None else self.doc_ids != PAD
 
     @property
-    def whole_rows(self) -> bool:
+    def is_unpacked(self) -> bool:
         """Every row is one document without padding, known on the host."""
         if self.segments is None:
             return self.doc_ids is None
@@ -167,7 +167,7 @@ def collate(rows: Sequence[Row | None], row_length: int) -> Batch:
             assert row is not None
             stream = row.shard.ids[start : start + length + 1]
             ids[r, at : at + length] = stream[:length]
-            # The last symbol of a document predicts nothing: what follows it is another document.
+            # The last token of a document predicts nothing: what follows it is another document.
             following = _label_count(row, start, length)
             labels[r, at : at + following] = stream[1 : following + 1]
             positions[r, at : at + length] = np.arange(length)
@@ -182,7 +182,7 @@ def collate(rows: Sequence[Row | None], row_length: int) -> Batch:
 
 
 def _label_count(row: Row, start: int, length: int) -> int:
-    """How many places of a segment have a next symbol in the same document."""
+    """How many positions of a segment have a next token in the same document."""
     end = start + length
     if end >= len(row.shard.ids):
         return length - 1

@@ -67,10 +67,10 @@ class DataSettings(Settings):
     """Read this many documents of each path at most, the first ones."""
 
     seq_len: int = option(256, aliases=("max_length", "max_seq_len", "max_seq_length"), change="guarded", ge=2)
-    """Symbols in a row."""
+    """Tokens in a row."""
 
     min_length: int = option(0, change="guarded", ge=0)
-    """Documents with fewer symbols are left out (counted in the statistics)."""
+    """Documents with fewer tokens are left out (counted in the statistics)."""
 
     packing: Packing = option(
         "concat", aliases=("packing_strategy",), change="guarded", spellings={"greedy": "next_fit", "false": "none"}

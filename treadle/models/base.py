@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from treadle.checkpoint.tensors import read_tensors, write_tensors
 from treadle.data.batch import Batch
 from treadle.errors import CheckpointError, ConfigError, InputError, ShapeError
+from treadle.generation.decode import generate
+from treadle.layers import packed_weights
 from treadle.layers.bitlinear import BitLinear
 from treadle.layers.state import State
 from treadle.models.catalogue import MODELS
 from treadle.ops.sharding import copy_whole
 from treadle.registry import nearest
-from treadle.settings import Settings, option
+from treadle.settings import Given, Settings, build_section, option
 
 LM_HEAD = "lm_head"  # the head that gives the logits of tokens
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -54,8 +56,6 @@ class ModelConfig(Settings):
     @classmethod
     def with_preset(cls, preset: str | None, **keys: Any) -> ModelConfig:
         """A fresh config from a preset and keys that override it; ConfigError for unknown names or bad values."""
-        from treadle.settings import Given, build_section
-
         table: dict[str, Any] = {}
         if preset is not None:
             presets = {name.lower().replace("-", "_"): values for name, values in cls.presets().items()}
@@ -63,7 +63,12 @@ class ModelConfig(Settings):
             if name not in presets:
                 raise ConfigError(f"model.preset = {preset!r}: {nearest(name, list(presets))}")
             table = dict(presets[name])
-        table.update(keys)
+        aliases = {alias: key for key in cls.model_fields for alias in cls.key_info(key)["aliases"]}
+        for word, value in keys.items():  # a config.toml of an older version may have an older name
+            key = word if word in cls.model_fields else aliases.get(word, word)
+            if key != word and key in keys:
+                raise ConfigError(f"model.{key} is given twice, also as {word}; keep one")
+            table[key] = value
         given = {f"model.{key}": Given(f"model.{key}", value, "arguments", False) for key, value in table.items()}
         return build_section("model", cls, given)  # type: ignore[return-value]
 
@@ -157,12 +162,12 @@ class Model(nn.Module):
             raise ConfigError(f"the model {self.arch} has no head called {LM_HEAD}: it predicts no tokens")
         return int(self.config.vocab_size)
 
-    def mixers(self) -> list[nn.Module]:
-        """The modules that mix places (attention and its like), one a block, in order; what distillation matches."""
+    def token_mixers(self) -> list[nn.Module]:
+        """The modules that mix positions (attention and its like), one per block, in order; what distillation matches."""
         return []
 
-    def mix(self, given: list[Tensor], batch: Batch) -> list[Tensor]:
-        """What each mixer makes of an input of its own, [B, T, D] each; for models with `mixers`."""
+    def run_token_mixers(self, given: list[Tensor], batch: Batch) -> list[Tensor]:
+        """What each token mixer makes of an input of its own, [B, T, D] each; for models with `token_mixers`."""
         raise NotImplementedError
 
     def full_precision_modules(self) -> list[nn.Module]:
@@ -205,8 +210,8 @@ class Model(nn.Module):
     # ---- what every architecture has ----
 
     def forward(self, batch: Batch, state: State | None = None) -> Output:
-        """batch [B, T] -> Output with logits [B, T, V] and the predictions of other heads. With a state, positions go on from it and each row is one
-        document; a place with doc_id -1 leaves its row's state as it was."""
+        """batch [B, T] -> Output with logits [B, T, V] and the predictions of other heads. With a state, positions go on
+        from it and each row is one document; padding (doc_id -1) leaves its row's state as it was."""
         out = self.hidden(batch, state)
         for name, head in self.heads().items():
             if name == LM_HEAD:
@@ -264,15 +269,13 @@ class Model(nn.Module):
     def load_weights(self, tensors: dict[str, Tensor]) -> None:
         """Copies tensors in by name, ternary layers packed or not; ShapeError names what is missing, surplus or of another
         shape."""
-        from treadle.models.packed import unpacked
-
-        tensors, kept = unpacked(self, tensors)
+        tensors, quantized = packed_weights.unpack(self, tensors)
         self.refuse_other_weights({name: list(tensor.shape) for name, tensor in tensors.items()})
         with torch.no_grad():
             for name, tensor in self.named_weights().items():
                 copy_whole(tensor, tensors[name])
-        for name, (ternary, scale) in kept.items():
-            self.get_submodule(name).keep(ternary, scale)  # type: ignore[operator]
+        for name, (ternary, scale) in quantized.items():
+            self.get_submodule(name).cache_quantized(ternary, scale)  # type: ignore[operator]
 
     def refuse_other_weights(self, shapes: dict[str, list[int]]) -> None:
         """ShapeError unless these are the names and shapes of this model's weights."""
@@ -299,8 +302,6 @@ class Model(nn.Module):
 
     def generate(self, input_ids: Any, max_new_tokens: int = 100, **options: Any) -> Tensor:
         """Prompt ids [B, T] -> [B, T + new] int64. Options: generation/decode.py's `generate`."""
-        from treadle.generation.decode import generate
-
         return generate(self, input_ids, max_new_tokens, **options)
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -17,7 +17,7 @@ from treadle.checkpoint.reader import Checkpoint, newest_valid
 from treadle.checkpoint.retention import best_step
 from treadle.errors import CheckpointError, ConfigError, InputError
 from treadle.generation.sampling import stored_defaults
-from treadle.models.base import Model, ModelConfig
+from treadle.models.base import CONFIG_FILE, Model, ModelConfig, build, from_pretrained
 from treadle.models.catalogue import MODELS
 from treadle.text.base import Tokenizer
 
@@ -159,8 +159,6 @@ def tokenizer_of(loaded: Loaded) -> Tokenizer:
 
 def load_model(source: str, device: Any = None, pretrained: bool = True) -> Model:
     """A model from a run, a checkpoint, or a folder of save_pretrained; a preset's name only with pretrained=False."""
-    from treadle.models.base import CONFIG_FILE, build, from_pretrained
-
     presets = {name: arch for arch in MODELS.names() for name in MODELS.get(arch).Config.presets()}
     plain = source.lower().replace("-", "_")
     if plain in presets and not Path(source).exists():

@@ -84,7 +84,7 @@ class MatchMixers(_NotInNats):
     training_line = ("loss",)
 
     def prepare(self, model: Model, dataset: Dataset, device: torch.device) -> None:
-        ours, theirs = model.mixers(), self.teacher.mixers()
+        ours, theirs = model.token_mixers(), self.teacher.token_mixers()
         if not ours or len(ours) != len(theirs):
             raise ConfigError(f"the mixer stage pairs the blocks' mixers, and the student has {len(ours)}, the teacher "
                               f"{len(theirs)}; use --stages logits")  # fmt: skip
@@ -94,12 +94,12 @@ class MatchMixers(_NotInNats):
             parameter.requires_grad_(id(parameter) in inside)
 
     def __call__(self, model: Model, batch: Batch) -> Losses:
-        with torch.no_grad(), captured_io(self.teacher.mixers()) as seen:
+        with torch.no_grad(), captured_io(self.teacher.token_mixers()) as seen:
             self.teacher.hidden(batch)
-        real = batch.real
+        real = batch.token_mask
         errors = [
             relative_error(ours, theirs, real)
-            for ours, (_, theirs) in zip(model.mix([given for given, _ in seen], batch), seen)
+            for ours, (_, theirs) in zip(model.run_token_mixers([given for given, _ in seen], batch), seen)
         ]
         with torch.no_grad():
             stats = {f"mixer_error_{i}": error.detach() / real.sum().clamp_min(1) for i, error in enumerate(errors)}
@@ -129,7 +129,7 @@ class MatchHidden(_NotInNats):
         if ours[0][1].shape != theirs[0][1].shape:
             raise ConfigError(f"the student's stream is {list(ours[0][1].shape[2:])}, the teacher's "
                               f"{list(theirs[0][1].shape[2:])}; use --stages logits")  # fmt: skip
-        real = batch.real
+        real = batch.token_mask
         errors = [relative_error(o, t, real) for (_, o), (_, t) in zip(ours, theirs)]
         return Losses({self.headline: LossTerm(torch.stack(errors).sum() / len(errors), "tokens")})
 

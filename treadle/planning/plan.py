@@ -180,7 +180,7 @@ def lines(result: dict[str, Any], memory: float | None = None) -> list[str]:
     """The plan for people."""
     m, name = result["memory"], " ".join(filter(None, (result["architecture"], result["preset"])))
     passes = result["gradient_accumulation_steps"]
-    each = f"{result['per_device_train_batch_size']} x {result['seq_len']} symbols" + (f" x {passes}" if passes > 1 else "")
+    each = f"{result['per_device_train_batch_size']} x {result['seq_len']} tokens" + (f" x {passes}" if passes > 1 else "")
     text = [
         f"{name}: {count_label(result['parameters'])} parameters; {result['world']} process(es), {result['mode']}, "
         f"{each} each, {result['precision']}",
