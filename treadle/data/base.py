@@ -142,7 +142,7 @@ class IndexedDataset(Dataset):
         if plan.workers:
             from treadle.data.workers import in_workers
 
-            made: Iterator[list[Batch]] = in_workers(read, numbers, plan)
+            made: Iterator[list[Batch]] = in_workers(read, numbers, plan.workers, plan.prefetch)
         else:
             made = map(read, numbers)
         for number, micro_batches in zip(numbers, made):

@@ -10,7 +10,6 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from treadle.data.base import BatchPlan
 from treadle.processes import end_with_parent
 
 
@@ -29,10 +28,10 @@ def _die_with_parent(worker: int) -> None:
     end_with_parent(signal.SIGKILL)
 
 
-def in_workers(read: Callable[[int], Any], steps: Iterable[int], plan: BatchPlan) -> Iterator[Any]:
-    """read(step) for each step, in order, by plan.workers processes."""
+def in_workers(read: Callable[[int], Any], steps: Iterable[int], workers: int, prefetch: int) -> Iterator[Any]:
+    """read(step) for each step, in order, by `workers` processes that are each `prefetch` steps ahead at most."""
     loader = DataLoader(
-        _Steps(read), batch_size=None, sampler=steps, num_workers=plan.workers, prefetch_factor=plan.prefetch,
+        _Steps(read), batch_size=None, sampler=steps, num_workers=workers, prefetch_factor=prefetch,
         pin_memory=False, multiprocessing_context="fork", worker_init_fn=_die_with_parent,
         generator=torch.Generator(),  # workers draw their base seed from here, not from the model's generator
     )  # fmt: skip

@@ -23,7 +23,7 @@ class EvalSettings(Settings):
     """Length of the text sample written at each evaluation; 0 writes none."""
 
     sample_prompt: str = option("")
-    """What the sample continues; empty starts from the end-of-document symbol."""
+    """What the sample continues; empty starts from the end-of-document token."""
 
     early_stopping_patience: int | None = option(None, aliases=("patience",), ge=1)
     """Stop after this many evaluations without a better early_stopping_metric."""

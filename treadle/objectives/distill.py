@@ -41,8 +41,8 @@ def captured_io(modules: list[nn.Module]) -> Iterator[list[tuple[Tensor, Tensor]
 
 
 def relative_error(ours: Tensor, theirs: Tensor, real: Tensor) -> Tensor:
-    """Sum over real places of |ours - theirs|^2 / |theirs|^2; each place by itself, so that it does not matter which
-    places share a micro-batch. [B, T, ...], real bool [B, T]."""
+    """Sum over tokens of |ours - theirs|^2 / |theirs|^2; each position by itself, so that it does not matter which
+    positions share a micro-batch. [B, T, ...], real bool [B, T]."""
     gap, size = (ours.float() - theirs.float()).flatten(2), theirs.float().flatten(2)
     return (gap.square().sum(-1) / size.square().sum(-1).clamp_min(1e-12) * real).sum()
 

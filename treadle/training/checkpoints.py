@@ -49,8 +49,9 @@ class Checkpoints:
 
     # ---- saving ----
 
-    def _contents(self, state: RunState, config: str) -> Contents:
-        scale = self.assembly.stepper.loss_scale
+    def _contents(self, context: Context) -> Contents:
+        state, config, scale = context.state, context.config.to_toml(), self.assembly.stepper.loss_scale
+        state.callbacks = context.states()
         if scale is not None:
             state.loss_scale = asdict(scale)
         files = {
@@ -68,21 +69,21 @@ class Checkpoints:
         )
         return {"model": weights, "optimizer": moments}, files, described
 
-    def save(self, state: RunState, config: str, best: Mapping[str, float] | None, must: bool) -> Saved | None:
+    def save(self, context: Context, best: Mapping[str, float] | None, must: bool) -> Saved | None:
         """Saves the current step, after the save before; `best`: marks it as the best, by these metrics. must: waits for
         it, and raises when it fails. Returns how the last save that has ended went, if it was not known yet."""
         done = self.collect()  # one save at a time
-        self.saved_step = state.step
-        self.saver.submit(Saved(state.step, best is not None), self._prepare(state, config, best))
+        self.saved_step = context.step
+        self.saver.submit(Saved(context.step, best is not None), self._prepare(context, best))
         if must or not self.saver.asynchronous:
             done = self.collect(must) or done
         return done
 
-    def _prepare(self, state: RunState, config: str, best: Mapping[str, float] | None) -> Callable[[], None]:
+    def _prepare(self, context: Context, best: Mapping[str, float] | None) -> Callable[[], None]:
         """The save as a function: writes, marks, rotates. For a save in the background the state is copied now, since the
         next step changes it."""
-        step, world, strategy = state.step, self.world, self.assembly.strategy
-        tensors, files, described = self._contents(state, config)
+        step, world, strategy = context.step, self.world, self.assembly.strategy
+        tensors, files, described = self._contents(context)
         if self.saver.asynchronous:
             world = world.background()
             if strategy.shards_optimizer or world.is_main_process:
@@ -127,9 +128,9 @@ class Checkpoints:
         self.warn(f"{saved.problem} (attempt {self.failures} of {SAVE_ATTEMPTS}; training goes on)")
         return None
 
-    def save_to(self, path: Path, state: RunState, config: str) -> str:
+    def save_to(self, path: Path, context: Context) -> str:
         """Writes a checkpoint to a folder of its own, outside rotation."""
-        return self._write(path.parent, state.step, self._contents(state, config), self.world, path.name)
+        return self._write(path.parent, context.step, self._contents(context), self.world, path.name)
 
     def remark(self, step: int, metrics: Mapping[str, float]) -> None:
         """Marks a step that is on disk as the best, where another one is marked."""
@@ -152,13 +153,15 @@ class Checkpoints:
         folder = self.world.on_main_first(look)
         return Checkpoint(folder) if folder is not None else None
 
-    def before(self, state: RunState, reason: str) -> Checkpoint:
-        """The checkpoint to go back to; Diverged the third time or without one."""
+    def to_go_back_to(self, state: RunState, reason: str) -> Checkpoint:
+        """The newest checkpoint, said aloud; Diverged the third time or without one."""
         found = self.find_newest()
         if found is None or found.step >= state.step or state.rollbacks + 1 >= LAST_ROLLBACK:
             why = "there is no checkpoint to go back to" if found is None else f"it is rollback {state.rollbacks + 1}"
             raise Diverged(f"{reason}; {why}. The weights of the last checkpoint are sound. Try a lower --learning_rate, "
                            "more --warmup_steps, or --precision fp32")  # fmt: skip
+        self.emit("rolled_back", step=state.step, to=found.step, reason=reason)
+        self.warn(f"{reason}; back to step {found.step}, skipping the rows of {state.step - found.step} steps")
         return found
 
     def load_weights(self, checkpoint: Checkpoint) -> None:

@@ -1,4 +1,4 @@
-"""The configuration of one run: every section, and the model's own keys beside them.
+"""Changes nothing but itself: the configuration of one run: every section, and the model's own keys beside them.
 
 recipe.py composes it from files and flags; whatever trains takes it from here.
 """

@@ -67,7 +67,7 @@ class Context:
 
     # How the loop hears; set by it.
     tell: Callable[..., Any] = lambda hook, *arguments: None  # calls a hook of all callbacks
-    state_of: Callable[[str], dict[str, Any]] = lambda name: {}  # of a callback
+    states: Callable[[], dict[str, dict[str, Any]]] = dict  # what each callback remembers, by name
     best: dict[str, float] | None = None  # the next checkpoint is the best so far, by these metrics
     remark: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None
     caller: str = ""  # the callback whose hook is running
@@ -132,7 +132,7 @@ class Context:
 
     def best_so_far(self) -> dict[str, Any]:
         """The value and the step of the best evaluation, as the callback best_model knows them."""
-        return self.state_of("best_model")
+        return self.states().get("best_model", {})
 
     # ---- asking ----
 

@@ -1,4 +1,6 @@
-"""Changes which blocks recompute or are compiled, nothing else. From what was asked to what will be done: every `auto` and every default that depends on data, model or machine."""
+"""Changes the configuration to what was resolved, and which blocks recompute: every `auto`, and every default that depends on
+data, model or machine.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +36,7 @@ class Schedule:
     end: int | None  # draws from here on are surplus (after the last epoch) and masked
     save_steps: int
     eval_steps: int
+    eval_batch: int  # rows in one pass of an evaluation
 
     def rows_left(self, step: int) -> int | None:
         """Rows that are wanted from `step` on; None where no epoch ends."""
@@ -92,6 +95,7 @@ def schedule(recipe: Recipe, data: Dataset, world: int = 1) -> Schedule:
         micro, accumulation, total, max_steps, end,
         save_steps=recipe.checkpoint.save_steps or max(1, max_steps // SAVES_A_RUN),
         eval_steps=recipe.eval.eval_steps or max(1, max_steps // EVALUATIONS_A_RUN),
+        eval_batch=recipe.eval.per_device_eval_batch_size or micro,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Changes nothing but what the save it is given writes. Saves one at a time, at once or while training goes on."""
+"""Changes nothing itself: runs one save at a time, at once or while training goes on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The [train] and [optim] sections."""
+"""Changes nothing: the [train] and [optim] sections."""
 
 from __future__ import annotations
 

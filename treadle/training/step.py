@@ -1,7 +1,7 @@
 """Changes the weights: one optimiser step, forward and backward over micro-batches, the division of the loss, clipping, the
 update.
 
-The only place where a loss is divided: each part's sum over all micro-batches by the global count of its unit, which
+The only place where a loss is divided: each term's sum over all micro-batches by the global count of its unit, which
 depends on the batch alone and is known before the first forward pass.
 """
 

@@ -74,8 +74,8 @@ class Trainer:
             self.console, plan, state, share, listen,
         )  # fmt: skip
         self.requests, self.run_folder = context.requests, RunFolder(context, parameter_count)
-        self.checkpoints, self.feed = Checkpoints(context, self.assembly), Feed(context, self._idle_alone)
         self.callbacks = Callbacks(make_callbacks(callbacks, recipe.train), context)
+        self.checkpoints, self.feed = Checkpoints(context, self.assembly), Feed(context, self.callbacks.stop_asked_alone)
 
     @property
     def state(self) -> RunState:
@@ -140,7 +140,7 @@ class Trainer:
         state, context, begun = self.state, self.context, time.perf_counter()
         context.warmed_up = state.step >= warmup_steps(self.recipe.optim, self.plan.max_steps)
         context.learning_rate = learning_rate(self.recipe.optim, state.step, self.plan.max_steps)
-        context.result = self.assembly.stepper.run(state.step, micro_batches, context.learning_rate, veto=self._veto)
+        context.result = self.assembly.stepper.run(state.step, micro_batches, context.learning_rate, veto=self.callbacks.skip_update)
         context.step_seconds = time.perf_counter() - begun
         context.data_wait, context.data_wait_share, context.computed = self.feed.waits(context.step_seconds)
         context.step_position, state.position = state.position, position
@@ -177,10 +177,10 @@ class Trainer:
     # ---- what the loop carries out ----
 
     def _evaluate(self) -> None:
-        data, seen = self.eval_dataset, self.recipe.eval
+        data = self.eval_dataset
         if data is None:
             raise ConfigError("an evaluation was asked for, but there is no evaluation data: nothing was held out")
-        metrics = self.evaluator.evaluate(data, self.eval_batch(), seen.eval_rows, self._stop_asked)
+        metrics = self.evaluator.evaluate(data, self.plan.eval_batch, self.recipe.eval.eval_rows, self._stop_asked)
         if metrics is None:  # stopped on the way; the next start evaluates this step first
             return
         inspected = self.evaluator.inspect(data)
@@ -191,25 +191,18 @@ class Trainer:
     def _save(self, must: bool) -> None:
         best, self.context.best = self.context.best, None
         if self.checkpoints.saved_step != self.state.step or best is not None:
-            self._saved(self.checkpoints.save(self._remembered(), self.recipe.to_toml(), best, must))
+            self._saved(self.checkpoints.save(self.context, best, must))
 
     def _saved(self, saved: Saved | None) -> None:
         if saved is not None:
             self.context.saved_step = saved.step
             self.callbacks.call("on_save")
 
-    def _remembered(self) -> RunState:
-        self.state.callbacks = self.callbacks.state()
-        return self.state
-
     def _roll_back(self, reason: str) -> None:
         """Back to the last good checkpoint, past the rows that led here."""
         before = self.state
         self._saved(self.checkpoints.collect())  # a save in flight may be the one to go back to
-        found = self.checkpoints.before(before, reason)
-        self.context.emit("rolled_back", step=before.step, to=found.step, reason=reason)
-        self.console.warn(f"{reason}; back to step {found.step}, skipping the rows of {before.step - found.step} steps")
-        self.restore(found)
+        self.restore(found := self.checkpoints.to_go_back_to(before, reason))
         self.state.rollbacks, self.state.position = before.rollbacks + 1, before.position
         self.checkpoints.saved_step = found.step
         self.callbacks.call("on_rollback")
@@ -227,20 +220,11 @@ class Trainer:
         self.requests.agree(self.world, saver.busy, saver.ended)
         self.context.apply(self.requests.settings_agreed())
 
-    def _veto(self, loss: float) -> bool:
-        return any(self.callbacks.call("skip_update", loss))
-
     def _stop_asked(self) -> bool:
         """Between two batches of an evaluation, in all processes."""
         self.callbacks.call("on_idle")
         self._agree()
         return "stop" in self.requests
-
-    def _idle_alone(self) -> bool:
-        """While a process that trains alone waits for data; with others it waits for the step, at which all agree."""
-        if self.world.size == 1:
-            self.callbacks.call("on_idle")
-        return self.world.size == 1 and self.requests.stop_asked_here
 
     # ---- for users ----
 
@@ -248,12 +232,9 @@ class Trainer:
         """Metrics over the whole evaluation data."""
         if self.eval_dataset is None:
             raise ConfigError("there is no evaluation data; give validation_path or a validation_fraction above 0")
-        metrics = self.evaluator.evaluate(self.eval_dataset, self.eval_batch())
+        metrics = self.evaluator.evaluate(self.eval_dataset, self.plan.eval_batch)
         assert metrics is not None
         return metrics
-
-    def eval_batch(self) -> int:
-        return self.recipe.eval.per_device_eval_batch_size or self.plan.micro_batch
 
     @property
     def finished(self) -> bool:
@@ -262,7 +243,7 @@ class Trainer:
 
     def save_checkpoint(self, name: str | Path) -> Path:
         """Writes a checkpoint where `name` says (relative paths from here); it is never rotated away."""
-        return Path(self.checkpoints.save_to(Path(name), self._remembered(), self.recipe.to_toml()))
+        return Path(self.checkpoints.save_to(Path(name), self.context))
 
     def load_checkpoint(self, name: str | Path) -> None:
         """Goes on from a checkpoint folder: weights, optimiser, counters."""

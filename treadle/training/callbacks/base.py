@@ -118,7 +118,7 @@ class Callbacks:
 
     def __init__(self, callbacks: Sequence[Callback], context: Context) -> None:
         self.list = [callback for callback in callbacks if callback.wanted(context)]
-        self.context, context.tell, context.state_of = context, self.call, lambda name: self.state().get(name, {})
+        self.context, context.tell, context.states = context, self.call, self.state
         self.problem: CallbackError | None = None  # the first hook that failed
         self._hooks: dict[str, list[tuple[Callback, Callable[..., Any]]]] = {}
         for hook, plain in vars(Callback).items():
@@ -163,6 +163,17 @@ class Callbacks:
                                      f"({frame.filename}:{frame.lineno})")  # fmt: skip
         self.problem.__cause__ = problem
         self.context.request("stop", str(self.problem), CallbackError.exit_code)
+
+    def skip_update(self, loss: float) -> bool:
+        """Whether a callback refuses the update of a step with this loss."""
+        return any(self.call("skip_update", loss))
+
+    def stop_asked_alone(self) -> bool:
+        """While a process that trains alone waits for data; with others it waits for the step, at which all agree."""
+        if self.context.world.size > 1:
+            return False
+        self.call("on_idle")
+        return self.context.requests.stop_asked_here
 
     def raise_problem(self, requests: Requests) -> None:
         """Raises the error of a hook that failed: here as it is, in the other processes as word of it."""

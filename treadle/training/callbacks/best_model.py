@@ -1,4 +1,4 @@
-"""Asks for a checkpoint when an evaluation is the best so far, and marks it (RUN@best)."""
+"""Changes which checkpoint is marked (RUN@best), and asks for one when an evaluation is the best so far."""
 
 from __future__ import annotations
 

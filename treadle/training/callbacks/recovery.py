@@ -1,4 +1,4 @@
-"""Counts steps whose update was left out (RunState.skipped_steps), and asks to go back when too many were in a row."""
+"""Changes the count of steps whose update was left out; asks to go back when too many were in a row."""
 
 from __future__ import annotations
 
