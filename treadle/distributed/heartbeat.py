@@ -111,6 +111,8 @@ class Heartbeat:
                         seen[other] = (now, time.monotonic())
                 word = self.word()
             except GONE:  # the store's own process is gone
+                if 0 in seen and seen[0][0] == ENDED:
+                    return  # it was done, and has waited long enough
                 if not self.closed.wait(self.silence / 4):
                     self._end("the process that holds the rendezvous is gone")
                 return
