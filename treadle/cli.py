@@ -421,8 +421,13 @@ def _rank() -> str:
 
 def main() -> None:
     """The entry point: one clear line and an exit code for every expected error."""
+    several = bool(_rank())
+    if several:
+        from treadle.distributed.environment import quiet
+
+        quiet()
     code = _run()
-    if _rank():
+    if several:
         # At the end of the interpreter a daemon thread inside torch's C++ is unwound by force, which aborts the process
         # (seen at the end of one of some hundred runs on a loaded machine). All work is done and closed by here.
         atexit._run_exitfuncs()

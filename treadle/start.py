@@ -314,18 +314,20 @@ def opened_world(request: Request) -> Iterator[World | None]:
         yield None
         return
     from treadle.distributed.world import World
+    from treadle.processes import orderly_end
 
     layers = request.named_layers()
     world = World.open(settled_section(layers, "parallel"), settled_section(layers, "run").device)
-    try:
-        with world.watching():
-            yield world
-    except BaseException as problem:
-        if not isinstance(problem, (PeerFailed, PeerLost, Stopped)):
-            world.failed(problem)
-        raise
-    finally:
-        world.close()
+    with orderly_end():
+        try:
+            with world.watching():
+                yield world
+        except BaseException as problem:
+            if not isinstance(problem, (PeerFailed, PeerLost, Stopped)):
+                world.failed(problem)
+            raise
+        finally:
+            world.close()
 
 
 def train_in(world: World | None, request: Request, console: Console) -> dict[str, Any]:
