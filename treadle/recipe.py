@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from treadle import trusted_code
 from treadle.data.sources import BUNDLED
 from treadle.data.sources import SUFFIXES as DATA_SUFFIXES
 from treadle.errors import ConfigError
@@ -76,6 +77,7 @@ def target_layer(target: str | None) -> Layer:
         path = builtin[target]
     if path.is_dir() and (path / "config.toml").is_file():
         table = load_table(path / "config.toml")
+        trusted_code.recall(table)
         table.setdefault("run", {})["output_dir"] = str(path)
         return Layer(table, str(path / "config.toml"))
     if path.suffix in RECIPE_SUFFIXES and (path.exists() or path.suffix == ".toml"):
@@ -258,4 +260,5 @@ def settled_folder(layers: list[Layer]) -> Path:
 
 def from_leaf_names(arch: str = DEFAULT_ARCHITECTURE, **values: Any) -> Recipe:
     """A Recipe from keyword arguments, any leaf name or alias: `from_leaf_names(max_steps=100, lr=1e-3)`."""
+    trusted_code.allow_names([arch, values])
     return compose([Layer({"model.arch": arch, **values}, "arguments")])

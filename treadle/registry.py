@@ -94,7 +94,7 @@ class Registry:
                               f"{self.base.replace(':', '.')}")  # fmt: skip
         declared = [key for key, kind in base.__dict__.get("__annotations__", {}).items() if str(kind).startswith("ClassVar")]
         missing = [key for key in declared if not hasattr(thing, key)]
-        missing += [key for key in dir(thing) if getattr(getattr(thing, key, None), "__isabstractmethod__", False)]
+        missing += sorted(getattr(thing, "__abstractmethods__", ()))
         if missing:
             raise ConfigError(f"{self.kind} {name!r} lacks {', '.join(missing)}, which a class derived from "
                               f"{self.base.replace(':', '.')} has to have")  # fmt: skip

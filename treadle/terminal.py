@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import re
 import sys
-import traceback
-from types import TracebackType
 from typing import TextIO
 
 # Control characters except newline and tab; marks that turn the direction of text around them, which makes a line read as what
@@ -35,14 +33,10 @@ def fit(text: str, stream: TextIO | None) -> str:
     return visible(text) if is_terminal(stream) else text
 
 
-def write(text: object, stream: TextIO | None = None, end: str = "\n") -> None:
-    """Writes and flushes, by default a line to standard output."""
+def write(text: object, stream: TextIO | None = None, end: str = "\n", exact: bool = False) -> None:
+    """Writes and flushes, by default a line to standard output. exact: for text that holds treadle's own colours, and passed
+    what is not its own through `fit`."""
     stream = stream or sys.stdout
     if stream is not None:  # a process without one
-        stream.write(fit(str(text), stream) + end)
+        stream.write((str(text) if exact else fit(str(text), stream)) + end)
         stream.flush()
-
-
-def show_exception(kind: type[BaseException], problem: BaseException, trace: TracebackType | None) -> None:
-    """For sys.excepthook: a traceback quotes file names and data too."""
-    write("".join(traceback.format_exception(kind, problem, trace)), sys.stderr, end="")

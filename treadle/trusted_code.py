@@ -68,8 +68,12 @@ def is_place(name: str) -> bool:
 # ---- saying what is trusted ----
 
 
-def allow(what: str | Path) -> None:
-    """The user trusts this FILE.py or MODULE as it is now. ConfigError when there is no such thing."""
+def allow(what: str | Path | Iterable[str | Path]) -> None:
+    """The user trusts this FILE.py or MODULE (or these) as it is now. ConfigError when there is no such thing."""
+    if not isinstance(what, (str, Path)):
+        for one in what:
+            allow(one)
+        return
     where = str(what)
     found = _PLACE.fullmatch(where)
     where = found[1] if found else where
@@ -95,8 +99,10 @@ def allow_names(value: Any) -> None:
                     continue
 
 
-def recall(record: Any) -> None:
-    """What a run says it has used (path -> sha256) counts where this user's own list says the same."""
+def recall(config: dict[str, Any]) -> None:
+    """What a run's configuration says it has used (run.trusted_code) counts where this user's own list says the same."""
+    run = config.get("run")
+    record = run.get("trusted_code") if isinstance(run, dict) else None
     if isinstance(record, dict) and record:
         known, _ = _read_store()
         _allowed.update(known & {(path, digest) for path, digest in record.items() if isinstance(digest, str)})

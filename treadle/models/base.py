@@ -18,6 +18,7 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor, nn
 
+from treadle import trusted_code
 from treadle.checkpoint.tensors import read_tensors, write_tensors
 from treadle.data.batch import Batch
 from treadle.errors import CheckpointError, ConfigError, InputError, ShapeError
@@ -281,6 +282,7 @@ def build(
     arch: str = "transformer", preset: str | None = None, seed: int = 0, device: Any = "cpu", **keys: Any
 ) -> Model:
     """A randomly initialised model: `build("transformer", hidden_size=256)`. ConfigError for bad names or values."""
+    trusted_code.allow_names(arch)
     cls = MODELS.get(arch)
     return build_from(cls, cls.Config.with_preset(preset, **keys), seed, device)
 
@@ -291,9 +293,11 @@ def build_from(cls: type[Model], config: ModelConfig, seed: int = 0, device: Any
     return model.materialise(seed, device)
 
 
-def from_pretrained(folder: str | Path, device: Any = "cpu") -> Model:
-    """A model from a folder that `save_pretrained` wrote. Raises InputError or CheckpointError with the reason."""
+def from_pretrained(folder: str | Path, device: Any = "cpu", trust_code: Iterable[str] = ()) -> Model:
+    """A model from a folder that `save_pretrained` wrote. Raises InputError or CheckpointError with the reason, and
+    ConfigError where the folder names code that `trust_code` does not."""
     folder = Path(folder)
+    trusted_code.allow(trust_code)
     if not (folder / CONFIG_FILE).is_file():
         raise InputError(f"{folder} holds no {CONFIG_FILE}; give a folder that save_pretrained wrote, or a run")
     try:

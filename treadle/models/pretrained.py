@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from treadle import terminal, trusted_code
 from treadle.checkpoint.layout import MANIFEST, checkpoint_name, steps_in
 from treadle.checkpoint.reader import Checkpoint, newest_valid
 from treadle.checkpoint.retention import best_step
@@ -69,7 +70,7 @@ def locate(run: str, warn: Any = None) -> Checkpoint:
 
 
 def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
+    terminal.write(f"warning: {text}", sys.stderr)
 
 
 def _last_run() -> Path:
@@ -96,9 +97,11 @@ def home_of(checkpoint: Path) -> Path:
 
 def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
     try:
-        return tomllib.loads(checkpoint.text("config.toml"))
+        config = tomllib.loads(checkpoint.text("config.toml"))
     except tomllib.TOMLDecodeError as problem:
         raise CheckpointError(f"{checkpoint.folder}/config.toml cannot be read: {problem}") from None
+    trusted_code.recall(config)
+    return config
 
 
 def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from treadle import trusted_code
 from treadle.checkpoint.settings import CheckpointSettings
 from treadle.data.settings import DataSettings
 from treadle.distributed.settings import ParallelSettings
@@ -42,6 +43,9 @@ class RunSettings(Settings):
 
     devices: int | None = option(None, aliases=("num_devices", "nproc_per_node"), ge=1)
     """Processes that `treadle train` starts on this machine, one a GPU or a share of the cores; torchrun does it as well."""
+
+    trusted_code: dict[str, str] | None = option(None)
+    """Written by treadle: the files of code that the run has used (path -> sha256). It allows nothing; --trust-code does."""
 
 
 SECTIONS: dict[str, type[Settings]] = {
@@ -102,7 +106,9 @@ class Recipe:
         return {"run": tables.pop("run"), "model": model, **tables}
 
     def to_toml(self) -> str:
-        return dump_toml(self.tables())
+        tables = self.tables()
+        tables["run"]["trusted_code"] = trusted_code.record(tables) or None
+        return dump_toml(tables)
 
     def change_rule(self, dotted: str) -> str:
         """How a key may change when a run continues: free, guarded or fixed."""
