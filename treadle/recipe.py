@@ -82,6 +82,7 @@ def target_layer(target: str | None) -> Layer:
         return Layer(table, str(path / "config.toml"))
     if path.suffix in RECIPE_SUFFIXES and (path.exists() or path.suffix == ".toml"):
         table = _with_name(load_table(path), path.stem)
+        trusted_code.recall(table)  # a run's config.toml is a recipe too
         if path.suffix == ".json" and "at_end" not in str(table.get("eval", "")):
             table = {**table, "eval.at_end": True}  # an experiment file wants its results in the same command
         return Layer(table, path.name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from typing import Any
@@ -92,7 +93,7 @@ class Registry:
         if not (isinstance(thing, type) and issubclass(thing, base)):
             raise ConfigError(f"{self.kind} {name!r} is {_described(thing)}; wanted is a class derived from "
                               f"{self.base.replace(':', '.')}")  # fmt: skip
-        declared = [key for key, kind in base.__dict__.get("__annotations__", {}).items() if str(kind).startswith("ClassVar")]
+        declared = [key for key, kind in inspect.get_annotations(base).items() if str(kind).startswith("ClassVar")]
         missing = [key for key in declared if not hasattr(thing, key)]
         missing += sorted(getattr(thing, "__abstractmethods__", ()))
         if missing:

@@ -29,6 +29,7 @@ from treadle.ops.sharding import copy_whole
 from treadle.registry import nearest
 from treadle.settings import Settings, option
 
+WEIGHTS_IN_A_BYTE = 5  # ternary ones, packed
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 
@@ -307,11 +308,25 @@ def from_pretrained(folder: str | Path, device: Any = "cpu", trust_code: Iterabl
     except (ValueError, KeyError, AttributeError) as problem:
         raise CheckpointError(f"{folder / CONFIG_FILE} is damaged: {problem}") from None
     cls = MODELS.get(str(arch))
-    with torch.device("meta"):
-        model = cls(cls.Config.with_preset(None, **described))
+    weights = read_tensors(folder / WEIGHTS_FILE)
+    model = allocated(cls, cls.Config.with_preset(None, **described), weights, device)
+    model.load_weights(weights)
+    return model
+
+
+def allocated(cls: type[Model], config: ModelConfig, weights: dict[str, Tensor], device: Any) -> Model:
+    """A model with memory for its weights, where `weights` can be those: a description from elsewhere may ask for any size.
+    ShapeError when they cannot."""
+    try:
+        with torch.device("meta"):
+            model = cls(config)  # type: ignore[call-arg]
+    except (RuntimeError, OverflowError) as problem:  # sizes beyond 64 bits
+        raise ShapeError(f"the configuration describes a model that cannot be: {problem}") from None
+    if model.parameter_count() > WEIGHTS_IN_A_BYTE * sum(tensor.nbytes for tensor in weights.values()):
+        raise ShapeError(f"the configuration describes a model of {count_label(model.parameter_count())} parameters, and the "
+                         "weights are far fewer; they belong to another model")  # fmt: skip
     model.to_empty(device=device)
     model.tie()
-    model.load_weights(read_tensors(folder / WEIGHTS_FILE))
     return model
 
 

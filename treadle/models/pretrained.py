@@ -18,7 +18,7 @@ from treadle.checkpoint.reader import Checkpoint, newest_valid
 from treadle.checkpoint.retention import best_step
 from treadle.errors import CheckpointError, ConfigError, InputError
 from treadle.generation.sampling import stored_defaults
-from treadle.models.base import Model, ModelConfig
+from treadle.models.base import Model, ModelConfig, allocated
 from treadle.models.catalogue import MODELS
 from treadle.text.base import Tokenizer
 
@@ -142,11 +142,9 @@ def load_run(run: str, device: Any = None, warn: Any = None) -> Loaded:
     checkpoint = locate(run, warn)
     config = read_config(checkpoint)
     cls, shape = read_shape(checkpoint, config)
-    with torch.device("meta"):
-        model = cls(shape)  # type: ignore[call-arg]
-    model.to_empty(device=pick_device(device or "auto"))
-    model.tie()
-    model.load_weights(checkpoint.tensors("model"))
+    weights = checkpoint.tensors("model")
+    model = allocated(cls, shape, weights, pick_device(device or "auto"))
+    model.load_weights(weights)
     return Loaded(model.eval(), read_tokenizer(checkpoint), checkpoint, config)
 
 

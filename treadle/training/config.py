@@ -107,7 +107,7 @@ class Recipe:
 
     def to_toml(self) -> str:
         tables = self.tables()
-        tables["run"]["trusted_code"] = trusted_code.record(tables) or None
+        tables["run"]["trusted_code"] = {**(self.run.trusted_code or {}), **trusted_code.record(tables)} or None
         return dump_toml(tables)
 
     def change_rule(self, dotted: str) -> str:
