@@ -67,7 +67,7 @@ class Request:
             return [*self.base, *self.named_layers()]
         from treadle.models.pretrained import read_config
 
-        model = read_config(self.start_weights)["model"]
+        model = read_config(self.start_weights).get("model", {})
         start = Layer({"model": model}, f"the model of {self.weights_from}")
         return [*self.base, start, *self.named_layers()]
 

@@ -26,9 +26,10 @@ def named(code: Code, cls: str = "Mine") -> str:
     return f"{code.path}:{cls}"
 
 
-def started(code: Code, folder: Path, **keys: str) -> Path:
+def started(code: Code, folder: Path) -> Path:
     """A run folder as training leaves it, by a user who typed the name."""
-    recipe = configure(Request("austen", {"model.arch": named(code), **keys}), folder)
+    (folder.parent / "story.txt").write_text("A story.")
+    recipe = configure(Request(str(folder.parent / "story.txt"), {"model.arch": named(code)}), folder)
     (folder / "checkpoints" / "step-00000001").mkdir(parents=True)
     (folder / "config.toml").write_text(recipe.to_toml())
     return folder
@@ -97,7 +98,6 @@ def test_a_users_own_run_goes_on_without_asking(code: Code, tmp_path: Path, new_
     mode = (tmp_path / "home" / "trusted_code").stat().st_mode
     assert stat.S_IMODE(mode) == 0o600 and stat.S_IMODE((tmp_path / "home").stat().st_mode) == 0o700
     new_process()
-    (tmp_path / "story.txt").write_text("A story.")
     for target in (folder, folder / "config.toml", tmp_path / "story.txt"):
         request = Request(str(target))
         assert configure(request, folder).arch == named(code)

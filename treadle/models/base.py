@@ -305,7 +305,7 @@ def from_pretrained(folder: str | Path, device: Any = "cpu", trust_code: Iterabl
         described = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         arch = described.pop("model_type")
         described.pop("architectures", None)
-    except (ValueError, KeyError, AttributeError) as problem:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
         raise CheckpointError(f"{folder / CONFIG_FILE} is damaged: {problem}") from None
     cls = MODELS.get(str(arch))
     weights = read_tensors(folder / WEIGHTS_FILE)

@@ -84,9 +84,9 @@ def checkpoint_root(run: Path) -> Path:
     """Where a run's checkpoints are; its config.toml may name another place."""
     try:
         configured = tomllib.loads((run / "config.toml").read_text("utf-8")).get("checkpoint", {}).get("checkpoint_dir")
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         configured = None
-    return Path(configured) if configured else run / "checkpoints"
+    return Path(configured) if configured and isinstance(configured, str) else run / "checkpoints"
 
 
 def home_of(checkpoint: Path) -> Path:
@@ -98,8 +98,10 @@ def home_of(checkpoint: Path) -> Path:
 def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
     try:
         config = tomllib.loads(checkpoint.text("config.toml"))
-    except tomllib.TOMLDecodeError as problem:
+    except (ValueError, RecursionError) as problem:
         raise CheckpointError(f"{checkpoint.folder}/config.toml cannot be read: {problem}") from None
+    if not all(isinstance(section, dict) for section in config.values()):
+        raise CheckpointError(f"{checkpoint.folder}/config.toml does not hold sections")
     trusted_code.recall(config)
     return config
 
@@ -129,7 +131,7 @@ def generation_defaults(folder: Path) -> dict[str, Any]:
         if path.is_file():
             try:
                 table = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as problem:
+            except (ValueError, RecursionError) as problem:
                 raise ConfigError(f"{path} is not JSON: {problem}") from None
             if not isinstance(table, dict):
                 raise ConfigError(f"{path} holds no table")
