@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import resource
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,6 +68,28 @@ def test_a_folder_of_a_model(code: Code, tmp_path: Path) -> None:
             load(folder)
     assert not code.ran
     assert treadle.from_pretrained(folder, trust_code=[code.path]).arch == "mine"
+
+
+def test_ones_own_class_in_a_folder_of_a_model(code: Code, tmp_path: Path, new_process: Callable[[], None]) -> None:
+    build(f"{code.path}:Mine", **SHAPE).save_pretrained(tmp_path / "model")
+    assert treadle.from_pretrained(tmp_path / "model").arch == "mine"
+    new_process()
+    with pytest.raises(ConfigError, match="--trust-code"):
+        treadle.from_pretrained(tmp_path / "model")
+    assert treadle.from_pretrained(tmp_path / "model", trust_code=str(code.path)).arch == "mine"
+
+
+def test_modules_of_the_folder_are_not_those_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`treadle train --devices 2` in a folder that holds a yaml.py imports Python's, as `treadle` itself does."""
+    from treadle.distributed.launch import _safe_path
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [p for p in sys.path if p not in ("", str(tmp_path))])
+    evil = Code(tmp_path / "yaml.py", "")
+    line = [sys.executable, *_safe_path(), "-c" if _safe_path() else "-m", "import yaml; yaml.safe_load"]
+    assert subprocess.run(line).returncode == 0 and not evil.ran
+    monkeypatch.setattr("sys.path", [str(tmp_path), *sys.path])
+    assert _safe_path() == []
 
 
 def test_a_run(code: Code, tmp_path: Path) -> None:

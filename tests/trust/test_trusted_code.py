@@ -104,7 +104,7 @@ def test_a_users_own_run_goes_on_without_asking(code: Code, tmp_path: Path, new_
         new_process()
     code.mark.unlink()
     code.write(MODEL + "# another version\n")
-    with pytest.raises(ConfigError, match="changed since you trusted it.*--trust-code"):
+    with pytest.raises(ConfigError, match=r"changed since you trusted it.*--trust-code"):
         configure(Request(str(folder)), folder)
     assert not code.ran
     configure(Request(str(folder), trust_code=[str(code.path)]), folder)

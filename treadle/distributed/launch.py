@@ -38,7 +38,7 @@ def run_processes(count: int, arguments: Sequence[str], grace: float = GRACE_SEC
     common.setdefault("OMP_NUM_THREADS", str(threads))
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "treadle", *arguments],
+            [sys.executable, *_safe_path(), "-m", "treadle", *arguments],
             env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdin=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C reaches them once, through here
@@ -63,6 +63,12 @@ def run_processes(count: int, arguments: Sequence[str], grace: float = GRACE_SEC
                 process.kill()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _safe_path() -> list[str]:
+    """-P unless this process itself imports from the folder it was started in: `-m` would let files there stand in for
+    modules, and the folder may be somebody else's."""
+    return [] if {"", os.getcwd()} & set(sys.path) else ["-P"]
 
 
 def _wait(processes: list[subprocess.Popen], grace: float) -> int:

@@ -275,7 +275,7 @@ class Model(nn.Module):
 
 def describe(cls: type[Model], config: ModelConfig) -> str:
     """The text of config.json."""
-    table = {"model_type": cls.arch, "architectures": [cls.__name__], **config.model_dump()}
+    table = {"model_type": trusted_code.place_of(cls) or cls.arch, "architectures": [cls.__name__], **config.model_dump()}
     return json.dumps(table, indent=1) + "\n"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from treadle import trusted_code
 from treadle.checkpoint.layout import steps_in
 from treadle.checkpoint.lock import RunLock
 from treadle.checkpoint.writer import clean
@@ -100,7 +101,7 @@ class Trainer:
         )
         # What was resolved is what the run's config.toml says, and what a resumed run keeps.
         if MODELS.get(self.recipe.arch) is not type(model):
-            self.recipe.arch = model.arch
+            self.recipe.arch = trusted_code.place_of(type(model)) or model.arch
         self.recipe.model = model.config.model_dump()
         self.recipe.train.precision = self.precision  # type: ignore[assignment]
         self.recipe.train.global_batch_size = self.plan.global_batch
