@@ -6,12 +6,32 @@ import atexit
 import errno
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core
+
+from treadle import trusted_code
+from treadle.terminal import visible
+from treadle.terminal import write as echo
+
+
+class Verbs(typer.core.TyperGroup):
+    """The verbs; what is wrong with a command line may quote file names, so it is said in visible characters."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as problem:
+            if isinstance(getattr(problem, "message", None), str) and hasattr(problem, "show"):  # an error of the parser
+                problem.message = visible(problem.message)  # type: ignore[attr-defined]
+            raise
+
 
 app = typer.Typer(
+    cls=Verbs,
     help="Train sequence models from scratch: exact, resumable, fair to compare.",
     no_args_is_help=True,
     add_completion=False,
@@ -33,6 +53,11 @@ Split = Annotated[str, typer.Option(help="Which held-out text: validation or tes
 MostRows = Annotated[int | None, typer.Option(min=1, help="At most this many rows, spread over the text.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows in one pass.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Trust = Annotated[
+    list[str] | None,
+    typer.Option("--trust-code", "--trust_code", metavar="FILE.py", callback=lambda files: trusted_code.allow(files or ()),
+                 expose_value=True, help="Code that a run from elsewhere may execute, where it names some."),
+]  # fmt: skip
 
 
 def _request(arguments: list[str]) -> Any:
@@ -40,21 +65,24 @@ def _request(arguments: list[str]) -> Any:
     from treadle.settings import parse_flags
     from treadle.start import Request
 
-    allow: list[str] = []
+    several: dict[str, list[str]] = {"--allow-change": [], "--trust-code": []}  # flags that may be given several times
+    examples = {"--allow-change": "a key, as in --allow-change data.seq_len", "--trust-code": "a file, as in --trust-code model.py"}
     rest: list[str] = []
     index = 0
-    while index < len(arguments):  # the one flag that may be given several times
+    while index < len(arguments):
         word, _, value = arguments[index].partition("=")
+        word = word.replace("_", "-")
         index += 1
-        if word not in ("--allow-change", "--allow_change"):
+        if word not in several:
             rest.append(arguments[index - 1])
             continue
         if not value:
             if index >= len(arguments):
-                raise ConfigError("--allow-change needs a key, as in --allow-change data.seq_len")
+                raise ConfigError(f"{word} needs {examples[word]}")
             value = arguments[index]
             index += 1
-        allow += value.split(",")
+        several[word].append(value)
+    allow = [key for value in several["--allow-change"] for key in value.split(",")]
     words, flags = parse_flags(rest)
     fresh = flags.pop("fresh", "false").lower() == "true"
     weights = flags.pop("from", None)
@@ -63,7 +91,7 @@ def _request(arguments: list[str]) -> Any:
             os.environ.setdefault("LOCAL_RANK", flags.pop(spelling))
     if len(words) > 1:
         raise ConfigError(f"one target at a time: {' '.join(words)!r}; several paths go into --data.path a,b")
-    return Request(words[0] if words else None, flags, fresh, weights, tuple(allow))
+    return Request(words[0] if words else None, flags, fresh, weights, tuple(allow), trust_code=tuple(several["--trust-code"]))
 
 
 def _open_verb(verb: str, arguments: list[str]) -> None:
@@ -125,7 +153,7 @@ def ctl(
     """Say something to a running training, from any terminal that sees its folder."""
     from treadle.monitor.control import send
 
-    typer.echo(send(Path(run), " ".join(words), timeout))
+    echo(send(Path(run), " ".join(words), timeout))
 
 
 @app.command("eval")
@@ -139,6 +167,7 @@ def evaluate(
     stats: Annotated[bool, typer.Option("--stats", help="The architecture's own numbers too (routing, ...).")] = False,
     output: Annotated[str | None, typer.Option(help="Folder for the results; default RUN/results.")] = None,
     device: Device = "auto",
+    trust_code: Trust = None,
 ) -> None:
     """Loss, bits per byte, accuracy and samples of one or more runs, beside simple baselines."""
     from treadle.evaluation.report import evaluate_run, table_of, write_results
@@ -150,12 +179,12 @@ def evaluate(
         home = home_of(Path(reports[-1]["checkpoint"]))
         write_results(Path(output) if output else home / "results", reports[-1])
     for line in table_of(reports):
-        typer.echo(line)
+        echo(line)
     for report in reports:
         for name, value in report.get("stats", {}).items():
-            typer.echo(f"{report['run']}  {name} {value:.4f}")
+            echo(f"{report['run']}  {name} {value:.4f}")
         for sample in report.get("samples", []):
-            typer.echo(f"\n--- {report['run']}, prompt {sample['prompt']!r}\n{sample['prompt']}{sample['text']}")
+            echo(f"\n--- {report['run']}, prompt {sample['prompt']!r}\n{sample['prompt']}{sample['text']}")
 
 
 @app.command()
@@ -167,6 +196,7 @@ def compare(
     batch_size: BatchSize = 16,
     output: Annotated[str | None, typer.Option(help="A JSON file for the table.")] = None,
     device: Device = "auto",
+    trust_code: Trust = None,
 ) -> None:
     """Several runs or checkpoints on the same text: bits per byte, accuracy, parameters, FLOPs, decoding state."""
     from treadle.monitor.records import write_json
@@ -174,7 +204,7 @@ def compare(
 
     table = comparing.compare(runs, data, split, rows, batch_size, device)
     for line in comparing.lines_of(table):
-        typer.echo(line)
+        echo(line)
     if output is not None:
         write_json(Path(output), {"rows": table})
 
@@ -199,6 +229,7 @@ def generate(
     stop: Annotated[str | None, typer.Option(help="End before this text.")] = None,
     show_chunks: Annotated[bool, typer.Option("--show-chunks", help="Colour by learned chunk (hnet).")] = False,
     device: Device = "auto",
+    trust_code: Trust = None,
 ) -> None:
     """Let a trained model continue text. A generation_config.json beside the weights or in the run has other defaults."""
     from treadle.errors import ConfigError
@@ -220,14 +251,13 @@ def generate(
     session = Session(loaded.model, tokenizer, Sampling(**sampling), count, seed, stop)
 
     def write(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        echo(text, end="")
 
     if show_chunks:
         from treadle.generation.chunks import coloured
 
         for line in coloured(loaded.model, tokenizer, (prompt or "") + session.say(prompt or "\n")):
-            write(line + "\n")
+            echo(line, exact=True)
     elif interactive:
         session.interactive(input, write)
     elif prompt_file is not None:
@@ -245,6 +275,7 @@ def export(
     output: Annotated[str | None, typer.Option(help="The folder to write; default RUN/export.")] = None,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16: how the weights are stored.")] = "fp32",
     packed: Annotated[bool, typer.Option("--packed", help="Ternary weights in 1.6 bits each; same answers.")] = False,
+    trust_code: Trust = None,
 ) -> None:
     """The weights of a run as one folder: config.json, model.safetensors and the tokenizer; shards are joined."""
     from treadle.models.export import export as write
@@ -252,7 +283,7 @@ def export(
     folder = write(run, output, precision, packed)
     size = (folder / "model.safetensors").stat().st_size
     ternary = ", ternary ones packed" if packed else ""
-    typer.echo(f"{folder}: {size / 1e6:.1f} MB of weights in {precision}{ternary}; use it like a run: treadle generate {folder}, "
+    echo(f"{folder}: {size / 1e6:.1f} MB of weights in {precision}{ternary}; use it like a run: treadle generate {folder}, "
                f"treadle train --from {folder}")  # fmt: skip
 
 
@@ -276,6 +307,7 @@ def data_prepare(
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 is one for each core.")] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Prepare again, whatever is there.")] = False,
     shard: Annotated[str | None, typer.Option(help="I/N: only the pieces of process I (from 0) of N.")] = None,
+    trust_code: Trust = None,
 ) -> None:
     """Tokenise text once, in parallel; run it again to continue where it stopped. Prints statistics.
 
@@ -297,7 +329,7 @@ def data_prepare(
     else:
         lines = summary.prepare_text(settings, tokenizer, vocab_size, output, fresh, typer.echo)
     for line in lines:
-        typer.echo(line)
+        echo(line)
 
 
 @data_app.command("stats")
@@ -305,12 +337,13 @@ def data_stats(
     path: Annotated[str, typer.Argument(help="Text, or a folder that `data prepare` wrote.")],
     tokenizer: Annotated[str, typer.Option(help="auto, byte, bpe, ..., or a path.")] = "auto",
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a row.")] = 256,
+    trust_code: Trust = None,
 ) -> None:
     """Documents, bytes, tokens, lengths, and how well each packing fills rows."""
     from treadle.data import summary
 
     for line in summary.statistics(path, tokenizer, seq_len):
-        typer.echo(line)
+        echo(line)
 
 
 @data_app.command("show")
@@ -320,12 +353,13 @@ def data_show(
     packing: Annotated[str, typer.Option(help="concat, next_fit, first_fit, best_fit or none.")] = "concat",
     tokenizer: Annotated[str, typer.Option(help="auto, byte, bpe, ..., or a path.")] = "auto",
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a row.")] = 64,
+    trust_code: Trust = None,
 ) -> None:
     """One training row as it reaches the model: each document's tokens and text."""
     from treadle.data import summary
 
     for line in summary.show_row(path, row, packing, tokenizer, seq_len):
-        typer.echo(line)
+        echo(line)
 
 
 @tokenizer_app.command("train")
@@ -344,7 +378,7 @@ def tokenizer_train(
 
     made = Tokenizer.train(kind, training_texts(open_source(path, text_column), (0.0, 0.0), train_bytes), vocab_size)
     made.save(output)
-    typer.echo(f"{made.kind} tokenizer of {made.vocab_size} tokens written to {output}; "
+    echo(f"{made.kind} tokenizer of {made.vocab_size} tokens written to {output}; "
                f"use it with --tokenizer.name {output}")  # fmt: skip
 
 
@@ -352,6 +386,7 @@ def tokenizer_train(
 def tokenizer_show(
     tokenizer: Annotated[str, typer.Argument(help="byte, a tokenizer folder or file, or a run folder.")],
     text: Annotated[str, typer.Option(help="Text to split.")] = "The treadle turned; she smiled.",
+    trust_code: Trust = None,
 ) -> None:
     """What a tokenizer makes of a text."""
     from treadle.text.base import Tokenizer
@@ -359,10 +394,10 @@ def tokenizer_show(
     inside = Path(tokenizer) / "tokenizer"
     made = Tokenizer.load(inside if inside.is_dir() else tokenizer)
     ids = made.encode(text)
-    typer.echo(f"{made.kind}, {made.vocab_size} tokens, end of document {made.eos_id}")
-    typer.echo(f"{len(text.encode())} bytes -> {len(ids)} tokens")
+    echo(f"{made.kind}, {made.vocab_size} tokens, end of document {made.eos_id}")
+    echo(f"{len(text.encode())} bytes -> {len(ids)} tokens")
     for token in ids.tolist():
-        typer.echo(f"{token:>8}  {made.decode([token])!r}")
+        echo(f"{token:>8}  {made.decode([token])!r}")
 
 
 @app.command()
@@ -373,11 +408,11 @@ def models() -> None:
 
     for name in MODELS.names():
         cls = MODELS.get(name)
-        typer.echo(f"{name}: {(cls.__doc__ or '').strip().splitlines()[0]}")
+        echo(f"{name}: {(cls.__doc__ or '').strip().splitlines()[0]}")
         for preset in cls.Config.presets():
             count = parameter_count(cls, cls.Config.with_preset(preset))
-            typer.echo(f"    {preset:<14}{count_label(count):>7} parameters (random until trained)")
-    typer.echo("choose with --model.arch NAME --model.preset PRESET; keys: treadle train --model.arch NAME --help")
+            echo(f"    {preset:<14}{count_label(count):>7} parameters (random until trained)")
+    echo("choose with --model.arch NAME --model.preset PRESET; keys: treadle train --model.arch NAME --help")
 
 
 @app.command()
@@ -387,8 +422,8 @@ def recipes() -> None:
 
     for name, path in builtin_recipes().items():
         lines = [line.lstrip("# ") for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-        typer.echo(f"{name:<18}{lines[0] if lines else ''}")
-    typer.echo("run one with: treadle train NAME")
+        echo(f"{name:<18}{lines[0] if lines else ''}")
+    echo("run one with: treadle train NAME")
 
 
 @app.command()
@@ -402,7 +437,7 @@ def doctor(
 
     lines, healthy = examine.run(run) if run else examine.machine()
     for line in lines:
-        typer.echo(line)
+        echo(line)
     if not healthy:
         raise typer.Exit(65)
 
@@ -446,7 +481,7 @@ def _run() -> int:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except TreadleError as problem:
         if not isinstance(problem, (Stopped, PeerFailed)):  # said already, by this process or by another
-            print(f"{_rank()}error: {problem}", file=sys.stderr)
+            echo(f"{_rank()}error: {problem}", sys.stderr)
         return problem.exit_code
     except KeyboardInterrupt:
         return 130
@@ -456,6 +491,9 @@ def _run() -> int:
     except OSError as problem:
         full = problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         hint = "free some space or write elsewhere with --output_dir" if full else "check the path and its permissions"
-        print(f"{_rank()}error: {problem}; {hint}, then run the same command again", file=sys.stderr)
+        echo(f"{_rank()}error: {problem}; {hint}, then run the same command again", sys.stderr)
         return 74 if full else 2
+    except Exception:  # a defect; what it quotes may be anything
+        echo(traceback.format_exc(), sys.stderr, end="")
+        return 1
     return 0

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from treadle import trusted_code
 from treadle.data.base import Dataset
 from treadle.distributed.environment import detect
 from treadle.errors import ConfigError
@@ -176,6 +177,7 @@ class DistillationTrainer:
 def student_of(teacher: Model, arch: str = STUDENT, seed: int = 0, **keys: Any) -> Model:
     """A student with the teacher's configuration and every weight of it that fits; `keys` change the configuration
     (local_window=0 for a pure state-space model)."""
+    trusted_code.allow_names(arch)
     cls, shape = MODELS.get(arch), _shape_for(arch, teacher.config.model_dump())
     with torch.device("meta"):
         student = cls(cls.Config.with_preset(None, **{**shape, **keys}))  # type: ignore[call-arg]

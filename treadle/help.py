@@ -17,6 +17,7 @@ A key works without its section where it is unambiguous: --max_steps 100 is --tr
   --fresh             start anew in a new folder
   --from RUN          start from the weights of another run
   --allow-change KEY  go on although KEY (or section) differs from what the run was started with
+  --trust-code FILE   let a recipe or run that names FILE.py:CLASS execute FILE.py (a name typed here needs no flag)
 """,
     "plan": """treadle plan [RECIPE.toml | FILE.txt | DIR] [--world N] [--parallel ddp | fsdp] [--key value ...]
 
@@ -73,8 +74,10 @@ def print_options(verb: str, arguments: list[str]) -> None:
             "[model] The architecture's own keys: treadle train --model.arch NAME --help (treadle models lists names)"
         )
         return
+    from treadle import trusted_code
     from treadle.models.catalogue import MODELS
 
+    trusted_code.allow_names(arch)  # typed
     print("\n".join(section_lines("model", MODELS.get(arch).Config)))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from treadle import trusted_code
 from treadle.data.batch import IGNORE, Batch
 from treadle.errors import ConfigError
 from treadle.models.base import Model as BaseModel
@@ -27,7 +28,10 @@ class Model(BaseModel, abstract=True):
     """Base of models of one's own, and `Model.load(run | folder)`: a trained model; a preset's name needs pretrained=False and gives random weights."""
 
     @staticmethod
-    def load(source: str | Path, device: Any = None, pretrained: bool = True) -> BaseModel:
+    def load(
+        source: str | Path, device: Any = None, pretrained: bool = True, trust_code: Sequence[str] = ()
+    ) -> BaseModel:
+        trusted_code.allow(trust_code)
         return load_model(str(source), device, pretrained)
 
 
@@ -36,26 +40,33 @@ def architectures() -> list[str]:
     return MODELS.names()
 
 
-def load(run: str | Path) -> tuple[BaseModel, Tokenizer | None]:
+def load(run: str | Path, trust_code: Sequence[str] = ()) -> tuple[BaseModel, Tokenizer | None]:
     """The trained model and the tokenizer of a run (a folder, a checkpoint, `last`, RUN@best, RUN@STEP); None for a model
-    that reads no text."""
+    that reads no text. trust_code: the files of code that the run may execute, where it names some and is not this user's
+    own."""
+    trusted_code.allow(trust_code)
     loaded = load_run(str(run))
     return loaded.model, loaded.tokenizer
 
 
 def train(
-    recipe: str | Path | None = None, *, quiet: bool = False, allow_change: Sequence[str] = (), **keys: Any
-) -> dict[str, Any]:
+    recipe: str | Path | None = None, *, quiet: bool = False, allow_change: Sequence[str] = (),
+    trust_code: Sequence[str] = (), **keys: Any,
+) -> dict[str, Any]:  # fmt: skip
     """What `treadle train` does, with keys of the configuration as keyword arguments; returns the summary."""
     request = Request(
-        str(recipe) if recipe is not None else None, keys, allow_change=allow_change, flags_are_text=False
-    )
+        str(recipe) if recipe is not None else None, keys, allow_change=allow_change, flags_are_text=False,
+        trust_code=trust_code,
+    )  # fmt: skip
     return run_training(request, Console(quiet=quiet))
 
 
-def plan(recipe: str | Path | Recipe | None = None, world: int = 1, **keys: Any) -> dict[str, Any]:
+def plan(
+    recipe: str | Path | Recipe | None = None, world: int = 1, trust_code: Sequence[str] = (), **keys: Any
+) -> dict[str, Any]:
     """What `treadle plan` says, as numbers. recipe: what `train` takes, or a TrainConfig; keys: of the configuration, or
     flops, bandwidth, overlap, device and rehearse of planning/plan.py."""
+    trusted_code.allow(trust_code)
     own = {name: keys.pop(name) for name in ("flops", "bandwidth", "overlap", "device", "rehearse") if name in keys}
     if not isinstance(recipe, Recipe):
         recipe = compose(Request(str(recipe) if recipe is not None else None, keys, flags_are_text=False).layers())

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from treadle import trusted_code
 from treadle.data.settings import TEXT
 from treadle.data.sources import BUNDLED
 from treadle.data.sources import SUFFIXES as DATA_SUFFIXES
@@ -79,10 +80,12 @@ def target_layer(target: str | None) -> Layer:
         path = builtin[target]
     if path.is_dir() and (path / "config.toml").is_file():
         table = load_table(path / "config.toml")
+        trusted_code.recall(table)
         table.setdefault("run", {})["output_dir"] = str(path)
         return Layer(table, str(path / "config.toml"))
     if path.suffix in RECIPE_SUFFIXES and (path.exists() or path.suffix == ".toml"):
         table = _with_name(load_table(path), path.stem)
+        trusted_code.recall(table)  # a run's config.toml is a recipe too
         if path.suffix == ".json" and "at_end" not in str(table.get("eval", "")):
             table = {**table, "eval.at_end": True}  # an experiment file wants its results in the same command
         return Layer(table, path.name)
@@ -289,4 +292,5 @@ def settled_folder(layers: list[Layer]) -> Path:
 
 def from_leaf_names(arch: str = DEFAULT_ARCHITECTURE, **values: Any) -> Recipe:
     """A Recipe from keyword arguments, any leaf name or alias: `from_leaf_names(max_steps=100, lr=1e-3)`."""
+    trusted_code.allow_names([arch, values])
     return compose([Layer({"model.arch": arch, **values}, "arguments")])

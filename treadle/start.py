@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from treadle import trusted_code
 from treadle.checkpoint.lock import LOCK_FILE, RunLock
 from treadle.errors import ConfigError, InputError, PeerFailed, PeerLost, Stopped
 from treadle.monitor.console import Console
@@ -42,6 +43,11 @@ class Request:
     flags_are_text: bool = True
     base: tuple[Layer, ...] = ()  # below what was typed; with one, no target is no default recipe either
     above: tuple[Layer, ...] = ()  # above it
+    trust_code: Sequence[str] = ()  # FILE.py or MODULE that names in files may refer to
+
+    def __post_init__(self) -> None:
+        trusted_code.allow(self.trust_code)
+        trusted_code.allow_names(self.flags)  # typed, or passed from Python
 
     @functools.cached_property
     def start_weights(self) -> Checkpoint | None:
@@ -61,7 +67,7 @@ class Request:
             return [*self.base, *self.named_layers()]
         from treadle.models.pretrained import read_config
 
-        model = read_config(self.start_weights)["model"]
+        model = read_config(self.start_weights).get("model", {})
         start = Layer({"model": model}, f"the model of {self.weights_from}")
         return [*self.base, start, *self.named_layers()]
 
@@ -73,6 +79,7 @@ def configure(request: Request, folder: Path) -> Recipe:
         recipe = compose(layers)
     else:
         stored = Layer(load_table(folder / CONFIG), "the run", weak=True)
+        trusted_code.recall(stored.table)
         recipe = compose([stored, *layers])
         _refuse_changes(compose([stored]), recipe, request.allow_change)
     recipe.run.output_dir = str(folder)
@@ -334,6 +341,7 @@ def train_in(world: World | None, request: Request, console: Console) -> dict[st
     """`train` among processes that have met."""
     folder = settled_folder(request.named_layers())
     with ExitStack() as stack:
+        stack.enter_context(trusted_code.as_loaded())
         lock: RunLock | None = None
 
         def take_folder() -> str:

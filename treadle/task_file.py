@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from treadle.errors import ConfigError
-from treadle.registry import load_file
+from treadle.trusted_code import allow, load_file, place_of
 
 
 def task_table(path: Path) -> dict[str, Any]:
@@ -16,7 +16,8 @@ def task_table(path: Path) -> dict[str, Any]:
     from treadle.models.base import Model
     from treadle.objectives.base import Objective
 
-    module = load_file(path)
+    allow(path)  # its name was typed
+    module = load_file(path, "task")
     table: dict[str, Any] = {"run.run_name": path.stem}
     for key, base in (("model.arch", Model), ("data.dataset_class", Dataset), ("train.objective", Objective)):
         own = [thing for thing in vars(module).values()
@@ -26,7 +27,7 @@ def task_table(path: Path) -> dict[str, Any]:
             raise ConfigError(f"{path} has several classes on top of {base.__name__} ({', '.join(c.__name__ for c in leaves)}); "
                               f"say which: --{key} {path}:CLASS")  # fmt: skip
         if leaves:
-            table[key] = f"{path.resolve()}:{leaves[0].__name__}"
+            table[key] = place_of(leaves[0])
     if len(table) == 1:
         raise ConfigError(f"{path} holds no Model, Dataset or Objective of treadle, so there is nothing to train")
     own_recipe = getattr(module, "recipe", {})

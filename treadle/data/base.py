@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Position = Any  # JSON: numbers, strings, lists and tables
 
-DATASETS = Registry("dataset", {TEXT: "treadle.data.dataset:TokenDataset"})
+DATASETS = Registry("dataset", {TEXT: "treadle.data.dataset:TokenDataset"}, base="treadle.data.base:Dataset")
 
 
 @dataclass(frozen=True)

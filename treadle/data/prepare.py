@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from treadle import trusted_code
 from treadle.data.order import key
 from treadle.data.shards import DATASET_FILE, SCHEMA, TokenSet, file_sha256, id_type
 from treadle.data.sources import Bad, Document, Piece, Source
@@ -325,7 +326,9 @@ def _run(
     count = (os.cpu_count() or 1) if workers == "auto" else max(1, int(workers))
     if count > 1 and len(jobs) > 1 and source.size() > PARALLEL_FROM:
         context = multiprocessing.get_context("spawn")  # the parent may already run torch's threads
-        with ProcessPoolExecutor(min(count, len(jobs)), mp_context=context) as pool:
+        with ProcessPoolExecutor(
+            min(count, len(jobs)), context, trusted_code.adopt, (trusted_code.share(),)
+        ) as pool:
             futures = [pool.submit(prepare_piece, job) for job in jobs]
             for future in as_completed(futures):
                 future.result()

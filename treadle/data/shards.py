@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from treadle.data.packing import Plan, plan
 from treadle.errors import DataError
 
 DATASET_FILE = "dataset.json"
+_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\.bin")  # nothing that could point outside of the folder
 SCHEMA = 2  # part of the cache key: data prepared by another layout is prepared anew
 
 
@@ -57,9 +59,15 @@ class TokenSet:
         except (OSError, ValueError, KeyError, TypeError, AssertionError) as problem:
             raise DataError(f"{folder / DATASET_FILE} is missing or damaged ({problem}); prepare the data again: "
                             "`treadle data prepare PATH --fresh`") from None  # fmt: skip
-        return TokenSet(folder, described)
+        try:
+            return TokenSet(folder, described)
+        except (KeyError, TypeError, ValueError, AttributeError) as problem:
+            raise DataError(f"{folder / DATASET_FILE} is damaged ({type(problem).__name__}: {problem}); prepare the data again: "
+                            "`treadle data prepare PATH --fresh`") from None  # fmt: skip
 
     def _open(self, record: dict[str, Any]) -> Shard:
+        if not _SHARD.fullmatch(str(record["file"])) or not all(type(record[n]) is int for n in ("ids", "documents")):
+            raise DataError(f"{self.folder / DATASET_FILE} names a shard that is none: {record['file']!r}")
         again = "; prepare the data again: `treadle data prepare PATH --fresh`"
         path = self.folder / record["file"]
         dtype = id_type(self.vocab_size)

@@ -35,6 +35,7 @@ SOURCES = Registry(
         "bin": "treadle.data.sources:TokenFileSource",
         "huggingface": "treadle.data.sources:HuggingFaceSource",
     },
+    base="treadle.data.sources:Source",
 )
 
 

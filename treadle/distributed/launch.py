@@ -53,7 +53,7 @@ def run_processes(count: int, arguments: Sequence[str], grace: float = GRACE_SEC
 def _run(common: dict[str, str], count: int, arguments: Sequence[str], grace: float, notes: Notes) -> int:
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "treadle", *arguments],
+            [sys.executable, *_safe_path(), "-m", "treadle", *arguments],
             env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdin=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C reaches them once, through here
@@ -78,6 +78,12 @@ def _run(common: dict[str, str], count: int, arguments: Sequence[str], grace: fl
                 process.kill()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _safe_path() -> list[str]:
+    """-P unless this process itself imports from the folder it was started in: `-m` would let files there stand in for
+    modules, and the folder may be somebody else's."""
+    return [] if {"", os.getcwd()} & set(sys.path) else ["-P"]
 
 
 def _wait(processes: list[subprocess.Popen], grace: float, notes: Notes) -> int:

@@ -18,6 +18,7 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor, nn
 
+from treadle import trusted_code
 from treadle.checkpoint.tensors import read_tensors, write_tensors
 from treadle.data.batch import Batch
 from treadle.errors import CheckpointError, ConfigError, InputError, ShapeError
@@ -31,6 +32,7 @@ from treadle.registry import nearest
 from treadle.settings import Given, Settings, build_section, option
 
 LM_HEAD = "lm_head"  # the head that gives the logits of tokens
+WEIGHTS_IN_A_BYTE = 5  # ternary ones, packed
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 
@@ -314,7 +316,7 @@ class Model(nn.Module):
 
 def describe(cls: type[Model], config: ModelConfig) -> str:
     """The text of config.json."""
-    table = {"model_type": cls.arch, "architectures": [cls.__name__], **config.model_dump()}
+    table = {"model_type": trusted_code.place_of(cls) or cls.arch, "architectures": [cls.__name__], **config.model_dump()}
     return json.dumps(table, indent=1) + "\n"
 
 
@@ -322,6 +324,7 @@ def build(
     arch: str = "transformer", preset: str | None = None, seed: int = 0, device: Any = "cpu", **keys: Any
 ) -> Model:
     """A randomly initialised model: `build("transformer", hidden_size=256)`. ConfigError for bad names or values."""
+    trusted_code.allow_names(arch)
     cls = MODELS.get(arch)
     return build_from(cls, cls.Config.with_preset(preset, **keys), seed, device)
 
@@ -332,23 +335,39 @@ def build_from(cls: type[Model], config: ModelConfig, seed: int = 0, device: Any
     return model.materialise(seed, device)
 
 
-def from_pretrained(folder: str | Path, device: Any = "cpu") -> Model:
-    """A model from a folder that `save_pretrained` wrote. Raises InputError or CheckpointError with the reason."""
+def from_pretrained(folder: str | Path, device: Any = "cpu", trust_code: Iterable[str] = ()) -> Model:
+    """A model from a folder that `save_pretrained` wrote. Raises InputError or CheckpointError with the reason, and
+    ConfigError where the folder names code that `trust_code` does not."""
     folder = Path(folder)
+    trusted_code.allow(trust_code)
     if not (folder / CONFIG_FILE).is_file():
         raise InputError(f"{folder} holds no {CONFIG_FILE}; give a folder that save_pretrained wrote, or a run")
     try:
         described = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         arch = described.pop("model_type")
         described.pop("architectures", None)
-    except (ValueError, KeyError, AttributeError) as problem:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
         raise CheckpointError(f"{folder / CONFIG_FILE} is damaged: {problem}") from None
     cls = MODELS.get(str(arch))
-    with torch.device("meta"):
-        model = cls(cls.Config.with_preset(None, **described))
+    weights = read_tensors(folder / WEIGHTS_FILE)
+    model = allocated(cls, cls.Config.with_preset(None, **described), weights, device)
+    model.load_weights(weights)
+    return model
+
+
+def allocated(cls: type[Model], config: ModelConfig, weights: dict[str, Tensor], device: Any) -> Model:
+    """A model with memory for its weights, where `weights` can be those: a description from elsewhere may ask for any size.
+    ShapeError when they cannot."""
+    try:
+        with torch.device("meta"):
+            model = cls(config)  # type: ignore[call-arg]
+    except (RuntimeError, OverflowError) as problem:  # sizes beyond 64 bits
+        raise ShapeError(f"the configuration describes a model that cannot be: {problem}") from None
+    if model.parameter_count() > WEIGHTS_IN_A_BYTE * sum(tensor.nbytes for tensor in weights.values()):
+        raise ShapeError(f"the configuration describes a model of {count_label(model.parameter_count())} parameters, and the "
+                         "weights are far fewer; they belong to another model")  # fmt: skip
     model.to_empty(device=device)
     model.tie()
-    model.load_weights(read_tensors(folder / WEIGHTS_FILE))
     return model
 
 

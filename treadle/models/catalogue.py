@@ -10,4 +10,5 @@ MODELS = Registry(
      "ssm": "treadle.models.ssm:SSM", "hgrn_bit": "treadle.models.hgrn_bit:HGRNBit",
      "hnet": "treadle.models.hnet:HNet"},
     aliases={"hnet_bit": "hnet", "hgrn": "hgrn_bit", "hyper_connections": "shc", "mhc": "shc", "gpt2": "transformer", "llama": "transformer", "gpt": "transformer", "dense": "transformer"},
+    base="treadle.models.base:Model",
 )

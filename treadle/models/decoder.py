@@ -14,7 +14,7 @@ class DecoderConfig(LanguageModelConfig):
     hidden_size: int = option(192, aliases=("d_model", "n_embd", "dim"), ge=1)
     """Width D of the residual stream."""
 
-    num_layers: int = option(4, aliases=("n_layers", "n_layer", "num_hidden_layers", "layers"), ge=1)
+    num_layers: int = option(4, aliases=("n_layers", "n_layer", "num_hidden_layers", "layers"), ge=1, le=4096)
     """Number of blocks."""
 
     num_heads: int = option(4, aliases=("n_heads", "n_head", "nhead", "num_attention_heads", "heads"), ge=1)

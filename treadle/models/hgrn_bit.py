@@ -22,7 +22,7 @@ class HGRNBitConfig(RecurrentConfig):
     hidden_size: int = option(256, aliases=("d_model", "dim"), ge=1)
     """Width D of the residual stream."""
 
-    num_layers: int = option(6, aliases=("n_layers", "num_hidden_layers", "layers"), ge=1)
+    num_layers: int = option(6, aliases=("n_layers", "num_hidden_layers", "layers"), ge=1, le=4096)
     """Number of blocks."""
 
     lower_bound: bool = option(False, aliases=("use_lower_bound",))

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
+from treadle import terminal, trusted_code
 from treadle.checkpoint.layout import MANIFEST, checkpoint_name, steps_in
 from treadle.checkpoint.reader import Checkpoint, newest_valid
 from treadle.checkpoint.retention import best_step
 from treadle.errors import CheckpointError, ConfigError, InputError
 from treadle.generation.sampling import stored_defaults
-from treadle.models.base import CONFIG_FILE, Model, ModelConfig, build, from_pretrained
+from treadle.models.base import CONFIG_FILE, Model, ModelConfig, allocated, build, from_pretrained
 from treadle.models.catalogue import MODELS
 from treadle.text.base import Tokenizer
 
@@ -69,7 +70,7 @@ def locate(run: str, warn: Any = None) -> Checkpoint:
 
 
 def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
+    terminal.write(f"warning: {text}", sys.stderr)
 
 
 def _last_run() -> Path:
@@ -83,9 +84,9 @@ def checkpoint_root(run: Path) -> Path:
     """Where a run's checkpoints are; its config.toml may name another place."""
     try:
         configured = tomllib.loads((run / "config.toml").read_text("utf-8")).get("checkpoint", {}).get("checkpoint_dir")
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         configured = None
-    return Path(configured) if configured else run / "checkpoints"
+    return Path(configured) if configured and isinstance(configured, str) else run / "checkpoints"
 
 
 def home_of(checkpoint: Path) -> Path:
@@ -96,9 +97,13 @@ def home_of(checkpoint: Path) -> Path:
 
 def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
     try:
-        return tomllib.loads(checkpoint.text("config.toml"))
-    except tomllib.TOMLDecodeError as problem:
+        config = tomllib.loads(checkpoint.text("config.toml"))
+    except (ValueError, RecursionError) as problem:
         raise CheckpointError(f"{checkpoint.folder}/config.toml cannot be read: {problem}") from None
+    if not all(isinstance(section, dict) for section in config.values()):
+        raise CheckpointError(f"{checkpoint.folder}/config.toml does not hold sections")
+    trusted_code.recall(config)
+    return config
 
 
 def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
@@ -128,7 +133,7 @@ def generation_defaults(folder: Path) -> dict[str, Any]:
         if path.is_file():
             try:
                 table = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as problem:
+            except (ValueError, RecursionError) as problem:
                 raise ConfigError(f"{path} is not JSON: {problem}") from None
             if not isinstance(table, dict):
                 raise ConfigError(f"{path} holds no table")
@@ -141,11 +146,9 @@ def load_run(run: str, device: Any = None, warn: Any = None) -> Loaded:
     checkpoint = locate(run, warn)
     config = read_config(checkpoint)
     cls, shape = read_shape(checkpoint, config)
-    with torch.device("meta"):
-        model = cls(shape)  # type: ignore[call-arg]
-    model.to_empty(device=pick_device(device or "auto"))
-    model.tie()
-    model.load_weights(checkpoint.tensors("model"))
+    weights = checkpoint.tensors("model")
+    model = allocated(cls, shape, weights, pick_device(device or "auto"))
+    model.load_weights(weights)
     return Loaded(model.eval(), read_tokenizer(checkpoint), checkpoint, config)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any, TextIO
 
+from treadle.terminal import visible, write
+
 
 def duration(seconds: float) -> str:
     """3725 -> "1:02:05"."""
@@ -32,18 +34,18 @@ class Console:
         if self.quiet:
             return
         if self._progress is not None:
-            self._progress.console.print(text, markup=False, highlight=False)
+            self._progress.console.print(visible(text), markup=False, highlight=False)
         else:
-            print(text, file=self.stream, flush=True)
+            write(text, self.stream)
 
     def warn(self, text: str) -> None:
         """Warnings go to the error stream, so that a piped output stays clean, and are not `quiet`."""
         if self.silent:
             return
         if self._progress is not None:
-            self._progress.console.print(f"warning: {text}", markup=False, highlight=False, style="yellow")
+            self._progress.console.print(f"warning: {visible(text)}", markup=False, highlight=False, style="yellow")
         else:
-            print(f"warning: {text}", file=sys.stderr, flush=True)
+            write(f"warning: {text}", sys.stderr)
 
     def start(self, done: int, total: int) -> None:
         """Opens the live line (in a terminal)."""

@@ -26,6 +26,7 @@ SINKS = Registry(
         "tensorboard": "treadle.monitor.sinks:TensorBoardSink",
         "wandb": "treadle.monitor.sinks:WandbSink",
     },
+    base="treadle.monitor.sinks:Sink",
 )
 # Which TensorBoard group a training column belongs to; the rest are train/*.
 PERFORMANCE = {"tokens_per_second", "memory_gb", "data_wait", "seconds"}

@@ -28,7 +28,7 @@ OBJECTIVES = Registry("objective", {
     "distill_mixer": "treadle.objectives.distill:MatchMixers",
     "distill_hidden": "treadle.objectives.distill:MatchHidden",
     "distill_logits": "treadle.objectives.distill:MatchLogits",
-})  # fmt: skip
+}, base="treadle.objectives.base:Objective")  # fmt: skip
 
 
 @dataclass

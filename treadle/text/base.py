@@ -28,6 +28,7 @@ TOKENIZERS = Registry(
         "sentencepiece": "treadle.text.sentencepiece:SentencePieceTokenizer",
     },
     aliases={"bytes": "byte", "hf": "huggingface", "character": "char"},
+    base="treadle.text.base:Tokenizer",
 )
 TRAINABLE = ("bpe", "wordpiece", "unigram", "char")
 

@@ -19,6 +19,7 @@ from treadle.errors import ConfigError, InputError
 from treadle.text.base import Tokenizer, read_table, write_meta
 
 EOS_TOKEN = "<|endoftext|>"
+MOST_TOKENS = 1 << 24  # fifty times the largest vocabulary in use
 # What other projects call the token that ends a document, in order of preference.
 EOS_NAMES = (EOS_TOKEN, "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>", "[SEP]", "<|eot_id|>")
 
@@ -76,7 +77,11 @@ class LibraryTokenizer(Tokenizer):
     @functools.cached_property
     def vocab_size(self) -> int:  # type: ignore[override]
         # Ids may have holes, and an id is what an embedding is indexed by.
-        return max(self.inner.get_vocab(with_added_tokens=True).values()) + 1
+        size = max(self.inner.get_vocab(with_added_tokens=True).values()) + 1
+        if size > MOST_TOKENS:
+            raise InputError(f"the tokenizer has a token of id {size - 1}; ids end at {MOST_TOKENS - 1}, since tables of that "
+                             "length are made of them")  # fmt: skip
+        return size
 
     @property
     def eos_id(self) -> int:

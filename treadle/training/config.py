@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from treadle import trusted_code
 from treadle.checkpoint.settings import CheckpointSettings
 from treadle.data.settings import DataSettings
 from treadle.distributed.settings import ParallelSettings
@@ -43,6 +44,9 @@ class RunSettings(Settings):
 
     devices: int | None = option(None, aliases=("num_devices", "nproc_per_node"), ge=1)
     """Processes that `treadle train` starts on this machine, one a GPU or a share of the cores; torchrun does it as well."""
+
+    trusted_code: dict[str, str] | None = option(None)
+    """Written by treadle: the files of code that the run has used (path -> sha256). It allows nothing; --trust-code does."""
 
 
 SECTIONS: dict[str, type[Settings]] = {
@@ -121,7 +125,9 @@ class Recipe:
         return {"run": tables.pop("run"), "model": model, **task, **tables}
 
     def to_toml(self) -> str:
-        return dump_toml(self.tables())
+        tables = self.tables()
+        tables["run"]["trusted_code"] = {**(self.run.trusted_code or {}), **trusted_code.record(tables)} or None
+        return dump_toml(tables)
 
     def fit_while_training(self, word: str, value: Any) -> tuple[str, Any]:
         """The full name of a key that may change between two steps, and `value` (text or not) as it wants it."""

@@ -30,7 +30,7 @@ BUILTIN = {
     "best_model": f"{_HERE}.best_model:BestModel",
     "early_stopping": f"{_HERE}.early_stopping:EarlyStopping",
 }
-CALLBACKS = Registry("callback", BUILTIN)
+CALLBACKS = Registry("callback", BUILTIN, base=f"{_HERE}.base:Callback")
 
 
 class Callback:
