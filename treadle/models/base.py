@@ -321,11 +321,12 @@ def describe(cls: type[Model], config: ModelConfig) -> str:
 
 
 def build(
-    arch: str = "transformer", preset: str | None = None, seed: int = 0, device: Any = "cpu", **keys: Any
+    arch: str | type[Model] = "transformer", preset: str | None = None, seed: int = 0, device: Any = "cpu", **keys: Any
 ) -> Model:
-    """A randomly initialised model: `build("transformer", hidden_size=256)`. ConfigError for bad names or values."""
+    """A randomly initialised model: `build("transformer", hidden_size=256)`, or of a class of one's own. ConfigError for bad
+    names or values."""
     trusted_code.allow_names(arch)
-    cls = MODELS.get(arch)
+    cls = MODELS.get(arch) if isinstance(arch, str) else arch
     return build_from(cls, cls.Config.with_preset(preset, **keys), seed, device)
 
 

@@ -142,8 +142,8 @@ class NextToken(Objective):
         return prompt + text
 
     def samples(self, model: Model, dataset: Dataset, count: int) -> tuple[list[dict[str, str]], dict[str, float]]:
-        if not model.capabilities.decodes or dataset.tokenizer is None or count == 0:
-            return [], {}
+        if not model.capabilities.decodes or dataset.tokenizer is None:
+            return super().samples(model, dataset, count)
         prompts = [PROMPTS[i % len(PROMPTS)] for i in range(count)]
         return sample_texts(model, dataset.tokenizer, prompts, SAMPLE_TOKENS, temperature=SAMPLE_TEMPERATURE)
 

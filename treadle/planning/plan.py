@@ -137,7 +137,7 @@ def plan(
     curve = traffic.curve(worlds, rows_flops, micro * accumulation * shape.length, {w: volume(w).total for w in worlds},
                           reached, bandwidth, overlap)  # fmt: skip
     result: dict[str, Any] = {
-        "architecture": recipe.arch,
+        "architecture": cls.arch,
         "preset": recipe.preset,
         "parameters": sizes.parameters,
         "flops_per_token": 3.0 * model.flops(shape.length) / shape.length,
