@@ -25,6 +25,7 @@ class Task:
     steps: int = 12
     learning_rate: float = 1e-3
     weight_decay: float = 0.1
+    seed: int = 0  # of the weights
 
     @property
     def tokens_per_step(self) -> int:

@@ -27,6 +27,7 @@ class Heartbeat:
         self.board, self.rank, self.size, self.silence = board, rank, size, silence
         self.others = [other for other in range(size) if other != rank]
         self.failed = False  # this process ends badly and has said so
+        self.heard = ""  # why another one does
         self.closed = threading.Event()
         self.thread = threading.Thread(target=self._run, name="treadle-heartbeat", daemon=True)
 
@@ -47,29 +48,31 @@ class Heartbeat:
 
     def word(self) -> str:
         """Why another process ended, if one has said so; empty where nobody has."""
-        return self.board.get(WORD).decode(errors="replace") if self.board.check([WORD]) else ""
+        if not self.heard and self.board.check([WORD]):
+            self.heard = self.board.get(WORD).decode(errors="replace")
+        return self.heard
 
     def reason(self) -> str:
         """The same, waiting a moment: a connection may break before the word arrives."""
         until = time.monotonic() + WORD_SECONDS
         try:
             while time.monotonic() < until:
-                found = self.word()
-                if found:
-                    return found
+                if self.word():
+                    break
                 time.sleep(0.1)
         except GONE:
             pass
-        return ""
+        return self.heard
 
     # ---- ending ----
 
     def close(self) -> None:
-        """This process ends in order: the others need not miss it."""
+        """This process ends; where it has left no word, the others need not miss it."""
         self.closed.set()
         self.thread.join(timeout=5)  # a store that goes while a thread asks it aborts the process
         try:
-            self.board.set(self._key(self.rank), ENDED)
+            if not self.failed:
+                self.board.set(self._key(self.rank), ENDED)
         except GONE:
             pass
 
@@ -77,13 +80,13 @@ class Heartbeat:
         """The closing barrier, after close(): until the others are done too, so that nobody finds a connection broken
         that it still needs. It forgives: after a failure (orderly = False, or another's word) nobody waits for work to be
         done, and a process that holds the store only until the others have read why."""
-        until, left = time.monotonic() + CLOSING_SECONDS, [f"treadle/left/{other}" for other in self.others]
+        until, left = time.monotonic() + CLOSING_SECONDS, [self._left(other) for other in self.others]
         try:
             while orderly and time.monotonic() < until and not self._all_ended():
                 orderly = not self.word()
                 time.sleep(0.02)
-            self.board.set(f"treadle/left/{self.rank}", "1")
-            until = time.monotonic() + WORD_SECONDS + 1
+            self.board.set(self._left(self.rank), "1")
+            until = time.monotonic() + BEAT_SECONDS + 1
             while holds_store and time.monotonic() < until and not self.board.check(left):
                 time.sleep(0.02)
         except GONE:
@@ -98,8 +101,12 @@ class Heartbeat:
     def _key(self, rank: int) -> str:
         return f"treadle/alive/{rank}"
 
+    def _left(self, rank: int) -> str:
+        """That process needs the store no more."""
+        return f"treadle/left/{rank}"
+
     def _run(self) -> None:
-        count, said, seen = 0, 0.0, {other: ("", time.monotonic()) for other in self.others}
+        count, since, seen = 0, 0.0, {other: ("", time.monotonic()) for other in self.others}
         while not self.closed.wait(BEAT_SECONDS):
             count += 1
             try:
@@ -109,17 +116,18 @@ class Heartbeat:
                     now = self.board.get(self._key(other)).decode() if there else ""
                     if now != before or now == ENDED:
                         seen[other] = (now, time.monotonic())
-                word = self.word()
+                if not self.heard and self.word():
+                    self.board.set(self._left(self.rank), "1")
             except GONE:  # the store's own process is gone
                 if 0 in seen and seen[0][0] == ENDED:
                     return  # it was done, and has waited long enough
                 if not self.closed.wait(self.silence / 4):
-                    self._end("the process that holds the rendezvous is gone")
+                    self._end(self.heard or "the process that holds the rendezvous is gone")
                 return
-            if word and not self.failed:
-                said = said or time.monotonic()
-                if time.monotonic() - said > FAILED_SECONDS:
-                    self._end(word)
+            if self.heard and not self.failed:
+                since = since or time.monotonic()
+                if time.monotonic() - since > FAILED_SECONDS:
+                    self._end(self.heard)
             for other, (_, when) in seen.items():
                 if time.monotonic() - when > self.silence:
                     self._end(f"process {other} has given no sign of life for {self.silence:.0f} s")

@@ -72,21 +72,16 @@ class World:
         with deaf():
             if self.heartbeat is not None:
                 self.heartbeat.close()
-            if not self._orderly:
-                self._abort()  # those who wait for this process notice now
-            if self.heartbeat is not None:
                 self.heartbeat.wait_for_others(self._orderly, self.holds_store)
                 self.heartbeat = None
             with contextlib.suppress(Exception):
-                if self._orderly and dist.is_initialized():
-                    dist.destroy_process_group()
+                if dist.is_initialized():
+                    self._take_down()
 
-    @staticmethod
-    def _abort() -> None:
-        abort = getattr(dist.distributed_c10d, "_abort_process_group", dist.destroy_process_group)
-        with contextlib.suppress(Exception):
-            if dist.is_initialized():
-                abort()
+    def _take_down(self) -> None:
+        # Where something went wrong, what is under way on a GPU will never end: it is dropped instead of waited for.
+        abort = getattr(dist.distributed_c10d, "_abort_process_group", None)
+        dist.destroy_process_group() if self._orderly or abort is None else abort()
 
     def background(self) -> World:
         """The same processes over a group of its own, so that a thread's exchanges never mix with the main thread's."""
