@@ -13,6 +13,7 @@ from treadle.errors import InputError
 from treadle.evaluation.baselines import baselines
 from treadle.evaluation.evaluator import Evaluator
 from treadle.evaluation.text_checks import sample_texts
+from treadle.files import write_atomically
 from treadle.models.pretrained import Loaded, load_run
 from treadle.monitor.records import write_json
 from treadle.text.base import Tokenizer
@@ -104,4 +105,4 @@ def write_results(folder: Path, report: dict[str, Any]) -> None:
     write_json(folder / "evaluation_results.json", report)
     if "samples" in report:
         text = "\n\n".join(f"=== {json.dumps(s['prompt'])}\n{s['prompt']}{s['text']}" for s in report["samples"])
-        (folder / "generations.txt").write_text(text + "\n", encoding="utf-8")
+        write_atomically(folder / "generations.txt", text + "\n")
