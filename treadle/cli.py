@@ -11,27 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import typer.core
 
 from treadle import trusted_code
-from treadle.terminal import visible
 from treadle.terminal import write as echo
 
-
-class Verbs(typer.core.TyperGroup):
-    """The verbs; what is wrong with a command line may quote file names, so it is said in visible characters."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except Exception as problem:
-            if isinstance(getattr(problem, "message", None), str) and hasattr(problem, "show"):  # an error of the parser
-                problem.message = visible(problem.message)  # type: ignore[attr-defined]
-            raise
-
-
 app = typer.Typer(
-    cls=Verbs,
     help="Train sequence models from scratch: exact, resumable, fair to compare.",
     no_args_is_help=True,
     add_completion=False,
@@ -56,7 +40,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Trust = Annotated[
     list[str] | None,
     typer.Option("--trust-code", "--trust_code", metavar="FILE.py", callback=lambda files: trusted_code.allow(files or ()),
-                 expose_value=True, help="Code that a run from elsewhere may execute, where it names some."),
+                 help="Code that a run from elsewhere may execute, where it names some."),
 ]  # fmt: skip
 
 

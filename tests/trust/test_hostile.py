@@ -12,14 +12,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import treadle
 from tests.trust.conftest import Code
 from treadle import trusted_code
 from treadle.checkpoint import writer
-from treadle.data.shards import TokenSet
+from treadle.checkpoint.lock import RunLock
+from treadle.data.shards import TokenSet, _stored_plan
 from treadle.errors import CheckpointError, ConfigError, DataError, InputError, ShapeError, TreadleError
+from treadle.evaluation.report import write_results
 from treadle.models.base import build
 from treadle.models.pretrained import load_run
 from treadle.recipe import compose, settled_folder, target_layer
@@ -164,6 +167,59 @@ def test_a_checkpoints_folder_that_is_a_link(tmp_path: Path) -> None:
     inside.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError):
         load_run(str(run))
+
+
+@pytest.mark.parametrize("name", ["LOCK", "metrics.jsonl", "training_log.csv", "events.jsonl", "samples/step-00000001.txt"])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_run_whose_files_are_links_is_not_trained(name: str, there: bool, tmp_path: Path) -> None:
+    run, victim = checkpoint(tmp_path / "run"), tmp_path / "victim"
+    if there:
+        victim.write_text("mine")
+    (run / name).parent.mkdir(exist_ok=True)
+    (run / name).symlink_to(victim)
+    with pytest.raises(ConfigError, match="is a link to"):
+        treadle.train(run, quiet=True)
+    assert victim.read_text() == "mine" if there else not victim.exists()
+
+
+def test_links_within_a_run_are_its_own_business(tmp_path: Path) -> None:
+    (tmp_path / "run" / "wandb").mkdir(parents=True)
+    (tmp_path / "run" / "wandb" / "a.log").write_text("x")
+    (tmp_path / "run" / "wandb" / "debug.log").symlink_to("a.log")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "disk")
+    RunLock(tmp_path / "run").release()
+
+
+def test_results_do_not_follow_links(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    for name in ("evaluation_results.json", "generations.txt"):
+        for link in (name, f".{name}.part"):
+            (tmp_path / link).symlink_to(victim)
+    write_results(tmp_path, {"samples": [{"prompt": "a", "text": "b"}]})
+    assert victim.read_text() == "mine" and (tmp_path / "generations.txt").read_text().startswith("===")
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_plans_that_are_none(number: int, tmp_path: Path) -> None:
+    """The plan of a packing lies beside a shard; one that does not fit it is made anew."""
+    path, good = tmp_path / "plan.npz", (np.array([0, 2]), np.array([0, 3]), np.array([3, 2]))
+
+    def write(rows: np.ndarray, start: np.ndarray, length: np.ndarray, save: Callable[..., None] = np.savez) -> None:
+        save(path, row_starts=rows, start=start, length=length)
+
+    write(*good)
+    assert _stored_plan(path, 5) is not None and _stored_plan(path, 4) is None
+    wrong: list[Callable[[], object]] = [
+        lambda: path.write_bytes(b"PK\3\4nonsense"), lambda: path.unlink(),
+        lambda: write(good[0], good[1] - 1, good[2]), lambda: write(np.array([0, 9]), *good[1:]),
+        lambda: write(np.array([0.0, 2.0]), *good[1:]),
+        lambda: write(np.zeros(1 << 27, dtype=np.int8), *good[1:], np.savez_compressed),
+    ]  # fmt: skip
+    wrong[number]()
+    with little_memory(1 << 26):
+        assert _stored_plan(path, 5) is None
 
 
 # ---- sizes ----

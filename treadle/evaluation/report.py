@@ -12,6 +12,7 @@ from treadle.data.dataset import splits_of
 from treadle.data.settings import DataSettings
 from treadle.errors import InputError
 from treadle.evaluation.evaluator import Evaluator
+from treadle.files import write_atomically
 from treadle.models.pretrained import Loaded, load_run
 from treadle.monitor.records import write_json
 from treadle.objectives.base import OBJECTIVES, Metric, Objective
@@ -128,4 +129,4 @@ def write_results(folder: Path, report: dict[str, Any]) -> None:
     write_json(folder / "evaluation_results.json", report)
     if "samples" in report:
         text = "\n\n".join(f"=== {json.dumps(s['prompt'])}\n{s['prompt']}{s['text']}" for s in report["samples"])
-        (folder / "generations.txt").write_text(text + "\n", encoding="utf-8")
+        write_atomically(folder / "generations.txt", text + "\n")
