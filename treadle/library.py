@@ -67,7 +67,8 @@ def train(
 ) -> dict[str, Any]:  # fmt: skip
     """What `treadle train` does, with keys of the configuration as keyword arguments; returns the summary. recipe: a
     path, a built-in name, a recipe's table as a dictionary, or a TrainConfig. ConfigError for keys that there are not."""
-    request = Request(_target(recipe), keys, allow_change=allow_change, flags_are_text=False)
+    request = Request(_target(recipe), keys, allow_change=allow_change, flags_are_text=False,
+                      other_flags=("quiet", "allow_change"))  # fmt: skip
     return run_training(request, Console(quiet=quiet))
 
 
@@ -78,7 +79,8 @@ def plan(
     flops, bandwidth, overlap, memory, device and rehearse of planning/plan.py."""
     own = {name: keys.pop(name) for name in PLAN_KEYS if name in keys}
     if not isinstance(recipe, Recipe) or keys:
-        recipe = compose(Request(_target(recipe), keys, flags_are_text=False).layers())
+        request = Request(_target(recipe), keys, flags_are_text=False, other_flags=("world", *PLAN_KEYS))
+        recipe = compose(request.layers())
     return make_plan(recipe, world, **own)
 
 

@@ -231,11 +231,10 @@ def _understood(words: Vocabulary, given: dict[str, Given], with_model: bool) ->
 def _unknown(words: Vocabulary, name: str, one: Given, own: list[str], of_model: bool = False) -> ConfigError:
     """The error for a key that nobody knows; the model's own keys are the likelier ones."""
     others = [] if of_model else [*words.all_names(), *words.other_flags, *(w for s in MODEL_CHOICE.values() for w in s)]
-    near = nearest(name, others, preferred=own)
-    more = f" (keys of {words.arch}: treadle train --model.arch {words.arch} --help)" if own and any(
-        f"'{key}'" in near for key in own) else ""  # fmt: skip
-    if near.startswith("there is") and not of_model:
-        near = "none is like it; treadle train --help all lists every key"
+    theirs = f"treadle train --model.arch {words.arch} --help model"
+    near = nearest(name, others, preferred=own, otherwise=f"none is like it; {theirs if of_model else 'treadle train --help all'} "
+                   "lists them")  # fmt: skip
+    more = f" (keys of {words.arch}: {theirs})" if any(f"'{key}'" in near for key in own) else ""
     return ConfigError(f"{one.origin} = {shown(one.value)}: unknown key: {near}{more}")
 
 

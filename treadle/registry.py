@@ -23,10 +23,11 @@ PREFERENCE = 0.1  # num_layers is nearer to num_workers (.67) than to num_blocks
 
 def nearest(
     word: str, known: Iterator[str] | list[str], count: int = 3, *, preferred: Iterable[str] = (),
-    meant: Mapping[str, str] | None = None,
+    meant: Mapping[str, str] | None = None, otherwise: str | None = None,
 ) -> str:  # fmt: skip
-    """A 'did you mean' clause for `word`, or the list of what there is when nothing is near. `preferred` names win over
-    others that are a little nearer; `meant` says what to write for a name that is only another word for it."""
+    """A 'did you mean' clause for `word`, or `otherwise` (default the list of what there is) when nothing is near.
+    `preferred` names win over others that are a little nearer; `meant` says what to write for a name that is only another
+    word for it."""
     preferred = set(preferred)
     known = sorted({*known, *preferred})
     matcher = difflib.SequenceMatcher(b=word)
@@ -40,6 +41,8 @@ def nearest(
     known = sorted({(meant or {}).get(name, name) for name in known})
     if close:
         return f"did you mean {' or '.join(repr(name) for name in close)}?"
+    if otherwise is not None:
+        return otherwise
     shown = ", ".join(known[:40])
     return f"there is: {shown}"
 

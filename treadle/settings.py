@@ -90,6 +90,10 @@ class Refused(ConfigError):
     def __init__(self, section: str, key: str | None, value: Any, reason: str) -> None:
         self.key, self.value, self.reason = key, value, reason
         super().__init__(self.said_of(section))
+        self.section = section
+
+    def __reduce__(self) -> Any:  # from a worker process to its parent
+        return Refused, (self.section, self.key, self.value, self.reason)
 
     def said_of(self, section: str) -> str:
         return f"{section}: {self.reason}" if self.key is None else f"{section}.{self.key} = {shown(self.value)}: {self.reason}"
@@ -111,7 +115,9 @@ def _no_such_key(cls: type[Settings], name: str) -> str:
     names = {word: key for key in cls.model_fields for word in (key, *cls.key_info(key)["aliases"])}
     if plain(name) in names:
         return f"unknown key; it is called {names[plain(name)]!r} here"
-    return f"unknown key: {nearest(plain(name), list(names), meant=names)}"
+    place = "--model.arch NAME --help model" if cls.section_name() == "model" else f"--help {cls.section_name()}"
+    otherwise = f"none is like it; treadle train {place} lists them"
+    return f"unknown key: {nearest(plain(name), list(names), meant=names, otherwise=otherwise)}"
 
 
 def shown(value: Any) -> str:
@@ -357,7 +363,8 @@ class Vocabulary:
         if len(elsewhere) == 1:
             self.notes.append(f"{origin}: {section}.{name} belongs to [{elsewhere[0]}] and was read as such")
             return self._given(elsewhere[0], plain(name), value, origin, from_text)
-        raise ConfigError(f"{origin}: {section}.{name} = {shown(value)}: unknown key: {nearest(plain(name), list(known))}")
+        near = nearest(plain(name), list(known), otherwise=f"none is like it; treadle train --help {section} lists them")
+        raise ConfigError(f"{origin}: {section}.{name} = {shown(value)}: unknown key: {near}")
 
     def _sections_with(self, name: str) -> list[str]:
         # A key's own name wins over an alias of the same spelling elsewhere.

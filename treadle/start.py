@@ -42,7 +42,7 @@ class Request:
     flags_are_text: bool = True
     base: tuple[Layer, ...] = ()  # below what was typed; with one, no target is no default recipe either
     above: tuple[Layer, ...] = ()  # above it
-    other_flags: tuple[str, ...] = ("fresh", "from", "allow-change")  # what the verb takes beside keys
+    other_flags: tuple[str, ...] = ("fresh", "from", "allow-change", "help")  # what the verb takes beside keys
 
     @functools.cached_property
     def start_weights(self) -> Checkpoint | None:
@@ -58,7 +58,7 @@ class Request:
 
     def _flag_layer(self) -> Layer:
         if not self.flags_are_text:
-            return Layer(dict(self.flags or {}), "arguments")
+            return Layer(dict(self.flags or {}), "arguments", other_flags=self.other_flags)
         return Layer(dict(self.flags or {}), "flag", from_text=True, other_flags=self.other_flags)
 
     def layers(self) -> list[Layer]:
@@ -294,12 +294,17 @@ def devices(request: Request) -> int:
 
     launch = detect()
     layers = request.named_layers()
-    wanted = settled_section(layers, "run").devices
+    settled = settled_section(layers, "run")
+    wanted = settled.devices
     if launch.size > 1:
         if wanted not in (None, 1, launch.local_size):
             raise ConfigError(f"run.devices = {wanted}, but {launch.local_size} process(es) were started on this machine; "
                               "leave the key out")  # fmt: skip
         return 1
+    if wanted is not None and wanted > 1:
+        from treadle.distributed.launch import refuse_too_many
+
+        refuse_too_many(wanted, settled.device)
     return wanted or 1
 
 
@@ -383,7 +388,7 @@ def plan(request: Request, console: Console | None = None) -> dict[str, Any]:
     console = console or Console()
     flags = dict(request.flags or {})
     own = {name: flags.pop(name) for name in PLAN_FLAGS if name in flags}
-    request = replace(request, flags=flags, other_flags=("from", *PLAN_FLAGS))
+    request = replace(request, flags=flags, other_flags=("from", "help", *PLAN_FLAGS))
     recipe = compose(request.layers())
     device = "cpu" if recipe.run.device == "auto" and "flops" not in own else recipe.run.device
     numbers = {name: own[name] for name in ("world", "memory", "flops", "bandwidth", "overlap") if name in own}
