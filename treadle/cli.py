@@ -379,7 +379,7 @@ def models() -> None:
         for preset in cls.Config.presets():
             count = parameter_count(cls, cls.Config.with_preset(preset))
             typer.echo(f"    {preset:<14}{count_label(count):>7} parameters (random until trained)")
-    typer.echo("choose with --model.arch NAME --model.preset PRESET; keys: treadle train --model.arch NAME --help")
+    typer.echo("choose with --model.arch NAME --model.preset PRESET; keys: treadle train --model.arch NAME --help model")
 
 
 @app.command()
