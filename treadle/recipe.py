@@ -8,6 +8,7 @@ imports no torch unless a model key has to be understood.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from treadle.errors import ConfigError
 from treadle.models.catalogue import MODELS
 from treadle.objectives.settings import DEFAULT_OBJECTIVE
 from treadle.registry import nearest
-from treadle.settings import Given, Settings, Vocabulary, build_section, fit_value, load_table, merge, plain
+from treadle.settings import Given, Settings, Vocabulary, build_section, fit_value, load_table, merge, plain, shown
 from treadle.training.config import DEFAULT_ARCHITECTURE, SECTIONS, Recipe
 
 RECIPE_SUFFIXES = (".toml", ".yaml", ".yml", ".json")
@@ -58,6 +59,7 @@ class Layer:
     origin: str
     from_text: bool = False
     weak: bool = False  # a stored run's values: an explicit "auto" above does not override them
+    other_flags: tuple[str, ...] = ()  # what the verb takes beside keys, for what a misspelt key may have meant
 
 
 def recipe_folder() -> Path:
@@ -70,8 +72,11 @@ def builtin_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(recipe_folder().glob("*.toml"))}
 
 
-def target_layer(target: str | None) -> Layer:
-    """What a user named to train on (nothing, a built-in recipe, a recipe file, a task file, text, a folder) as a layer."""
+def target_layer(target: str | Mapping[str, Any] | None) -> Layer:
+    """What a user named to train on (nothing, a built-in recipe, a recipe file, a task file, text, a folder, or a recipe's
+    table) as a layer."""
+    if isinstance(target, Mapping):
+        return Layer(dict(target), "recipe")
     builtin = builtin_recipes()
     if target is None:
         target = DEFAULT_RECIPE
@@ -119,6 +124,7 @@ def compose(layers: list[Layer], with_model: bool = True) -> Recipe:
     with_model=False leaves the model section raw (no torch); then a leaf name no core section knows is an error.
     """
     words = vocabulary()
+    words.other_flags = tuple(name for layer in layers for name in layer.other_flags)
     stacked = [(layer, merge(words.flatten(layer.table, layer.origin, layer.from_text))) for layer in layers]
     stacked = _with_deepspeed(words, stacked)
     arch, preset = DEFAULT_ARCHITECTURE, None
@@ -138,7 +144,7 @@ def compose(layers: list[Layer], with_model: bool = True) -> Recipe:
             reset = number
     model_class = MODELS.get(arch) if with_model else None
     if model_class is not None:
-        words.sections["model"] = model_class.Config
+        words.sections["model"], words.arch = model_class.Config, arch
         recommended = model_class.Config.recommended(preset)
         if recommended:
             origin = f"recommended for {arch} {preset}"
@@ -243,7 +249,7 @@ def _understood(words: Vocabulary, given: dict[str, Given], with_model: bool) ->
         elif choice is not None:
             continue
         elif section == "?" and not with_model:
-            raise ConfigError(f"{one.origin}: unknown key: {nearest(name, words.all_names())}")
+            raise _unknown(words, name, one, [])
         elif with_model and (section == "task" or (section == "?" and name in words.names_of("task"))):
             understood.append(_open_key(words, "task", name, one, leaf=False))
         elif section in ("model", "?") and with_model:
@@ -253,6 +259,16 @@ def _understood(words: Vocabulary, given: dict[str, Given], with_model: bool) ->
     return merge(understood)
 
 
+def _unknown(words: Vocabulary, name: str, one: Given, own: list[str], of_model: bool = False) -> ConfigError:
+    """The error for a key that nobody knows; the model's own keys are the likelier ones."""
+    others = [] if of_model else [*words.all_names(), *words.other_flags, *(w for s in MODEL_CHOICE.values() for w in s)]
+    theirs = f"treadle train --model.arch {words.arch} --help model"
+    near = nearest(name, others, preferred=own, otherwise=f"none is like it; {theirs if of_model else 'treadle train --help all'} "
+                   "lists them")  # fmt: skip
+    more = f" (keys of {words.arch}: {theirs})" if any(f"'{key}'" in near for key in own) else ""
+    return ConfigError(f"{one.origin} = {shown(one.value)}: unknown key: {near}{more}")
+
+
 def _open_key(words: Vocabulary, section: str, name: str, one: Given, leaf: bool) -> Given:
     """A key of [model] or [task], checked against the class that is known by now."""
     if section not in words.sections:
@@ -260,8 +276,7 @@ def _open_key(words: Vocabulary, section: str, name: str, one: Given, leaf: bool
     cls = words.sections[section]
     names = words.names_of(section)
     if name not in names:
-        known = words.all_names() if leaf else list(names)
-        raise ConfigError(f"{one.origin}: unknown key: {nearest(name, known)}")
+        raise _unknown(words, name, one, list(names), of_model=not leaf)
     if name in cls.translations:
         ((dotted, value),) = cls.translations[name](one.value).items()
         key = dotted.partition(".")[2]

@@ -10,7 +10,7 @@ import difflib
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,31 @@ from typing import Any
 from treadle import trusted_code
 from treadle.errors import ConfigError
 
+PREFERENCE = 0.1  # num_layers is nearer to num_workers (.67) than to num_blocks (.60), which an hnet has instead
 
-def nearest(word: str, known: Iterator[str] | list[str], count: int = 3) -> str:
-    """A 'did you mean' clause for `word`, or the list of what there is when nothing is near."""
-    known = sorted(set(known))
-    close = difflib.get_close_matches(word, known, n=count, cutoff=0.6)
+
+def nearest(
+    word: str, known: Iterator[str] | list[str], count: int = 3, *, preferred: Iterable[str] = (),
+    meant: Mapping[str, str] | None = None, otherwise: str | None = None,
+) -> str:  # fmt: skip
+    """A 'did you mean' clause for `word`, or `otherwise` (default the list of what there is) when nothing is near.
+    `preferred` names win over others that are a little nearer; `meant` says what to write for a name that is only another
+    word for it."""
+    preferred = set(preferred)
+    known = sorted({*known, *preferred})
+    matcher = difflib.SequenceMatcher(b=word)
+    scored = []
+    for name in known:
+        matcher.set_seq1(name)
+        scored.append((matcher.ratio() + PREFERENCE * (name in preferred), name))
+    lowest = max(0.6, max((score for score, _ in scored), default=0.0) - 0.2)  # a sure guess needs no others beside it
+    near = [name for score, name in sorted(scored, key=lambda one: (-one[0], one[1])) if score >= lowest]
+    close = list(dict.fromkeys((meant or {}).get(name, name) for name in near))[:count]
+    known = sorted({(meant or {}).get(name, name) for name in known})
     if close:
         return f"did you mean {' or '.join(repr(name) for name in close)}?"
+    if otherwise is not None:
+        return otherwise
     shown = ", ".join(known[:40])
     return f"there is: {shown}"
 

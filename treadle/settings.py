@@ -13,9 +13,9 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -44,11 +44,34 @@ class Settings(BaseModel):
     """Base of every section. Unknown keys are errors, types are strict, docstrings under the keys are their help."""
 
     model_config = ConfigDict(
-        strict=True, extra="forbid", use_attribute_docstrings=True, validate_assignment=True, protected_namespaces=()
-    )
+        strict=True, extra="forbid", use_attribute_docstrings=True, validate_assignment=True, protected_namespaces=(),
+        defer_build=True,  # help reads keys alone: no validator is built for it (a third of the time of --help)
+    )  # fmt: skip
 
     # Words that set other keys: spelled -> function(value) -> {dotted key: value}.
     translations: ClassVar[dict[str, Callable[[Any], dict[str, Any]]]] = {}
+    # The section's name in messages, where it is not the class's name without "Settings".
+    called: ClassVar[str] = ""
+
+    def __init__(self, **values: Any) -> None:
+        """ConfigError for keys that there are not and values that do not fit, naming the nearest key."""
+        values = {key: str(value) if isinstance(value, PurePath) else value for key, value in values.items()}
+        try:
+            super().__init__(**values)
+        except ValidationError as problem:
+            raise _refusal(type(self), values, problem) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        try:
+            super().__setattr__(name, value)
+        except ValidationError as problem:
+            raise _refusal(type(self), {name: value}, problem) from None
+        except ValueError:  # pydantic's own words for a field that there is not
+            raise Refused(type(self).section_name(), name, value, _no_such_key(type(self), name)) from None
+
+    @classmethod
+    def section_name(cls) -> str:
+        return cls.called or cls.__name__.removesuffix("Settings").lower()
 
     @classmethod
     def key_info(cls, name: str) -> dict[str, Any]:
@@ -59,6 +82,48 @@ class Settings(BaseModel):
     @classmethod
     def first_key(cls) -> str:
         return next(iter(cls.model_fields))
+
+
+class Refused(ConfigError):
+    """A key or value that a section does not take; `key` is None where a rule spans several."""
+
+    def __init__(self, section: str, key: str | None, value: Any, reason: str) -> None:
+        self.key, self.value, self.reason = key, value, reason
+        super().__init__(self.said_of(section))
+        self.section = section
+
+    def __reduce__(self) -> Any:  # from a worker process to its parent
+        return Refused, (self.section, self.key, self.value, self.reason)
+
+    def said_of(self, section: str) -> str:
+        return f"{section}: {self.reason}" if self.key is None else f"{section}.{self.key} = {shown(self.value)}: {self.reason}"
+
+
+def _refusal(cls: type[Settings], values: dict[str, Any], problem: ValidationError) -> Refused:
+    details = problem.errors()
+    key = str(details[0]["loc"][0]) if details[0]["loc"] else None
+    if key is None or key not in values:
+        return Refused(cls.section_name(), None, None, _reasons(details))
+    if key not in cls.model_fields:
+        return Refused(cls.section_name(), key, values[key], _no_such_key(cls, key))
+    reason = _reason(values[key], [d for d in details if d["loc"][:1] == (key,)], _enumeration(cls, key))
+    return Refused(cls.section_name(), key, values[key], reason)
+
+
+def _no_such_key(cls: type[Settings], name: str) -> str:
+    """What to write instead of a key that the section has not; other words for a key lead to its name."""
+    names = {word: key for key in cls.model_fields for word in (key, *cls.key_info(key)["aliases"])}
+    if plain(name) in names:
+        return f"unknown key; it is called {names[plain(name)]!r} here"
+    place = "--model.arch NAME --help model" if cls.section_name() == "model" else f"--help {cls.section_name()}"
+    otherwise = f"none is like it; treadle train {place} lists them"
+    return f"unknown key: {nearest(plain(name), list(names), meant=names, otherwise=otherwise)}"
+
+
+def shown(value: Any) -> str:
+    """A value in a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def plain(word: str) -> str:
@@ -113,6 +178,8 @@ def _adapter(section: type[Settings], name: str) -> TypeAdapter[Any]:
 
 def fit_value(section: type[Settings], name: str, value: Any, from_text: bool) -> Any:
     """`value` as key `name` of `section` wants it, or ConfigError saying key, value, and what is allowed."""
+    if isinstance(value, PurePath):
+        value = str(value)
     info = section.key_info(name)
     choices = _enumeration(section, name)
 
@@ -145,20 +212,19 @@ def fit_value(section: type[Settings], name: str, value: Any, from_text: bool) -
         except ValidationError as problem:
             first_problem = first_problem or problem
     assert first_problem is not None
-    raise ConfigError(_explain(name, value, first_problem, choices))
+    raise ConfigError(f"{name} = {value!r}: {_reason(value, first_problem.errors(), choices)}")
 
 
-def _explain(key: str, value: Any, problem: ValidationError, choices: list[str]) -> str:
-    details = problem.errors()
-    messages = []
-    for detail in details:
-        message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ").strip()
-        if message not in messages:
-            messages.append(message)
-    text = "; or ".join(messages[:3])
+def _reason(value: Any, details: Sequence[Any], choices: list[str]) -> str:
     if choices and isinstance(value, str):
-        text = f"{nearest(plain(value), choices)} (allowed: {', '.join(choices)})"
-    return f"{key} = {value!r}: {text}"
+        near = nearest(plain(value), choices)
+        return (f"{near} " if "did you mean" in near else "") + f"(allowed: {', '.join(choices)})"
+    return _reasons(details)
+
+
+def _reasons(details: Sequence[Any]) -> str:
+    messages = [detail["msg"].removeprefix("Value error, ").removeprefix("Input ").strip() for detail in details]
+    return "; or ".join(list(dict.fromkeys(messages))[:3])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,6 +307,8 @@ class Vocabulary:
     section_aliases: dict[str, str] = field(default_factory=dict)
     open_sections: frozenset[str] = frozenset()  # sections whose keys are known only later (model)
     notes: list[str] = field(default_factory=list)
+    other_flags: tuple[str, ...] = ()  # what the verb takes beside keys
+    arch: str = ""  # whose keys [model] holds, once it is known
 
     def names_of(self, section: str) -> dict[str, str]:
         """Every accepted name inside a section -> its key; translated words map to themselves."""
@@ -273,7 +341,7 @@ class Vocabulary:
                 found += self._within(section, first, value, origin, from_text)
             elif rest:
                 raise ConfigError(
-                    f"{origin}: unknown section {head!r} in {written!r}: "
+                    f"{origin}: {written} = {shown(value)}: unknown section {head!r}: "
                     f"{nearest(plain(head), [*self.sections, *self.open_sections])}"
                 )
             else:
@@ -295,7 +363,8 @@ class Vocabulary:
         if len(elsewhere) == 1:
             self.notes.append(f"{origin}: {section}.{name} belongs to [{elsewhere[0]}] and was read as such")
             return self._given(elsewhere[0], plain(name), value, origin, from_text)
-        raise ConfigError(f"{origin}: unknown key {section}.{name}: {nearest(plain(name), list(known))}")
+        near = nearest(plain(name), list(known), otherwise=f"none is like it; treadle train --help {section} lists them")
+        raise ConfigError(f"{origin}: {section}.{name} = {shown(value)}: unknown key: {near}")
 
     def _sections_with(self, name: str) -> list[str]:
         # A key's own name wins over an alias of the same spelling elsewhere.
@@ -384,12 +453,11 @@ def build_section(section: str, cls: type[Settings], values: dict[str, Given]) -
     """The section's object from its values; a rule that spans keys names the section and the values involved."""
     try:
         return cls(**{given.key.partition(".")[2]: given.value for given in values.values()})
-    except ValidationError as problem:
-        detail = problem.errors()[0]
-        place = ".".join([section, *(str(part) for part in detail["loc"][:1])])
-        message = detail["msg"].removeprefix("Value error, ")
+    except Refused as problem:
+        place = f"{section}.{problem.key}"
         origin = values[place].origin if place in values else ""
-        raise ConfigError(f"{place}: {message}" + (f" (from {origin})" if origin else "")) from None
+        said = f" (from {origin})" if origin not in ("", "arguments") else ""
+        raise ConfigError(problem.said_of(section) + said) from None
 
 
 def describe_type(annotation: Any) -> str:

@@ -90,7 +90,7 @@ def test_data_and_tokenizer_verbs(tmp_path: Path) -> None:
 def test_lists_help_and_doctor(run: Path) -> None:
     assert "gpt2_medium" in ok("models") and "austen" in ok("recipes")
     out = ok("train", "--help")
-    assert "--optim.learning_rate" in out and "Also: lr." in out and "--model.arch NAME" in out
+    assert "--learning_rate" in out and "Also: lr." in out and "--model.arch NAME" in out
     assert "--model.rope_theta" in ok("train", "--model.arch", "transformer", "--help")
     assert "cores" in ok("doctor")
     assert "training would go on from step 12" in ok("doctor", "runs/r", cwd=run)

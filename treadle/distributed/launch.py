@@ -24,7 +24,6 @@ from treadle.processes import end_with_parent
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 GRACE_SECONDS = 60.0
-PROCESSES_A_CORE = 2  # more than one a core is slow, and good for trying things
 # What says most about a failure comes first; 75 only says that another process was lost.
 MILD = (75, 130, 143)
 
@@ -35,13 +34,34 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def run_processes(count: int, arguments: Sequence[str], grace: float = GRACE_SECONDS) -> int:
-    """Runs `python -m treadle ARGUMENTS` in `count` processes and returns the gravest exit code. ConfigError, and nothing is
-    started, where the machine has far too little for them."""
-    most = max(PROCESSES_A_CORE * (os.cpu_count() or 1), len(list(Path("/dev").glob("nvidia[0-9]*"))))
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def gpus(device: str) -> int:
+    """GPUs that `device` (of the run section) may mean here; torch is asked only where there is a driver."""
+    if device.startswith("cpu") or not any(Path(p).exists() for p in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def refuse_too_many(count: int, device: str) -> None:
+    """ConfigError when this machine has fewer GPUs, or without any fewer cores, than `count` processes need; two always
+    go, so that what happens between processes can be tried on one core."""
+    there = gpus(device)
+    most, what = (there, f"{there} GPU(s)") if there else (max(2, cores()), f"{cores()} core(s) and no GPU to use")
     if count > most:
-        raise ConfigError(f"run.devices = {count} on a machine of {os.cpu_count()} core(s): use --devices {most} at most; for "
-                          "several machines, torchrun")  # fmt: skip
+        typed = f"type --devices {most}" if most > 1 else "leave --devices out"
+        elsewhere = " or --device cpu" if there else ""
+        raise ConfigError(f"run.devices = {count}, but this machine has {what}: {typed}{elsewhere}. More machines: one command "
+                          "on each with torchrun (docs/cluster.md)")  # fmt: skip
+
+
+def run_processes(count: int, arguments: Sequence[str], grace: float = GRACE_SECONDS) -> int:
+    """Runs `python -m treadle ARGUMENTS` in `count` processes and returns the gravest exit code."""
     common = {**os.environ, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     # Nobody listens there: libraries look for the names.
     common.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))

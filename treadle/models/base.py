@@ -40,6 +40,7 @@ class ModelConfig(Settings):
     """Base of an architecture's own keys; every key of a model is fixed once a run has started."""
 
     model_config = ConfigDict(frozen=False)
+    called: ClassVar[str] = "model"
 
     @classmethod
     def presets(cls) -> dict[str, dict[str, Any]]:

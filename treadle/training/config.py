@@ -124,6 +124,14 @@ class Recipe:
         task = {"task": self.task} if self.task else {}
         return {"run": tables.pop("run"), "model": model, **task, **tables}
 
+    def set_values(self) -> dict[str, dict[str, Any]]:
+        """The same without what is at its default, as a recipe would say it."""
+        usual = {name: {k: i.get_default(call_default_factory=True) for k, i in cls.model_fields.items()}
+                 for name, cls in SECTIONS.items()}  # fmt: skip
+        usual["model"] = {"preset": None}
+        return {name: {k: v for k, v in table.items() if k not in usual[name] or v != usual[name][k]}
+                for name, table in self.tables().items()}  # fmt: skip
+
     def to_toml(self) -> str:
         tables = self.tables()
         tables["run"]["trusted_code"] = {**(self.run.trusted_code or {}), **trusted_code.record(tables)} or None
