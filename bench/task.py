@@ -14,7 +14,7 @@ from treadle.data.sources import open_source
 
 @dataclass(frozen=True)
 class Task:
-    """10.8M parameters at the default shape, bytes as symbols, 4096 tokens a step, AdamW."""
+    """10.8M parameters at the default shape, bytes as tokens, 4096 tokens a step, AdamW."""
 
     width: int = 384
     layers: int = 6
@@ -37,7 +37,7 @@ class Task:
         return np.frombuffer(text.encode(), dtype=np.uint8)
 
     def batch(self, data: np.ndarray, step: int) -> np.ndarray:
-        """Rows of length + 1 symbols at random places, int64 [rows, length + 1]."""
+        """Rows of length + 1 tokens at random positions, int64 [rows, length + 1]."""
         starts = np.random.default_rng(step).integers(0, len(data) - self.length - 1, self.rows)
         return np.stack([data[s : s + self.length + 1] for s in starts]).astype(np.int64)
 

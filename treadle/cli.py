@@ -201,11 +201,11 @@ def generate(
     output_file: Annotated[str | None, typer.Option(help="Where the continuations of --prompt-file go.")] = None,
     interactive: Annotated[bool, typer.Option("--interactive", "-i", help="Ask for prompts; /help there.")] = False,
     max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", "--max-tokens", min=1, help="Symbols; 100.")
+        int | None, typer.Option("--max-new-tokens", "--max-tokens", min=1, help="Tokens; 100.")
     ] = None,
     temperature: Annotated[float | None, typer.Option(help="Lower is safer, higher is wilder, 0 is greedy; 1.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Keep the likeliest symbols; 0 is off; 50.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest symbols of this total probability; 0.9.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the likeliest tokens; 0 is off; 50.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens of this total probability; 0.9.")] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: repeat less; 1.")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="The same as --temperature 0.")] = False,
     num_samples: Annotated[int, typer.Option(min=1, help="Continuations of each prompt.")] = 1,
@@ -227,11 +227,12 @@ def generate(
              "repetition_penalty": repetition_penalty}  # fmt: skip
     Sampling(**typed_over({}, typed)[0])  # what is wrong with it is said before a model is loaded
     from treadle.generation.session import Session
-    from treadle.models.pretrained import generation_defaults, load_run
+    from treadle.models.pretrained import generation_defaults, load_run, tokenizer_of
 
     loaded = load_run(run, device)
+    tokenizer = tokenizer_of(loaded)
     sampling, count = typed_over(generation_defaults(loaded.checkpoint.folder), typed)
-    session = Session(loaded.model, loaded.tokenizer, Sampling(**sampling), count, seed, stop)
+    session = Session(loaded.model, tokenizer, Sampling(**sampling), count, seed, stop)
 
     def write(text: str) -> None:
         echo(text, end="")
@@ -239,7 +240,7 @@ def generate(
     if show_chunks:
         from treadle.generation.chunks import coloured
 
-        for line in coloured(loaded.model, loaded.tokenizer, (prompt or "") + session.say(prompt or "\n")):
+        for line in coloured(loaded.model, tokenizer, (prompt or "") + session.say(prompt or "\n")):
             echo(line, exact=True)
     elif interactive:
         session.interactive(input, write)
@@ -284,8 +285,8 @@ def data_prepare(
     validation_fraction: Annotated[float, typer.Option(min=0, max=0.99, help="Share of the text held out.")] = 0.05,
     test_fraction: Annotated[float, typer.Option(min=0, max=0.99, help="Share held out for a last test.")] = 0.05,
     max_samples: Annotated[int | None, typer.Option(min=1, help="Read this many documents at most.")] = None,
-    seq_len: Annotated[int, typer.Option(min=2, help="Symbols in a row, for counting them.")] = 256,
-    min_length: Annotated[int, typer.Option(min=0, help="Leave out documents with fewer symbols.")] = 0,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a row, for counting them.")] = 256,
+    min_length: Annotated[int, typer.Option(min=0, help="Leave out documents with fewer tokens.")] = 0,
     on_bad: Annotated[str, typer.Option(help="skip or error: what a malformed line does.")] = "skip",
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 is one for each core.")] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Prepare again, whatever is there.")] = False,
@@ -308,9 +309,9 @@ def data_prepare(
     if shard is not None and fresh:
         raise ConfigError("--fresh would delete what the other shards have made; delete the folder before the first shard")
     if shard is not None:
-        lines = summary.prepare_part(settings, tokenizer, vocab_size, output, shard, typer.echo)
+        lines = summary.prepare_part(settings, tokenizer, vocab_size, output, shard, echo)
     else:
-        lines = summary.prepare_text(settings, tokenizer, vocab_size, output, fresh, typer.echo)
+        lines = summary.prepare_text(settings, tokenizer, vocab_size, output, fresh, echo)
     for line in lines:
         echo(line)
 
@@ -319,10 +320,10 @@ def data_prepare(
 def data_stats(
     path: Annotated[str, typer.Argument(help="Text, or a folder that `data prepare` wrote.")],
     tokenizer: Annotated[str, typer.Option(help="auto, byte, bpe, ..., or a path.")] = "auto",
-    seq_len: Annotated[int, typer.Option(min=2, help="Symbols in a row.")] = 256,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a row.")] = 256,
     trust_code: Trust = None,
 ) -> None:
-    """Documents, bytes, symbols, lengths, and how well each packing fills rows."""
+    """Documents, bytes, tokens, lengths, and how well each packing fills rows."""
     from treadle.data import summary
 
     for line in summary.statistics(path, tokenizer, seq_len):
@@ -335,10 +336,10 @@ def data_show(
     row: Annotated[int, typer.Option(min=0, help="Which row.")] = 0,
     packing: Annotated[str, typer.Option(help="concat, next_fit, first_fit, best_fit or none.")] = "concat",
     tokenizer: Annotated[str, typer.Option(help="auto, byte, bpe, ..., or a path.")] = "auto",
-    seq_len: Annotated[int, typer.Option(min=2, help="Symbols in a row.")] = 64,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a row.")] = 64,
     trust_code: Trust = None,
 ) -> None:
-    """One training row as it reaches the model: each document's symbols and text."""
+    """One training row as it reaches the model: each document's tokens and text."""
     from treadle.data import summary
 
     for line in summary.show_row(path, row, packing, tokenizer, seq_len):
@@ -350,7 +351,7 @@ def tokenizer_train(
     path: Annotated[str, typer.Argument(help="A text, JSONL or parquet file, or a folder of them.")],
     output: Annotated[str, typer.Option(help="The folder to write.")] = "tokenizer",
     kind: Annotated[str, typer.Option(help="bpe, wordpiece, unigram or char.")] = "bpe",
-    vocab_size: Annotated[int, typer.Option(min=257, help="Number of symbols.")] = 2048,
+    vocab_size: Annotated[int, typer.Option(min=257, help="Number of tokens.")] = 2048,
     text_column: Annotated[str, typer.Option(help="The column that holds the text.")] = "text",
     train_bytes: Annotated[int, typer.Option(min=1, help="Read at most this much text.")] = 20_000_000,
 ) -> None:
@@ -361,7 +362,7 @@ def tokenizer_train(
 
     made = Tokenizer.train(kind, training_texts(open_source(path, text_column), (0.0, 0.0), train_bytes), vocab_size)
     made.save(output)
-    echo(f"{made.kind} tokenizer of {made.vocab_size} symbols written to {output}; "
+    echo(f"{made.kind} tokenizer of {made.vocab_size} tokens written to {output}; "
                f"use it with --tokenizer.name {output}")  # fmt: skip
 
 
@@ -377,10 +378,10 @@ def tokenizer_show(
     inside = Path(tokenizer) / "tokenizer"
     made = Tokenizer.load(inside if inside.is_dir() else tokenizer)
     ids = made.encode(text)
-    echo(f"{made.kind}, {made.vocab_size} symbols, end of document {made.eos_id}")
-    echo(f"{len(text.encode())} bytes -> {len(ids)} symbols")
-    for symbol in ids.tolist():
-        echo(f"{symbol:>8}  {made.decode([symbol])!r}")
+    echo(f"{made.kind}, {made.vocab_size} tokens, end of document {made.eos_id}")
+    echo(f"{len(text.encode())} bytes -> {len(ids)} tokens")
+    for token in ids.tolist():
+        echo(f"{token:>8}  {made.decode([token])!r}")
 
 
 @app.command()
@@ -439,8 +440,13 @@ def _rank() -> str:
 
 def main() -> None:
     """The entry point: one clear line and an exit code for every expected error."""
+    several = bool(_rank())
+    if several:
+        from treadle.distributed.environment import quiet
+
+        quiet()
     code = _run()
-    if _rank():
+    if several:
         # At the end of the interpreter a daemon thread inside torch's C++ is unwound by force, which aborts the process
         # (seen at the end of one of some hundred runs on a loaded machine). All work is done and closed by here.
         atexit._run_exitfuncs()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from treadle import trusted_code
-from treadle.data.dataset import Dataset
+from treadle.data.base import Dataset
 from treadle.distributed.environment import detect
 from treadle.errors import ConfigError
 from treadle.evaluation.evaluator import Evaluator
@@ -132,8 +132,8 @@ def report(teacher: str, student: str, rows: int | None = 256) -> dict[str, Any]
 def agreement(ours: Model, theirs: Model, data: Dataset, rows: int | None = 256, batch_size: int = 8) -> float:
     """Share of places where both find the same symbol likeliest."""
     agreed = scored = 0
-    for source, row in data.in_sequence(batch_size, rows):
-        batch = data.batch(source, row).to(ours.device)
+    for batch in data.in_sequence(batch_size, rows):
+        batch = batch.to(ours.device)
         hidden, other = ours.hidden(batch).hidden, theirs.hidden(batch).hidden
         assert batch.labels is not None and hidden is not None and other is not None
         _, same = linear_divergence(*ours.linear_head(hidden), *theirs.linear_head(other), batch.labels, 1.0)

@@ -24,8 +24,8 @@ from treadle.text.base import Tokenizer
 from treadle.training.config import Recipe
 
 
-class Model(BaseModel):
-    """`Model.load(run | folder)`: a trained model; a preset's name needs pretrained=False and gives random weights."""
+class Model(BaseModel, abstract=True):
+    """Base of models of one's own, and `Model.load(run | folder)`: a trained model; a preset's name needs pretrained=False and gives random weights."""
 
     @staticmethod
     def load(
@@ -40,9 +40,10 @@ def architectures() -> list[str]:
     return MODELS.names()
 
 
-def load(run: str | Path, trust_code: Sequence[str] = ()) -> tuple[BaseModel, Tokenizer]:
-    """The trained model and the tokenizer of a run (a folder, a checkpoint, `last`, RUN@best, RUN@STEP). trust_code: the
-    files of code that the run may execute, where it names some and is not this user's own."""
+def load(run: str | Path, trust_code: Sequence[str] = ()) -> tuple[BaseModel, Tokenizer | None]:
+    """The trained model and the tokenizer of a run (a folder, a checkpoint, `last`, RUN@best, RUN@STEP); None for a model
+    that reads no text. trust_code: the files of code that the run may execute, where it names some and is not this user's
+    own."""
     trusted_code.allow(trust_code)
     loaded = load_run(str(run))
     return loaded.model, loaded.tokenizer

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from treadle import trusted_code
+from treadle.data.settings import TEXT
 from treadle.data.sources import BUNDLED
 from treadle.data.sources import SUFFIXES as DATA_SUFFIXES
 from treadle.errors import ConfigError
 from treadle.models.catalogue import MODELS
+from treadle.objectives.settings import DEFAULT_OBJECTIVE
 from treadle.registry import nearest
-from treadle.settings import Given, Vocabulary, build_section, fit_value, load_table, merge, plain
+from treadle.settings import Given, Settings, Vocabulary, build_section, fit_value, load_table, merge, plain
 from treadle.training.config import DEFAULT_ARCHITECTURE, SECTIONS, Recipe
 
 RECIPE_SUFFIXES = (".toml", ".yaml", ".yml", ".json")
@@ -43,8 +45,9 @@ SECTION_ALIASES = {
 
 
 def vocabulary() -> Vocabulary:
-    """Every core section and its words; `model` is open until an architecture is chosen."""
-    return Vocabulary(dict(SECTIONS), dict(SECTION_ALIASES), frozenset({"model"}))
+    """Every core section and its words; `model` is open until an architecture is chosen, `task` until a dataset and an
+    objective are."""
+    return Vocabulary(dict(SECTIONS), dict(SECTION_ALIASES), frozenset({"model", "task"}))
 
 
 @dataclass
@@ -68,7 +71,7 @@ def builtin_recipes() -> dict[str, Path]:
 
 
 def target_layer(target: str | None) -> Layer:
-    """What a user named to train on (nothing, a built-in recipe, a recipe file, text, a folder) as a layer."""
+    """What a user named to train on (nothing, a built-in recipe, a recipe file, a task file, text, a folder) as a layer."""
     builtin = builtin_recipes()
     if target is None:
         target = DEFAULT_RECIPE
@@ -86,6 +89,10 @@ def target_layer(target: str | None) -> Layer:
         if path.suffix == ".json" and "at_end" not in str(table.get("eval", "")):
             table = {**table, "eval.at_end": True}  # an experiment file wants its results in the same command
         return Layer(table, path.name)
+    if path.suffix == ".py":
+        from treadle.task_file import task_table
+
+        return Layer(task_table(path), path.name)
     if path.is_dir() or path.suffix in DATA_SUFFIXES or target in BUNDLED:
         if not path.exists() and target not in BUNDLED:
             raise ConfigError(f"{path} does not exist; give a text file, a folder of text files, or a recipe")
@@ -137,6 +144,9 @@ def compose(layers: list[Layer], with_model: bool = True) -> Recipe:
             origin = f"recommended for {arch} {preset}"
             stacked.insert(0, (Layer({}, origin), merge(words.flatten(recommended, origin))))
             reset += 1
+    task = _task_class(stacked) if with_model else None
+    if task is not None:
+        words.sections["task"] = task
     final: dict[str, Given] = {}
     for number, (layer, given) in enumerate(stacked):
         given = {key: one for key, one in given.items() if number >= reset or not _of_model(key)}
@@ -154,9 +164,25 @@ def compose(layers: list[Layer], with_model: bool = True) -> Recipe:
         for name, cls in SECTIONS.items()
     }
     model = {k.partition(".")[2]: v.value for k, v in final.items() if k.startswith("model.")}
+    of_task = {k: v for k, v in final.items() if k.startswith("task.")}
+    asked = build_section("task", task, of_task).model_dump() if task is not None else {}
     origins = {key: given.origin for key, given in final.items()}
     notes = list(dict.fromkeys(words.notes))
-    return Recipe(**sections, arch=arch, preset=preset, model=model, origins=origins, notes=notes)  # type: ignore[arg-type]
+    return Recipe(**sections, arch=arch, preset=preset, model=model, task=asked, origins=origins, notes=notes)  # type: ignore[arg-type]
+
+
+def _task_class(stacked: Stacked) -> type[Settings] | None:
+    """The class of [task]: the keys of the dataset and the objective that the layers choose, where they are not the usual
+    ones."""
+    chosen = {"data.dataset_class": TEXT, "train.objective": DEFAULT_OBJECTIVE}
+    for _, given in stacked:
+        chosen.update({key: str(given[key].value) for key in chosen if key in given})
+    dataset, objective = chosen.values()
+    if (dataset, objective) == (TEXT, DEFAULT_OBJECTIVE):
+        return None  # without torch
+    from treadle.objectives.task import task_class
+
+    return task_class(dataset, objective)
 
 
 def _model_choice(key: str) -> str | None:
@@ -218,16 +244,21 @@ def _understood(words: Vocabulary, given: dict[str, Given], with_model: bool) ->
             continue
         elif section == "?" and not with_model:
             raise ConfigError(f"{one.origin}: unknown key: {nearest(name, words.all_names())}")
+        elif with_model and (section == "task" or (section == "?" and name in words.names_of("task"))):
+            understood.append(_open_key(words, "task", name, one, leaf=False))
         elif section in ("model", "?") and with_model:
-            understood.append(_model_key(words, name, one, leaf=section == "?"))
+            understood.append(_open_key(words, "model", name, one, leaf=section == "?"))
         else:
             understood.append(one)
     return merge(understood)
 
 
-def _model_key(words: Vocabulary, name: str, one: Given, leaf: bool) -> Given:
-    cls = words.sections["model"]
-    names = words.names_of("model")
+def _open_key(words: Vocabulary, section: str, name: str, one: Given, leaf: bool) -> Given:
+    """A key of [model] or [task], checked against the class that is known by now."""
+    if section not in words.sections:
+        raise ConfigError(f"{one.origin}: there is no [{section}] here: the dataset and the objective have no keys of their own")
+    cls = words.sections[section]
+    names = words.names_of(section)
     if name not in names:
         known = words.all_names() if leaf else list(names)
         raise ConfigError(f"{one.origin}: unknown key: {nearest(name, known)}")
@@ -237,11 +268,11 @@ def _model_key(words: Vocabulary, name: str, one: Given, leaf: bool) -> Given:
     else:
         key, value = names[name], one.value
     if key != name:
-        words.notes.append(f"{one.origin} is read as model.{key}")
+        words.notes.append(f"{one.origin} is read as {section}.{key}")
     try:
-        return Given(f"model.{key}", fit_value(cls, key, value, one.from_text), one.origin, False)
+        return Given(f"{section}.{key}", fit_value(cls, key, value, one.from_text), one.origin, False)
     except ConfigError as problem:
-        raise ConfigError(f"{one.origin}: model.{problem}") from None
+        raise ConfigError(f"{one.origin}: {section}.{problem}") from None
 
 
 def settled_section(layers: list[Layer], name: str) -> Any:

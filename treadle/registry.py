@@ -9,8 +9,10 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 from treadle import trusted_code
@@ -69,6 +71,13 @@ class Registry:
             raise ConfigError(f"unknown {self.kind} {name!r}: {nearest(plain, self.names())}")
         return plain
 
+    def name_of(self, cls: type) -> str:
+        """The name by which `get` finds a class again."""
+        for name in self.names():
+            if self._objects.get(name) is cls or self._places.get(name) == f"{cls.__module__}:{cls.__qualname__}":
+                return name
+        return place_of(cls, self.kind)
+
     def get(self, name: str) -> Any:
         """The thing called `name`, imported on first use; `file.py:Class` and `package.module:Class` work too."""
         name = self.canonical(name)
@@ -100,6 +109,23 @@ class Registry:
             raise ConfigError(f"{self.kind} {name!r} lacks {', '.join(missing)}, which a class derived from "
                               f"{self.base.replace(':', '.')} has to have")  # fmt: skip
         return thing
+
+
+def place_of(cls: type, kind: str) -> str:
+    """FILE.py:CLASS or package.module:CLASS, by which a Registry finds a class again that somebody passed from Python, and
+    who passes a class trusts it."""
+    if (place := trusted_code.place_of(cls)) is not None:
+        return place
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    if cls.__module__ != "__main__":
+        place = f"{cls.__module__}:{cls.__qualname__}"
+    elif file is None:
+        return f"__main__:{cls.__qualname__}"  # typed into an interpreter: nothing can find it again
+    else:
+        place = f"{Path(file).resolve()}:{cls.__qualname__}"
+    trusted_code.allow(place)
+    trusted_code.require(place, kind)
+    return place
 
 
 def _described(thing: Any) -> str:

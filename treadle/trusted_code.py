@@ -191,6 +191,23 @@ def load(name: str, kind: str) -> Any:
     return thing
 
 
+def load_file(path: Path, kind: str) -> ModuleType:
+    """A whole trusted file as a module; its classes can be loaded by FILE.py:CLASS afterwards."""
+    name = f"{path}:{path.stem}"
+    source = _source_of_file(str(path))
+    if source.key not in _allowed:
+        raise ConfigError(_refusal(name, kind, source, str(path)))
+    _keep(source)
+    module = _executed(source, str(path))
+    _loaded[source.path] = source.sha256
+    if _frozen is not None:
+        _frozen[source.path] = source.sha256
+    for attribute, thing in vars(module).items():
+        if getattr(thing, "__module__", None) == module.__name__:
+            _places[id(thing)] = f"{source.path}:{attribute}"
+    return module
+
+
 def place_of(thing: Any) -> str | None:
     """The FILE.py:NAME (absolute) or MODULE:NAME that `load` gave this for; None for what is treadle's or registered."""
     return _places.get(id(thing))

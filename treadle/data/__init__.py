@@ -1,6 +1,6 @@
 """WHAT IS READ. The names a hand-written loop needs; torch is imported only when a batch is made."""
 
-from treadle.data.dataset import Dataset, create_dataloader
+from treadle.data.base import Dataset, create_dataloader
 
 __all__ = ["Dataset", "collate", "create_dataloader"]
 

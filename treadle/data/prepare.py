@@ -172,7 +172,7 @@ def prepare_piece(job: PieceJob, tokenizer: Tokenizer | None = None) -> PieceRec
                 if int(part.max(initial=0)) >= tokenizer.vocab_size:
                     raise DataError(
                         f"{job.piece.files[0]}: id {int(part.max())} is outside the tokenizer's {tokenizer.vocab_size} "
-                        "symbols; name the tokenizer that made it: --tokenizer.name PATH"
+                        "tokens; name the tokenizer that made it: --tokenizer.name PATH"
                     )
                 record.bytes[split] += int(tokenizer.byte_lengths[part].sum())
                 keep(split, part)

@@ -111,7 +111,7 @@ class TokenSet:
         return sum(len(shard.ids) for shard in self.shards)
 
     def document(self, number: int) -> np.ndarray:
-        """The ids of document `number`, end-of-document symbol included."""
+        """The ids of document `number`, end-of-document token included."""
         for shard in self.shards:
             count = len(shard.document_starts)
             if number < count:
@@ -196,5 +196,5 @@ class Rows:
         return Row(shard, bounds[:-1], np.diff(bounds))
 
     def efficiency(self) -> float:
-        """Share of places that hold a symbol."""
+        """Share of positions that hold a token."""
         return self.tokens.tokens() / max(1, len(self) * self.row_length)

@@ -304,7 +304,7 @@ class ParquetSource(Source):
 
 
 class TokenFileSource(Source):
-    """Raw .bin files of little-endian uint16 ids, documents ended by the tokenizer's end-of-document symbol."""
+    """Raw .bin files of little-endian uint16 ids, documents ended by the tokenizer's end-of-document token."""
 
     eos_id: int | None = None
 

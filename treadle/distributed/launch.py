@@ -1,7 +1,8 @@
 """`treadle train --devices N`: the same command in N processes on this machine.
 
-Signals are passed on, standard input goes to the first process, and when one ends badly the others get time to save or to
-say why before they are ended. Machines beyond this one are torchrun's business.
+Signals are passed on, standard input goes to the first process, and when one ends badly the others learn how and get time
+to save or to say why before they are ended. The processes meet in a folder made for this launch (notes.py), so that two
+runs, or a run and its restart, never meet each other. Machines beyond this one are torchrun's business.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import BinaryIO
 
+from treadle.distributed.notes import WORD, Notes, meeting_folder
+from treadle.errors import ConfigError
 from treadle.processes import end_with_parent
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 GRACE_SECONDS = 60.0
+PROCESSES_A_CORE = 2  # more than one a core is slow, and good for trying things
 # What says most about a failure comes first; 75 only says that another process was lost.
 MILD = (75, 130, 143)
 
@@ -31,11 +36,21 @@ def free_port() -> int:
 
 
 def run_processes(count: int, arguments: Sequence[str], grace: float = GRACE_SECONDS) -> int:
-    """Runs `python -m treadle ARGUMENTS` in `count` processes and returns the gravest exit code."""
-    threads = max(1, (os.cpu_count() or 1) // count)
-    common = {**os.environ, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
-              "MASTER_PORT": str(free_port())}  # fmt: skip
-    common.setdefault("OMP_NUM_THREADS", str(threads))
+    """Runs `python -m treadle ARGUMENTS` in `count` processes and returns the gravest exit code. ConfigError, and nothing is
+    started, where the machine has far too little for them."""
+    most = max(PROCESSES_A_CORE * (os.cpu_count() or 1), len(list(Path("/dev").glob("nvidia[0-9]*"))))
+    if count > most:
+        raise ConfigError(f"run.devices = {count} on a machine of {os.cpu_count()} core(s): use --devices {most} at most; for "
+                          "several machines, torchrun")  # fmt: skip
+    common = {**os.environ, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    # Nobody listens there: libraries look for the names.
+    common.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    common.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    with meeting_folder(common) as folder:
+        return _run(common, count, arguments, grace, Notes(folder))
+
+
+def _run(common: dict[str, str], count: int, arguments: Sequence[str], grace: float, notes: Notes) -> int:
     processes = [
         subprocess.Popen(
             [sys.executable, *_safe_path(), "-m", "treadle", *arguments],
@@ -56,7 +71,7 @@ def run_processes(count: int, arguments: Sequence[str], grace: float = GRACE_SEC
 
     before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
     try:
-        return _wait(processes, grace)
+        return _wait(processes, grace, notes)
     finally:
         for process in processes:
             if process.poll() is None:
@@ -71,11 +86,15 @@ def _safe_path() -> list[str]:
     return [] if {"", os.getcwd()} & set(sys.path) else ["-P"]
 
 
-def _wait(processes: list[subprocess.Popen], grace: float) -> int:
+def _wait(processes: list[subprocess.Popen], grace: float, notes: Notes) -> int:
     first_failure: float | None = None
+    told: set[int] = set()
     while any(process.poll() is None for process in processes):
-        if first_failure is None and any(process.poll() not in (None, 0) for process in processes):
-            first_failure = time.monotonic()
+        for rank, process in enumerate(processes):
+            if process.returncode not in (None, 0) and rank not in told:
+                told.add(rank)
+                first_failure = first_failure or time.monotonic()
+                _leave_word(notes, rank, process.returncode)
         if first_failure is not None:
             late = time.monotonic() - first_failure
             for process in processes:
@@ -83,6 +102,13 @@ def _wait(processes: list[subprocess.Popen], grace: float) -> int:
                     process.kill() if late > grace + 10 else process.terminate()
         time.sleep(0.05)
     return gravest([process.returncode for process in processes])
+
+
+def _leave_word(notes: Notes, rank: int, code: int) -> None:
+    """How a process ended that could not say it itself; a stop on request is agreed by all and needs no word."""
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    if code not in MILD:
+        notes.compare_set(WORD, "", f"process {rank} {how}")
 
 
 def gravest(codes: Sequence[int]) -> int:

@@ -39,7 +39,7 @@ def coloured(model: Any, tokenizer: Tokenizer, text: str) -> list[str]:
             parts.append(f"{COLOURS[number % 2]}{fit(whole[len(shown) :], sys.stdout)}{PLAIN}")
             shown = whole
         spaces = marks[0].cpu()[[i for i in range(1, len(ids)) if tokenizer.decode([int(ids[i - 1])]) == " "]]
-        after = f", {float(spaces.float().mean()):.0%} of places after a space begin one" if len(spaces) else ""
+        after = f", {float(spaces.float().mean()):.0%} of positions after a space begin one" if len(spaces) else ""
         lines.append("".join(parts))
-        lines.append(f"stage {stage}: {len(ids) / max(1, len(starts) - 1):.1f} symbols a chunk{after}")
+        lines.append(f"stage {stage}: {len(ids) / max(1, len(starts) - 1):.1f} tokens per chunk{after}")
     return lines

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pydantic import model_validator
 
-from treadle.models.base import ModelConfig
+from treadle.models.base import LanguageModelConfig
 from treadle.settings import option
 
 
-class DecoderConfig(ModelConfig):
+class DecoderConfig(LanguageModelConfig):
     """Shape of a decoder of blocks with a mixer of heads and an MLP."""
 
     hidden_size: int = option(192, aliases=("d_model", "n_embd", "dim"), ge=1)

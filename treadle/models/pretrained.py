@@ -18,7 +18,7 @@ from treadle.checkpoint.reader import Checkpoint, newest_valid
 from treadle.checkpoint.retention import best_step
 from treadle.errors import CheckpointError, ConfigError, InputError
 from treadle.generation.sampling import stored_defaults
-from treadle.models.base import Model, ModelConfig, allocated
+from treadle.models.base import CONFIG_FILE, Model, ModelConfig, allocated, build, from_pretrained
 from treadle.models.catalogue import MODELS
 from treadle.text.base import Tokenizer
 
@@ -31,7 +31,7 @@ class Loaded:
     """A trained model with what goes with it."""
 
     model: Model
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None  # of models of text
     checkpoint: Checkpoint
     config: dict[str, Any]  # the checkpoint's config.toml
 
@@ -106,8 +106,10 @@ def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
     return config
 
 
-def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The tokenizer inside a checkpoint, from its verified bytes."""
+def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
+    """The tokenizer inside a checkpoint, from its verified bytes; None for a model that reads no text."""
+    if not checkpoint.members("tokenizer/"):
+        return None
     with tempfile.TemporaryDirectory(prefix="treadle-") as folder:
         for member in checkpoint.members("tokenizer/"):
             Path(folder, Path(member).name).write_bytes(checkpoint.raw(member))
@@ -150,10 +152,16 @@ def load_run(run: str, device: Any = None, warn: Any = None) -> Loaded:
     return Loaded(model.eval(), read_tokenizer(checkpoint), checkpoint, config)
 
 
+def tokenizer_of(loaded: Loaded) -> Tokenizer:
+    """The tokenizer of a model of text; ConfigError for any other."""
+    if loaded.tokenizer is None:
+        raise ConfigError(f"{loaded.checkpoint.folder} holds a model that reads no text, so there is nothing to generate; "
+                          "treadle eval shows its samples")  # fmt: skip
+    return loaded.tokenizer
+
+
 def load_model(source: str, device: Any = None, pretrained: bool = True) -> Model:
     """A model from a run, a checkpoint, or a folder of save_pretrained; a preset's name only with pretrained=False."""
-    from treadle.models.base import CONFIG_FILE, build, from_pretrained
-
     presets = {name: arch for arch in MODELS.names() for name in MODELS.get(arch).Config.presets()}
     plain = source.lower().replace("-", "_")
     if plain in presets and not Path(source).exists():

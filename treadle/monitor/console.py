@@ -67,14 +67,11 @@ class Console:
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
 
-    def row(self, row: dict[str, Any], total: int, remaining: float) -> None:
-        """One logged step: into the live line, or a plain line."""
+    def row(self, row: dict[str, Any], measured: str, total: int, remaining: float) -> None:
+        """One logged step: into the live line, or a plain line. measured: what the task says of it."""
         if self.quiet:
             return
-        parts = [f"loss {row['loss']:.4f}"]
-        if row.get("bpb") is not None:
-            parts.append(f"bpb {row['bpb']:.4f}")
-        parts += [f"lr {row['learning_rate']:.2e}", f"grad {row['grad_norm']:.2f}",
+        parts = [measured, f"lr {row['learning_rate']:.2e}", f"grad {row['grad_norm']:.2f}",
                   f"{rate(row['tokens_per_second'])} tok/s", f"{row['memory_gb']:.2f} GB"]  # fmt: skip
         if row.get("mfu") is not None:
             parts.append(f"mfu {row['mfu']:.0%}")
