@@ -18,15 +18,20 @@ from typing import Any
 
 from treadle.errors import ConfigError
 
+SHOWN = 12  # names of a list that a message may hold
 
-def nearest(word: str, known: Iterator[str] | list[str], count: int = 3) -> str:
-    """A 'did you mean' clause for `word`, or the list of what there is when nothing is near."""
+
+def nearest(word: str, known: Iterator[str] | list[str], count: int = 3, listed: str = "") -> str:
+    """A 'did you mean' clause for `word`; when nothing is near, what there is. `listed`: the command that prints all of a long
+    list, which is named instead of printing it."""
     known = sorted(set(known))
     close = difflib.get_close_matches(word, known, n=count, cutoff=0.6)
+    place = f"every one with its meaning: {listed}" if listed else ""
     if close:
-        return f"did you mean {' or '.join(repr(name) for name in close)}?"
-    shown = ", ".join(known[:40])
-    return f"there is: {shown}"
+        return f"did you mean {' or '.join(repr(name) for name in close)}?" + (f" ({place})" if place else "")
+    if place:
+        return place
+    return f"there is: {', '.join(known[:SHOWN])}" + (f" and {len(known) - SHOWN} more" if len(known) > SHOWN else "")
 
 
 class Registry:

@@ -47,8 +47,10 @@ class Settings(BaseModel):
         strict=True, extra="forbid", use_attribute_docstrings=True, validate_assignment=True, protected_namespaces=()
     )
 
-    # Words that set other keys: spelled -> function(value) -> {dotted key: value}.
+    # Words that set other keys: spelled -> function(value) -> {dotted key: value, Fallback or ListChange}.
     translations: ClassVar[dict[str, Callable[[Any], dict[str, Any]]]] = {}
+    # Words that leave others beside them without a meaning when they say false (use_amp = false, amp_dtype = bf16).
+    switches: ClassVar[dict[str, tuple[str, ...]]] = {}
 
     @classmethod
     def key_info(cls, name: str) -> dict[str, Any]:
@@ -59,6 +61,25 @@ class Settings(BaseModel):
     @classmethod
     def first_key(cls) -> str:
         return next(iter(cls.model_fields))
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """What a translation sets unless the same table says it by its own name."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class ListChange:
+    """What a switch adds to a list key or takes away from it, whatever the list holds."""
+
+    add: tuple[Any, ...] = ()
+    remove: tuple[Any, ...] = ()
+
+    def applied(self, items: list[Any]) -> list[Any]:
+        kept = [item for item in items if item not in self.remove]
+        return [*kept, *(item for item in self.add if item not in kept)]
 
 
 def plain(word: str) -> str:
@@ -117,11 +138,12 @@ def fit_value(section: type[Settings], name: str, value: Any, from_text: bool) -
     choices = _enumeration(section, name)
 
     def respell(item: Any) -> Any:
-        if isinstance(item, str):
-            if plain(item) in info["spellings"]:
-                return info["spellings"][plain(item)]
-            if plain(item) in choices:
-                return plain(item)
+        if isinstance(item, (str, bool)) or item is None:  # YAML reads `no` as false
+            word = plain(str(item))
+            if word in info["spellings"]:
+                return info["spellings"][word]
+            if word in choices:
+                return word
         return item
 
     candidates: list[Any] = []
@@ -228,9 +250,10 @@ class Given:
     """One value that somebody gave: where it belongs, what it is, and how it was spelled where."""
 
     key: str  # dotted, canonical
-    value: Any
+    value: Any  # a ListChange where a switch adds to a list
     origin: str  # "flag --lr", "recipe.toml: training.lr"
     from_text: bool
+    fallback: bool = False  # gives way to the same key in the same layer
 
 
 @dataclass
@@ -260,7 +283,7 @@ class Vocabulary:
     def flatten(self, table: dict[str, Any], origin: str, from_text: bool = False) -> list[Given]:
         """A nested or dotted table as a list of canonical values; ConfigError for unknown or ambiguous keys."""
         found: list[Given] = []
-        for written, value in table.items():
+        for written, value in self._meant(table, origin).items():
             head, *rest = str(written).split(".")
             section = self._section(head)
             if section and rest:
@@ -269,8 +292,7 @@ class Vocabulary:
                 for inner, inner_value in value.items():
                     found += self._within(section, str(inner), inner_value, origin, from_text)
             elif section:
-                first = self.sections[section].first_key() if section in self.sections else "arch"
-                found += self._within(section, first, value, origin, from_text)
+                found += self._section_as_word(section, head, value, origin, from_text)
             elif rest:
                 raise ConfigError(
                     f"{origin}: unknown section {head!r} in {written!r}: "
@@ -280,6 +302,35 @@ class Vocabulary:
                 found += self._leaf(head, value, origin, from_text)
         return found
 
+    def _meant(self, table: dict[str, Any], origin: str) -> dict[str, Any]:
+        """The table without what a switch beside it, set to false, leaves without a meaning."""
+        leaves = {plain(str(k).rpartition(".")[2]): v for k, v in table.items() if not isinstance(v, dict)}
+        for inner in table.values():
+            leaves.update({plain(str(k)): v for k, v in inner.items()} if isinstance(inner, dict) else {})
+        idle = {
+            word: switch for cls in self.sections.values() for switch, words in cls.switches.items() for word in words
+            if plain(str(leaves.get(switch))) == "false"
+        }  # fmt: skip
+
+        def kept(items: dict[str, Any]) -> dict[str, Any]:
+            out = {}
+            for key, value in items.items():
+                word = plain(str(key).rpartition(".")[2])
+                if word in idle and word in leaves:
+                    self.notes.append(f"{origin}: {word} = {value!r} means nothing beside {idle[word]} = false")
+                else:
+                    out[key] = kept(value) if isinstance(value, dict) else value
+            return out
+
+        return kept(table) if idle else table
+
+    def _section_as_word(self, section: str, word: str, value: Any, origin: str, from_text: bool) -> list[Given]:
+        """A section's name (or a word for it) with one value: `optimizer = muon`, `early_stopping = true`."""
+        name = plain(word)
+        if name not in self.names_of(section):
+            name = self.sections[section].first_key() if section in self.sections else "arch"
+        return self._within(section, name, value, origin, from_text)
+
     def _section(self, word: str) -> str | None:
         word = plain(word)
         word = self.section_aliases.get(word, word)
@@ -288,14 +339,31 @@ class Vocabulary:
     def _within(self, section: str, name: str, value: Any, origin: str, from_text: bool) -> list[Given]:
         known = self.names_of(section)
         if plain(name) in known:
-            return self._given(section, plain(name), value, origin, from_text)
+            return self.given(section, plain(name), value, origin, from_text)
         if section in self.open_sections:
             return [Given(f"{section}.{plain(name)}", value, f"{origin}: {section}.{name}", from_text)]
-        elsewhere = self._sections_with(plain(name))
-        if len(elsewhere) == 1:
-            self.notes.append(f"{origin}: {section}.{name} belongs to [{elsewhere[0]}] and was read as such")
-            return self._given(elsewhere[0], plain(name), value, origin, from_text)
-        raise ConfigError(f"{origin}: unknown key {section}.{name}: {nearest(plain(name), list(known))}")
+        elsewhere = self.elsewhere(plain(name))
+        if elsewhere is not None:
+            self.notes.append(f"{origin}: {section}.{name} belongs to [{elsewhere}] and was read as such")
+            return self.given(elsewhere, plain(name), value, origin, from_text)
+        inner = self._section(name)
+        if inner is not None:  # training.optimizer, data.tokenizer
+            if not isinstance(value, dict):
+                return self._section_as_word(inner, name, value, origin, from_text)
+            return [g for k, v in value.items() for g in self._within(inner, str(k), v, origin, from_text)]
+        raise ConfigError(f"{origin}: {self.unknown(f'{section}.{name}', list(known))}")
+
+    def unknown(self, word: str, known: list[str] | None = None, arch: str | None = None) -> str:
+        """What is said of a key that nobody knows: three near ones at most, and where all of them are."""
+        name = plain(word).rpartition(".")[2]
+        names = known if known is not None else [n for s in self.sections for n in self.names_of(s)]
+        listed = "treadle train --help all" if arch is None else f"treadle train --model.arch {arch} --help"
+        return f"unknown key {word}: {nearest(name, names, listed=listed)}"
+
+    def elsewhere(self, name: str) -> str | None:
+        """The one core section that knows a name, if only one does."""
+        homes = [home for home in self._sections_with(name) if home not in self.open_sections]
+        return homes[0] if len(homes) == 1 else None
 
     def _sections_with(self, name: str) -> list[str]:
         # A key's own name wins over an alias of the same spelling elsewhere.
@@ -306,14 +374,14 @@ class Vocabulary:
         name = plain(name)
         homes = self._sections_with(name)
         if len(homes) == 1:
-            return self._given(homes[0], name, value, origin, from_text)
+            return self.given(homes[0], name, value, origin, from_text)
         if len(homes) > 1:
             options = " or ".join(f"{home}.{self.names_of(home)[name]}" for home in homes)
             raise ConfigError(f"{origin}: {name!r} is ambiguous; write {options}")
         # An unknown leaf may belong to an open section; who knows its keys decides (recipe.py).
         return [Given(f"?.{name}", value, f"{origin}: {name}", from_text)]
 
-    def _given(self, section: str, word: str, value: Any, origin: str, from_text: bool) -> list[Given]:
+    def given(self, section: str, word: str, value: Any, origin: str, from_text: bool) -> list[Given]:
         cls = self.sections[section]
         if word in cls.translations:
             if from_text:
@@ -322,8 +390,13 @@ class Vocabulary:
                 translated = cls.translations[word](value)
             except (TypeError, ValueError, KeyError, AttributeError):
                 raise ConfigError(f"{origin}: {word} = {value!r} is not understood") from None
-            given = [self._checked(k, v, f"{origin}: {word}", False) for k, v in translated.items()]
-            self.notes += [f"{origin}: {word} is read as {g.key} = {g.value!r}" for g in given]
+            given = []
+            for dotted, found in translated.items():
+                one = self._checked(dotted, found.value if isinstance(found, Fallback) else found, f"{origin}: {word}", False)
+                one.fallback = isinstance(found, Fallback)
+                given.append(one)
+            self.notes += [f"{origin}: {word} is read as {g.key} = {g.value!r}" for g in given
+                           if not isinstance(g.value, ListChange) and g.key.partition(".")[2] != word]  # fmt: skip
             return given
         key = self.names_of(section)[word]
         if key != word:
@@ -332,7 +405,7 @@ class Vocabulary:
 
     def _checked(self, dotted: str, value: Any, origin: str, from_text: bool) -> Given:
         section, _, key = dotted.partition(".")
-        if section in self.open_sections and section not in self.sections:
+        if isinstance(value, ListChange) or (section in self.open_sections and section not in self.sections):
             return Given(dotted, value, origin, from_text)
         try:
             fitted = fit_value(self.sections[section], key, value, from_text)
@@ -342,17 +415,43 @@ class Vocabulary:
 
 
 def merge(given: list[Given]) -> dict[str, Given]:
-    """One layer of values by key; the same key given twice with different values (alias and name) is an error."""
+    """One layer of values by key; the same key given twice with different values (alias and name) is an error. Switches
+    that change a list add up, in any order, and change an explicit list beside them."""
     merged: dict[str, Given] = {}
     for one in given:
         before = merged.get(one.key)
-        if before is not None and before.value != one.value:
-            raise ConfigError(
-                f"{one.key} is given twice with different values: {before.value!r} ({before.origin}) "
-                f"and {one.value!r} ({one.origin}); keep one"
-            )
-        merged[one.key] = one
+        merged[one.key] = one if before is None else _both(before, one)
     return merged
+
+
+def _both(before: Given, one: Given) -> Given:
+    if before.fallback != one.fallback:
+        return before if one.fallback else one
+    values = before.value, one.value
+    changes = [value for value in values if isinstance(value, ListChange)]
+    listed = next((value for value in values if isinstance(value, list)), [])
+    added = {*listed, *(item for change in changes for item in change.add)} if changes else set()
+    if changes and not any(added & set(change.remove) for change in changes):
+        if len(changes) == 1:
+            return Given(one.key, changes[0].applied(listed), one.origin, False)
+        first, second = changes
+        added_by = tuple(second.applied(list(first.add)))
+        return Given(one.key, ListChange(added_by, first.remove + second.remove), one.origin, False)
+    if before.value != one.value:
+        raise ConfigError(
+            f"{one.key} is given twice with different values: {before.value!r} ({before.origin}) "
+            f"and {one.value!r} ({one.origin}); keep one"
+        )
+    return one
+
+
+def settle(section: type[Settings], one: Given, below: Given | None) -> Any:
+    """A layer's value over the one below it (or the key's default), which a switch changes instead of replacing."""
+    if not isinstance(one.value, ListChange):
+        return one.value
+    name = one.key.partition(".")[2]
+    items = below.value if below is not None else section.model_fields[name].get_default(call_default_factory=True)
+    return one.value.applied(items)
 
 
 def parse_flags(arguments: list[str]) -> tuple[list[str], dict[str, str]]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from treadle.checkpoint.lock import LOCK_FILE, RunLock
 from treadle.errors import ConfigError, InputError, PeerFailed, PeerLost, Stopped
 from treadle.monitor.console import Console
-from treadle.recipe import Layer, compose, settled_folder, settled_section, target_layer
+from treadle.recipe import Layer, compose, settled_folder, settled_section, typed_layers
 from treadle.settings import load_table
 from treadle.text.base import Tokenizer
 from treadle.training.config import Recipe
@@ -52,8 +52,7 @@ class Request:
 
     def named_layers(self) -> list[Layer]:
         """What was typed: the target and the flags."""
-        target = [] if self.base and self.target is None else [target_layer(self.target)]
-        return [*target, Layer(dict(self.flags or {}), "flag", from_text=self.flags_are_text), *self.above]
+        return [*typed_layers(self.target, dict(self.flags or {}), self.flags_are_text, not self.base), *self.above]
 
     def layers(self) -> list[Layer]:
         """The same above the model of --from."""
