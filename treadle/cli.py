@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import errno
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    # Every verb takes _ for - in its flags, as keys of the configuration do (--max_new_tokens, --prompt_file).
+    context_settings={"token_normalize_func": lambda word: word.replace("_", "-"), "help_option_names": ["-h", "--help"]},
 )
 data_app = typer.Typer(help="Prepare text and look at it.", no_args_is_help=True, rich_markup_mode=None)
 tokenizer_app = typer.Typer(help="Train tokenizers and look at them.", no_args_is_help=True, rich_markup_mode=None)
@@ -68,10 +71,10 @@ def _request(arguments: list[str]) -> Any:
 
 def _open_verb(verb: str, arguments: list[str]) -> None:
     """`train`, `distill`, `check` and `plan`: their help from the sections, or their function in start.py."""
-    if "--help" in arguments:
-        from treadle.help import print_options
+    if any(word in ("-h", "--help") or word.startswith("--help=") for word in arguments):
+        from treadle.help import print_help
 
-        print_options(verb, arguments)
+        print_help(verb, arguments)
         return
     request = _request(arguments)
     if verb in ("train", "distill"):
@@ -418,6 +421,36 @@ def _rank() -> str:
     return f"rank {launch.rank}: " if launch.size > 1 else ""
 
 
+def _said_of_usage(problem: Any) -> str:
+    """One line for a command line that no verb understands: the nearest verb or option, and where all of them stand."""
+    from treadle.registry import nearest
+
+    said: str = problem.format_message()
+    context = getattr(problem, "ctx", None)
+    if context is None or said.startswith("Usage:"):  # a group without a verb shows its help
+        return said
+    place, verbs = context.command_path, getattr(context.command, "commands", {})
+    option = getattr(problem, "option_name", None)
+    unknown = re.match(r"No such command ['\"](.*?)['\"]", said)
+    if unknown:
+        word, names = unknown[1], {name: f"{place} {name}" for name in verbs}
+        for group, command in verbs.items():  # `treadle prepare` is `treadle data prepare`
+            names = {**{name: f"{place} {group} {name}" for name in getattr(command, "commands", {})}, **names}
+        if Path(word).exists() or Path(word).suffix:
+            return f"{word!r} is no verb; to train on it: treadle train {word}"
+        near = nearest(word, list(names), meant=names, otherwise=f"{place} --help lists them")
+        return f"unknown verb {word!r}: {near}"
+    if option is not None and verbs:
+        return f"{option}: a verb comes first, as in treadle train {option}; {place} --help lists them"
+    if option is not None and said.startswith("No such option"):
+        flags = [flag for p in context.command.params for flag in (*p.opts, *p.secondary_opts) if flag.startswith("--")]
+        names = {flag.lstrip("-"): flag for flag in [*flags, "--help"]}
+        word = option.lstrip("-").replace("_", "-")
+        near = nearest(word, list(names), meant=names, otherwise="none is like it;")
+        return f"{place}: unknown option {option}: {near} ({place} --help lists them all)"
+    return f"{place}: {said.rstrip('.')}; see {place} --help"
+
+
 def main() -> None:
     """The entry point: one clear line and an exit code for every expected error."""
     code = _run()
@@ -435,7 +468,10 @@ def _run() -> int:
     from treadle.errors import PeerFailed, Stopped, TreadleError
 
     try:
-        app()
+        ended = app(prog_name="treadle", standalone_mode=False)
+        return ended if isinstance(ended, int) else 0
+    except typer.Abort:
+        return 130
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except TreadleError as problem:
@@ -452,4 +488,10 @@ def _run() -> int:
         hint = "free some space or write elsewhere with --output_dir" if full else "check the path and its permissions"
         print(f"{_rank()}error: {problem}; {hint}, then run the same command again", file=sys.stderr)
         return 74 if full else 2
-    return 0
+    except Exception as problem:
+        # What was typed wrongly. Its class is click's or typer's own copy of it, whichever this version of typer brings.
+        if not (hasattr(problem, "format_message") and hasattr(problem, "exit_code")):
+            raise
+        said = _said_of_usage(problem)
+        print(said if said.startswith("Usage:") else f"error: {said}", file=sys.stderr)
+        return int(problem.exit_code)

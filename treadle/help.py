@@ -1,12 +1,17 @@
-"""`treadle train --help`: every key of the configuration, from the sections' own documentation."""
+"""`treadle train --help`: the keys people use, one section, or every key, from the sections' own documentation."""
 
 from __future__ import annotations
 
 import re
 import textwrap
+from collections import Counter
 
-from treadle.settings import Settings, describe_type, parse_flags
-from treadle.training.config import SECTIONS
+from treadle.errors import ConfigError
+from treadle.models.catalogue import MODELS
+from treadle.recipe import SECTION_ALIASES, vocabulary
+from treadle.registry import nearest
+from treadle.settings import Settings, describe_type, parse_flags, plain
+from treadle.training.config import DEFAULT_ARCHITECTURE, SECTIONS
 
 INTRODUCTION = {
     "train": """treadle train [RECIPE.toml | FILE.txt | DIR] [--key value ...]
@@ -44,44 +49,119 @@ tokenizer and data are the teacher's where nothing else is said; the student is 
 Parses, builds and runs one real micro-step without writing a run; prints every value and where it comes from.
 """,
 }
+# What most runs need; the rest is one word further.
+SHAPE = ["model.arch", "model.preset", "data.seq_len", "train.per_device_train_batch_size", "train.gradient_accumulation_steps",
+         "train.precision", "train.gradient_checkpointing", "optim.name", "parallel.mode", "run.device"]  # fmt: skip
+USUAL = ["run.run_name", "run.output_dir", "run.seed", "run.device", "run.devices", "model.arch", "model.preset", "data.path",
+         "data.seq_len", "tokenizer.name", "train.max_steps", "train.num_train_epochs", "train.per_device_train_batch_size",
+         "train.gradient_accumulation_steps", "train.precision", "train.gradient_checkpointing", "optim.learning_rate",
+         "optim.warmup_steps", "parallel.mode", "eval.eval_steps", "checkpoint.save_steps", "log.report_to"]  # fmt: skip
+KEYS = {"train": USUAL, "check": USUAL, "plan": SHAPE, "distill": [key for key in USUAL if key != "model.preset"]}
+CLEARER = {"parallel.mode": "parallel", "data.path": "data.path"}  # than --mode and --path, which work as well
+# The two keys that choose a model belong to no section's class.
+CHOICES = {"model.arch": f"The architecture (default {DEFAULT_ARCHITECTURE}); treadle models lists them.",
+           "model.preset": "A published shape of it, as in --model.preset gpt2; treadle models lists them."}  # fmt: skip
 
 
-def section_lines(name: str, cls: type[Settings]) -> list[str]:
+def section_lines(name: str, cls: type[Settings], of: str = "") -> list[str]:
     """Help lines of one section: key, type, default, meaning, other names."""
-    lines = [f"[{name}] {(cls.__doc__ or '').strip().splitlines()[0]}"]
-    for key, info in cls.model_fields.items():
-        default = info.get_default(call_default_factory=True)
-        shown = "" if default is None else f", default {default!r}"
-        lines.append(f"  --{name}.{key}  ({describe_type(info.annotation)}{shown})")
-        meaning = re.sub(r"\s+", " ", info.description or "")
-        aliases = cls.key_info(key)["aliases"]
-        if aliases:
-            meaning += f" Also: {', '.join(aliases)}."
-        lines += textwrap.wrap(meaning, 100, initial_indent="        ", subsequent_indent="        ")
+    lines = [f"[{name}] {of}{(cls.__doc__ or '').strip().splitlines()[0]}"]
+    return [*lines, *(line for key in cls.model_fields for line in key_lines(name, cls, key))]
+
+
+def key_lines(name: str, cls: type[Settings], key: str, flag: str | None = None) -> list[str]:
+    """Help lines of one key, as `flag` where a shorter name will do."""
+    info = cls.model_fields[key]
+    default = info.get_default(call_default_factory=True)
+    shown = "" if default is None else f", default {default!r}"
+    meaning = re.sub(r"\s+", " ", info.description or "")
+    aliases = cls.key_info(key)["aliases"]
+    if aliases:
+        meaning += f" Also: {', '.join(aliases)}."
+    wrapped = textwrap.wrap(meaning, 100, initial_indent="        ", subsequent_indent="        ")
+    return [f"  --{flag or f'{name}.{key}'}  ({describe_type(info.annotation)}{shown})", *wrapped]
+
+
+def usual_lines(keys: list[str]) -> list[str]:
+    """One entry for each of a few keys, by the shortest name that is understood."""
+    unique = Counter(key for cls in SECTIONS.values() for key in cls.model_fields)
+    lines = []
+    for dotted in keys:
+        name, _, key = dotted.partition(".")
+        if dotted in CHOICES:
+            lines += [f"  --{dotted} NAME", f"        {CHOICES[dotted]}"]
+        else:
+            lines += key_lines(name, SECTIONS[name], key, CLEARER.get(dotted, key if unique[key] == 1 else dotted))
     return lines
 
 
-def print_options(verb: str, arguments: list[str]) -> None:
-    """The verb's help; with --model.arch NAME also that architecture's keys (which imports torch)."""
-    print(INTRODUCTION[verb])
-    for name, cls in SECTIONS.items():
-        print("\n".join(section_lines(name, cls)) + "\n")
-    _, flags = parse_flags([a for a in arguments if a != "--help"])
+def print_help(verb: str, arguments: list[str]) -> None:
+    """What follows --help says how much: nothing (the keys people use), a section or a key, or `all`. With --model.arch
+    NAME also that architecture's keys, which imports torch. ConfigError for a word that is none of these."""
+    place = next(i for i, word in enumerate(arguments) if word in ("-h", "--help") or word.startswith("--help="))
+    after = arguments[place + 1 :]
+    words = after[: next((i for i, word in enumerate(after) if word.startswith("-")), len(after))]
+    asked = [word for word in (arguments[place].partition("=")[2], *words) if word]
+    _, flags = parse_flags(arguments[:place] + after[len(words) :])
     arch = flags.get("model.arch") or flags.get("arch")
-    if arch is None:
-        print(
-            "[model] The architecture's own keys: treadle train --model.arch NAME --help (treadle models lists names)"
-        )
-        return
-    from treadle.models.catalogue import MODELS
+    if not asked:
+        print(INTRODUCTION[verb])
+        print("\n".join(usual_lines(KEYS[verb])) + "\n")
+        if arch is not None:
+            print("\n".join(_model_lines(arch)) + "\n")
+        print(_further(verb))
+    elif [plain(word) for word in asked] == ["all"]:
+        print(INTRODUCTION[verb])
+        for name, cls in SECTIONS.items():
+            print("\n".join(section_lines(name, cls)) + "\n")
+        print("\n".join(_model_lines(arch or DEFAULT_ARCHITECTURE)) + "\n\n" + OTHERS)
+    else:
+        for word in asked:
+            print("\n".join(_asked_lines(word, arch or DEFAULT_ARCHITECTURE)) + "\n")
 
-    print("\n".join(section_lines("model", MODELS.get(arch).Config)))
+
+OTHERS = "The keys of another architecture: treadle train --model.arch NAME --help model (treadle models lists them)."
+
+
+def _further(verb: str) -> str:
+    count = sum(len(cls.model_fields) for cls in SECTIONS.values())
+    return (f"These are the {len(KEYS[verb])} keys that most runs need, of {count} and the architecture's own.\n"
+            f"  treadle {verb} --help all        every key\n"
+            f"  treadle {verb} --help SECTION    one section: {', '.join(['model', *SECTIONS])}\n"
+            f"  treadle {verb} --help KEY        one key\n{OTHERS}")  # fmt: skip
+
+
+def _model_lines(arch: str) -> list[str]:
+    return section_lines("model", MODELS.get(arch).Config, f"of {arch}: ")
+
+
+def _asked_lines(word: str, arch: str) -> list[str]:
+    """The help of one section, or of one key wherever it is."""
+    name = plain(word)
+    section, _, leaf = SECTION_ALIASES.get(name, name).partition(".")
+    if section == "model" and not leaf:
+        return [*_model_lines(arch), "", *usual_lines(list(CHOICES))]
+    if section in SECTIONS and not leaf:
+        return section_lines(section, SECTIONS[section])
+    homes = [section] if leaf else list(SECTIONS)
+    found = [line for home in homes for line in _key_lines(home, SECTIONS.get(home), leaf or name)]
+    if not found and (not leaf or section == "model"):
+        found = _key_lines("model", MODELS.get(arch).Config, leaf or name)
+    if found:
+        return found
+    near = nearest(name, [*SECTIONS, "model", "all", *vocabulary().all_names()], otherwise="none is like it")
+    raise ConfigError(f"--help {word}: no section or key is called so: {near} (sections: model, {', '.join(SECTIONS)}; all)")
+
+
+def _key_lines(section: str, cls: type[Settings] | None, word: str) -> list[str]:
+    for key in cls.model_fields if cls is not None else ():
+        if cls is not None and word in (key, *cls.key_info(key)["aliases"]):
+            return key_lines(section, cls, key)
+    return []
 
 
 def write_options() -> None:
     """Prints docs/options.md: every key of every section and every architecture."""
-    from treadle.models.catalogue import MODELS
-
     sections = {**SECTIONS, **{f"model ({name})": MODELS.get(name).Config for name in MODELS.names()}}
     print(
         "# Every option\n\nWritten by `python -m treadle.help`. A key works as a flag, with or without its section.\n"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,24 @@ from treadle.models.pretrained import load_model, load_run
 from treadle.monitor.console import Console
 from treadle.planning.plan import plan as make_plan
 from treadle.recipe import compose
+from treadle.registry import nearest
+from treadle.settings import shown
 from treadle.start import Request
 from treadle.start import train as run_training
 from treadle.text.base import Tokenizer
 from treadle.training.config import Recipe
+
+PLAN_KEYS = ("flops", "bandwidth", "overlap", "memory", "device", "rehearse")
 
 
 class Model(BaseModel):
     """`Model.load(run | folder)`: a trained model; a preset's name needs pretrained=False and gives random weights."""
 
     @staticmethod
-    def load(source: str | Path, device: Any = None, pretrained: bool = True) -> BaseModel:
+    def load(source: str | Path, device: Any = None, pretrained: bool = True, **keys: Any) -> BaseModel:
+        for key, value in keys.items():
+            raise ConfigError(f"Model.load: {key} = {shown(value)}: {nearest(key, ['source', 'device', 'pretrained'])} A model's "
+                              "own keys are kept with its weights; treadle.build(arch, preset, key=value) makes another one")  # fmt: skip
         return load_model(str(source), device, pretrained)
 
 
@@ -42,22 +50,37 @@ def load(run: str | Path) -> tuple[BaseModel, Tokenizer]:
     return loaded.model, loaded.tokenizer
 
 
+def _target(recipe: Any) -> str | Mapping[str, Any] | None:
+    """What `train` and `plan` take, as a request has it; of a TrainConfig what was set in it."""
+    if recipe is None or isinstance(recipe, Mapping):
+        return recipe
+    if isinstance(recipe, Recipe):
+        return recipe.set_values()
+    if isinstance(recipe, (str, os.PathLike)):
+        return os.fspath(recipe)
+    raise ConfigError(f"recipe = {shown(recipe)}: give a recipe's or text's path, a dictionary of keys, or a treadle.TrainConfig")
+
+
 def train(
-    recipe: str | Path | None = None, *, quiet: bool = False, allow_change: Sequence[str] = (), **keys: Any
-) -> dict[str, Any]:
-    """What `treadle train` does, with keys of the configuration as keyword arguments; returns the summary."""
-    request = Request(
-        str(recipe) if recipe is not None else None, keys, allow_change=allow_change, flags_are_text=False
-    )
+    recipe: str | Path | Recipe | Mapping[str, Any] | None = None, *, quiet: bool = False, allow_change: Sequence[str] = (),
+    **keys: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """What `treadle train` does, with keys of the configuration as keyword arguments; returns the summary. recipe: a
+    path, a built-in name, a recipe's table as a dictionary, or a TrainConfig. ConfigError for keys that there are not."""
+    request = Request(_target(recipe), keys, allow_change=allow_change, flags_are_text=False,
+                      other_flags=("quiet", "allow_change"))  # fmt: skip
     return run_training(request, Console(quiet=quiet))
 
 
-def plan(recipe: str | Path | Recipe | None = None, world: int = 1, **keys: Any) -> dict[str, Any]:
-    """What `treadle plan` says, as numbers. recipe: what `train` takes, or a TrainConfig; keys: of the configuration, or
-    flops, bandwidth, overlap, device and rehearse of planning/plan.py."""
-    own = {name: keys.pop(name) for name in ("flops", "bandwidth", "overlap", "device", "rehearse") if name in keys}
-    if not isinstance(recipe, Recipe):
-        recipe = compose(Request(str(recipe) if recipe is not None else None, keys, flags_are_text=False).layers())
+def plan(
+    recipe: str | Path | Recipe | Mapping[str, Any] | None = None, world: int | None = None, **keys: Any
+) -> dict[str, Any]:
+    """What `treadle plan` says, as numbers; prints nothing. recipe: what `train` takes; keys: of the configuration, or
+    flops, bandwidth, overlap, memory, device and rehearse of planning/plan.py."""
+    own = {name: keys.pop(name) for name in PLAN_KEYS if name in keys}
+    if not isinstance(recipe, Recipe) or keys:
+        request = Request(_target(recipe), keys, flags_are_text=False, other_flags=("world", *PLAN_KEYS))
+        recipe = compose(request.layers())
     return make_plan(recipe, world, **own)
 
 

@@ -8,7 +8,8 @@ imports no torch unless a model key has to be understood.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from treadle.data.sources import BUNDLED
 from treadle.data.sources import SUFFIXES as DATA_SUFFIXES
 from treadle.errors import ConfigError
 from treadle.models.catalogue import MODELS
+from treadle.naming import Vocabulary, merge, settle
 from treadle.registry import nearest
-from treadle.settings import Given, Vocabulary, build_section, fit_value, load_table, merge, plain, settle
+from treadle.settings import Given, build_section, fit_value, load_table, plain, shown
 from treadle.training.config import DEFAULT_ARCHITECTURE, SECTIONS, Recipe
 
 RECIPE_SUFFIXES = (".toml", ".yaml", ".yml", ".json")
@@ -62,6 +64,7 @@ class Layer:
     from_text: bool = False
     weak: bool = False  # a stored run's values: an explicit "auto" above does not override them
     folder: Path | None = None  # of the file it was read from: a model file it names may lie beside it
+    other_flags: tuple[str, ...] = ()  # what the verb takes beside keys, for what a misspelt key may have meant
 
 
 def recipe_folder() -> Path:
@@ -74,8 +77,11 @@ def builtin_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(recipe_folder().glob("*.toml"))}
 
 
-def target_layer(target: str | None) -> Layer:
-    """What a user named to train on (nothing, a built-in recipe, a recipe file, text, a folder) as a layer."""
+def target_layer(target: str | Mapping[str, Any] | None) -> Layer:
+    """What a user named to train on (nothing, a built-in recipe, a recipe file, text, a folder, or a recipe's table) as a
+    layer."""
+    if isinstance(target, Mapping):
+        return Layer(dict(target), "recipe")
     builtin = builtin_recipes()
     if target is None:
         target = DEFAULT_RECIPE
@@ -117,9 +123,10 @@ def recipe_layer(path: Path, named: bool = True) -> Layer:
     return Layer(table, path.name, folder=path.parent)
 
 
-def typed_layers(target: str | None, flags: dict[str, Any], from_text: bool, with_default: bool = True) -> list[Layer]:
+def typed_layers(target: str | Mapping[str, Any] | None, typed: Layer, with_default: bool = True) -> list[Layer]:
     """What a user typed, weakest first: the target (or what --config names, or the run of --resume_from, or the default
-    recipe), the files of --config and --train_config, the flags."""
+    recipe), the files of --config and --train_config, the flags (`typed`)."""
+    flags = typed.table
     rest = {key: value for key, value in flags.items() if plain(key) not in RECIPE_FLAGS}
     files = [Path(str(flags[key])) for word in RECIPE_FLAGS for key in flags if plain(key) == word]
     resume = [v for k, v in flags.items() if plain(k).removeprefix("checkpoint.") in RESUME_FLAGS and plain(str(v)) != "none"]
@@ -135,7 +142,7 @@ def typed_layers(target: str | None, flags: dict[str, Any], from_text: bool, wit
         layers = [_run_layer(run_of(str(resume[0])))]
     elif not files and with_default:
         layers = [target_layer(None)]
-    return [*layers, Layer(rest, "flag", from_text=from_text)]
+    return [*layers, replace(typed, table=rest)]
 
 
 def run_of(checkpoint: str) -> Path:
@@ -172,6 +179,7 @@ def compose(layers: list[Layer], with_model: bool = True) -> Recipe:
     with_model=False leaves the model section raw (no torch); then a leaf name no core section knows is an error.
     """
     words = vocabulary()
+    words.other_flags = tuple(name for layer in layers for name in layer.other_flags)
     stacked = [(layer, merge(words.flatten(layer.table, layer.origin, layer.from_text))) for layer in layers]
     stacked = _with_deepspeed(words, stacked)
     arch, preset, asked = DEFAULT_ARCHITECTURE, None, False
@@ -198,7 +206,7 @@ def compose(layers: list[Layer], with_model: bool = True) -> Recipe:
         arch = _arch_of(preset)
     model_class = MODELS.get(arch) if with_model else None
     if model_class is not None:
-        words.sections["model"] = model_class.Config
+        words.sections["model"], words.arch = model_class.Config, arch
         recommended = model_class.Config.recommended(preset)
         if recommended:
             origin = f"recommended for {arch} {preset}"
@@ -207,7 +215,7 @@ def compose(layers: list[Layer], with_model: bool = True) -> Recipe:
     final: dict[str, Given] = {}
     for number, (layer, given) in enumerate(stacked):
         given = {key: one for key, one in given.items() if number >= reset or not _of_model(key)}
-        for key, one in _understood(words, given, with_model, arch, files).items():
+        for key, one in _understood(words, given, with_model, files).items():
             stored = final.get(key)
             if stored is not None and one.value == "auto" and stored.origin == "the run":
                 continue
@@ -304,7 +312,7 @@ def _of_model(key: str) -> bool:
 
 
 def _understood(
-    words: Vocabulary, given: dict[str, Given], with_model: bool, arch: str, files: dict[str, ModelFile]
+    words: Vocabulary, given: dict[str, Given], with_model: bool, files: dict[str, ModelFile]
 ) -> dict[str, Given]:
     """A layer with its model keys checked against the architecture's Config (when it is known)."""
     understood: list[Given] = []
@@ -314,28 +322,37 @@ def _understood(
         if choice == "config_file":
             file = files[one.origin]
             inside = merge(words.flatten({"model": file.table}, str(file.path)))
-            for found in _understood(words, inside, with_model, arch, files).values():
+            for found in _understood(words, inside, with_model, files).values():
                 found.fallback = True  # what stands beside the file's name changes the file's shape
                 understood.append(found)
         elif choice is not None:
             continue
         elif section == "?" and not with_model:
-            raise ConfigError(f"{one.origin}: {words.unknown(name)}")
+            raise _unknown(words, name, one, [])
         elif section in ("model", "?") and with_model:
-            understood += _model_keys(words, name, one, section == "?", arch)
+            understood += _model_keys(words, name, one, section == "?")
         else:
             understood.append(one)
     return merge(understood)
 
 
-def _model_keys(words: Vocabulary, name: str, one: Given, leaf: bool, arch: str) -> list[Given]:
+def _unknown(words: Vocabulary, name: str, one: Given, own: list[str], of_model: bool = False) -> ConfigError:
+    """The error for a key that nobody knows; the model's own keys are the likelier ones."""
+    others = [] if of_model else [*words.all_names(), *words.other_flags, *(w for s in MODEL_CHOICE.values() for w in s)]
+    near = nearest(name, others, preferred=own, otherwise="none is like it")
+    of_arch = of_model or any(f"'{key}'" in near for key in own)
+    place = f"keys of {words.arch}: treadle train --model.arch {words.arch} --help model" if of_arch else "all of them: treadle train --help all"
+    return ConfigError(f"{one.origin} = {shown(one.value)}: unknown key: {near} ({place})")
+
+
+def _model_keys(words: Vocabulary, name: str, one: Given, leaf: bool) -> list[Given]:
     """What a key of the model section (or a leaf that no core section knows) sets."""
     cls = words.sections["model"]
     names = words.names_of("model")
     if name not in names and not leaf and (elsewhere := words.elsewhere(name)) is not None:
         return words.given(elsewhere, name, one.value, one.origin, one.from_text)
     if name not in names:
-        raise ConfigError(f"{one.origin}: {words.unknown(name, None if leaf else list(names), None if leaf else arch)}")
+        raise _unknown(words, name, one, list(names), of_model=not leaf)
     if name in cls.translations:
         try:
             found = cls.translations[name](one.value).items()

@@ -11,27 +11,40 @@ import importlib
 import importlib.util
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from treadle.errors import ConfigError
 
-SHOWN = 12  # names of a list that a message may hold
+PREFERENCE = 0.1  # num_layers is nearer to num_workers (.67) than to num_blocks (.60), which an hnet has instead
 
 
-def nearest(word: str, known: Iterator[str] | list[str], count: int = 3, listed: str = "") -> str:
-    """A 'did you mean' clause for `word`; when nothing is near, what there is. `listed`: the command that prints all of a long
-    list, which is named instead of printing it."""
-    known = sorted(set(known))
-    close = difflib.get_close_matches(word, known, n=count, cutoff=0.6)
-    place = f"every one with its meaning: {listed}" if listed else ""
+def nearest(
+    word: str, known: Iterator[str] | list[str], count: int = 3, *, preferred: Iterable[str] = (),
+    meant: Mapping[str, str] | None = None, otherwise: str | None = None,
+) -> str:  # fmt: skip
+    """A 'did you mean' clause for `word`, or `otherwise` (default the list of what there is) when nothing is near.
+    `preferred` names win over others that are a little nearer; `meant` says what to write for a name that is only another
+    word for it."""
+    preferred = set(preferred)
+    known = sorted({*known, *preferred})
+    matcher = difflib.SequenceMatcher(b=word)
+    scored = []
+    for name in known:
+        matcher.set_seq1(name)
+        scored.append((matcher.ratio() + PREFERENCE * (name in preferred), name))
+    lowest = max(0.6, max((score for score, _ in scored), default=0.0) - 0.2)  # a sure guess needs no others beside it
+    near = [name for score, name in sorted(scored, key=lambda one: (-one[0], one[1])) if score >= lowest]
+    close = list(dict.fromkeys((meant or {}).get(name, name) for name in near))[:count]
+    known = sorted({(meant or {}).get(name, name) for name in known})
     if close:
-        return f"did you mean {' or '.join(repr(name) for name in close)}?" + (f" ({place})" if place else "")
-    if place:
-        return place
-    return f"there is: {', '.join(known[:SHOWN])}" + (f" and {len(known) - SHOWN} more" if len(known) > SHOWN else "")
+        return f"did you mean {' or '.join(repr(name) for name in close)}?"
+    if otherwise is not None:
+        return otherwise
+    shown = ", ".join(known[:40])
+    return f"there is: {shown}"
 
 
 class Registry:

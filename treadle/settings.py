@@ -1,8 +1,8 @@
 """The base of every configuration section: strict types, one vocabulary, clear errors.
 
 A section is a pydantic model whose attribute docstrings are the help text. Around it this file owns what pydantic does
-not do: reading TOML / YAML / JSON, dotted flags, leaf names without their section, aliases, did-you-mean, and where each
-value came from. Values given as text (flags, YAML's `3e-4`) are read by TOML's grammar, then validated strictly.
+not do: reading TOML / YAML / JSON, dotted flags, spellings of values, and where each value came from (which key a word
+means: naming.py). Values given as text (flags, YAML's `3e-4`) are read by TOML's grammar, then validated strictly.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -44,13 +44,36 @@ class Settings(BaseModel):
     """Base of every section. Unknown keys are errors, types are strict, docstrings under the keys are their help."""
 
     model_config = ConfigDict(
-        strict=True, extra="forbid", use_attribute_docstrings=True, validate_assignment=True, protected_namespaces=()
-    )
+        strict=True, extra="forbid", use_attribute_docstrings=True, validate_assignment=True, protected_namespaces=(),
+        defer_build=True,  # help reads keys alone: no validator is built for it (a third of the time of --help)
+    )  # fmt: skip
 
     # Words that set other keys: spelled -> function(value) -> {dotted key: value, Fallback or ListChange}.
     translations: ClassVar[dict[str, Callable[[Any], dict[str, Any]]]] = {}
     # Words that leave others beside them without a meaning when they say false (use_amp = false, amp_dtype = bf16).
     switches: ClassVar[dict[str, tuple[str, ...]]] = {}
+    # The section's name in messages, where it is not the class's name without "Settings".
+    called: ClassVar[str] = ""
+
+    def __init__(self, **values: Any) -> None:
+        """ConfigError for keys that there are not and values that do not fit, naming the nearest key."""
+        values = {key: str(value) if isinstance(value, PurePath) else value for key, value in values.items()}
+        try:
+            super().__init__(**values)
+        except ValidationError as problem:
+            raise _refusal(type(self), values, problem) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        try:
+            super().__setattr__(name, value)
+        except ValidationError as problem:
+            raise _refusal(type(self), {name: value}, problem) from None
+        except ValueError:  # pydantic's own words for a field that there is not
+            raise Refused(type(self).section_name(), name, value, _no_such_key(type(self), name)) from None
+
+    @classmethod
+    def section_name(cls) -> str:
+        return cls.called or cls.__name__.removesuffix("Settings").lower()
 
     @classmethod
     def key_info(cls, name: str) -> dict[str, Any]:
@@ -80,6 +103,46 @@ class ListChange:
     def applied(self, items: list[Any]) -> list[Any]:
         kept = [item for item in items if item not in self.remove]
         return [*kept, *(item for item in self.add if item not in kept)]
+class Refused(ConfigError):
+    """A key or value that a section does not take; `key` is None where a rule spans several."""
+
+    def __init__(self, section: str, key: str | None, value: Any, reason: str) -> None:
+        self.key, self.value, self.reason = key, value, reason
+        super().__init__(self.said_of(section))
+        self.section = section
+
+    def __reduce__(self) -> Any:  # from a worker process to its parent
+        return Refused, (self.section, self.key, self.value, self.reason)
+
+    def said_of(self, section: str) -> str:
+        return f"{section}: {self.reason}" if self.key is None else f"{section}.{self.key} = {shown(self.value)}: {self.reason}"
+
+
+def _refusal(cls: type[Settings], values: dict[str, Any], problem: ValidationError) -> Refused:
+    details = problem.errors()
+    key = str(details[0]["loc"][0]) if details[0]["loc"] else None
+    if key is None or key not in values:
+        return Refused(cls.section_name(), None, None, _reasons(details))
+    if key not in cls.model_fields:
+        return Refused(cls.section_name(), key, values[key], _no_such_key(cls, key))
+    reason = _reason(values[key], [d for d in details if d["loc"][:1] == (key,)], _enumeration(cls, key))
+    return Refused(cls.section_name(), key, values[key], reason)
+
+
+def _no_such_key(cls: type[Settings], name: str) -> str:
+    """What to write instead of a key that the section has not; other words for a key lead to its name."""
+    names = {word: key for key in cls.model_fields for word in (key, *cls.key_info(key)["aliases"])}
+    if plain(name) in names:
+        return f"unknown key; it is called {names[plain(name)]!r} here"
+    place = "--model.arch NAME --help model" if cls.section_name() == "model" else f"--help {cls.section_name()}"
+    otherwise = f"none is like it; treadle train {place} lists them"
+    return f"unknown key: {nearest(plain(name), list(names), meant=names, otherwise=otherwise)}"
+
+
+def shown(value: Any) -> str:
+    """A value in a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def plain(word: str) -> str:
@@ -134,6 +197,8 @@ def _adapter(section: type[Settings], name: str) -> TypeAdapter[Any]:
 
 def fit_value(section: type[Settings], name: str, value: Any, from_text: bool) -> Any:
     """`value` as key `name` of `section` wants it, or ConfigError saying key, value, and what is allowed."""
+    if isinstance(value, PurePath):
+        value = str(value)
     info = section.key_info(name)
     choices = _enumeration(section, name)
 
@@ -167,20 +232,19 @@ def fit_value(section: type[Settings], name: str, value: Any, from_text: bool) -
         except ValidationError as problem:
             first_problem = first_problem or problem
     assert first_problem is not None
-    raise ConfigError(_explain(name, value, first_problem, choices))
+    raise ConfigError(f"{name} = {value!r}: {_reason(value, first_problem.errors(), choices)}")
 
 
-def _explain(key: str, value: Any, problem: ValidationError, choices: list[str]) -> str:
-    details = problem.errors()
-    messages = []
-    for detail in details:
-        message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ").strip()
-        if message not in messages:
-            messages.append(message)
-    text = "; or ".join(messages[:3])
+def _reason(value: Any, details: Sequence[Any], choices: list[str]) -> str:
     if choices and isinstance(value, str):
-        text = f"{nearest(plain(value), choices)} (allowed: {', '.join(choices)})"
-    return f"{key} = {value!r}: {text}"
+        near = nearest(plain(value), choices)
+        return (f"{near} " if "did you mean" in near else "") + f"(allowed: {', '.join(choices)})"
+    return _reasons(details)
+
+
+def _reasons(details: Sequence[Any]) -> str:
+    messages = [detail["msg"].removeprefix("Value error, ").removeprefix("Input ").strip() for detail in details]
+    return "; or ".join(list(dict.fromkeys(messages))[:3])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,204 +320,6 @@ class Given:
     fallback: bool = False  # gives way to the same key in the same layer
 
 
-@dataclass
-class Vocabulary:
-    """Every section with its keys and aliases, and the rules that map what users write onto them."""
-
-    sections: dict[str, type[Settings]]
-    section_aliases: dict[str, str] = field(default_factory=dict)
-    open_sections: frozenset[str] = frozenset()  # sections whose keys are known only later (model)
-    notes: list[str] = field(default_factory=list)
-
-    def names_of(self, section: str) -> dict[str, str]:
-        """Every accepted name inside a section -> its key; translated words map to themselves."""
-        if section not in self.sections:
-            return {}
-        cls = self.sections[section]
-        names = {key: key for key in cls.model_fields}
-        for key in cls.model_fields:
-            for alias in cls.key_info(key)["aliases"]:
-                names[alias] = key
-        names.update({word: word for word in cls.translations})
-        return names
-
-    def all_names(self) -> list[str]:
-        return [n for s in self.sections for n in (*self.names_of(s), *(f"{s}.{k}" for k in self.names_of(s)))]
-
-    def flatten(self, table: dict[str, Any], origin: str, from_text: bool = False) -> list[Given]:
-        """A nested or dotted table as a list of canonical values; ConfigError for unknown or ambiguous keys."""
-        found: list[Given] = []
-        for written, value in self._meant(table, origin).items():
-            head, *rest = str(written).split(".")
-            section = self._section(head)
-            if section and rest:
-                found += self._within(section, ".".join(rest), value, origin, from_text)
-            elif section and isinstance(value, dict):
-                for inner, inner_value in value.items():
-                    found += self._within(section, str(inner), inner_value, origin, from_text)
-            elif section:
-                found += self._section_as_word(section, head, value, origin, from_text)
-            elif rest:
-                raise ConfigError(
-                    f"{origin}: unknown section {head!r} in {written!r}: "
-                    f"{nearest(plain(head), [*self.sections, *self.open_sections])}"
-                )
-            else:
-                found += self._leaf(head, value, origin, from_text)
-        return found
-
-    def _meant(self, table: dict[str, Any], origin: str) -> dict[str, Any]:
-        """The table without what a switch beside it, set to false, leaves without a meaning."""
-        leaves = {plain(str(k).rpartition(".")[2]): v for k, v in table.items() if not isinstance(v, dict)}
-        for inner in table.values():
-            leaves.update({plain(str(k)): v for k, v in inner.items()} if isinstance(inner, dict) else {})
-        idle = {
-            word: switch for cls in self.sections.values() for switch, words in cls.switches.items() for word in words
-            if plain(str(leaves.get(switch))) == "false"
-        }  # fmt: skip
-
-        def kept(items: dict[str, Any]) -> dict[str, Any]:
-            out = {}
-            for key, value in items.items():
-                word = plain(str(key).rpartition(".")[2])
-                if word in idle and word in leaves:
-                    self.notes.append(f"{origin}: {word} = {value!r} means nothing beside {idle[word]} = false")
-                else:
-                    out[key] = kept(value) if isinstance(value, dict) else value
-            return out
-
-        return kept(table) if idle else table
-
-    def _section_as_word(self, section: str, word: str, value: Any, origin: str, from_text: bool) -> list[Given]:
-        """A section's name (or a word for it) with one value: `optimizer = muon`, `early_stopping = true`."""
-        name = plain(word)
-        if name not in self.names_of(section):
-            name = self.sections[section].first_key() if section in self.sections else "arch"
-        return self._within(section, name, value, origin, from_text)
-
-    def _section(self, word: str) -> str | None:
-        word = plain(word)
-        word = self.section_aliases.get(word, word)
-        return word if word in self.sections or word in self.open_sections else None
-
-    def _within(self, section: str, name: str, value: Any, origin: str, from_text: bool) -> list[Given]:
-        known = self.names_of(section)
-        if plain(name) in known:
-            return self.given(section, plain(name), value, origin, from_text)
-        if section in self.open_sections:
-            return [Given(f"{section}.{plain(name)}", value, f"{origin}: {section}.{name}", from_text)]
-        elsewhere = self.elsewhere(plain(name))
-        if elsewhere is not None:
-            self.notes.append(f"{origin}: {section}.{name} belongs to [{elsewhere}] and was read as such")
-            return self.given(elsewhere, plain(name), value, origin, from_text)
-        inner = self._section(name)
-        if inner is not None:  # training.optimizer, data.tokenizer
-            if not isinstance(value, dict):
-                return self._section_as_word(inner, name, value, origin, from_text)
-            return [g for k, v in value.items() for g in self._within(inner, str(k), v, origin, from_text)]
-        raise ConfigError(f"{origin}: {self.unknown(f'{section}.{name}', list(known))}")
-
-    def unknown(self, word: str, known: list[str] | None = None, arch: str | None = None) -> str:
-        """What is said of a key that nobody knows: three near ones at most, and where all of them are."""
-        name = plain(word).rpartition(".")[2]
-        names = known if known is not None else [n for s in self.sections for n in self.names_of(s)]
-        listed = "treadle train --help all" if arch is None else f"treadle train --model.arch {arch} --help"
-        return f"unknown key {word}: {nearest(name, names, listed=listed)}"
-
-    def elsewhere(self, name: str) -> str | None:
-        """The one core section that knows a name, if only one does."""
-        homes = [home for home in self._sections_with(name) if home not in self.open_sections]
-        return homes[0] if len(homes) == 1 else None
-
-    def _sections_with(self, name: str) -> list[str]:
-        # A key's own name wins over an alias of the same spelling elsewhere.
-        own = [s for s, cls in self.sections.items() if name in cls.model_fields]
-        return own or [s for s in self.sections if name in self.names_of(s)]
-
-    def _leaf(self, name: str, value: Any, origin: str, from_text: bool) -> list[Given]:
-        name = plain(name)
-        homes = self._sections_with(name)
-        if len(homes) == 1:
-            return self.given(homes[0], name, value, origin, from_text)
-        if len(homes) > 1:
-            options = " or ".join(f"{home}.{self.names_of(home)[name]}" for home in homes)
-            raise ConfigError(f"{origin}: {name!r} is ambiguous; write {options}")
-        # An unknown leaf may belong to an open section; who knows its keys decides (recipe.py).
-        return [Given(f"?.{name}", value, f"{origin}: {name}", from_text)]
-
-    def given(self, section: str, word: str, value: Any, origin: str, from_text: bool) -> list[Given]:
-        cls = self.sections[section]
-        if word in cls.translations:
-            if from_text:
-                value = parse_text(value) if isinstance(value, str) else value
-            try:
-                translated = cls.translations[word](value)
-            except (TypeError, ValueError, KeyError, AttributeError):
-                raise ConfigError(f"{origin}: {word} = {value!r} is not understood") from None
-            given = []
-            for dotted, found in translated.items():
-                one = self._checked(dotted, found.value if isinstance(found, Fallback) else found, f"{origin}: {word}", False)
-                one.fallback = isinstance(found, Fallback)
-                given.append(one)
-            self.notes += [f"{origin}: {word} is read as {g.key} = {g.value!r}" for g in given
-                           if not isinstance(g.value, ListChange) and g.key.partition(".")[2] != word]  # fmt: skip
-            return given
-        key = self.names_of(section)[word]
-        if key != word:
-            self.notes.append(f"{origin}: {word} is read as {section}.{key}")
-        return [self._checked(f"{section}.{key}", value, f"{origin}: {word}" if key != word else origin, from_text)]
-
-    def _checked(self, dotted: str, value: Any, origin: str, from_text: bool) -> Given:
-        section, _, key = dotted.partition(".")
-        if isinstance(value, ListChange) or (section in self.open_sections and section not in self.sections):
-            return Given(dotted, value, origin, from_text)
-        try:
-            fitted = fit_value(self.sections[section], key, value, from_text)
-        except ConfigError as problem:
-            raise ConfigError(f"{origin}: {section}.{problem}") from None
-        return Given(dotted, fitted, origin, False)
-
-
-def merge(given: list[Given]) -> dict[str, Given]:
-    """One layer of values by key; the same key given twice with different values (alias and name) is an error. Switches
-    that change a list add up, in any order, and change an explicit list beside them."""
-    merged: dict[str, Given] = {}
-    for one in given:
-        before = merged.get(one.key)
-        merged[one.key] = one if before is None else _both(before, one)
-    return merged
-
-
-def _both(before: Given, one: Given) -> Given:
-    if before.fallback != one.fallback:
-        return before if one.fallback else one
-    values = before.value, one.value
-    changes = [value for value in values if isinstance(value, ListChange)]
-    listed = next((value for value in values if isinstance(value, list)), [])
-    added = {*listed, *(item for change in changes for item in change.add)} if changes else set()
-    if changes and not any(added & set(change.remove) for change in changes):
-        if len(changes) == 1:
-            return Given(one.key, changes[0].applied(listed), one.origin, False)
-        first, second = changes
-        added_by = tuple(second.applied(list(first.add)))
-        return Given(one.key, ListChange(added_by, first.remove + second.remove), one.origin, False)
-    if before.value != one.value:
-        raise ConfigError(
-            f"{one.key} is given twice with different values: {before.value!r} ({before.origin}) "
-            f"and {one.value!r} ({one.origin}); keep one"
-        )
-    return one
-
-
-def settle(section: type[Settings], one: Given, below: Given | None) -> Any:
-    """A layer's value over the one below it (or the key's default), which a switch changes instead of replacing."""
-    if not isinstance(one.value, ListChange):
-        return one.value
-    name = one.key.partition(".")[2]
-    items = below.value if below is not None else section.model_fields[name].get_default(call_default_factory=True)
-    return one.value.applied(items)
-
-
 def parse_flags(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
     """['x', '--a.b', '1', '--c=2', '--flag'] -> (['x'], {'a.b': '1', 'c': '2', 'flag': 'true'})."""
     words: list[str] = []
@@ -483,12 +349,11 @@ def build_section(section: str, cls: type[Settings], values: dict[str, Given]) -
     """The section's object from its values; a rule that spans keys names the section and the values involved."""
     try:
         return cls(**{given.key.partition(".")[2]: given.value for given in values.values()})
-    except ValidationError as problem:
-        detail = problem.errors()[0]
-        place = ".".join([section, *(str(part) for part in detail["loc"][:1])])
-        message = detail["msg"].removeprefix("Value error, ")
+    except Refused as problem:
+        place = f"{section}.{problem.key}"
         origin = values[place].origin if place in values else ""
-        raise ConfigError(f"{place}: {message}" + (f" (from {origin})" if origin else "")) from None
+        said = f" (from {origin})" if origin not in ("", "arguments") else ""
+        raise ConfigError(problem.said_of(section) + said) from None
 
 
 def describe_type(annotation: Any) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,7 @@ LOGS = ("metrics.jsonl", "training_log.csv", "eval_log.csv")
 class Request:
     """What a user asked for."""
 
-    target: str | None = None
+    target: str | Mapping[str, Any] | None = None  # what `train` takes; from Python also a recipe's table
     flags: dict[str, Any] | None = None
     fresh: bool = False
     weights_from: str | None = None
@@ -42,6 +42,7 @@ class Request:
     flags_are_text: bool = True
     base: tuple[Layer, ...] = ()  # below what was typed; with one, no target is no default recipe either
     above: tuple[Layer, ...] = ()  # above it
+    other_flags: tuple[str, ...] = ("fresh", "from", "allow-change", "help")  # what the verb takes beside keys
 
     @functools.cached_property
     def start_weights(self) -> Checkpoint | None:
@@ -52,7 +53,12 @@ class Request:
 
     def named_layers(self) -> list[Layer]:
         """What was typed: the target and the flags."""
-        return [*typed_layers(self.target, dict(self.flags or {}), self.flags_are_text, not self.base), *self.above]
+        return [*typed_layers(self.target, self._flag_layer(), not self.base), *self.above]
+
+    def _flag_layer(self) -> Layer:
+        if not self.flags_are_text:
+            return Layer(dict(self.flags or {}), "arguments", other_flags=self.other_flags)
+        return Layer(dict(self.flags or {}), "flag", from_text=True, other_flags=self.other_flags)
 
     def layers(self) -> list[Layer]:
         """The same above the model of --from."""
@@ -287,12 +293,17 @@ def devices(request: Request) -> int:
 
     launch = detect()
     layers = request.named_layers()
-    wanted = settled_section(layers, "run").devices
+    settled = settled_section(layers, "run")
+    wanted = settled.devices
     if launch.size > 1:
         if wanted not in (None, 1, launch.local_size):
             raise ConfigError(f"run.devices = {wanted}, but {launch.local_size} process(es) were started on this machine; "
                               "leave the key out")  # fmt: skip
         return 1
+    if wanted is not None and wanted > 1:
+        from treadle.distributed.launch import refuse_too_many
+
+        refuse_too_many(wanted, settled.device)
     return wanted or 1
 
 
@@ -370,32 +381,18 @@ def plan(request: Request, console: Console | None = None) -> dict[str, Any]:
     """What a recipe needs on `--world` processes; reads no data and starts nothing."""
     import json
 
-    from treadle.planning.plan import BANDWIDTH, OVERLAP, lines, parse_bytes
+    from treadle.planning.plan import lines
     from treadle.planning.plan import plan as make_plan
 
     console = console or Console()
     flags = dict(request.flags or {})
     own = {name: flags.pop(name) for name in PLAN_FLAGS if name in flags}
-    request = Request(request.target, flags, weights_from=request.weights_from, flags_are_text=request.flags_are_text)
+    request = replace(request, flags=flags, other_flags=("from", "help", *PLAN_FLAGS))
     recipe = compose(request.layers())
-
-    def number(name: str, default: float | None, kind: type = float) -> Any:
-        try:
-            value = kind(own[name]) if name in own else default
-            if value is not None and not 0 < value < float("inf") and not (name == "overlap" and value == 0):
-                raise ValueError
-            return value
-        except (TypeError, ValueError):
-            raise ConfigError(f"--{name} {own[name]!r}: give a number above 0") from None
-
-    world = number("world", recipe.parallel.world_size or recipe.run.devices or 1, int)
-    room = parse_bytes(str(own["memory"])) if "memory" in own else None
     device = "cpu" if recipe.run.device == "auto" and "flops" not in own else recipe.run.device
-    result = make_plan(
-        recipe, world, flops=number("flops", None), bandwidth=number("bandwidth", BANDWIDTH),
-        overlap=number("overlap", OVERLAP), device="cuda" if device == "auto" else device, rehearse="rehearse" in own,
-    )  # fmt: skip
-    for line in [json.dumps(result, indent=1)] if "json" in own else lines(result, room):
+    numbers = {name: own[name] for name in ("world", "memory", "flops", "bandwidth", "overlap") if name in own}
+    result = make_plan(recipe, device="cuda" if device == "auto" else device, rehearse="rehearse" in own, **numbers)
+    for line in [json.dumps(result, indent=1)] if "json" in own else lines(result):
         console.say(line)
     return result
 

@@ -131,7 +131,7 @@ def test_bad_plans(flags: list[str], words: str) -> None:
 
 
 def test_amounts() -> None:
-    assert parse_bytes("80GiB") == 80 * 2**30 and parse_bytes("1.5 GB".replace(" ", "")) == 1.5e9
+    assert parse_bytes("80GiB") == (80 * 2**30, "GiB") and parse_bytes("1.5 gb") == (1.5e9, "GB")
     for text in ("", "GB", "-1GB", "3XB"):
         with pytest.raises(ConfigError):
             parse_bytes(text)

@@ -1,13 +1,19 @@
-"""WHAT IS READ. The names a hand-written loop needs; torch is imported only when a batch is made."""
+"""WHAT IS READ. The names a hand-written loop needs, loaded on first use: a section's help needs neither numpy nor torch."""
 
-from treadle.data.dataset import Dataset, create_dataloader
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from treadle.data.batch import collate
+    from treadle.data.dataset import Dataset, create_dataloader
 
 __all__ = ["Dataset", "collate", "create_dataloader"]
 
 
 def __getattr__(name: str) -> object:
-    if name == "collate":
-        from treadle.data.batch import collate
+    if name not in __all__:
+        raise AttributeError(name)
+    import importlib
 
-        return collate
-    raise AttributeError(name)
+    return getattr(importlib.import_module("treadle.data.batch" if name == "collate" else "treadle.data.dataset"), name)

@@ -14,8 +14,10 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import BinaryIO
 
+from treadle.errors import ConfigError
 from treadle.processes import end_with_parent
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -28,6 +30,32 @@ def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def gpus(device: str) -> int:
+    """GPUs that `device` (of the run section) may mean here; torch is asked only where there is a driver."""
+    if device.startswith("cpu") or not any(Path(p).exists() for p in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def refuse_too_many(count: int, device: str) -> None:
+    """ConfigError when this machine has fewer GPUs, or without any fewer cores, than `count` processes need; two always
+    go, so that what happens between processes can be tried on one core."""
+    there = gpus(device)
+    most, what = (there, f"{there} GPU(s)") if there else (max(2, cores()), f"{cores()} core(s) and no GPU to use")
+    if count > most:
+        typed = f"type --devices {most}" if most > 1 else "leave --devices out"
+        elsewhere = " or --device cpu" if there else ""
+        raise ConfigError(f"run.devices = {count}, but this machine has {what}: {typed}{elsewhere}. More machines: one command "
+                          "on each with torchrun (docs/cluster.md)")  # fmt: skip
 
 
 def run_processes(count: int, arguments: Sequence[str], grace: float = GRACE_SECONDS) -> int:

@@ -35,6 +35,7 @@ class ModelConfig(Settings):
     """Base of an architecture's own keys; every key of a model is fixed once a run has started."""
 
     model_config = ConfigDict(frozen=False)
+    called: ClassVar[str] = "model"
 
     vocab_size: int = option(256, ge=2)
     """Number of symbols; defaults to the tokenizer's."""

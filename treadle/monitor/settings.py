@@ -30,6 +30,8 @@ AlertEvent = Literal["start", "stopped", "finished", "step", "best", "anomaly", 
 class AlertSettings(Settings):
     """Who is told elsewhere; webhook addresses come from DISCORD_WEBHOOK_URL, SLACK_WEBHOOK_URL, TREADLE_WEBHOOK_URL."""
 
+    called: ClassVar[str] = "alerts"
+
     events: list[AlertEvent] = option(["start", "stopped", "finished", "step", "best", "anomaly", "discovery"])
     """Which events are sent to the webhooks that the environment names (none named: nothing is sent)."""
 

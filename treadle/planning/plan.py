@@ -30,16 +30,30 @@ LAYOUTS = {
 }
 
 
-def parse_bytes(text: str) -> float:
-    """ "80GiB" -> bytes; ConfigError for anything else."""
+def parse_bytes(text: str) -> tuple[float, str]:
+    """ "80GiB" -> (bytes, "GiB"), the unit spelled as usual; ConfigError for anything else."""
     number = text.strip().rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
     unit = text.strip()[len(number) :].lower()
     try:
-        if unit not in UNITS or float(number) <= 0:
+        if unit not in UNITS or not 0 < float(number) < float("inf"):
             raise ValueError
-        return float(number) * UNITS[unit]
+        spelled = unit.upper().replace("IB", "iB").replace("KB", "kB")
+        return float(number) * UNITS[unit], spelled if UNITS[unit] > 1 else "GB"
     except ValueError:
         raise ConfigError(f"{text!r} is no amount of memory; write a number with MB, GB, GiB, ...: 80GiB") from None
+
+
+def checked_number(name: str, value: Any, kind: type = float, zero: bool = False) -> Any:
+    """An assumption as a number, typed or given from Python; ConfigError for anything that is not above 0."""
+    try:
+        number = kind(value)
+        if number != float(value) or not (0 < number < float("inf") or (zero and number == 0)):
+            raise ValueError
+        return number
+    except (TypeError, ValueError, OverflowError):
+        given = f"--{name} {value!r}" if isinstance(value, str) else f"{name} = {value!r}"
+        whole = "whole number" if kind is int else "number"
+        raise ConfigError(f"{given}: give a {whole} above 0") from None
 
 
 def measured_flops(width: int, precision: str) -> float:
@@ -66,15 +80,23 @@ def model_of(recipe: Recipe) -> tuple[type[Model], ModelConfig]:
 
 
 def plan(
-    recipe: Recipe, world: int = 1, *, flops: float | None = None, bandwidth: float = BANDWIDTH, overlap: float = OVERLAP,
-    device: str = "cpu", rehearse: bool = False,
+    recipe: Recipe, world: int | None = None, *, flops: float | None = None, bandwidth: float = BANDWIDTH,
+    overlap: float = OVERLAP, memory: str | float | None = None, device: str = "cpu", rehearse: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Memory of one process by kind, bytes it sends in a step, and the estimated scaling: numbers, not strings.
 
-    flops: operations a second that one device reaches (measured on this machine's CPU when left out); bandwidth: bytes a
-    second between processes; overlap: the share of computing that communication hides behind. rehearse runs a step of
-    one of `world` processes over fake tensors. ConfigError for sizes that do not fit together.
+    world: processes, default parallel.world_size, run.devices or 1; flops: operations a second that one device reaches
+    (measured on this machine's CPU when left out); bandwidth: bytes a second between processes; overlap: the share of
+    computing that communication hides behind; memory: what one process may take ("80GiB", or bytes), which "asked" then
+    answers. rehearse runs a step of one of `world` processes over fake tensors. ConfigError for sizes that do not fit
+    together.
     """
+    if world is None:
+        world = recipe.parallel.world_size or recipe.run.devices or 1
+    world = checked_number("world", world, int)
+    flops = checked_number("flops", flops) if flops is not None else None
+    bandwidth, overlap = checked_number("bandwidth", bandwidth), checked_number("overlap", overlap, zero=True)
+    asked_for = parse_bytes(f"{memory}") if memory is not None else None
     cls, config = model_of(recipe)
     with torch.device("meta"):
         model = cls(config)  # type: ignore[call-arg]
@@ -99,7 +121,7 @@ def plan(
         "asynchronous": recipe.checkpoint.asynchronous,
     }  # fmt: skip
 
-    def memory(mode: str, shard_optimizer: bool) -> Memory:
+    def needs_of(mode: str, shard_optimizer: bool) -> Memory:
         count = 1 if mode == "none" else world
         return per_process(sizes, activations, shape, mode, count, shard_size, shard_optimizer=shard_optimizer,
                            offload=settings.cpu_offload, **options)  # fmt: skip
@@ -128,13 +150,18 @@ def plan(
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": accumulation,
         "seq_len": shape.length,
-        "memory": memory(mode, settings.shard_optimizer).to_dict(),
-        "layouts": {name: memory(*layout).total_gb for name, layout in LAYOUTS.items()},
+        "memory": needs_of(mode, settings.shard_optimizer).to_dict(),
+        "layouts": {name: needs_of(*layout).total_gb for name, layout in LAYOUTS.items()},
         "traffic_gb": {**{k: v / 1e9 for k, v in asdict(volume(world)).items()}, "total": volume(world).total / 1e9},
         "scaling": [asdict(row) for row in curve],
         "assumptions": {"flops_per_second": reached, "flops_measured_here": flops is None,
                         "bandwidth_bytes_per_second": bandwidth, "overlap": overlap},
     }  # fmt: skip
+    if asked_for is not None:
+        room, unit = asked_for
+        need = result["memory"]["total_gb"] * 1e9
+        result["asked"] = {"unit": unit, "memory": room / UNITS[unit.lower()], "needs": need / UNITS[unit.lower()],
+                           "fits": need <= room}  # fmt: skip
     if rehearse:
         from treadle.planning.rehearsal import rehearse as run
 
@@ -156,7 +183,7 @@ def _checked_shard_size(settings: ParallelSettings, world: int) -> int | None:
     return size
 
 
-def lines(result: dict[str, Any], memory: float | None = None) -> list[str]:
+def lines(result: dict[str, Any]) -> list[str]:
     """The plan for people."""
     m, name = result["memory"], " ".join(filter(None, (result["architecture"], result["preset"])))
     passes = result["gradient_accumulation_steps"]
@@ -185,17 +212,19 @@ def lines(result: dict[str, Any], memory: float | None = None) -> list[str]:
     if "rehearsal_bytes" in result:
         counted = ", ".join(f"{kind} {size / 1e9:.3f} GB" for kind, size in sorted(result["rehearsal_bytes"].items()))
         text.append(f"rehearsed: one step of process 0 of {result['world']} under fsdp runs; its collectives handle {counted}")
-    if memory is not None:
-        text.append(_verdict(result, memory / 1e9))
+    if "asked" in result:
+        text.append(_verdict(result, **result["asked"]))
     return text
 
 
-def _verdict(result: dict[str, Any], room: float) -> str:
-    need = result["memory"]["total_gb"]
-    if need <= room:
-        return f"it fits in {room:.1f} GB ({need / room:.0%} of it)"
+def _verdict(result: dict[str, Any], unit: str, memory: float, needs: float, fits: bool) -> str:
+    digits = 2 if max(memory, needs) < 100 else 0
+    compared = f"needs {needs:.{digits}f} {unit} of the {memory:.10g} {unit} asked for ({needs / memory:.0%})"
+    if fits:
+        return f"{compared}: it fits"
+    room = memory * UNITS[unit.lower()] / 1e9
     tries = [f"--parallel {layout}" for layout in ("fsdp",) if result["layouts"][layout] <= room and result["world"] > 1]
     if result["per_device_train_batch_size"] > 1:
         tries.append(f"--batch_size {result['per_device_train_batch_size'] // 2}")
     tries += ["--gradient_checkpointing true", f"--world {result['world'] * 2} --parallel fsdp"]
-    return f"it does not fit in {room:.1f} GB; try {' or '.join(tries)}"
+    return f"{compared}: it does not fit; try {' or '.join(tries)}"

@@ -101,6 +101,14 @@ class Recipe:
         model = {"arch": self.arch, "preset": self.preset, **self.model}
         return {"run": tables.pop("run"), "model": model, **tables}
 
+    def set_values(self) -> dict[str, dict[str, Any]]:
+        """The same without what is at its default, as a recipe would say it."""
+        usual = {name: {k: i.get_default(call_default_factory=True) for k, i in cls.model_fields.items()}
+                 for name, cls in SECTIONS.items()}  # fmt: skip
+        usual["model"] = {"preset": None}
+        return {name: {k: v for k, v in table.items() if k not in usual[name] or v != usual[name][k]}
+                for name, table in self.tables().items()}  # fmt: skip
+
     def to_toml(self) -> str:
         return dump_toml(self.tables())
 
