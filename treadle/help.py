@@ -160,6 +160,29 @@ def _key_lines(section: str, cls: type[Settings] | None, word: str) -> list[str]
     return []
 
 
+def preset_lines(preset: str) -> list[str]:
+    """Shape, size and recommended training values of a preset, in every architecture that has one of this name."""
+    from treadle.models.base import count_label, parameter_count
+
+    lines, known = [], []
+    for arch in MODELS.names():
+        cls = MODELS.get(arch)
+        known += list(cls.Config.presets())
+        keys = {plain(name): values for name, values in cls.Config.presets().items()}.get(plain(preset))
+        if keys is None:
+            continue
+        count = parameter_count(cls, cls.Config.with_preset(preset))
+        lines.append(f"{arch} {plain(preset)}: {count_label(count)} parameters (random until trained)")
+        lines += [f"    model.{key} = {value}" for key, value in keys.items()]
+        recommended = cls.Config.recommended(preset)
+        lines += ["  recommended training values, used where nothing else is said:"] if recommended else []
+        lines += [f"    {key} = {value}" for key, value in recommended.items()]
+        lines.append(f"  train it: treadle train FILE --model.arch {arch} --model.preset {plain(preset)}")
+    if not lines:
+        raise ConfigError(f"--preset {preset}: {nearest(plain(preset), known)} (treadle models lists them)")
+    return lines
+
+
 def write_options() -> None:
     """Prints docs/options.md: every key of every section and every architecture."""
     sections = {**SECTIONS, **{f"model ({name})": MODELS.get(name).Config for name in MODELS.names()}}

@@ -16,7 +16,9 @@ class CheckpointSettings(Settings):
     save_total_limit: int = option(3, ge=1)
     """Newest checkpoints kept; the best one is kept besides."""
 
-    metric_for_best_model: Literal["loss", "bpb", "accuracy", "top5_accuracy"] = option("loss")
+    metric_for_best_model: Literal["loss", "bpb", "accuracy", "top5_accuracy"] = option(
+        "loss", spellings={"eval_loss": "loss", "validation_loss": "loss", "val_loss": "loss", "eval_bpb": "bpb", "eval_accuracy": "accuracy"}
+    )
     """The evaluation metric that picks the best checkpoint (the lowest loss or bpb, the highest accuracy)."""
 
     resume_from_checkpoint: str | None = option(None, aliases=("resume_from",))
