@@ -19,12 +19,19 @@ _PLACES = {
     "TrainConfig": "treadle.recipe:from_leaf_names",
     "Trainer": "treadle.training.trainer:Trainer",
     "architectures": "treadle.library:architectures",
+    "autocast": "treadle.library:autocast",
     "build": "treadle.models.base:build",
     "compress_cache": "treadle.models.compress:compress_cache",
+    "count_params": "treadle.library:count_params",
+    "enable_checkpointing": "treadle.library:enable_checkpointing",
+    "estimate_memory": "treadle.library:estimate_memory",
     "from_pretrained": "treadle.models.base:from_pretrained",
     "load": "treadle.library:load",
     "loss": "treadle.library:loss",
+    "memory_usage": "treadle.library:memory_usage",
     "plan": "treadle.library:plan",
+    "print_summary": "treadle.library:print_summary",
+    "recommend_config": "treadle.library:recommend_config",
     "student_of": "treadle.distillation:student_of",
     "train": "treadle.library:train",
 }
@@ -35,7 +42,21 @@ if TYPE_CHECKING:
     from treadle.data.dataset import Dataset
     from treadle.distillation import DistillationTrainer, student_of
     from treadle.evaluation.evaluator import Evaluator
-    from treadle.library import Model, architectures, load, loss, plan, train
+    from treadle.library import (
+        Model,
+        architectures,
+        autocast,
+        count_params,
+        enable_checkpointing,
+        estimate_memory,
+        load,
+        loss,
+        memory_usage,
+        plan,
+        print_summary,
+        recommend_config,
+        train,
+    )
     from treadle.models.base import build, from_pretrained
     from treadle.models.compress import compress_cache
     from treadle.recipe import from_leaf_names as TrainConfig

@@ -224,6 +224,8 @@ def compose(layers: list[Layer], with_model: bool = True) -> Recipe:
     if model_class is not None:
         of_model = {k.partition(".")[2]: v.value for k, v in final.items() if k.startswith("model.")}
         for key, value in model_class.Config.with_preset(preset, **of_model).implied().items():
+            if key == "tokenizer.name" and "tokenizer.vocab_size" in final:
+                continue  # who asks for a size asks for a tokenizer that is trained
             final.setdefault(key, Given(key, value, "follows from the model's keys", False))
     sections = {
         name: build_section(name, cls, {k: v for k, v in final.items() if k.startswith(name + ".")})

@@ -75,7 +75,7 @@ def model_of(recipe: Recipe) -> tuple[type[Model], ModelConfig]:
     keys = dict(recipe.model)
     preset = cls.Config.presets().get((recipe.preset or "").lower().replace("-", "_"), {})
     if "vocab_size" not in keys and "vocab_size" not in preset:
-        keys["vocab_size"] = 257 if recipe.tokenizer.name == "byte" else recipe.tokenizer.vocab_size
+        keys["vocab_size"] = 256 if recipe.tokenizer.name == "byte" else recipe.tokenizer.vocab_size
     return cls, cls.Config.with_preset(recipe.preset, **keys)
 
 
