@@ -53,7 +53,7 @@ def main() -> None:
     steps, rounds = (5, 1) if given.quick else (given.steps, given.rounds)
     task = Task()
 
-    from bench.equal import problems, same_weights_same_loss
+    from bench.equal import later_loss, problems, remarks, same_weights_same_loss
     from bench.limits import limits, step_gflop
 
     peak = limits(task)
@@ -72,7 +72,12 @@ def main() -> None:
             last = found[name][-1]
             print(f"{name:<18} {task.tokens_per_step / last['cpu']:8.0f} tokens per CPU-second, "
                   f"{last['wall'] * 1e3:6.0f} ms a step, peak {last['peak_gb']:.2f} GB", flush=True)  # fmt: skip
-    unfair = problems({name: runs[-1] for name, runs in found.items()})
+    latest = {name: runs[-1] for name, runs in found.items()}
+    for name, one in latest.items():
+        print(f"{name:<18} loss {one['losses'][0]:.3f} -> {later_loss(one['losses']):.3f} (median of the second half)")
+    for remark in remarks(latest):
+        print(f"remark: {remark}; a change of sign that GPT-2's start brings (bench/README.md)")
+    unfair = problems(latest)
     for problem in unfair:
         print(f"NOT COMPARABLE: {problem}")
     report(task, found, peak, step_gflop, difference, unfair, write=not given.quick)

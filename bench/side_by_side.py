@@ -30,7 +30,7 @@ def medians(ways: dict[str, Callable[[], Any]], rounds: int, repeats: int) -> di
 
 
 def step_at(model: Model, context: int) -> Callable[[], Any]:
-    """Decoding of one symbol with a state that says `context` symbols were seen."""
+    """Decoding of one token with a state that says `context` tokens were seen."""
     token = Batch.from_ids(torch.zeros(1, 1, dtype=torch.int64))
 
     def step() -> None:

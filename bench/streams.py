@@ -42,7 +42,7 @@ def blocks(rounds: int) -> None:
         model = treadle.build("shc", vocab_size=64, hidden_size=512, num_layers=1, num_heads=8, **keys).train()
         batch = Batch.from_ids(torch.randint(0, 64, (4, 256)))
         context = model.context(batch, None)  # type: ignore[operator]
-        x = model.enter(batch, context).detach().requires_grad_()  # type: ignore[operator]
+        x = model.embed(batch, context).detach().requires_grad_()  # type: ignore[operator]
         block = model.blocks()[0]
         ways[name] = lambda block=block, x=x, context=context: block(x, context).backward(x.detach())
         counts[name] = sum(p.numel() for p in block.parameters())
@@ -68,7 +68,7 @@ def scan(rounds: int) -> None:
 
 
 def decoding(rounds: int) -> None:
-    """One more symbol after 1024 and 8192, D = 256, 4 layers."""
+    """One more token after 1024 and 8192, D = 256, 4 layers."""
     shape = {"vocab_size": 256, "hidden_size": 256, "num_layers": 4, "num_heads": 4}
     models = {"teacher": treadle.build("shc", **shape), "latent .6": treadle.build("shc", latent_size=153, **shape),
               "student": treadle.build("ssm", **shape), "pure student": treadle.build("ssm", local_window=0, **shape)}  # fmt: skip

@@ -14,7 +14,7 @@ from treadle.data.sources import open_source
 
 @dataclass(frozen=True)
 class Task:
-    """10.8M parameters at the default shape, bytes as symbols, 4096 tokens a step, AdamW."""
+    """10.8M parameters at the default shape, bytes as tokens, 4096 tokens a step, AdamW."""
 
     width: int = 384
     layers: int = 6
@@ -25,6 +25,7 @@ class Task:
     steps: int = 12
     learning_rate: float = 1e-3
     weight_decay: float = 0.1
+    seed: int = 0  # of the weights
 
     @property
     def tokens_per_step(self) -> int:
@@ -37,7 +38,7 @@ class Task:
         return np.frombuffer(text.encode(), dtype=np.uint8)
 
     def batch(self, data: np.ndarray, step: int) -> np.ndarray:
-        """Rows of length + 1 symbols at random places, int64 [rows, length + 1]."""
+        """Rows of length + 1 tokens at random positions, int64 [rows, length + 1]."""
         starts = np.random.default_rng(step).integers(0, len(data) - self.length - 1, self.rows)
         return np.stack([data[s : s + self.length + 1] for s in starts]).astype(np.int64)
 

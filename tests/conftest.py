@@ -42,6 +42,14 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cache
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_trust(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What tests trust stays out of the user's list of trusted code."""
+    home = tmp_path_factory.mktemp("trust")
+    os.environ["TREADLE_CONFIG_HOME"] = str(home)
+    return home
+
+
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "story.txt"

@@ -11,10 +11,23 @@ __version__ = "0.1.0"
 
 _PLACES = {
     "Batch": "treadle.data.batch:Batch",
-    "Dataset": "treadle.data.dataset:Dataset",
+    "Callback": "treadle.training.callbacks.base:Callback",
+    "Capabilities": "treadle.models.base:Capabilities",
+    "Dataset": "treadle.data.base:Dataset",
     "DistillationTrainer": "treadle.distillation:DistillationTrainer",
     "Evaluator": "treadle.evaluation.evaluator:Evaluator",
+    "GeneratedDataset": "treadle.data.generated:GeneratedDataset",
+    "LayerState": "treadle.layers.state:LayerState",
+    "LossTerm": "treadle.objectives.base:LossTerm",
+    "Losses": "treadle.objectives.base:Losses",
+    "Metric": "treadle.objectives.base:Metric",
     "Model": "treadle.library:Model",
+    "ModelConfig": "treadle.models.base:ModelConfig",
+    "NextToken": "treadle.objectives.next_token:NextToken",
+    "Objective": "treadle.objectives.base:Objective",
+    "Output": "treadle.models.base:Output",
+    "Settings": "treadle.settings:Settings",
+    "State": "treadle.layers.state:State",
     "Tokenizer": "treadle.text.base:Tokenizer",
     "TrainConfig": "treadle.recipe:from_leaf_names",
     "Trainer": "treadle.training.trainer:Trainer",
@@ -29,6 +42,7 @@ _PLACES = {
     "load": "treadle.library:load",
     "loss": "treadle.library:loss",
     "memory_usage": "treadle.library:memory_usage",
+    "option": "treadle.settings:option",
     "plan": "treadle.library:plan",
     "print_summary": "treadle.library:print_summary",
     "recommend_config": "treadle.library:recommend_config",
@@ -38,10 +52,12 @@ _PLACES = {
 __all__ = [*_PLACES]
 
 if TYPE_CHECKING:
+    from treadle.data.base import Dataset
     from treadle.data.batch import Batch
-    from treadle.data.dataset import Dataset
+    from treadle.data.generated import GeneratedDataset
     from treadle.distillation import DistillationTrainer, student_of
     from treadle.evaluation.evaluator import Evaluator
+    from treadle.layers.state import LayerState, State
     from treadle.library import (
         Model,
         architectures,
@@ -57,10 +73,14 @@ if TYPE_CHECKING:
         recommend_config,
         train,
     )
-    from treadle.models.base import build, from_pretrained
+    from treadle.models.base import Capabilities, ModelConfig, Output, build, from_pretrained
     from treadle.models.compress import compress_cache
+    from treadle.objectives.base import Losses, LossTerm, Metric, Objective
+    from treadle.objectives.next_token import NextToken
     from treadle.recipe import from_leaf_names as TrainConfig
+    from treadle.settings import Settings, option
     from treadle.text.base import Tokenizer
+    from treadle.training.callbacks.base import Callback
     from treadle.training.trainer import Trainer
 
 

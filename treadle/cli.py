@@ -5,12 +5,15 @@ from __future__ import annotations
 import atexit
 import errno
 import os
-import re
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from treadle import trusted_code
+from treadle.terminal import write as echo
 
 app = typer.Typer(
     help="Train sequence models from scratch: exact, resumable, fair to compare.",
@@ -37,6 +40,11 @@ Split = Annotated[str, typer.Option(help="Which held-out text: validation or tes
 MostRows = Annotated[int | None, typer.Option(min=1, help="At most this many rows, spread over the text.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows in one pass.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Trust = Annotated[
+    list[str] | None,
+    typer.Option("--trust-code", "--trust_code", metavar="FILE.py", callback=lambda files: trusted_code.allow(files or ()),
+                 help="Code that a run from elsewhere may execute, where it names some."),
+]  # fmt: skip
 
 
 def _request(arguments: list[str]) -> Any:
@@ -44,21 +52,24 @@ def _request(arguments: list[str]) -> Any:
     from treadle.settings import parse_flags
     from treadle.start import Request
 
-    allow: list[str] = []
+    several: dict[str, list[str]] = {"--allow-change": [], "--trust-code": []}  # flags that may be given several times
+    examples = {"--allow-change": "a key, as in --allow-change data.seq_len", "--trust-code": "a file, as in --trust-code model.py"}
     rest: list[str] = []
     index = 0
-    while index < len(arguments):  # the one flag that may be given several times
+    while index < len(arguments):
         word, _, value = arguments[index].partition("=")
+        word = word.replace("_", "-")
         index += 1
-        if word not in ("--allow-change", "--allow_change"):
+        if word not in several:
             rest.append(arguments[index - 1])
             continue
         if not value:
             if index >= len(arguments):
-                raise ConfigError("--allow-change needs a key, as in --allow-change data.seq_len")
+                raise ConfigError(f"{word} needs {examples[word]}")
             value = arguments[index]
             index += 1
-        allow += value.split(",")
+        several[word].append(value)
+    allow = [key for value in several["--allow-change"] for key in value.split(",")]
     words, flags = parse_flags(rest)
     fresh = flags.pop("fresh", "false").lower() == "true"
     weights = flags.pop("from", None)
@@ -67,7 +78,7 @@ def _request(arguments: list[str]) -> Any:
             os.environ.setdefault("LOCAL_RANK", flags.pop(spelling))
     if len(words) > 1:
         raise ConfigError(f"one target at a time: {' '.join(words)!r}; several paths go into --data.path a,b")
-    return Request(words[0] if words else None, flags, fresh, weights, tuple(allow))
+    return Request(words[0] if words else None, flags, fresh, weights, tuple(allow), trust_code=tuple(several["--trust-code"]))
 
 
 def _open_verb(verb: str, arguments: list[str]) -> None:
@@ -129,7 +140,7 @@ def ctl(
     """Say something to a running training, from any terminal that sees its folder."""
     from treadle.monitor.control import send
 
-    typer.echo(send(Path(run), " ".join(words), timeout))
+    echo(send(Path(run), " ".join(words), timeout))
 
 
 @app.command("eval")
@@ -144,6 +155,7 @@ def evaluate(
     stats: Annotated[bool, typer.Option("--stats", help="The architecture's own numbers too (routing, ...).")] = False,
     output: Annotated[str | None, typer.Option("--output", "--output-dir", help="Folder for the results; default RUN/results.")] = None,
     device: Device = "auto",
+    trust_code: Trust = None,
 ) -> None:
     """Loss, bits per byte, accuracy and samples of one or more runs, beside simple baselines."""
     from treadle.evaluation.report import evaluate_run, table_of, write_results
@@ -155,12 +167,12 @@ def evaluate(
         home = home_of(Path(reports[-1]["checkpoint"]))
         write_results(Path(output) if output else home / "results", reports[-1])
     for line in table_of(reports):
-        typer.echo(line)
+        echo(line)
     for report in reports:
         for name, value in report.get("stats", {}).items():
-            typer.echo(f"{report['run']}  {name} {value:.4f}")
+            echo(f"{report['run']}  {name} {value:.4f}")
         for sample in report.get("samples", []):
-            typer.echo(f"\n--- {report['run']}, prompt {sample['prompt']!r}\n{sample['prompt']}{sample['text']}")
+            echo(f"\n--- {report['run']}, prompt {sample['prompt']!r}\n{sample['prompt']}{sample['text']}")
 
 
 @app.command()
@@ -172,6 +184,7 @@ def compare(
     batch_size: BatchSize = 16,
     output: Annotated[str | None, typer.Option(help="A JSON file for the table.")] = None,
     device: Device = "auto",
+    trust_code: Trust = None,
 ) -> None:
     """Several runs or checkpoints on the same text: bits per byte, accuracy, parameters, FLOPs, decoding state."""
     from treadle.monitor.records import write_json
@@ -179,7 +192,7 @@ def compare(
 
     table = comparing.compare(runs, data, split, rows, batch_size, device)
     for line in comparing.lines_of(table):
-        typer.echo(line)
+        echo(line)
     if output is not None:
         write_json(Path(output), {"rows": table})
 
@@ -202,11 +215,11 @@ def generate(
     output_file: Annotated[str | None, typer.Option(help="Where the continuations of --prompt-file go.")] = None,
     interactive: Annotated[bool, typer.Option("--interactive", "-i", help="Ask for prompts; /help there.")] = False,
     max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", "--max-tokens", min=1, help="Symbols; 100.")
+        int | None, typer.Option("--max-new-tokens", "--max-tokens", min=1, help="Tokens; 100.")
     ] = None,
     temperature: Annotated[float | None, typer.Option(help="Lower is safer, higher is wilder, 0 is greedy; 1.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Keep the likeliest symbols; 0 is off; 50.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest symbols of this total probability; 0.9.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the likeliest tokens; 0 is off; 50.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens of this total probability; 0.9.")] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: repeat less; 1.")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="The same as --temperature 0.")] = False,
     num_samples: Annotated[int, typer.Option(min=1, help="Continuations of each prompt.")] = 1,
@@ -214,6 +227,7 @@ def generate(
     stop: Annotated[str | None, typer.Option(help="End before this text.")] = None,
     show_chunks: Annotated[bool, typer.Option("--show-chunks", help="Colour by learned chunk (hnet).")] = False,
     device: Device = "auto",
+    trust_code: Trust = None,
 ) -> None:
     """Let a trained model continue text. A generation_config.json beside the weights or in the run has other defaults."""
     from treadle.errors import ConfigError
@@ -227,21 +241,21 @@ def generate(
              "repetition_penalty": repetition_penalty}  # fmt: skip
     Sampling(**typed_over({}, typed)[0])  # what is wrong with it is said before a model is loaded
     from treadle.generation.session import Session
-    from treadle.models.pretrained import generation_defaults, load_run
+    from treadle.models.pretrained import generation_defaults, load_run, tokenizer_of
 
     loaded = load_run(_runs([run or "last"] if run or not model_path else None, model_path)[0], device)
+    tokenizer = tokenizer_of(loaded)
     sampling, count = typed_over(generation_defaults(loaded.checkpoint.folder), typed)
-    session = Session(loaded.model, loaded.tokenizer, Sampling(**sampling), count, seed, stop)
+    session = Session(loaded.model, tokenizer, Sampling(**sampling), count, seed, stop)
 
     def write(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        echo(text, end="")
 
     if show_chunks:
         from treadle.generation.chunks import coloured
 
-        for line in coloured(loaded.model, loaded.tokenizer, (prompt or "") + session.say(prompt or "\n")):
-            write(line + "\n")
+        for line in coloured(loaded.model, tokenizer, (prompt or "") + session.say(prompt or "\n")):
+            echo(line, exact=True)
     elif interactive:
         session.interactive(input, write)
     elif prompt_file is not None:
@@ -259,6 +273,7 @@ def export(
     output: Annotated[str | None, typer.Option(help="The folder to write; default RUN/export.")] = None,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16: how the weights are stored.")] = "fp32",
     packed: Annotated[bool, typer.Option("--packed", help="Ternary weights in 1.6 bits each; same answers.")] = False,
+    trust_code: Trust = None,
 ) -> None:
     """The weights of a run as one folder: config.json, model.safetensors and the tokenizer; shards are joined."""
     from treadle.models.export import export as write
@@ -266,7 +281,7 @@ def export(
     folder = write(run, output, precision, packed)
     size = (folder / "model.safetensors").stat().st_size
     ternary = ", ternary ones packed" if packed else ""
-    typer.echo(f"{folder}: {size / 1e6:.1f} MB of weights in {precision}{ternary}; use it like a run: treadle generate {folder}, "
+    echo(f"{folder}: {size / 1e6:.1f} MB of weights in {precision}{ternary}; use it like a run: treadle generate {folder}, "
                f"treadle train --from {folder}")  # fmt: skip
 
 
@@ -285,12 +300,13 @@ def data_prepare(
     validation_fraction: Annotated[float, typer.Option(min=0, max=0.99, help="Share of the text held out.")] = 0.05,
     test_fraction: Annotated[float, typer.Option(min=0, max=0.99, help="Share held out for a last test.")] = 0.05,
     max_samples: Annotated[int | None, typer.Option(min=1, help="Read this many documents at most.")] = None,
-    seq_len: Annotated[int, typer.Option("--seq-len", "--max-seq-length", min=2, help="Symbols in a row, for counting them.")] = 256,
-    min_length: Annotated[int, typer.Option(min=0, help="Leave out documents with fewer symbols.")] = 0,
+    seq_len: Annotated[int, typer.Option("--seq-len", "--max-seq-length", min=2, help="Tokens in a row, for counting them.")] = 256,
+    min_length: Annotated[int, typer.Option(min=0, help="Leave out documents with fewer tokens.")] = 0,
     on_bad: Annotated[str, typer.Option(help="skip or error: what a malformed line does.")] = "skip",
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 is one for each core.")] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Prepare again, whatever is there.")] = False,
     shard: Annotated[str | None, typer.Option(help="I/N: only the pieces of process I (from 0) of N.")] = None,
+    trust_code: Trust = None,
 ) -> None:
     """Tokenise text once, in parallel; run it again to continue where it stopped. Prints statistics.
 
@@ -312,20 +328,21 @@ def data_prepare(
     else:
         lines = summary.prepare_text(settings, tokenizer, vocab_size, output, fresh, typer.echo)
     for line in lines:
-        typer.echo(line)
+        echo(line)
 
 
 @data_app.command("stats")
 def data_stats(
     path: Annotated[str, typer.Argument(help="Text, or a folder that `data prepare` wrote.")],
     tokenizer: Annotated[str, typer.Option(help="auto, byte, bpe, ..., or a path.")] = "auto",
-    seq_len: Annotated[int, typer.Option(min=2, help="Symbols in a row.")] = 256,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a row.")] = 256,
+    trust_code: Trust = None,
 ) -> None:
-    """Documents, bytes, symbols, lengths, and how well each packing fills rows."""
+    """Documents, bytes, tokens, lengths, and how well each packing fills rows."""
     from treadle.data import summary
 
     for line in summary.statistics(path, tokenizer, seq_len):
-        typer.echo(line)
+        echo(line)
 
 
 @data_app.command("show")
@@ -334,13 +351,14 @@ def data_show(
     row: Annotated[int, typer.Option(min=0, help="Which row.")] = 0,
     packing: Annotated[str, typer.Option(help="concat, next_fit, first_fit, best_fit or none.")] = "concat",
     tokenizer: Annotated[str, typer.Option(help="auto, byte, bpe, ..., or a path.")] = "auto",
-    seq_len: Annotated[int, typer.Option(min=2, help="Symbols in a row.")] = 64,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a row.")] = 64,
+    trust_code: Trust = None,
 ) -> None:
-    """One training row as it reaches the model: each document's symbols and text."""
+    """One training row as it reaches the model: each document's tokens and text."""
     from treadle.data import summary
 
     for line in summary.show_row(path, row, packing, tokenizer, seq_len):
-        typer.echo(line)
+        echo(line)
 
 
 @tokenizer_app.command("train")
@@ -348,7 +366,7 @@ def tokenizer_train(
     path: Annotated[str, typer.Argument(help="A text, JSONL or parquet file, or a folder of them.")],
     output: Annotated[str, typer.Option(help="The folder to write.")] = "tokenizer",
     kind: Annotated[str, typer.Option(help="bpe, wordpiece, unigram or char.")] = "bpe",
-    vocab_size: Annotated[int, typer.Option(min=257, help="Number of symbols.")] = 2048,
+    vocab_size: Annotated[int, typer.Option(min=257, help="Number of tokens.")] = 2048,
     text_column: Annotated[str, typer.Option(help="The column that holds the text.")] = "text",
     train_bytes: Annotated[int, typer.Option(min=1, help="Read at most this much text.")] = 20_000_000,
 ) -> None:
@@ -359,7 +377,7 @@ def tokenizer_train(
 
     made = Tokenizer.train(kind, training_texts(open_source(path, text_column), (0.0, 0.0), train_bytes), vocab_size)
     made.save(output)
-    typer.echo(f"{made.kind} tokenizer of {made.vocab_size} symbols written to {output}; "
+    echo(f"{made.kind} tokenizer of {made.vocab_size} tokens written to {output}; "
                f"use it with --tokenizer.name {output}")  # fmt: skip
 
 
@@ -367,6 +385,7 @@ def tokenizer_train(
 def tokenizer_show(
     tokenizer: Annotated[str, typer.Argument(help="byte, a tokenizer folder or file, or a run folder.")],
     text: Annotated[str, typer.Option(help="Text to split.")] = "The treadle turned; she smiled.",
+    trust_code: Trust = None,
 ) -> None:
     """What a tokenizer makes of a text."""
     from treadle.text.base import Tokenizer
@@ -374,10 +393,10 @@ def tokenizer_show(
     inside = Path(tokenizer) / "tokenizer"
     made = Tokenizer.load(inside if inside.is_dir() else tokenizer)
     ids = made.encode(text)
-    typer.echo(f"{made.kind}, {made.vocab_size} symbols, end of document {made.eos_id}")
-    typer.echo(f"{len(text.encode())} bytes -> {len(ids)} symbols")
-    for symbol in ids.tolist():
-        typer.echo(f"{symbol:>8}  {made.decode([symbol])!r}")
+    echo(f"{made.kind}, {made.vocab_size} tokens, end of document {made.eos_id}")
+    echo(f"{len(text.encode())} bytes -> {len(ids)} tokens")
+    for token in ids.tolist():
+        echo(f"{token:>8}  {made.decode([token])!r}")
 
 
 @app.command()
@@ -392,16 +411,17 @@ def models(
         from treadle.help import preset_lines
 
         for line in preset_lines(preset):
-            typer.echo(line)
+            echo(line)
         return
 
     for name in MODELS.names():
         cls = MODELS.get(name)
-        typer.echo(f"{name}: {(cls.__doc__ or '').strip().splitlines()[0]}")
+        echo(f"{name}: {(cls.__doc__ or '').strip().splitlines()[0]}")
         for preset in cls.Config.presets():
             count = parameter_count(cls, cls.Config.with_preset(preset))
-            typer.echo(f"    {preset:<14}{count_label(count):>7} parameters (random until trained)")
-    typer.echo("choose with --model.arch NAME --model.preset PRESET; what goes with one: treadle models --preset PRESET; keys: treadle train --model.arch NAME --help")
+            echo(f"    {preset:<14}{count_label(count):>7} parameters (random until trained)")
+    echo("choose with --model.arch NAME --model.preset PRESET (what goes with it: treadle models --preset PRESET); keys: "
+         "treadle train --model.arch NAME --help model")  # fmt: skip
 
 
 @app.command()
@@ -411,8 +431,8 @@ def recipes() -> None:
 
     for name, path in builtin_recipes().items():
         lines = [line.lstrip("# ") for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-        typer.echo(f"{name:<18}{lines[0] if lines else ''}")
-    typer.echo("run one with: treadle train NAME")
+        echo(f"{name:<18}{lines[0] if lines else ''}")
+    echo("run one with: treadle train NAME")
 
 
 @app.command()
@@ -426,7 +446,7 @@ def doctor(
 
     lines, healthy = examine.run(run) if run else examine.machine()
     for line in lines:
-        typer.echo(line)
+        echo(line)
     if not healthy:
         raise typer.Exit(65)
 
@@ -443,40 +463,15 @@ def _rank() -> str:
     return f"rank {launch.rank}: " if launch.size > 1 else ""
 
 
-def _said_of_usage(problem: Any) -> str:
-    """One line for a command line that no verb understands: the nearest verb or option, and where all of them stand."""
-    from treadle.registry import nearest
-
-    said: str = problem.format_message()
-    context = getattr(problem, "ctx", None)
-    if context is None or said.startswith("Usage:"):  # a group without a verb shows its help
-        return said
-    place, verbs = context.command_path, getattr(context.command, "commands", {})
-    option = getattr(problem, "option_name", None)
-    unknown = re.match(r"No such command ['\"](.*?)['\"]", said)
-    if unknown:
-        word, names = unknown[1], {name: f"{place} {name}" for name in verbs}
-        for group, command in verbs.items():  # `treadle prepare` is `treadle data prepare`
-            names = {**{name: f"{place} {group} {name}" for name in getattr(command, "commands", {})}, **names}
-        if Path(word).exists() or Path(word).suffix:
-            return f"{word!r} is no verb; to train on it: treadle train {word}"
-        near = nearest(word, list(names), meant=names, otherwise=f"{place} --help lists them")
-        return f"unknown verb {word!r}: {near}"
-    if option is not None and verbs:
-        return f"{option}: a verb comes first, as in treadle train {option}; {place} --help lists them"
-    if option is not None and said.startswith("No such option"):
-        flags = [flag for p in context.command.params for flag in (*p.opts, *p.secondary_opts) if flag.startswith("--")]
-        names = {flag.lstrip("-"): flag for flag in [*flags, "--help"]}
-        word = option.lstrip("-").replace("_", "-")
-        near = nearest(word, list(names), meant=names, otherwise="none is like it;")
-        return f"{place}: unknown option {option}: {near} ({place} --help lists them all)"
-    return f"{place}: {said.rstrip('.')}; see {place} --help"
-
-
 def main() -> None:
     """The entry point: one clear line and an exit code for every expected error."""
+    several = bool(_rank())
+    if several:
+        from treadle.distributed.environment import quiet
+
+        quiet()
     code = _run()
-    if _rank():
+    if several:
         # At the end of the interpreter a daemon thread inside torch's C++ is unwound by force, which aborts the process
         # (seen at the end of one of some hundred runs on a loaded machine). All work is done and closed by here.
         atexit._run_exitfuncs()
@@ -498,7 +493,7 @@ def _run() -> int:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except TreadleError as problem:
         if not isinstance(problem, (Stopped, PeerFailed)):  # said already, by this process or by another
-            print(f"{_rank()}error: {problem}", file=sys.stderr)
+            echo(f"{_rank()}error: {problem}", sys.stderr)
         return problem.exit_code
     except KeyboardInterrupt:
         return 130
@@ -508,12 +503,16 @@ def _run() -> int:
     except OSError as problem:
         full = problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         hint = "free some space or write elsewhere with --output_dir" if full else "check the path and its permissions"
-        print(f"{_rank()}error: {problem}; {hint}, then run the same command again", file=sys.stderr)
+        echo(f"{_rank()}error: {problem}; {hint}, then run the same command again", sys.stderr)
         return 74 if full else 2
     except Exception as problem:
         # What was typed wrongly. Its class is click's or typer's own copy of it, whichever this version of typer brings.
-        if not (hasattr(problem, "format_message") and hasattr(problem, "exit_code")):
-            raise
-        said = _said_of_usage(problem)
-        print(said if said.startswith("Usage:") else f"error: {said}", file=sys.stderr)
-        return int(problem.exit_code)
+        if hasattr(problem, "format_message") and hasattr(problem, "exit_code"):
+            from treadle.help import said_of_usage
+
+            said = said_of_usage(problem)
+            echo(said if said.startswith("Usage:") else f"error: {said}", sys.stderr)
+            return int(problem.exit_code)
+        echo(traceback.format_exc(), sys.stderr, end="")  # a defect; what it quotes may be anything
+        return 1
+    return 0

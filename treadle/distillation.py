@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from treadle.data.dataset import Dataset
+from treadle import trusted_code
+from treadle.data.base import Dataset
 from treadle.distributed.environment import detect
 from treadle.errors import ConfigError
 from treadle.evaluation.evaluator import Evaluator
@@ -131,8 +132,8 @@ def report(teacher: str, student: str, rows: int | None = 256) -> dict[str, Any]
 def agreement(ours: Model, theirs: Model, data: Dataset, rows: int | None = 256, batch_size: int = 8) -> float:
     """Share of places where both find the same symbol likeliest."""
     agreed = scored = 0
-    for source, row in data.in_sequence(batch_size, rows):
-        batch = data.batch(source, row).to(ours.device)
+    for batch in data.in_sequence(batch_size, rows):
+        batch = batch.to(ours.device)
         hidden, other = ours.hidden(batch).hidden, theirs.hidden(batch).hidden
         assert batch.labels is not None and hidden is not None and other is not None
         _, same = linear_divergence(*ours.linear_head(hidden), *theirs.linear_head(other), batch.labels, 1.0)
@@ -176,6 +177,7 @@ class DistillationTrainer:
 def student_of(teacher: Model, arch: str = STUDENT, seed: int = 0, **keys: Any) -> Model:
     """A student with the teacher's configuration and every weight of it that fits; `keys` change the configuration
     (local_window=0 for a pure state-space model)."""
+    trusted_code.allow_names(arch)
     cls, shape = MODELS.get(arch), _shape_for(arch, teacher.config.model_dump())
     with torch.device("meta"):
         student = cls(cls.Config.with_preset(None, **{**shape, **keys}))  # type: ignore[call-arg]

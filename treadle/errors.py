@@ -70,6 +70,12 @@ class Diverged(TreadleError):
     exit_code = 76
 
 
+class CallbackError(TreadleError):
+    """A callback's hook failed; the run was saved before it ended."""
+
+    exit_code = 1
+
+
 class Stopped(TreadleError):
     """Training stopped on request before its last step; the same command continues."""
 

@@ -9,7 +9,10 @@ from pathlib import Path
 def write_atomically(path: Path, data: str | bytes) -> None:
     """Writes beside `path`, makes the bytes durable, then moves them into place; text is UTF-8."""
     part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as stream:
+    if part.is_symlink():  # in a folder that somebody else made: it would be followed to a file of theirs to choose
+        part.unlink()
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(part, flags, 0o666), "wb") as stream:
         stream.write(data.encode("utf-8") if isinstance(data, str) else data)
         stream.flush()
         os.fsync(stream.fileno())

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 import textwrap
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
+from treadle import trusted_code
 from treadle.errors import ConfigError
 from treadle.models.catalogue import MODELS
 from treadle.recipe import SECTION_ALIASES, vocabulary
@@ -22,6 +25,7 @@ A key works without its section where it is unambiguous: --max_steps 100 is --tr
   --fresh             start anew in a new folder
   --from RUN          start from the weights of another run
   --allow-change KEY  go on although KEY (or section) differs from what the run was started with
+  --trust-code FILE   let a recipe or run that names FILE.py:CLASS execute FILE.py (a name typed here needs no flag)
 """,
     "plan": """treadle plan [RECIPE.toml | FILE.txt | DIR] [--world N] [--parallel ddp | fsdp] [--key value ...]
 
@@ -132,6 +136,7 @@ def _further(verb: str) -> str:
 
 
 def _model_lines(arch: str) -> list[str]:
+    trusted_code.allow_names(arch)  # typed
     return section_lines("model", MODELS.get(arch).Config, f"of {arch}: ")
 
 
@@ -181,6 +186,34 @@ def preset_lines(preset: str) -> list[str]:
     if not lines:
         raise ConfigError(f"--preset {preset}: {nearest(plain(preset), known)} (treadle models lists them)")
     return lines
+
+
+def said_of_usage(problem: Any) -> str:
+    """One line for a command line that no verb understands: the nearest verb or option, and where all of them stand."""
+    said: str = problem.format_message()
+    context = getattr(problem, "ctx", None)
+    if context is None or said.startswith("Usage:"):  # a group without a verb shows its help
+        return said
+    place, verbs = context.command_path, getattr(context.command, "commands", {})
+    option = getattr(problem, "option_name", None)
+    unknown = re.match(r"No such command ['\"](.*?)['\"]", said)
+    if unknown:
+        word, names = unknown[1], {name: f"{place} {name}" for name in verbs}
+        for group, command in verbs.items():  # `treadle prepare` is `treadle data prepare`
+            names = {**{name: f"{place} {group} {name}" for name in getattr(command, "commands", {})}, **names}
+        if Path(word).exists() or Path(word).suffix:
+            return f"{word!r} is no verb; to train on it: treadle train {word}"
+        near = nearest(word, list(names), meant=names, otherwise=f"{place} --help lists them")
+        return f"unknown verb {word!r}: {near}"
+    if option is not None and verbs:
+        return f"{option}: a verb comes first, as in treadle train {option}; {place} --help lists them"
+    if option is not None and said.startswith("No such option"):
+        flags = [flag for p in context.command.params for flag in (*p.opts, *p.secondary_opts) if flag.startswith("--")]
+        names = {flag.lstrip("-"): flag for flag in [*flags, "--help"]}
+        word = option.lstrip("-").replace("_", "-")
+        near = nearest(word, list(names), meant=names, otherwise="none is like it;")
+        return f"{place}: unknown option {option}: {near} ({place} --help lists them all)"
+    return f"{place}: {said.rstrip('.')}; see {place} --help"
 
 
 def write_options() -> None:

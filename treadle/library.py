@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from treadle import trusted_code
 from treadle.data.batch import IGNORE, Batch
 from treadle.errors import ConfigError
 from treadle.models.base import Model as BaseModel
@@ -31,17 +32,20 @@ from treadle.training.resolve import set_checkpointing
 PLAN_KEYS = ("flops", "bandwidth", "overlap", "memory", "device", "rehearse")
 
 
-class Model(BaseModel):
-    """`Model.load(run | folder)`: a trained model; a preset's name needs pretrained=False and gives random weights."""
+class Model(BaseModel, abstract=True):
+    """Base of models of one's own, and `Model.load(run | folder)`: a trained model; a preset's name needs pretrained=False and gives random weights."""
 
     @staticmethod
     def load(
-        source: str | Path, device: Any = None, pretrained: bool = True, preset: str | None = None, **keys: Any
-    ) -> BaseModel:
+        source: str | Path, device: Any = None, pretrained: bool = True, preset: str | None = None,
+        trust_code: Sequence[str] = (), **keys: Any,
+    ) -> BaseModel:  # fmt: skip
         """source: a run, a checkpoint, a model folder, or a preset's name (or an architecture with `preset`)."""
+        known = ["source", "device", "pretrained", "preset", "trust_code"]
         for key, value in keys.items():
-            raise ConfigError(f"Model.load: {key} = {shown(value)}: {nearest(key, ['source', 'device', 'pretrained', 'preset'])} A model's "
-                              "own keys are kept with its weights; treadle.build(arch, preset, key=value) makes another one")  # fmt: skip
+            raise ConfigError(f"Model.load: {key} = {shown(value)}: {nearest(key, known)} A model's own keys are kept with its "
+                              "weights; treadle.build(arch, preset, key=value) makes another one")  # fmt: skip
+        trusted_code.allow(trust_code)
         if preset is not None:
             if pretrained:
                 raise ConfigError(f"preset = {preset!r} is a shape without weights: give a run or a model folder for trained "
@@ -55,8 +59,11 @@ def architectures() -> list[str]:
     return MODELS.names()
 
 
-def load(run: str | Path) -> tuple[BaseModel, Tokenizer]:
-    """The trained model and the tokenizer of a run (a folder, a checkpoint, `last`, RUN@best, RUN@STEP)."""
+def load(run: str | Path, trust_code: Sequence[str] = ()) -> tuple[BaseModel, Tokenizer | None]:
+    """The trained model and the tokenizer of a run (a folder, a checkpoint, `last`, RUN@best, RUN@STEP); None for a model
+    that reads no text. trust_code: the files of code that the run may execute, where it names some and is not this user's
+    own."""
+    trusted_code.allow(trust_code)
     loaded = load_run(str(run))
     return loaded.model, loaded.tokenizer
 
@@ -74,23 +81,25 @@ def _target(recipe: Any) -> str | Mapping[str, Any] | None:
 
 def train(
     recipe: str | Path | Recipe | Mapping[str, Any] | None = None, *, quiet: bool = False, allow_change: Sequence[str] = (),
-    **keys: Any,
+    trust_code: Sequence[str] = (), **keys: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """What `treadle train` does, with keys of the configuration as keyword arguments; returns the summary. recipe: a
     path, a built-in name, a recipe's table as a dictionary, or a TrainConfig. ConfigError for keys that there are not."""
-    request = Request(_target(recipe), keys, allow_change=allow_change, flags_are_text=False,
-                      other_flags=("quiet", "allow_change"))  # fmt: skip
+    request = Request(_target(recipe), keys, allow_change=allow_change, flags_are_text=False, trust_code=trust_code,
+                      other_flags=("quiet", "allow_change", "trust_code"))  # fmt: skip
     return run_training(request, Console(quiet=quiet))
 
 
 def plan(
-    recipe: str | Path | Recipe | Mapping[str, Any] | None = None, world: int | None = None, **keys: Any
-) -> dict[str, Any]:
+    recipe: str | Path | Recipe | Mapping[str, Any] | None = None, world: int | None = None, *,
+    trust_code: Sequence[str] = (), **keys: Any,
+) -> dict[str, Any]:  # fmt: skip
     """What `treadle plan` says, as numbers; prints nothing. recipe: what `train` takes; keys: of the configuration, or
     flops, bandwidth, overlap, memory, device and rehearse of planning/plan.py."""
+    trusted_code.allow(trust_code)
     own = {name: keys.pop(name) for name in PLAN_KEYS if name in keys}
     if not isinstance(recipe, Recipe) or keys:
-        request = Request(_target(recipe), keys, flags_are_text=False, other_flags=("world", *PLAN_KEYS))
+        request = Request(_target(recipe), keys, flags_are_text=False, other_flags=("world", "trust_code", *PLAN_KEYS))
         recipe = compose(request.layers())
     return make_plan(recipe, world, **own)
 
@@ -149,7 +158,8 @@ def estimate_memory(
     if gradient_checkpointing is None:
         gradient_checkpointing = [n for n, b in enumerate(model.blocks()) if getattr(b, "gradient_checkpointing", False)] or False
     shape = Shape(batch_size, seq_len, 1, precision, gradient_checkpointing)
-    activations = trace_activations(type(model), model.config, NextToken(), shape)
+    batch = model.example(model.config, batch_size, seq_len)
+    activations = trace_activations(type(model), model.config, NextToken(), shape, batch)
     return per_process(Sizes.of(model), activations, shape, "none", 1, None, optimizer=optimizer, kind=kind).to_dict()
 
 

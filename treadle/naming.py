@@ -5,6 +5,7 @@ A section owns its own words (`aliases` and `translations`); this file owns the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -198,10 +199,10 @@ def _both(before: Given, one: Given) -> Given:
     return one
 
 
-def settle(section: type[Settings], one: Given, below: Given | None) -> Any:
+def settle(sections: Mapping[str, type[Settings]], one: Given, below: Given | None) -> Any:
     """A layer's value over the one below it (or the key's default), which a switch changes instead of replacing."""
     if not isinstance(one.value, ListChange):
         return one.value
-    name = one.key.partition(".")[2]
-    items = below.value if below is not None else section.model_fields[name].get_default(call_default_factory=True)
+    section, _, name = one.key.partition(".")
+    items = below.value if below is not None else sections[section].model_fields[name].get_default(call_default_factory=True)
     return one.value.applied(items)

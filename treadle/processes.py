@@ -1,10 +1,15 @@
-"""Child processes that never outlive their parent."""
+"""Child processes that never outlive their parent, and signals that end a process in order."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import signal
 import sys
+import threading
+from collections.abc import Iterator, Mapping
+from types import FrameType
+from typing import Any
 
 PR_SET_PDEATHSIG = 1  # prctl.h
 
@@ -13,3 +18,34 @@ def end_with_parent(number: int = signal.SIGTERM) -> None:
     """Called in a child: Linux sends it this signal when the process that started it ends, also by kill -9."""
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+
+
+@contextlib.contextmanager
+def deaf() -> Iterator[None]:
+    """SIGINT and SIGTERM are not heard inside; what ends here ends anyway."""
+    with _handling({signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_IGN}):
+        yield
+
+
+@contextlib.contextmanager
+def orderly_end() -> Iterator[None]:
+    """SIGTERM ends this process with code 143 by way of every `finally`, as Ctrl-C does with 130."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    with _handling({signal.SIGTERM: leave}):
+        yield
+
+
+@contextlib.contextmanager
+def _handling(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers nowhere else
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -13,14 +13,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from treadle import trusted_code
 from treadle.checkpoint.layout import MANIFEST
+from treadle.data.settings import TEXT
 from treadle.data.sources import BUNDLED
 from treadle.data.sources import SUFFIXES as DATA_SUFFIXES
 from treadle.errors import ConfigError
 from treadle.models.catalogue import MODELS
 from treadle.naming import Vocabulary, merge, settle
+from treadle.objectives.settings import DEFAULT_OBJECTIVE
 from treadle.registry import nearest
-from treadle.settings import Given, build_section, fit_value, load_table, plain, shown
+from treadle.settings import Given, Settings, build_section, fit_value, load_table, plain, shown
 from treadle.training.config import DEFAULT_ARCHITECTURE, SECTIONS, Recipe
 
 RECIPE_SUFFIXES = (".toml", ".yaml", ".yml", ".json")
@@ -51,8 +54,9 @@ SECTION_ALIASES = {
 
 
 def vocabulary() -> Vocabulary:
-    """Every core section and its words; `model` is open until an architecture is chosen."""
-    return Vocabulary(dict(SECTIONS), dict(SECTION_ALIASES), frozenset({"model"}))
+    """Every core section and its words; `model` is open until an architecture is chosen, `task` until a dataset and an
+    objective are."""
+    return Vocabulary(dict(SECTIONS), dict(SECTION_ALIASES), frozenset({"model", "task"}))
 
 
 @dataclass
@@ -78,8 +82,8 @@ def builtin_recipes() -> dict[str, Path]:
 
 
 def target_layer(target: str | Mapping[str, Any] | None) -> Layer:
-    """What a user named to train on (nothing, a built-in recipe, a recipe file, text, a folder, or a recipe's table) as a
-    layer."""
+    """What a user named to train on (nothing, a built-in recipe, a recipe file, a task file, text, a folder, or a recipe's
+    table) as a layer."""
     if isinstance(target, Mapping):
         return Layer(dict(target), "recipe")
     builtin = builtin_recipes()
@@ -95,6 +99,10 @@ def target_layer(target: str | Mapping[str, Any] | None) -> Layer:
         return _run_layer(path)
     if path.suffix in RECIPE_SUFFIXES and (path.exists() or path.suffix == ".toml"):
         return recipe_layer(path)
+    if path.suffix == ".py":
+        from treadle.task_file import task_table
+
+        return Layer(task_table(path), path.name)
     if path.is_dir() or path.suffix in DATA_SUFFIXES or target in BUNDLED:
         if not path.exists() and target not in BUNDLED:
             raise ConfigError(f"{path} does not exist; give a text file, a folder of text files, or a recipe")
@@ -108,6 +116,7 @@ def target_layer(target: str | Mapping[str, Any] | None) -> Layer:
 
 def _run_layer(run: Path) -> Layer:
     table = load_table(run / "config.toml")
+    trusted_code.recall(table)
     table.setdefault("run", {})["output_dir"] = str(run)
     return Layer(table, str(run / "config.toml"))
 
@@ -115,6 +124,7 @@ def _run_layer(run: Path) -> Layer:
 def recipe_layer(path: Path, named: bool = True) -> Layer:
     """A recipe file as a layer; `named` gives its run the file's name where it has none."""
     table = load_table(path)
+    trusted_code.recall(table)  # a run's config.toml is a recipe too
     experiment = EXPERIMENT_WORDS & {plain(str(key).partition(".")[0]) for key in table}
     if named:
         table = _with_name(table, path.stem)
@@ -182,7 +192,7 @@ def compose(layers: list[Layer], with_model: bool = True) -> Recipe:
     words.other_flags = tuple(name for layer in layers for name in layer.other_flags)
     stacked = [(layer, merge(words.flatten(layer.table, layer.origin, layer.from_text))) for layer in layers]
     stacked = _with_deepspeed(words, stacked)
-    arch, preset, asked = DEFAULT_ARCHITECTURE, None, False
+    arch, preset, named = DEFAULT_ARCHITECTURE, None, False
     reset = 0  # layers below this one described another model
     files: dict[str, ModelFile] = {}
     for number, (layer, given) in enumerate(stacked):
@@ -191,9 +201,9 @@ def compose(layers: list[Layer], with_model: bool = True) -> Recipe:
         file = ModelFile.read(chosen["config_file"], layer) if "config_file" in chosen else None
         if file is not None:
             files[chosen["config_file"].origin] = file
-            arch, asked = file.arch or arch, asked or file.arch is not None
+            arch, named = file.arch or arch, named or file.arch is not None
         if "arch" in chosen:
-            arch, asked = MODELS.canonical(str(chosen["arch"].value)), True
+            arch, named = MODELS.canonical(str(chosen["arch"].value)), True
             if file is not None and file.arch not in (None, arch):
                 raise ConfigError(f"{chosen['arch'].origin} = {chosen['arch'].value!r} is {arch}, but {file.path} is of {file.arch}; "
                                   "leave one of the two out")  # fmt: skip
@@ -202,7 +212,7 @@ def compose(layers: list[Layer], with_model: bool = True) -> Recipe:
             preset = None if value is None or plain(str(value)) == "none" else str(value)
         if (arch, preset) != before:
             reset = number
-    if with_model and preset is not None and not asked:
+    if with_model and preset is not None and not named:
         arch = _arch_of(preset)
     model_class = MODELS.get(arch) if with_model else None
     if model_class is not None:
@@ -212,6 +222,9 @@ def compose(layers: list[Layer], with_model: bool = True) -> Recipe:
             origin = f"recommended for {arch} {preset}"
             stacked.insert(0, (Layer({}, origin), merge(words.flatten(recommended, origin))))
             reset += 1
+    task = _task_class(stacked) if with_model else None
+    if task is not None:
+        words.sections["task"] = task
     final: dict[str, Given] = {}
     for number, (layer, given) in enumerate(stacked):
         given = {key: one for key, one in given.items() if number >= reset or not _of_model(key)}
@@ -219,8 +232,7 @@ def compose(layers: list[Layer], with_model: bool = True) -> Recipe:
             stored = final.get(key)
             if stored is not None and one.value == "auto" and stored.origin == "the run":
                 continue
-            value = settle(words.sections[key.partition(".")[0]], one, stored) if not key.startswith("model.") else one.value
-            final[key] = Given(key, value, "the run" if layer.weak else one.origin, False)
+            final[key] = Given(key, settle(words.sections, one, stored), "the run" if layer.weak else one.origin, False)
     if model_class is not None:
         of_model = {k.partition(".")[2]: v.value for k, v in final.items() if k.startswith("model.")}
         for key, value in model_class.Config.with_preset(preset, **of_model).implied().items():
@@ -232,9 +244,25 @@ def compose(layers: list[Layer], with_model: bool = True) -> Recipe:
         for name, cls in SECTIONS.items()
     }
     model = {k.partition(".")[2]: v.value for k, v in final.items() if k.startswith("model.")}
+    of_task = {k: v for k, v in final.items() if k.startswith("task.")}
+    asked = build_section("task", task, of_task).model_dump() if task is not None else {}
     origins = {key: given.origin for key, given in final.items()}
     notes = list(dict.fromkeys(words.notes))
-    return Recipe(**sections, arch=arch, preset=preset, model=model, origins=origins, notes=notes)  # type: ignore[arg-type]
+    return Recipe(**sections, arch=arch, preset=preset, model=model, task=asked, origins=origins, notes=notes)  # type: ignore[arg-type]
+
+
+def _task_class(stacked: Stacked) -> type[Settings] | None:
+    """The class of [task]: the keys of the dataset and the objective that the layers choose, where they are not the usual
+    ones."""
+    chosen = {"data.dataset_class": TEXT, "train.objective": DEFAULT_OBJECTIVE}
+    for _, given in stacked:
+        chosen.update({key: str(given[key].value) for key in chosen if key in given})
+    dataset, objective = chosen.values()
+    if (dataset, objective) == (TEXT, DEFAULT_OBJECTIVE):
+        return None  # without torch
+    from treadle.objectives.task import task_class
+
+    return task_class(dataset, objective)
 
 
 def _model_choice(key: str) -> str | None:
@@ -331,8 +359,10 @@ def _understood(
             continue
         elif section == "?" and not with_model:
             raise _unknown(words, name, one, [])
+        elif with_model and (section == "task" or (section == "?" and name in words.names_of("task"))):
+            understood += _open_keys(words, "task", name, one, leaf=False)
         elif section in ("model", "?") and with_model:
-            understood += _model_keys(words, name, one, section == "?")
+            understood += _open_keys(words, "model", name, one, leaf=section == "?")
         else:
             understood.append(one)
     return merge(understood)
@@ -347,10 +377,13 @@ def _unknown(words: Vocabulary, name: str, one: Given, own: list[str], of_model:
     return ConfigError(f"{one.origin} = {shown(one.value)}: unknown key: {near} ({place})")
 
 
-def _model_keys(words: Vocabulary, name: str, one: Given, leaf: bool) -> list[Given]:
-    """What a key of the model section (or a leaf that no core section knows) sets."""
-    cls = words.sections["model"]
-    names = words.names_of("model")
+def _open_keys(words: Vocabulary, section: str, name: str, one: Given, leaf: bool) -> list[Given]:
+    """What a key of [model] or [task] (or a leaf that no core section knows) sets, checked against the class that is known by
+    now."""
+    if section not in words.sections:
+        raise ConfigError(f"{one.origin}: there is no [{section}] here: the dataset and the objective have no keys of their own")
+    cls = words.sections[section]
+    names = words.names_of(section)
     if name not in names and not leaf and (elsewhere := words.elsewhere(name)) is not None:
         return words.given(elsewhere, name, one.value, one.origin, one.from_text)
     if name not in names:
@@ -366,11 +399,11 @@ def _model_keys(words: Vocabulary, name: str, one: Given, leaf: bool) -> list[Gi
     understood = []
     for key, value in values.items():
         if key != name:
-            words.notes.append(f"{one.origin} is read as model.{key}")
+            words.notes.append(f"{one.origin} is read as {section}.{key}")
         try:
-            understood.append(Given(f"model.{key}", fit_value(cls, key, value, one.from_text), one.origin, False))
+            understood.append(Given(f"{section}.{key}", fit_value(cls, key, value, one.from_text), one.origin, False))
         except ConfigError as problem:
-            raise ConfigError(f"{one.origin}: model.{problem}") from None
+            raise ConfigError(f"{one.origin}: {section}.{problem}") from None
     return understood
 
 
@@ -382,7 +415,7 @@ def settled_section(layers: list[Layer], name: str) -> Any:
         given = merge(words.flatten(layer.table, layer.origin, layer.from_text))
         for key, one in given.items():
             if key.startswith(name + "."):
-                final[key] = Given(key, settle(SECTIONS[name], one, final.get(key)), one.origin, False)
+                final[key] = Given(key, settle(SECTIONS, one, final.get(key)), one.origin, False)
     return build_section(name, SECTIONS[name], final)
 
 
@@ -393,4 +426,5 @@ def settled_folder(layers: list[Layer]) -> Path:
 
 def from_leaf_names(arch: str = DEFAULT_ARCHITECTURE, **values: Any) -> Recipe:
     """A Recipe from keyword arguments, any leaf name or alias: `from_leaf_names(max_steps=100, lr=1e-3)`."""
+    trusted_code.allow_names([arch, values])
     return compose([Layer({"model.arch": arch, **values}, "arguments")])

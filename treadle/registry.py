@@ -1,21 +1,21 @@
 """Name -> class, for everything a user can choose by name.
 
 A registry knows its built-in names as `module:attribute` strings, so listing them imports nothing heavy. Packages add
-names through entry points (`treadle.<kind>`), users through `file.py:Class`.
+names through entry points (`treadle.<kind>`), users through `file.py:Class`, which trusted_code.py may refuse.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.util
-import re
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from treadle import trusted_code
 from treadle.errors import ConfigError
 
 PREFERENCE = 0.1  # num_layers is nearer to num_workers (.67) than to num_blocks (.60), which an hnet has instead
@@ -48,10 +48,14 @@ def nearest(
 
 
 class Registry:
-    """The names of one kind of thing ('model', 'optimizer', ...) and how to import each."""
+    """The names of one kind of thing ('model', 'optimizer', ...) and how to import each. `base` is the class, as
+    `module:attribute`, that all of them derive from; without one they are functions."""
 
-    def __init__(self, kind: str, builtin: dict[str, str], aliases: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, kind: str, builtin: dict[str, str], aliases: dict[str, str] | None = None, base: str | None = None
+    ) -> None:
         self.kind = kind
+        self.base = base
         self._places: dict[str, str] = dict(builtin)
         self._objects: dict[str, Any] = {}
         self._aliases = dict(aliases or {})
@@ -73,8 +77,11 @@ class Registry:
         return sorted({*self._places, *self._objects})
 
     def canonical(self, name: str) -> str:
-        """The registered spelling of `name` (case and '-' or '_' do not matter); ConfigError when unknown."""
-        if _is_place(name):
+        """The registered spelling of `name` (case and '-' or '_' do not matter); ConfigError when unknown, or when it names
+        code that nobody has trusted."""
+        if trusted_code.is_place(name):
+            if not self._registered(name):
+                trusted_code.require(name, self.kind)
             return name
         plain = name.lower().replace("-", "_")
         plain = self._aliases.get(plain, plain)
@@ -82,34 +89,72 @@ class Registry:
             raise ConfigError(f"unknown {self.kind} {name!r}: {nearest(plain, self.names())}")
         return plain
 
+    def name_of(self, cls: type) -> str:
+        """The name by which `get` finds a class again."""
+        for name in self.names():
+            if self._objects.get(name) is cls or self._places.get(name) == f"{cls.__module__}:{cls.__qualname__}":
+                return name
+        return place_of(cls, self.kind)
+
     def get(self, name: str) -> Any:
         """The thing called `name`, imported on first use; `file.py:Class` and `package.module:Class` work too."""
         name = self.canonical(name)
-        if name not in self._objects:
-            self._objects[name] = _load_place(self._places.get(name, name))
+        if name in self._objects:
+            return self._objects[name]
+        if trusted_code.is_place(name) and not self._registered(name):
+            return self._checked(name, trusted_code.load(name, self.kind))
+        self._objects[name] = self._checked(name, _import(self._places.get(name, name)))
         return self._objects[name]
 
+    def _registered(self, place: str) -> bool:
+        """A place that is treadle's own or an entry point's under some name, so that it needs nobody's trust."""
+        return place in self._objects or (bool(self.names()) and place in self._places.values())
 
-def _is_place(name: str) -> bool:
-    return bool(re.match(r"^(.+\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*$", name))
+    def _checked(self, name: str, thing: Any) -> Any:
+        """`thing`, or a ConfigError that says what it is and what is wanted."""
+        if self.base is None:
+            if not callable(thing):
+                raise ConfigError(f"{self.kind} {name!r} is {_described(thing)}; wanted is a function or a class")
+            return thing
+        base = _import(self.base)
+        if not (isinstance(thing, type) and issubclass(thing, base)):
+            raise ConfigError(f"{self.kind} {name!r} is {_described(thing)}; wanted is a class derived from "
+                              f"{self.base.replace(':', '.')}")  # fmt: skip
+        declared = [key for key, kind in inspect.get_annotations(base).items() if str(kind).startswith("ClassVar")]
+        missing = [key for key in declared if not hasattr(thing, key)]
+        missing += sorted(getattr(thing, "__abstractmethods__", ()))
+        if missing:
+            raise ConfigError(f"{self.kind} {name!r} lacks {', '.join(missing)}, which a class derived from "
+                              f"{self.base.replace(':', '.')} has to have")  # fmt: skip
+        return thing
 
 
-def _load_place(place: str) -> Any:
-    module_name, _, attribute = place.rpartition(":")
-    if module_name.endswith(".py"):
-        path = Path(module_name).resolve()
-        if not path.is_file():
-            raise ConfigError(f"{module_name} does not exist, so {attribute} cannot be loaded from it")
-        unique = f"treadle_user_{path.stem}_{abs(hash(str(path)))}"
-        if unique not in sys.modules:
-            spec = importlib.util.spec_from_file_location(unique, path)
-            assert spec is not None and spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[unique] = module
-            spec.loader.exec_module(module)
-        module = sys.modules[unique]
+def place_of(cls: type, kind: str) -> str:
+    """FILE.py:CLASS or package.module:CLASS, by which a Registry finds a class again that somebody passed from Python, and
+    who passes a class trusts it."""
+    if (place := trusted_code.place_of(cls)) is not None:
+        return place
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    if cls.__module__ != "__main__":
+        place = f"{cls.__module__}:{cls.__qualname__}"
+    elif file is None:
+        return f"__main__:{cls.__qualname__}"  # typed into an interpreter: nothing can find it again
     else:
-        module = importlib.import_module(module_name)
+        place = f"{Path(file).resolve()}:{cls.__qualname__}"
+    trusted_code.allow(place)
+    trusted_code.require(place, kind)
+    return place
+
+
+def _described(thing: Any) -> str:
+    if isinstance(thing, type):
+        return f"the class {thing.__module__}.{thing.__qualname__}"
+    return f"a {type(thing).__name__}"
+
+
+def _import(place: str) -> Any:
+    module_name, _, attribute = place.rpartition(":")
+    module = importlib.import_module(module_name)
     if not hasattr(module, attribute):
         raise ConfigError(f"{module_name} has no {attribute}")
     return getattr(module, attribute)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from treadle import trusted_code
 from treadle.checkpoint.lock import LOCK_FILE, RunLock
 from treadle.errors import ConfigError, InputError, PeerFailed, PeerLost, Stopped
 from treadle.monitor.console import Console
@@ -20,10 +21,10 @@ from treadle.training.config import Recipe
 
 if TYPE_CHECKING:
     from treadle.checkpoint.reader import Checkpoint
-    from treadle.data.dataset import Dataset
+    from treadle.data.base import Dataset
     from treadle.distributed.world import World
     from treadle.models.base import Model
-    from treadle.objectives.distill import Distillation
+    from treadle.objectives.base import Objective
     from treadle.training.trainer import Trainer
 
 CONFIG = "config.toml"
@@ -42,7 +43,12 @@ class Request:
     flags_are_text: bool = True
     base: tuple[Layer, ...] = ()  # below what was typed; with one, no target is no default recipe either
     above: tuple[Layer, ...] = ()  # above it
-    other_flags: tuple[str, ...] = ("fresh", "from", "allow-change", "help")  # what the verb takes beside keys
+    trust_code: Sequence[str] = ()  # FILE.py or MODULE that names in files may refer to
+    other_flags: tuple[str, ...] = ("fresh", "from", "allow-change", "trust-code", "help")  # what the verb takes beside keys
+
+    def __post_init__(self) -> None:
+        trusted_code.allow(self.trust_code)
+        trusted_code.allow_names(self.flags)  # typed, or passed from Python
 
     @functools.cached_property
     def start_weights(self) -> Checkpoint | None:
@@ -66,7 +72,7 @@ class Request:
             return [*self.base, *self.named_layers()]
         from treadle.models.pretrained import read_config
 
-        model = read_config(self.start_weights)["model"]
+        model = read_config(self.start_weights).get("model", {})
         start = Layer({"model": model}, f"the model of {self.weights_from}")
         return [*self.base, start, *self.named_layers()]
 
@@ -78,6 +84,7 @@ def configure(request: Request, folder: Path) -> Recipe:
         recipe = compose(layers)
     else:
         stored = Layer(load_table(folder / CONFIG), "the run", weak=True)
+        trusted_code.recall(stored.table)
         recipe = compose([stored, *layers])
         _refuse_changes(compose([stored]), recipe, request.allow_change)
     recipe.run.output_dir = str(folder)
@@ -139,25 +146,24 @@ def _locked(folder: Path) -> Iterator[RunLock]:
 
 
 def load_data(recipe: Recipe, console: Console, tokenizer: Tokenizer | None = None) -> dict[str, Dataset]:
-    """The prepared train and validation rows; says what is being done when it takes a while."""
-    from treadle.data.dataset import load_splits
+    """The datasets to train and evaluate on; says what is being done when it takes a while."""
+    from treadle.data.dataset import TokenDataset, splits_of
+    from treadle.objectives.task import task_settings
 
     def progress(done: int, total: int) -> None:
         if total > 1:
             console.say(f"preparing data: {done}/{total} pieces")
 
-    splits = load_splits(recipe.data, recipe.tokenizer, tokenizer, progress)
+    splits = splits_of(recipe.data, recipe.tokenizer, task_settings(recipe.tables()), recipe.run.seed, tokenizer, progress)
     for name, data in splits.items():
-        stats = data.stats()
-        console.say(f"{name}: {stats['documents']} document(s), {stats['bytes']:,} bytes, {stats['tokens']:,} tokens, "
-                    f"{stats['rows']:,} rows of {stats['row_length']}")  # fmt: skip
-        if stats["malformed"] and name == "train":
-            places = "; ".join(p for t in data.sets for p in t.statistics["malformed_first"][:3])
-            console.warn(f"{stats['malformed']} malformed document(s) were left out: {places}")
+        console.say(f"{name}: {data.describe()}")
+        if isinstance(data, TokenDataset) and name == "train" and (count := data.stats()["malformed"]):
+            first = "; ".join(p for t in data.sets for p in t.statistics["malformed_first"][:3])
+            console.warn(f"{count} malformed document(s) were left out: {first}")
     return splits
 
 
-def build_model(recipe: Recipe, tokenizer: Tokenizer) -> Model:
+def build_model(recipe: Recipe, dataset: Dataset) -> Model:
     """The recipe's model on the meta device (the trainer allocates it, whole or in shards); the recipe then holds every
     resolved key of it."""
     import torch
@@ -165,7 +171,7 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer) -> Model:
     from treadle.models.catalogue import MODELS
 
     cls = MODELS.get(recipe.arch)
-    keys = {"vocab_size": tokenizer.vocab_size, **recipe.model}
+    keys = {key: value for key, value in dataset.model_keys().items() if key in cls.Config.model_fields} | recipe.model
     config = cls.Config.with_preset(recipe.preset, **keys)
     recipe.model = config.model_dump()
     with torch.device("meta"):
@@ -178,55 +184,57 @@ def make_trainer(request: Request, recipe: Recipe, console: Console, world: Worl
     from treadle.models.base import count_label
     from treadle.models.pretrained import locate, read_tokenizer
     from treadle.ops.memory import keep_freed_memory, return_freed_memory
-    from treadle.training import snapshot
     from treadle.training.trainer import Trainer
 
     return_freed_memory() if recipe.parallel.mode == "fsdp" else keep_freed_memory()
     for note in recipe.notes:
         console.say(f"note: {note}")
     folder, world = recipe.folder, world or World()
-    tokenizer = Tokenizer.load(folder / "tokenizer") if has_begun(folder) else None
+    tokenizer = Tokenizer.load(folder / "tokenizer") if has_begun(folder) and (folder / "tokenizer").is_dir() else None
     start_weights = request.start_weights
     if start_weights is not None and tokenizer is None:
         tokenizer = read_tokenizer(start_weights)
     if recipe.distill.stage is not None and recipe.distill.teacher is not None and tokenizer is None:
         tokenizer = read_tokenizer(locate(recipe.distill.teacher))
     splits = _shared_data(recipe, console, tokenizer, world)
-    tokenizer = splits["train"].tokenizer
-    model = build_model(recipe, tokenizer)
+    model = build_model(recipe, splits["train"])
     objective = _objective(recipe)
-    if objective is not None and start_weights is None and recipe.distill.carry_weights:
-        carried = model.start_from(objective.teacher.named_weights())
+    teacher = getattr(objective, "teacher", None)
+    if teacher is not None and start_weights is None and recipe.distill.carry_weights:
+        carried = model.start_from(teacher.named_weights())
         console.say(f"{len(carried)} of {len(model.named_weights())} weights start as the teacher's")
     trainer = Trainer(
         model, splits["train"], splits.get("validation"), recipe, objective, resume=True, console=console,
         listen=not console.quiet, world=world,
     )  # fmt: skip
-    shared = f", {world.size} processes ({trainer.strategy.mode})" if world.size > 1 else ""
-    console.say(f"{recipe.arch}: {count_label(trainer.parameter_count)} parameters, {trainer.plan.max_steps} steps of "
-                f"{trainer.plan.global_batch} rows x {recipe.data.seq_len}, {trainer.precision} on {trainer.device}{shared}")  # fmt: skip
+    shared = f", {world.size} processes ({trainer.context.strategy.mode})" if world.size > 1 else ""
+    console.say(f"{model.arch}: {count_label(trainer.run_folder.parameter_count)} parameters, {trainer.plan.max_steps} steps of "
+                f"{trainer.plan.global_batch} rows x {splits['train'].seq_len}, {trainer.context.precision} on {trainer.device}"
+                f"{shared}")  # fmt: skip
     if recipe.checkpoint.resume_from_checkpoint is not None:
         chosen = locate(recipe.checkpoint.resume_from_checkpoint, console.warn)
         world.on_main_first(lambda: _take_up(trainer, chosen))
         checkpoint: Checkpoint | None = chosen
     else:
-        checkpoint = snapshot.find_newest(trainer)
+        checkpoint = trainer.checkpoints.find_newest()
     recipe.checkpoint.resume_from_checkpoint = None  # said once; the stored configuration goes on from the newest
     if checkpoint is not None:
         console.say(f"Loading checkpoint: {checkpoint.folder}")
-        snapshot.restore(trainer, checkpoint)
+        trainer.restore(checkpoint)
         _check_data(trainer, splits["train"], request.allow_change)
         console.say(f"Resumed from step {trainer.state.step}")
     elif start_weights is not None:
-        snapshot.load_weights(trainer, start_weights)
+        trainer.checkpoints.load_weights(start_weights)
         console.say(f"Weights from {start_weights.folder}")
     return trainer
 
 
-def _objective(recipe: Recipe) -> Distillation | None:
-    """What a run of `treadle distill` learns; None is the next symbol."""
+def _objective(recipe: Recipe) -> Objective:
+    """What the run learns."""
     if recipe.distill.stage is None:
-        return None
+        from treadle.evaluation.report import objective_of
+
+        return objective_of(recipe.tables())
     if recipe.distill.teacher is None:
         raise ConfigError("distill.stage is set without distill.teacher; use treadle distill --teacher RUN")
     from treadle.models.pretrained import load_run
@@ -274,16 +282,16 @@ def _new_segment(trainer: Trainer, checkpoint: Any) -> None:
     """An explicit resume from an older step deletes nothing: logs are copied and newer checkpoints set aside."""
     from treadle.checkpoint.layout import checkpoint_name, steps_in
 
-    newer = [step for step in steps_in(trainer.checkpoints) if step > checkpoint.step]
+    newer = [step for step in steps_in(trainer.checkpoints.folder) if step > checkpoint.step]
     if not newer:
         return
-    aside = free_folder(trainer.folder / "segments" / f"before-step-{checkpoint.step:08d}")
+    aside = free_folder(trainer.context.folder / "segments" / f"before-step-{checkpoint.step:08d}")
     aside.mkdir(parents=True)
     for name in LOGS:
-        if (trainer.log_folder / name).exists():
-            shutil.copy2(trainer.log_folder / name, aside / name)
+        if (trainer.context.log_folder / name).exists():
+            shutil.copy2(trainer.context.log_folder / name, aside / name)
     for step in newer:
-        (trainer.checkpoints / checkpoint_name(step)).rename(aside / checkpoint_name(step))
+        (trainer.checkpoints.folder / checkpoint_name(step)).rename(aside / checkpoint_name(step))
     trainer.console.say(f"{len(newer)} newer checkpoint(s) and the logs up to now are kept in {aside}")
 
 
@@ -323,24 +331,27 @@ def opened_world(request: Request) -> Iterator[World | None]:
         yield None
         return
     from treadle.distributed.world import World
+    from treadle.processes import orderly_end
 
     layers = request.named_layers()
     world = World.open(settled_section(layers, "parallel"), settled_section(layers, "run").device)
-    try:
-        with world.watching():
-            yield world
-    except BaseException as problem:
-        if not isinstance(problem, (PeerFailed, PeerLost, Stopped)):
-            world.failed(problem)
-        raise
-    finally:
-        world.close()
+    with orderly_end():
+        try:
+            with world.watching():
+                yield world
+        except BaseException as problem:
+            if not isinstance(problem, (PeerFailed, PeerLost, Stopped)):
+                world.failed(problem)
+            raise
+        finally:
+            world.close()
 
 
 def train_in(world: World | None, request: Request, console: Console) -> dict[str, Any]:
     """`train` among processes that have met."""
     folder = settled_folder(request.named_layers())
     with ExitStack() as stack:
+        stack.enter_context(trusted_code.as_loaded())
         lock: RunLock | None = None
 
         def take_folder() -> str:
@@ -352,17 +363,13 @@ def train_in(world: World | None, request: Request, console: Console) -> dict[st
         folder = Path(world.on_main_first(take_folder) if world is not None else take_folder())
         recipe = configure(request, folder)
         trainer = make_trainer(request, recipe, console, world)
-        trainer.adopt_lock(lock)
+        trainer.run_folder.adopt_lock(lock)
         if trainer.finished:
             early = trainer.state.ended
-            on = (
-                "--early_stopping_patience none --target_loss none"
-                if early
-                else f"--max_steps {trainer.plan.max_steps * 2}"
-            )
+            on = trainer.callbacks[trainer.state.ended_by].how_to_go_on() if early else f"--max_steps {trainer.plan.max_steps * 2}"
             done = f"{trainer.state.step} of {trainer.plan.max_steps} steps are done" + (f" ({early})" if early else "")
             console.say(f"{folder} is finished: {done}. To go on: {on}")
-            return trainer.summary("finished")
+            return trainer.run_folder.summary("finished")
         summary = trainer.train()
     console.say(f"Finished at step {summary['step']}: {folder}")
     if recipe.eval.at_end and trainer.world.is_main_process:
@@ -404,7 +411,7 @@ def check(request: Request, console: Console | None = None) -> dict[str, Any]:
 
     from treadle.distributed.environment import detect
     from treadle.ops.memory import peak_resident_bytes
-    from treadle.training import advice
+    from treadle.training.advice import on_out_of_memory
 
     console = console or Console()
     if detect().size > 1:
@@ -414,25 +421,21 @@ def check(request: Request, console: Console | None = None) -> dict[str, Any]:
         recipe = configure(request, Path(scratch))
         origins = dict(recipe.origins)
         trainer = make_trainer(request, recipe, console)
-        order = trainer.dataset.order(recipe.run.seed, trainer.plan.end)
-        from treadle.data.loader import StepBatches
         from treadle.training.schedule import learning_rate
 
-        batches = StepBatches(trainer.dataset, order, trainer.plan.global_batch, trainer.plan.accumulation)
-        with advice.on_out_of_memory(trainer):
+        micro_batches, _ = next(iter(trainer.dataset.batches(trainer.dataset.start, trainer.context.batch_plan)))
+        with on_out_of_memory(trainer.model, trainer.assembly.optimizers, recipe, trainer.plan):
             begun = time.perf_counter()
-            result = trainer.stepper.run(
-                0, batches[0][:1], learning_rate(recipe.optim, 0, trainer.plan.max_steps), False
-            )
+            rate = learning_rate(recipe.optim, 0, trainer.plan.max_steps)
+            result = trainer.assembly.stepper.run(0, micro_batches[:1], rate, False)
             seconds = time.perf_counter() - begun
     for section, table in recipe.tables().items():
         for key, value in table.items():
             dotted = f"{section}.{key}"
             if value is not None and dotted != "run.output_dir":
                 console.say(f"{dotted} = {value}    ({origins.get(dotted, 'default')})")
-    loss = float(result.losses[trainer.objective.main])
-    found = {"loss": loss, "grad_norm": result.grad_norm, "seconds": seconds, "peak_gb": peak_resident_bytes() / 1e9,
-             "parameters": trainer.parameter_count, "max_steps": trainer.plan.max_steps}  # fmt: skip
-    console.say(f"one micro-step of {trainer.plan.micro_batch} x {recipe.data.seq_len}: loss {loss:.4f}, "
+    found = {"loss": result.loss, "grad_norm": result.grad_norm, "seconds": seconds, "peak_gb": peak_resident_bytes() / 1e9,
+             "parameters": trainer.run_folder.parameter_count, "max_steps": trainer.plan.max_steps}  # fmt: skip
+    console.say(f"one micro-step of {trainer.plan.micro_batch} x {trainer.dataset.seq_len}: loss {result.loss:.4f}, "
                 f"grad {result.grad_norm:.3f}, {seconds:.2f} s, peak {found['peak_gb']:.2f} GB. It works.")  # fmt: skip
     return found

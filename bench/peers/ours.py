@@ -34,11 +34,11 @@ def main() -> None:
         )  # fmt: skip
         losses: list[float] = []
 
-        def keep(event: str, trainer: Any, row: dict) -> None:
-            if event == "log":
-                losses.append(row["loss"])
+        class Keep(treadle.Callback):
+            def on_log(self, context: Any) -> None:
+                losses.append(context.row["loss"])
 
-        trainer = treadle.Trainer(our_model(task), data, config=config, callbacks=[keep])
+        trainer = treadle.Trainer(our_model(task), data, config=config, callbacks=[Keep()])
         hook.watch(given.log, name="ours", parameters=trainer.model.parameter_count(), precision=trainer.precision,
                    tokens_per_step=task.tokens_per_step)  # fmt: skip
         trainer.train()

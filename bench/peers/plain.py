@@ -53,6 +53,7 @@ class PlainGPT(nn.Module):
 
 def main() -> None:
     given, task = arguments("plain loop"), Task()
+    torch.manual_seed(task.seed)
     model = PlainGPT(task)
     decay = [p for p in model.parameters() if p.dim() >= 2]
     rest = [p for p in model.parameters() if p.dim() < 2]

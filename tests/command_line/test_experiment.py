@@ -32,7 +32,7 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (home / "texts" / f"{number:03d}.txt").write_text(make_text(6, seed=number), encoding="utf-8")
     told = ok("data", "prepare", home / "texts", "--tokenizer", "byte", "--max-samples", 120, "--test-fraction", 0.1,
               "--validation-fraction", 0.1, "--seq-len", 64, "--output", home / "prepared")  # fmt: skip
-    assert "test:" in told and "sequences of 64 symbols" in told
+    assert "test:" in told and "sequences of 64 tokens" in told
     common = ("--data.path", home / "prepared", "--seq_len", 64, "--batch_size", 4, "--eval_steps", 5, "--save_steps", 5,
               "--sample_tokens", 8, "--report_to", "csv,jsonl,tensorboard")  # fmt: skip
     ok("train", "hgrn_bit", *common, "--hidden_size", 24, "--num_layers", 1, "--max_steps", 10, "--output_dir", home / "flat")
@@ -53,7 +53,7 @@ def test_a_run_leaves_everything(experiment: Path) -> None:
     with (run / "training_log.csv").open() as log:
         rows = list(csv.DictReader(log))
     wanted = {"step", "loss", "bpb", "perplexity", "learning_rate", "grad_norm", "tokens_per_second", "boundary_rate_0",
-              "symbols_per_chunk_0", "ratio_loss_0"}  # fmt: skip
+              "tokens_per_chunk_0", "ratio_loss_0"}  # fmt: skip
     assert wanted <= set(rows[0]) and rows[-1]["step"] == "10" and len({row["step"] for row in rows}) == len(rows)
     with (run / "eval_log.csv").open() as log:
         assert [row["step"] for row in csv.DictReader(log)] == ["5", "10"]

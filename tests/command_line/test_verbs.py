@@ -80,7 +80,7 @@ def test_data_and_tokenizer_verbs(tmp_path: Path) -> None:
     assert "packing best_fit" in out and "% filled" in out
     assert "document 0: " in ok("data", "show", "t.jsonl", "--packing", "best_fit", "--row", 3, cwd=tmp_path)
     ok("tokenizer", "train", "t.jsonl", "--kind", "unigram", "--vocab-size", 280, "--output", "tok", cwd=tmp_path)
-    assert "unigram, 280 symbols" in ok("tokenizer", "show", "tok", cwd=tmp_path)
+    assert "unigram, 280 tokens" in ok("tokenizer", "show", "tok", cwd=tmp_path)
     keys = flags(max_steps=2)
     del keys[keys.index("--tokenizer.name") : keys.index("--tokenizer.name") + 2]
     assert "2 steps" in ok("train", "--data.path", "prepared", "--run_name", "p", *keys, cwd=tmp_path)
@@ -90,7 +90,7 @@ def test_data_and_tokenizer_verbs(tmp_path: Path) -> None:
 def test_lists_help_and_doctor(run: Path) -> None:
     assert "gpt2_medium" in ok("models") and "austen" in ok("recipes")
     out = ok("train", "--help")
-    assert "--optim.learning_rate" in out and "Also: lr." in out and "--model.arch NAME" in out
+    assert "--learning_rate" in out and "Also: lr." in out and "--model.arch NAME" in out
     assert "--model.rope_theta" in ok("train", "--model.arch", "transformer", "--help")
     assert "cores" in ok("doctor")
     assert "training would go on from step 12" in ok("doctor", "runs/r", cwd=run)

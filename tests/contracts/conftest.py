@@ -42,8 +42,8 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
     "hnet": [
         {"hidden_sizes": [32, 40], "num_blocks": [[1, 0, 1], [1]], "convolution_size": 4},
         {"hidden_sizes": [24, 24, 32], "num_blocks": [[1, 0, 1], [0, 0, 1], [1]], "ternary": False, "initializer_range": 0.1},
-        {"hidden_sizes": [24, 32], "num_blocks": [[1, 0, 1], [2]], "mixers": ["hgrn_bit", ["attention", "ssm"]], "local_window": 6},
-        {"hidden_sizes": [24, 32], "num_blocks": [[1, 0, 1], [2]], "mixers": [["attention", "hgrn"], "ssm"], "ternary": False,
+        {"hidden_sizes": [24, 32], "num_blocks": [[1, 0, 1], [2]], "token_mixers": ["hgrn_bit", ["attention", "ssm"]], "local_window": 6},
+        {"hidden_sizes": [24, 32], "num_blocks": [[1, 0, 1], [2]], "token_mixers": [["attention", "hgrn"], "ssm"], "ternary": False,
          "initializer_range": 0.1},
     ],
     "ssm": [

@@ -118,10 +118,10 @@ def test_04_packed_documents_are_isolated(model: Model, with_segments: bool) -> 
     changed = ids.clone()
     changed[0, 9:19] = (changed[0, 9:19] + 7) % 61
     other = run(changed)
-    for row, places in ((0, slice(0, 9)), (0, slice(19, None)), (1, slice(0, 20))):
-        # The text decides how many places an inner stage has, and with them how products of floats are blocked.
+    for row, positions in ((0, slice(0, 9)), (0, slice(19, None)), (1, slice(0, 20))):
+        # The text decides how many positions an inner stage has, and with them how products of floats are blocked.
         bound = 1e-6 if model.capabilities.dynamic_lengths and not model.capabilities.rounds else 0.0
-        assert (packed[row, places] - other[row, places]).abs().max() <= bound
+        assert (packed[row, positions] - other[row, positions]).abs().max() <= bound
     assert not torch.allclose(packed[0, 9:19], other[0, 9:19])
     for row, start, stop in ((0, 0, 9), (0, 9, 19), (0, 19, 24), (1, 0, 20)):
         alone = logits(model, Batch.from_ids(ids[row, start:stop]))
@@ -174,7 +174,7 @@ def test_08_resume_is_bit_equal(case: tuple[str, int], optimizer: str, tmp_path:
 
     import treadle
     from treadle.checkpoint.layout import checkpoint_name
-    from treadle.data.dataset import Dataset
+    from treadle.data.base import Dataset
 
     path = tmp_path / "d.jsonl"
     path.write_text("\n".join(json.dumps({"text": make_text(1 + n % 4, seed=n)}) for n in range(40)))
@@ -353,7 +353,7 @@ def test_15_every_parameter_gets_a_gradient(case: tuple[str, int]) -> None:
 
 
 def test_labels_are_shifted_exactly_once(model: Model) -> None:
-    """The loss of a batch is the negative log-probability of the following symbol, by hand."""
+    """The loss of a batch is the negative log-probability of the following token, by hand."""
     ids = random_ids(1, 12)
     batch = Batch.for_training(ids)
     assert batch.labels is not None and batch.labels[0, -1] == IGNORE

@@ -9,8 +9,8 @@ import torch
 
 import treadle
 from tests.conftest import make_text
+from treadle.data.base import Dataset
 from treadle.data.batch import Batch
-from treadle.data.dataset import Dataset
 from treadle.models.base import Model
 from treadle.objectives.next_token import NextToken
 from treadle.ops import ternary
@@ -38,7 +38,7 @@ def test_logits_on_packed_rows(case: tuple[str, int]) -> None:
     batch = packed()
     with torch.no_grad():
         want, found = here(batch).logits, there(batch.to(DEVICE)).logits
-    real = batch.real
+    real = batch.token_mask
     torch.testing.assert_close(found.cpu()[real], want[real], atol=1e-4, rtol=1e-3)
 
 

@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 
 from tests.conftest import make_text
 from treadle.data import packing
+from treadle.data.base import BatchPlan
 from treadle.data.batch import IGNORE, PAD, Batch
-from treadle.data.dataset import Dataset, load_splits
-from treadle.data.loader import Loader, StepBatches
+from treadle.data.dataset import TokenDataset as Dataset
+from treadle.data.dataset import load_splits
+from treadle.data.loader import Loader
 from treadle.data.order import Order, key, permute, step_draws
 from treadle.data.prepare import parts_of, prepare
 from treadle.data.settings import DataSettings
@@ -94,7 +96,7 @@ def test_keys_differ() -> None:
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=200), st.integers(2, 128), st.sampled_from(MODES[1:]))
 @settings(max_examples=150, deadline=None)
-def test_every_symbol_is_packed_exactly_once(lengths: list[int], row_length: int, mode: str) -> None:
+def test_every_token_is_packed_exactly_once(lengths: list[int], row_length: int, mode: str) -> None:
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     total = sum(lengths)
     plan = packing.plan(mode, starts, total, row_length)
@@ -167,7 +169,7 @@ def test_every_source_gives_the_same_documents(tmp_path: Path, kind: str) -> Non
     tokens = prepare(source, tokenizer, root=tmp_path / "cache", held=(0.0, 0.0))["train"]
     found = [tokens.document(n) for n in range(tokens.documents())]
     assert [tokenizer.decode(d.tolist()) for d in found] == documents
-    assert all(d[-1] == 255 for d in found)  # one end-of-document symbol each
+    assert all(d[-1] == 255 for d in found)  # one end-of-document token each
     assert tokens.statistics["bytes"] == sum(len(d.encode()) for d in documents)
     tokens.verify()
 
@@ -325,8 +327,7 @@ def test_each_transition_is_trained_once_and_none_crosses_documents(tmp_path: Pa
         ids = tokens.document(n).tolist()
         want.update(itertools.pairwise(ids))
     got: Counter = Counter()
-    for source, row in data.in_sequence(3):
-        batch = data.batch(source, row)
+    for batch in data.in_sequence(3):
         assert batch.labels is not None and batch.doc_ids is not None and batch.position_ids is not None
         scored = batch.labels != IGNORE
         got.update(zip(batch.input_ids[scored].tolist(), batch.labels[scored].tolist()))
@@ -368,24 +369,24 @@ def test_batches_by_hand() -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_loader_is_the_function_of_the_step(tmp_path: Path, workers: int) -> None:
     data = documents_dataset(tmp_path, "best_fit", [9, 30, 12, 5, 77, 8, 3, 14] * 5)
-    batches = StepBatches(data, data.order(3), 6, accumulation=3)
-    loader = Loader(batches, 4, 11, workers=workers, prefetch=2)
-    seen = []
-    for step, micro in loader:
+    plan = BatchPlan(3, 6, accumulation=3, steps=7, workers=workers, prefetch=2)
+    read = data.step_reader(0, plan)
+    loader = Loader(data, 4, plan)
+    positions = []
+    for micro, position in loader:
         assert len(micro) == 3 and micro[0].shape == (2, 16)
-        for got, want in zip(micro, batches[step]):
+        for got, want in zip(micro, read(position - 1)):
             assert torch.equal(got.input_ids, want.input_ids) and got.counts == want.counts
-        seen.append(step)
+        positions.append(position)
     loader.close()
-    assert seen == list(range(4, 11))
+    assert positions == list(range(5, 12)) and loader.steps == 7
 
 
 def test_an_error_in_the_data_thread_reaches_the_step(tmp_path: Path) -> None:
     data = documents_dataset(tmp_path, "concat", [300])
-    batches = StepBatches(data, data.order(0), 2, 1)
     data.parts[0].row = lambda number: 1 / 0  # type: ignore[method-assign, assignment]
     with pytest.raises(ZeroDivisionError):
-        list(Loader(batches, 0, 5))
+        list(Loader(data, 0, BatchPlan(0, 2, steps=5)))
 
 
 def test_load_splits_caches_and_reports(text_file: Path, own_cache: Path) -> None:
@@ -475,5 +476,5 @@ def test_the_bundled_corpus_is_the_documented_text() -> None:
 
 def test_ids_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:
     np.array([1, 2, 300, 4], dtype="<u2").tofile(tmp_path / "a.bin")
-    with pytest.raises(DataError, match=r"id 300 is outside the tokenizer's 256 symbols; .* --tokenizer\.name"):
+    with pytest.raises(DataError, match=r"id 300 is outside the tokenizer's 256 tokens; .* --tokenizer\.name"):
         byte_set(tmp_path / "a.bin", tmp_path / "c")

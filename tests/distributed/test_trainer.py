@@ -20,7 +20,9 @@ from treadle.checkpoint import sharded, writer
 from treadle.checkpoint.layout import checkpoint_name
 from treadle.checkpoint.reader import Checkpoint
 from treadle.errors import ConfigError, PeerFailed, SaveError, Stopped
-from treadle.training import snapshot, steering
+from treadle.training.callbacks.base import Callback
+from treadle.training.context import Context
+from treadle.training.requests import Requests
 from treadle.training.trainer import Trainer
 
 SHAPE = {"hidden_size": 32, "num_layers": 2, "num_heads": 2}
@@ -37,21 +39,22 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 Keys = dict[str, Any]
 
 
-def build(text: str, folder: Path, keys: Keys, resume: bool = False) -> Trainer:
+def build(text: str, folder: Path, keys: Keys, resume: bool = False, callbacks: Any = ()) -> Trainer:
     data = {name: treadle.Dataset.load(text, tokenizer="byte", seq_len=32, split=name) for name in ("train", "validation")}
     keys = {"max_steps": 12, "batch_size": 2, "global_batch_size": 8, "save_steps": 6, "eval_steps": 6, "eval_rows": 10,
             "logging_steps": 1, "sample_tokens": 4, "report_to": ["jsonl"], "precision": "fp32",
             "output_dir": str(folder), **keys}  # fmt: skip
     model = treadle.build("transformer", vocab_size=256, style="gpt2", dropout=keys.pop("dropout", 0.0), **SHAPE)
-    return Trainer(model, data["train"], data["validation"], treadle.TrainConfig(**keys), resume=resume)
+    return Trainer(model, data["train"], data["validation"], treadle.TrainConfig(**keys), callbacks=callbacks,
+                   resume=resume)  # fmt: skip
 
 
 def train(text: str, folder: Path, keys: Keys, resume: bool = False) -> str:
     made = build(text, folder, keys, resume)
     if resume:
-        found = snapshot.find_newest(made)
+        found = made.checkpoints.find_newest()
         assert found is not None
-        snapshot.restore(made, found)
+        made.restore(found)
     summary = made.train()
     assert summary["processes"] == (dist.get_world_size() if dist.is_initialized() else 1)
     return summary["status"]
@@ -205,18 +208,23 @@ def test_resume_on_other_numbers_and_modes(text: str, tmp_path: Path) -> None:
     agree(folder, tmp_path / "whole")
 
 
+class StopAt(Callback):
+    """Asks for a stop in the last process alone."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_log(self, context: Context) -> None:
+        if context.step == self.step and context.world.rank == context.world.size - 1:
+            context.request("stop", "test")
+
+
 def stopped_at(text: str, folder: Path, keys: Keys, step: int, resume: bool) -> None:
-    made = build(text, folder, keys, resume)
+    made = build(text, folder, keys, resume, [StopAt(step)] if step < 24 else [])
     if resume:
-        found = snapshot.find_newest(made)
+        found = made.checkpoints.find_newest()
         assert found is not None and found.step == step - 4
-        snapshot.restore(made, found)
-
-    def stop(event: str, trainer: Trainer, row: dict) -> None:
-        if event == "log" and row["step"] == step and step < 24 and trainer.world.rank == trainer.world.size - 1:
-            trainer.control.request_stop("test")  # the last process alone hears it
-
-    made.callbacks.append(stop)
+        made.restore(found)
     if step == 24:
         assert made.train()["status"] == "finished"
         return
@@ -231,21 +239,20 @@ def test_a_signal_just_after_they_agreed_counts_at_the_next_step(text: str, tmp_
 
 
 def told_late(text: str, folder: Path, keys: Keys) -> None:
-    made, obey = build(text, folder, keys), steering.obey
+    made, agree = build(text, folder, keys), Requests.agree
 
-    def late(trainer: Trainer) -> bool:
-        agreed = obey(trainer)
-        if trainer.state.step == 5 and trainer.world.rank == 1:
-            trainer.control._on_signal(signal.SIGTERM, None)
-            trainer.control._on_signal(signal.SIGUSR1, None)
-        return agreed
+    def late(requests: Requests, *arguments: Any) -> None:
+        agree(requests, *arguments)
+        if made.state.step == 5 and made.world.rank == 1:
+            made.callbacks["commands"].control._on_signal(signal.SIGTERM, None)
+            made.callbacks["commands"].control._on_signal(signal.SIGUSR1, None)
 
-    steering.obey = late
+    Requests.agree = late  # type: ignore[method-assign]
     try:
         with pytest.raises(Stopped) as stopped:
             made.train()
     finally:
-        steering.obey = obey
+        Requests.agree = agree  # type: ignore[method-assign]
     assert made.state.step == 6 and stopped.value.exit_code == 143
 
 
@@ -285,7 +292,7 @@ def test_one_process_alone_is_not_finite(text: str, tmp_path: Path) -> None:
 
 def poisoned(text: str, folder: Path) -> None:
     made = build(text, folder, {"parallel.mode": "ddp", "max_steps": 6})
-    run = made.stepper.run
+    run = made.assembly.stepper.run
 
     def poison(step: int, micro_batches: Any, *rest: Any, **names: Any) -> Any:
         hook = None
@@ -298,7 +305,7 @@ def poisoned(text: str, folder: Path) -> None:
             if hook is not None:
                 hook.remove()
 
-    made.stepper.run = poison  # type: ignore[method-assign]
+    made.assembly.stepper.run = poison  # type: ignore[method-assign]
     summary = made.train()
     assert summary["skipped_steps"] == 1 and summary["step"] == 6
     assert all(bool(torch.isfinite(p).all()) for p in made.model.parameters())
@@ -353,14 +360,14 @@ def test_a_step_waits_only_for_the_copy(text: str, tmp_path: Path, monkeypatch: 
         assert go_on.wait(30)
         return original(*arguments)
 
-    def watch(event: str, trainer: Trainer, row: dict) -> None:
-        if event == "log" and row["step"] == 5:
-            during.append(trainer.saver.busy)
-            go_on.set()
+    class Watch(Callback):
+        def on_log(self, context: Context) -> None:
+            if context.step == 5:
+                during.append(made.checkpoints.saver.busy)
+                go_on.set()
 
     monkeypatch.setattr(writer, "write_members", slow)
-    made = build(text, tmp_path / "r", {"asynchronous": True, "save_steps": 3, "eval_steps": 50})
-    made.callbacks.append(watch)
+    made = build(text, tmp_path / "r", {"asynchronous": True, "save_steps": 3, "eval_steps": 50}, callbacks=[Watch])
     made.train()
     assert during == [True]
     checkpoint(tmp_path / "r").verify()

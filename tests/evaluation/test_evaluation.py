@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from tests.conftest import TINY
+from treadle.data.base import Dataset
 from treadle.data.batch import IGNORE
-from treadle.data.dataset import Dataset
-from treadle.evaluation.baselines import baselines
-from treadle.evaluation.evaluator import Evaluator, metrics_of
-from treadle.evaluation.report import customary, evaluate_run, table_of, write_results
-from treadle.evaluation.text_checks import distinct, raw_bytes, utf8_validity
+from treadle.evaluation.evaluator import Evaluator
+from treadle.evaluation.report import evaluate_run, table_of, usual, write_results
+from treadle.generation.text_checks import distinct, raw_bytes, utf8_validity
 from treadle.models.base import build
 from treadle.monitor.console import Console
+from treadle.objectives.next_token import NextToken
 from treadle.start import Request, train
 from treadle.text.base import Tokenizer
 
@@ -33,8 +33,7 @@ def test_metrics_by_hand(data: dict) -> None:
     got = Evaluator(model, Tokenizer.load("byte")).evaluate(data["validation"], 3)
     nats, right, top5, count = 0.0, 0, 0, 0
     with torch.no_grad():
-        for source, row in data["validation"].in_sequence(1):
-            batch = data["validation"].batch(source, row)
+        for batch in data["validation"].in_sequence(1):
             logp = model(batch).logits.double().log_softmax(-1)[batch.labels != IGNORE]
             labels = batch.labels[batch.labels != IGNORE]
             nats -= float(logp[torch.arange(len(labels)), labels].sum())
@@ -58,9 +57,9 @@ def test_a_uniform_model_has_exactly_eight_bits(data: dict) -> None:
 
 
 def test_bits_per_byte_do_not_depend_on_the_tokenizer() -> None:
-    """100 bytes at 1 nat each in all, whether as 100 symbols or 25: the same bits per byte."""
-    a = metrics_of({"nats": 100.0, "correct": 0, "top5": 0, "labels": 100, "bytes": 100})
-    b = metrics_of({"nats": 100.0, "correct": 0, "top5": 0, "labels": 25, "bytes": 100})
+    """100 bytes at 1 nat each in all, whether as 100 tokens or 25: the same bits per byte."""
+    a = NextToken().compute_metrics({"nats": 100.0, "correct": 0, "top5": 0, "labels": 100, "bytes": 100})
+    b = NextToken().compute_metrics({"nats": 100.0, "correct": 0, "top5": 0, "labels": 25, "bytes": 100})
     assert a["bpb"] == b["bpb"] == pytest.approx(1 / math.log(2)) and a["loss"] != b["loss"]
 
 
@@ -68,12 +67,15 @@ def test_stopping_gives_none_and_fewer_rows_are_spread(data: dict) -> None:
     model = build("transformer", vocab_size=256, hidden_size=16, num_layers=1, num_heads=2)
     evaluator = Evaluator(model, Tokenizer.load("byte"))
     assert evaluator.evaluate(data["validation"], should_stop=lambda: True) is None and model.training
-    rows = np.concatenate([r for _, r in data["train"].in_sequence(4, 10)])
-    assert len(rows) == 10 and rows[0] == 0 and rows[-1] == len(data["train"]) - 1
+    train = data["train"]
+    some = torch.cat([batch.input_ids for batch in train.in_sequence(4, 10)])
+    every = torch.cat([batch.input_ids for batch in train.in_sequence(64)])
+    assert len(some) == 10 and torch.equal(some[0], every[0]) and torch.equal(some[-1], every[-1])
+    assert len(every) == len(train)
 
 
 def test_baselines(data: dict) -> None:
-    got = baselines(data["train"], data["validation"], Tokenizer.load("byte"))
+    got = NextToken().baselines(data["train"], data["validation"])
     ids = np.asarray(data["train"].sets[0].document(0), dtype=np.int64)
     share = np.bincount(ids, minlength=256) / len(ids)
     entropy = -(share[share > 0] * np.log2(share[share > 0])).sum()
@@ -93,10 +95,10 @@ def test_text_checks() -> None:
     assert raw_bytes(tokenizer, [0x61, 0xE9, 0x62]) == b"a\xe9b"
     assert distinct("a b a b", 1) == 0.5 and distinct("a b c", 2) == 1.0 and distinct("", 1) == 1.0
     assert (
-        customary("bpb", 1.0)
-        and not customary("bpb", 2.0)
-        and not customary("accuracy", 0.1)
-        and customary("labels", 1)
+        usual(NextToken.metrics["bpb"], 1.0)
+        and not usual(NextToken.metrics["bpb"], 2.0)
+        and not usual(NextToken.metrics["accuracy"], 0.1)
+        and usual(NextToken.metrics["labels"], 1)
     )
 
 
@@ -116,7 +118,7 @@ def test_the_report_of_a_run(text_file: Path, in_folder: Path) -> None:
     other.write_text("The wheel turned and the thread ran on.\n" * 50)
     assert evaluate_run("last", data=str(other), samples=0)["metrics"]["bytes"] == 50 * 40
     lines = "\n".join(table_of([whole, whole]))
-    assert "bpb" in lines and "uniform: 8.0000" in lines and "customary" in lines
+    assert "bpb" in lines and "uniform: bpb 8.0000" in lines and "customary" in lines
     write_results(in_folder / "x", whole)
     model, tokenizer = __import__("treadle").load("runs/r")
     rows = Evaluator(model, tokenizer).compare_checkpoints(

@@ -46,7 +46,7 @@ def test_frequencies_are_the_softmax() -> None:
     torch.testing.assert_close(share, logits[0].softmax(0), atol=0.015, rtol=0)
 
 
-def test_repetition_penalty_lowers_seen_symbols_of_either_sign() -> None:
+def test_repetition_penalty_lowers_seen_tokens_of_either_sign() -> None:
     logits, seen = torch.tensor([[2.0, 1.5, -1.0, -1.5]]), torch.tensor([[True, False, True, False]])
     greedy = Sampling(0.0, repetition_penalty=2.0)
     assert next_ids(logits, seen, greedy, GENERATOR).tolist() == [1]
@@ -82,9 +82,9 @@ def test_eos_ends_rows_and_fills_them(model) -> None:  # type: ignore[no-untyped
     out = model.generate(ids, 30, temperature=0, eos_id=eos)
     for row in range(3):
         ended = False
-        for place in range(4, out.shape[1]):
-            assert out[row, place] == (eos if ended else free[row, place])
-            ended = ended or int(out[row, place]) == eos
+        for position in range(4, out.shape[1]):
+            assert out[row, position] == (eos if ended else free[row, position])
+            ended = ended or int(out[row, position]) == eos
     assert model.generate(ids, 30, temperature=0).shape[1] == 34  # no stop unless asked
 
 

@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,9 @@ from treadle.training.config import SECTIONS
 PACKAGE = Path(treadle.__file__).parent
 # From the top of the house to the bottom; a room imports only rooms further down.
 ROOMS = [
-    "__init__", "__main__", "cli", "library", "help", "examine", "distillation", "start", "recipe", "reporting", "planning", "training",
+    "__init__", "__main__", "cli", "library", "help", "examine", "distillation", "start", "recipe", "task_file", "reporting", "planning", "training",
     "evaluation", "objectives", "monitor", "distributed", "models", "generation", "data", "layers", "text", "checkpoint",
-    "ops", "collatz", "naming", "settings", "registry", "processes", "files", "errors",
+    "ops", "collatz", "naming", "settings", "registry", "trusted_code", "terminal", "processes", "files", "errors",
 ]  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -57,6 +58,53 @@ def test_imports_only_go_down(path: Path) -> None:
         room = module.split(".")[1] if "." in module else "__init__"
         assert room in ROOMS, f"{module} is in no room of the house"
         assert ROOMS.index(room) >= here, f"{path.name} ({room_of(path)}) imports {module}, which is above it"
+
+
+def file_graph(files: list[Path]) -> dict[Path, set[Path]]:
+    """File -> the files among these that it imports: at its top, inside functions and under TYPE_CHECKING."""
+    by_name = {".".join(p.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): p for p in files}
+    graph: dict[Path, set[Path]] = {}
+    for path in files:
+        names: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{path}: write treadle.x instead of a relative import"
+                whole = {f"{node.module}.{alias.name}" for alias in node.names}
+                names |= {name if name in by_name else node.module or "" for name in whole}
+            elif isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+        graph[path] = {by_name[name] for name in names if name in by_name} - {path}
+    return graph
+
+
+def circle(files: list[Path]) -> list[str]:
+    """Files that import each other in a circle, first and last the same; nothing where there is none."""
+    try:
+        TopologicalSorter(file_graph(files)).prepare()
+    except CycleError as error:
+        return [str(path.relative_to(PACKAGE)) for path in error.args[1]]
+    return []
+
+
+def test_no_file_imports_in_a_circle() -> None:
+    assert circle(FILES) == []
+
+
+TRAINING = [path for path in FILES if room_of(path) == "training" and path.name != "__init__.py"]
+
+
+@pytest.mark.parametrize("path", TRAINING, ids=lambda p: str(p.relative_to(PACKAGE / "training")))
+def test_a_file_of_training_says_what_it_changes_and_knows_no_trainer(path: Path) -> None:
+    first, text = path.read_text().splitlines()[0], path.read_text()
+    assert re.search(r"\bchanges?\b", first, flags=re.I), f"{path.name} begins {first!r}: say what it may change"
+    assert path.name == "trainer.py" or not re.search(r"\bTrainer\b|training\.trainer", text), f"{path.name} knows the Trainer"
+
+
+def test_the_trainer_stays_small_and_its_loop_one_screen() -> None:
+    text = (PACKAGE / "training" / "trainer.py").read_text()
+    assert text.count("\n") <= 260
+    loop = text[text.index("def _train") : text.index("# ---- what the loop carries out")]
+    assert loop.count("\n") <= 70
 
 
 FORBIDDEN_CALLS = {"torch.load", "torch.save", "eval", "exec", "yaml.load", "pickle.load", "pickle.loads"}

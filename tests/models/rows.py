@@ -10,7 +10,7 @@ from torch import Tensor
 from treadle.data.batch import Batch
 from treadle.models.base import Model
 
-DOCUMENTS = ((3, 14), (14, 28))  # of a row of 30 places; padding before and after
+DOCUMENTS = ((3, 14), (14, 28))  # of a row of 30 positions; padding before and after
 
 
 def ids(rows: int, length: int, seed: int = 0) -> Tensor:

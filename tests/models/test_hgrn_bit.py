@@ -61,7 +61,7 @@ def test_the_preset_has_its_number_of_parameters() -> None:
 
 
 def test_a_cycle_is_learned_and_shifted_once() -> None:
-    """32 symbols in a circle: the next one is the answer, not the one after it."""
+    """32 tokens in a circle: the next one is the answer, not the one after it."""
     torch.manual_seed(0)
     model = treadle.build("hgrn_bit", vocab_size=256, hidden_size=64, num_layers=2).train()
     cycle = torch.randperm(256, generator=torch.Generator().manual_seed(1))[:32]

@@ -27,7 +27,7 @@ TWO = {"hidden_sizes": [32, 32, 48], "num_blocks": [[1, 0, 1], [1, 0, 1], [1]]}
 
 def small(seed: int = 0, **keys: Any) -> HNet:
     model = treadle.build("hnet", seed=seed, **{"vocab_size": 256, **ONE, **keys}).eval()
-    with torch.no_grad():  # embeddings alone make every place unlike the one before it; after some training they are not
+    with torch.no_grad():  # embeddings alone make every position unlike the one before it; after some training they are not
         for name, p in model.named_parameters():
             if "router" in name:
                 p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)) * 0.3)
@@ -37,10 +37,10 @@ def small(seed: int = 0, **keys: Any) -> HNet:
 
 
 MIXED = {
-    "hgrn in the middle": {**ONE, "mixers": ["hgrn_bit", "hgrn"]},
-    "attention in the middle": {**ONE, "mixers": ["hgrn_bit", ["hgrn_bit", "attention"]], "local_window": 5},
-    "attention in all": {**ONE, "mixers": ["attention", "attention"], "local_window": 6},
-    "ssm inside attention": {**TWO, "mixers": ["hgrn_bit", "attention", "ssm"], "local_window": 8},
+    "hgrn in the middle": {**ONE, "token_mixers": ["hgrn_bit", "hgrn"]},
+    "attention in the middle": {**ONE, "token_mixers": ["hgrn_bit", ["hgrn_bit", "attention"]], "local_window": 5},
+    "attention in all": {**ONE, "token_mixers": ["attention", "attention"], "local_window": 6},
+    "ssm inside attention": {**TWO, "token_mixers": ["hgrn_bit", "attention", "ssm"], "local_window": 8},
 }
 
 
@@ -97,8 +97,8 @@ def test_losses_and_statistics_are_apart() -> None:
     parts = NextToken()(model, batch)
     assert set(parts.losses) == {"next_token", "ratio"} and parts.losses["ratio"].unit == "tokens"
     rate = float(parts.stats["boundary_rate_0"])
-    assert 0 < rate <= 1 and float(parts.stats["symbols_per_chunk_0"]) == pytest.approx(1 / rate, rel=1e-5)
-    assert float(parts.stats["symbols_per_chunk_1"]) >= float(parts.stats["symbols_per_chunk_0"])
+    assert 0 < rate <= 1 and float(parts.stats["tokens_per_chunk_0"]) == pytest.approx(1 / rate, rel=1e-5)
+    assert float(parts.stats["tokens_per_chunk_1"]) >= float(parts.stats["tokens_per_chunk_0"])
 
 
 def test_presets_have_exactly_their_parameters() -> None:
@@ -133,7 +133,7 @@ def test_a_json_configuration_loads_and_what_does_not_fit_is_said(tmp_path: Path
     rows = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
     assert "seq_len = 64" in (tmp_path / "r" / "config.toml").read_text() and rows[0]["loss_ratio"] > 0 and 0 < rows[0]["boundary_rate_0"] <= 1
     shown = command("generate", tmp_path / "r", "--prompt", "one two", "--max-new-tokens", 4, "--show-chunks")
-    assert shown.returncode == 0 and "\x1b[" in shown.stdout and "symbols a chunk" in shown.stdout, shown.stderr
+    assert shown.returncode == 0 and "\x1b[" in shown.stdout and "tokens per chunk" in shown.stdout, shown.stderr
     for change, words in (({"d_model": [32]}, "1 stages"), ({"num_blocks": [[1, 1], [2]]}, "encoder, 0, decoder"),
                           ({"hidden_stride": 3}, "hidden_stride")):  # fmt: skip
         path.write_text(json.dumps({**table, **change}))
@@ -168,8 +168,8 @@ def test_the_inner_stages_run_only_where_a_chunk_begins(monkeypatch: pytest.Monk
 
 def test_shapes_that_do_not_fit() -> None:
     for keys, words in (({"hidden_sizes": [48, 32]}, "narrower"), ({"target_ratios": [1.0]}, "above 1"),
-                        ({"hidden_sizes": [8], "num_blocks": [[1]]}, "hgrn_bit"), ({"mixers": ["hgrn"]}, "each of 2 stages"),
-                        ({"mixers": ["hgrn", "attention"], "attention_heads": 5}, "attention_heads = 5"),
+                        ({"hidden_sizes": [8], "num_blocks": [[1]]}, "hgrn_bit"), ({"token_mixers": ["hgrn"]}, "each of 2 stages"),
+                        ({"token_mixers": ["hgrn", "attention"], "attention_heads": 5}, "attention_heads = 5"),
                         ({"num_heads": 5}, "num_heads = 5"), ({"convolution_size": 1}, "0 for none")):  # fmt: skip
         with pytest.raises(ConfigError, match=words):
             small(**keys)

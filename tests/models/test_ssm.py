@@ -11,8 +11,8 @@ import treadle
 from treadle.data.batch import Batch
 from treadle.errors import ConfigError
 from treadle.models.base import Model
+from treadle.ops.sliding_window_attention import sliding_window_attention, sliding_window_attention_reference
 from treadle.ops.ssd import ssd, ssd_reference, step
-from treadle.ops.window import window_attention, window_reference
 
 from .test_shc import ids, logits, shaken
 
@@ -42,7 +42,7 @@ def test_chunks_are_the_recurrence(chunk: int | None, documents: torch.Tensor | 
         assert (a.grad - b.grad).abs().max() <= 1e-8
 
 
-def test_a_state_goes_on_and_a_step_is_a_place() -> None:
+def test_a_state_goes_on_and_a_step_is_a_position() -> None:
     x, decay, b, c = inputs(70, torch.float32)
     whole, last = ssd(x, decay, b, c)
     _, state = ssd(*(t[:, :, :33] for t in (x, decay, b, c)))
@@ -58,7 +58,7 @@ def test_a_state_goes_on_and_a_step_is_a_place() -> None:
 @pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["one", "packed"])
 def test_blocks_are_the_masked_window(window: int, documents: torch.Tensor | None) -> None:
     q, k, v = (torch.randn(2, 3, 100, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(3))
-    found, wanted = window_attention(q, k, v, window, documents), window_reference(q, k, v, window, documents)
+    found, wanted = sliding_window_attention(q, k, v, window, documents), sliding_window_attention_reference(q, k, v, window, documents)
     assert (found - wanted).abs().max() <= 1e-12
 
 

@@ -12,7 +12,8 @@ import torch
 
 from tests.conftest import flags, treadle
 from tests.training.test_training import trainer
-from treadle.data.dataset import Dataset
+from treadle.data.base import Dataset
+from treadle.data.dataset import TokenDataset
 from treadle.errors import Diverged
 from treadle.monitor.health import Health
 
@@ -74,20 +75,29 @@ def test_the_windows_survive_a_checkpoint() -> None:
     assert back.losses == health.losses and back.is_spike(3.5, True) and back.said == health.said
 
 
+def change_batches(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
+    """change(data step, micro-batches) -> micro-batches, wherever training reads."""
+    real = TokenDataset.step_reader
+
+    def reader(self: TokenDataset, position: int, plan: Any) -> Any:
+        read = real(self, position, plan)
+        return lambda step: change(step, read(step))
+
+    monkeypatch.setattr(TokenDataset, "step_reader", reader)
+
+
 @pytest.fixture()
 def poison(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
     """Rows that make the loss NaN (or huge), by data step."""
-    from treadle.data.loader import StepBatches
     from treadle.objectives.next_token import NextToken
 
     bad: dict[int, float] = {}
-    real_get, real_call = StepBatches.__getitem__, NextToken.__call__
+    real_call = NextToken.__call__
 
-    def get(self: StepBatches, step: int) -> Any:
-        micro = real_get(self, step)
-        for batch in micro:
+    def mark(step: int, micro_batches: Any) -> Any:
+        for batch in micro_batches:
             batch.extras["factor"] = torch.tensor([bad.get(step, 1.0)])
-        return micro
+        return micro_batches
 
     def call(self: NextToken, model: Any, batch: Any) -> Any:
         parts = real_call(self, model, batch)
@@ -96,7 +106,7 @@ def poison(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
             part.total = part.total * batch.extras["factor"][0]
         return parts
 
-    monkeypatch.setattr(StepBatches, "__getitem__", get)
+    change_batches(monkeypatch, mark)
     monkeypatch.setattr(NextToken, "__call__", call)
     return bad
 
@@ -110,7 +120,7 @@ def test_rollback_skips_the_rows_and_goes_on(tmp_path: Path, data: dict, poison:
     poison.update(dict.fromkeys((5, 6, 7), math.nan))
     made = trainer(tmp_path, data, max_steps=14, save_steps=4, eval_steps=100, nonfinite_limit=3)
     assert made.train()["step"] == 14
-    assert made.state.rollbacks == 1 and made.state.data_offset == 4
+    assert made.state.rollbacks == 1 and made.state.position - made.state.step == 4
     back = [e for e in events(tmp_path) if e["event"] == "rolled_back"]
     assert back[0]["step"] == 8 and back[0]["to"] == 4
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -154,7 +164,7 @@ def test_what_a_spike_does(tmp_path: Path, data: dict, poison: dict, policy: str
     kinds = [e["event"] for e in events(tmp_path)]
     assert "loss_spike" in kinds
     assert made.state.skipped_steps == (1 if policy == "skip" else 0)
-    assert made.state.data_offset == (6 if policy == "rollback" else 0)
+    assert made.state.position - made.state.step == (6 if policy == "rollback" else 0)
 
 
 def test_sizes_of_gradients_and_activations_on_request(tmp_path: Path, data: dict) -> None:
@@ -210,13 +220,9 @@ def test_a_stop_is_heard_while_the_step_waits_for_data(
     import threading
     import time
 
-    from treadle.data.loader import StepBatches
     from treadle.errors import Stopped
 
-    real = StepBatches.__getitem__
-    monkeypatch.setattr(
-        StepBatches, "__getitem__", lambda self, step: (time.sleep(8 if step == 3 else 0), real(self, step))[1]
-    )
+    change_batches(monkeypatch, lambda step, micro: (time.sleep(8 if step == 3 else 0), micro)[1])
     made = trainer(tmp_path, data, max_steps=10, eval_steps=100, save_steps=100)
     asked: list[float] = []
 
@@ -225,7 +231,7 @@ def test_a_stop_is_heard_while_the_step_waits_for_data(
             time.sleep(0.01)
         time.sleep(0.3)
         asked.append(time.monotonic())
-        made.control.request_stop("stop")
+        made.context.request("stop", "stop")
 
     threading.Thread(target=ask, daemon=True).start()
     real_save, saved = made._save, []
@@ -239,10 +245,7 @@ def test_a_stop_is_heard_while_the_step_waits_for_data(
 def slow_data(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     import time
 
-    from treadle.data.loader import StepBatches
-
-    real = StepBatches.__getitem__
-    monkeypatch.setattr(StepBatches, "__getitem__", lambda self, step: (time.sleep(seconds), real(self, step))[1])
+    change_batches(monkeypatch, lambda step, micro: (time.sleep(seconds), micro)[1])
 
 
 def test_slow_data_is_no_hang(tmp_path: Path, data: dict, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,10 +41,10 @@ def test_rms_norm(shape: tuple[int, ...]) -> None:
 def test_linear_cross_entropy(vocabulary: int) -> None:
     """Several chunks, ignored labels, a scaled gradient."""
     torch.manual_seed(0)
-    places = 3 * max(64, (1 << 20) // vocabulary) // 2 if vocabulary > 10_000 else 200
-    labels = torch.randint(0, vocabulary, (2, places))
+    positions = 3 * max(64, (1 << 20) // vocabulary) // 2 if vocabulary > 10_000 else 200
+    labels = torch.randint(0, vocabulary, (2, positions))
     labels[0, ::3] = -100
-    hidden, weight = torch.randn(2, places, 12), torch.randn(vocabulary, 12)
+    hidden, weight = torch.randn(2, positions, 12), torch.randn(vocabulary, 12)
     both(lambda h, w: linear_cross_entropy(h, w, labels), lambda h, w: linear_cross_entropy_reference(h, w, labels),
          [hidden, weight], atol=2e-3 if vocabulary > 10_000 else 2e-4)  # fmt: skip
 

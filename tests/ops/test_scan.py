@@ -35,8 +35,8 @@ def test_strided_inputs_are_taken() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_values_are_those_of_two_roundings_a_place(backend: Any) -> None:
-    """Decoding place by place gives the bits of the whole: rn(rn(f h) + i), whichever way it is computed."""
+def test_values_are_those_of_two_roundings_a_position(backend: Any) -> None:
+    """Decoding token by token gives the bits of the whole: rn(rn(f h) + i), whichever way it is computed."""
     torch.manual_seed(1)
     gate, value, start = torch.rand(2, 40, 67), torch.randn(2, 40, 67), torch.randn(2, 67)
     assert torch.equal(scan(gate, value, start, backend), scan_reference(gate, value, start))

@@ -41,7 +41,7 @@ def test_integers_are_those_of_int64(rows: int, width: int, out: int) -> None:
     made = ops.PackedLayer(ternary, torch.tensor(0.75), torch.ones(width), 1e-8)
     x = q.float()
     sums = (q.long() @ ternary.long().t()).float()
-    assert torch.equal(made(x), sums * (0.75 / (127.0 / made.normed(x).abs().amax(-1, keepdim=True))).float())
+    assert torch.equal(made(x), sums * (0.75 / (127.0 / made.normalize(x).abs().amax(-1, keepdim=True))).float())
 
 
 PROGRAM = """

@@ -68,7 +68,7 @@ def test_training_is_reproducible() -> None:
     assert one.fingerprint() == two.fingerprint() != tokenizer("bpe").fingerprint()
 
 
-def test_characters_are_single_symbols() -> None:
+def test_characters_are_single_tokens() -> None:
     made = tokenizer("char")
     assert len(made.encode("éé½")) == 3 and len(made.encode("ab")) == 2
     assert len(made.encode("😀")) == 4  # unseen in training: its bytes

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,8 @@ from treadle.objectives.distill import MatchHidden, MatchLogits, MatchMixers, ma
 from treadle.objectives.settings import DistillSettings
 from treadle.ops.divergence import linear_divergence, linear_divergence_reference
 from treadle.training.trainer import Trainer
+
+NO_TEXT: Any = SimpleNamespace(tokenizer=None)  # a dataset that says nothing of tokens
 
 SHAPE = {"vocab_size": 256, "hidden_size": 32, "num_layers": 2, "num_heads": 2}
 
@@ -63,7 +66,7 @@ def test_repeating_a_batch_changes_no_loss_per_place(kind: Any) -> None:
     master = teacher()
     student = treadle.student_of(master, seed=1)
     objective = kind(master)
-    objective.prepare(student, torch.device("cpu"))
+    objective.prepare(student, NO_TEXT, torch.device("cpu"))
     ids = rows(2, 16)
     docs = torch.zeros_like(ids)
     variants = [Batch.for_training(ids, docs), Batch.for_training(torch.cat([ids, ids]), torch.cat([docs, docs])),
@@ -94,7 +97,7 @@ def test_each_stage_changes_what_it_should() -> None:
     for stage, rule in rules.items():
         student = treadle.student_of(master, seed=1).train()
         objective = make_objective(DistillSettings(stage=stage), master)
-        objective.prepare(student, torch.device("cpu"))
+        objective.prepare(student, NO_TEXT, torch.device("cpu"))
         parts = objective(student, batch)
         sum(part.total for part in parts.losses.values()).backward()
         for name, p in student.named_parameters():
@@ -110,7 +113,7 @@ def test_the_same_weights_match_perfectly() -> None:
     batch = Batch.for_training(rows())
     for stage in ("mixer", "hidden"):
         objective = make_objective(DistillSettings(stage=stage), master)
-        objective.prepare(copy, torch.device("cpu"))
+        objective.prepare(copy, NO_TEXT, torch.device("cpu"))
         assert float(next(iter(objective(copy, batch).losses.values())).total.detach()) < 1e-6
     parts = make_objective(DistillSettings(stage="logits"), master)(copy, batch)
     assert abs(float(parts.losses["kd"].total.detach())) < 1e-3 and float(parts.stats["agreement"]) == 1
@@ -119,9 +122,9 @@ def test_the_same_weights_match_perfectly() -> None:
 def test_what_cannot_be_distilled_says_so() -> None:
     master = teacher()
     with pytest.raises(ConfigError, match="--stages logits"):
-        make_objective(DistillSettings(stage="mixer"), master).prepare(teacher(num_layers=3), torch.device("cpu"))
+        make_objective(DistillSettings(stage="mixer"), master).prepare(teacher(num_layers=3), NO_TEXT, torch.device("cpu"))
     with pytest.raises(ConfigError, match="vocab_size"):
-        MatchLogits(master).prepare(teacher(vocab_size=300), torch.device("cpu"))
+        MatchLogits(master).prepare(teacher(vocab_size=300), NO_TEXT, torch.device("cpu"))
     with pytest.raises(ConfigError, match="--stages logits"):
         objective = MatchHidden(master)
         objective(treadle.build("transformer", **SHAPE), Batch.for_training(rows()))
@@ -255,7 +258,7 @@ def test_a_compressed_cache_costs_little(trained: Path) -> None:
     model, tokenizer = treadle.load(trained)
     data = treadle.Dataset.load(trained.parent / "story.txt", tokenizer="byte", seq_len=32)
     held = treadle.Dataset.load(trained.parent / "story.txt", tokenizer="byte", seq_len=32, split="validation")
-    batches = [data.batch(source, row) for source, row in data.in_sequence(16, 128)]
+    batches = list(data.in_sequence(16, 128))
     small = treadle.compress_cache(model, batches, int(0.6 * 32))
     losses = [treadle.Evaluator(m, tokenizer).evaluate(held, rows=64)["loss"] for m in (model, small)]
     assert losses[1] - losses[0] <= 0.05

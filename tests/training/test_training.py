@@ -14,14 +14,18 @@ import torch
 
 import treadle
 from tests.conftest import make_text
+from treadle.checkpoint import writer
 from treadle.checkpoint.layout import steps_in
 from treadle.checkpoint.retention import best_step
+from treadle.data.base import BatchPlan
 from treadle.data.batch import Batch
-from treadle.data.dataset import Dataset
+from treadle.data.dataset import TokenDataset as Dataset
 from treadle.errors import ConfigError, Diverged, OutOfMemory, SaveError
 from treadle.models.base import ParameterRule, build
 from treadle.objectives.base import ModelWithObjective
 from treadle.objectives.next_token import NextToken
+from treadle.training.callbacks.base import Callback
+from treadle.training.context import Context
 from treadle.training.optim import Optimizers, grouped
 from treadle.training.schedule import learning_rate, warmup_steps
 from treadle.training.settings import OptimSettings
@@ -247,7 +251,7 @@ def test_epochs_end_exactly(tmp_path: Path, data: dict) -> None:
     seen = []
     made.train()
     for step in range(made.plan.max_steps):
-        seen += [r for _, r in made.batches.rows_of(step)]
+        seen += [r for _, r in data["train"].rows_of(step, BatchPlan(0, 64, rows=made.plan.rows_left(step)))]
     assert sorted(r for r in seen if r >= 0) == list(range(rows)) and seen.count(-1) == -rows % 64
     assert made.state.tokens == data["train"].sets[0].tokens()
 
@@ -327,15 +331,13 @@ def test_out_of_memory_gives_flags_to_paste(tmp_path: Path, data: dict) -> None:
 
 
 def test_saving_fails_three_times_then_stops(tmp_path: Path, data: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    from treadle.training import snapshot
-
     tries = []
 
     def refuse(root: Path, step: int, *rest: object, **names: object) -> None:
         tries.append(step)
         raise SaveError("no")
 
-    monkeypatch.setattr(snapshot.writer, "save", refuse)
+    monkeypatch.setattr(writer, "save", refuse)
     with pytest.raises(SaveError):
         trainer(tmp_path, data, max_steps=20, save_steps=2, eval_steps=100).train()
     assert tries == [2, 4, 6]
@@ -357,7 +359,23 @@ def test_a_loss_weight_for_no_loss_is_refused(tmp_path: Path, data: dict) -> Non
 
 def test_callbacks_and_pinned_checkpoints(tmp_path: Path, data: dict) -> None:
     events: list[str] = []
-    made = trainer(tmp_path / "run", data, callbacks=[lambda event, t, row: events.append(event)], eval_steps=3)
+
+    class Recorder(Callback):
+        def on_log(self, context: Context) -> None:
+            events.append("log")
+
+        def on_evaluate(self, context: Context) -> None:
+            assert context.metrics["labels"] > 0
+            events.append("evaluate")
+
+        def on_save(self, context: Context) -> None:
+            events.append("save")
+
+        def on_train_end(self, context: Context) -> None:
+            assert context.summary["status"] == "finished"
+            events.append("end")
+
+    made = trainer(tmp_path / "run", data, callbacks=[Recorder()], eval_steps=3)
     made.train()
     assert events.count("log") == 6 and events.count("evaluate") == 2 and "save" in events and events[-1] == "end"
     path = made.save_checkpoint(tmp_path / "pinned")
@@ -467,7 +485,7 @@ def test_an_evaluation_that_is_not_finite_is_never_the_best(tmp_path: Path, data
     real = made.evaluator.evaluate
     made.evaluator.evaluate = lambda *a, **k: {**real(*a, **k), "loss": next(losses)}  # type: ignore[method-assign, dict-item]
     assert made.train()["best_step"] == 4 == best_step(tmp_path / "checkpoints")
-    assert made.state.best_loss == 2.0 and "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    assert made.callbacks["early_stopping"].best == 2.0 and "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
 
 @pytest.mark.slow

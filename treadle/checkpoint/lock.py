@@ -8,7 +8,7 @@ import socket
 import weakref
 from pathlib import Path
 
-from treadle.errors import RunLocked
+from treadle.errors import ConfigError, RunLocked
 
 LOCK_FILE = "LOCK"
 _held: weakref.WeakSet[RunLock] = weakref.WeakSet()
@@ -23,12 +23,24 @@ def _forget_in_child() -> None:
 os.register_at_fork(after_in_child=_forget_in_child)
 
 
+def refuse_links(run: Path) -> None:
+    """ConfigError for a link to a file outside of the run: training would write there. Folders may be links, to other disks."""
+    root = run.resolve()
+    for folder, _, files in os.walk(root):
+        for name in files:
+            path = Path(folder, name)
+            if path.is_symlink() and not path.resolve().is_relative_to(root):
+                raise ConfigError(f"{path} is a link to {os.readlink(path)}, so that training would write outside of the run; "
+                                  "remove the link")  # fmt: skip
+
+
 class RunLock:
     """Holds a run folder for this process; RunLocked names the process that has it."""
 
     def __init__(self, run: Path) -> None:
         run.mkdir(parents=True, exist_ok=True)
-        self.descriptor = os.open(run / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+        refuse_links(run)
+        self.descriptor = os.open(run / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -31,7 +31,7 @@ class Checkpoint:
         if member not in self.manifest["files"]:
             raise CheckpointError(f"{self.folder}: the manifest names no {member}")
         want, path = self.manifest["files"][member], self.folder / member
-        if not path.is_file() or path.is_symlink():
+        if not path.is_file() or path.is_symlink() or ("/" in member and path.parent.is_symlink()):
             raise CheckpointError(f"{path} is missing")
         size = path.stat().st_size
         if size != want["bytes"]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from treadle.settings import Settings, option
 
 
@@ -16,10 +14,11 @@ class CheckpointSettings(Settings):
     save_total_limit: int = option(3, ge=1)
     """Newest checkpoints kept; the best one is kept besides."""
 
-    metric_for_best_model: Literal["loss", "bpb", "accuracy", "top5_accuracy"] = option(
+    metric_for_best_model: str = option(
         "loss", spellings={"eval_loss": "loss", "validation_loss": "loss", "val_loss": "loss", "eval_bpb": "bpb", "eval_accuracy": "accuracy"}
     )
-    """The evaluation metric that picks the best checkpoint (the lowest loss or bpb, the highest accuracy)."""
+    """The evaluation metric that picks the best checkpoint: the lowest loss or bpb, the highest accuracy or top5_accuracy,
+    or a metric of an objective of one's own."""
 
     resume_from_checkpoint: str | None = option(None, aliases=("resume_from",))
     """Continue from this checkpoint instead of the run's newest one."""

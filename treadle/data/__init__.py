@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from treadle.data.base import Dataset, create_dataloader
     from treadle.data.batch import collate
-    from treadle.data.dataset import Dataset, create_dataloader
 
 __all__ = ["Dataset", "collate", "create_dataloader"]
 
@@ -16,4 +16,4 @@ def __getattr__(name: str) -> object:
         raise AttributeError(name)
     import importlib
 
-    return getattr(importlib.import_module("treadle.data.batch" if name == "collate" else "treadle.data.dataset"), name)
+    return getattr(importlib.import_module("treadle.data.batch" if name == "collate" else "treadle.data.base"), name)

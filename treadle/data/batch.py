@@ -15,18 +15,20 @@ from treadle.errors import ConfigError
 from treadle.ops.documents import document_positions
 
 IGNORE = -100  # a label nobody scores
-PAD = -1  # the doc_id of a place that holds no symbol
+PAD = -1  # the doc_id of padding
 
 
 @dataclass
 class Batch:
-    """B rows of T places.
+    """B rows of T positions.
 
-    input_ids: int64 [B, T]. labels: int64 [B, T], the next symbol of the same document, -100 where there is none; None
+    input_ids: int64 [B, T]. labels: int64 [B, T], the next token of the same document, -100 where there is none; None
     when nothing is scored. position_ids: int64 [B, T], restarting in each document. doc_ids: int64 [B, T], which
-    document of its row a place belongs to, -1 for padding; None means one document a row and no padding.
+    document of its row a position belongs to, -1 for padding; None means one document a row and no padding.
     segments: for each row the lengths of its runs of equal doc_id, host-side integers made with the data (a negative
-    length is padding), so that no model has to read doc_ids back from a device. extras: tensors of other tasks.
+    length is padding), so that no model has to read doc_ids back from a device. extras: tensors of other tasks (targets,
+    masks, what a decoder attends to), the rows first. counts: how many of each unit (labels, tokens, rows, documents, and
+    what a dataset adds) there are, on the host: what losses are divided by.
     """
 
     input_ids: Tensor
@@ -38,8 +40,9 @@ class Batch:
     counts: dict[str, int] = field(default_factory=dict)
 
     @staticmethod
-    def from_ids(ids: Any, doc_ids: Any = None, labels: Any = None) -> Batch:
-        """A batch from ids [B, T] or [T] (lists or tensors); without labels nothing is scored."""
+    def from_ids(ids: Any, doc_ids: Any = None, labels: Any = None, extras: dict[str, Any] | None = None) -> Batch:
+        """A batch from ids [B, T] or [T] (lists or tensors); without labels nothing is scored. extras: what else a task
+        needs, by name, each with the rows as its first dimension."""
         input_ids = torch.as_tensor(ids, dtype=torch.int64)
         input_ids = input_ids[None] if input_ids.dim() == 1 else input_ids
         if input_ids.dim() != 2:
@@ -62,13 +65,17 @@ class Batch:
         else:
             segments = tuple(_runs(row) for row in documents.tolist())
             positions = _positions(documents)
-        batch = Batch(input_ids, aligned, positions, documents, segments)
+        named = {name: torch.as_tensor(value) for name, value in (extras or {}).items()}
+        for name, tensor in named.items():
+            if tensor.dim() == 0 or tensor.shape[0] != rows:
+                raise ConfigError(f"extras[{name!r}] is {list(tensor.shape)}; its first dimension must be the {rows} rows")
+        batch = Batch(input_ids, aligned, positions, documents, segments, named)
         batch.counts = batch._count()
         return batch
 
     @staticmethod
     def for_training(ids: Any, doc_ids: Any = None) -> Batch:
-        """`from_ids` with labels made by the shift: the next symbol of the same document, else -100."""
+        """`from_ids` with labels made by the shift: the next token of the same document, else -100."""
         batch = Batch.from_ids(ids, doc_ids)
         labels = torch.full_like(batch.input_ids, IGNORE)
         labels[:, :-1] = batch.input_ids[:, 1:]
@@ -97,12 +104,12 @@ class Batch:
         return {"labels": scored, "tokens": sum(runs), "rows": real_rows, "documents": len(runs)}
 
     @property
-    def real(self) -> Tensor:
-        """Bool [B, T]: no padding."""
+    def token_mask(self) -> Tensor:
+        """Bool [B, T], false on padding."""
         return torch.ones_like(self.input_ids, dtype=torch.bool) if self.doc_ids is None else self.doc_ids != PAD
 
     @property
-    def whole_rows(self) -> bool:
+    def is_unpacked(self) -> bool:
         """Every row is one document without padding, known on the host."""
         if self.segments is None:
             return self.doc_ids is None
@@ -160,7 +167,7 @@ def collate(rows: Sequence[Row | None], row_length: int) -> Batch:
             assert row is not None
             stream = row.shard.ids[start : start + length + 1]
             ids[r, at : at + length] = stream[:length]
-            # The last symbol of a document predicts nothing: what follows it is another document.
+            # The last token of a document predicts nothing: what follows it is another document.
             following = _label_count(row, start, length)
             labels[r, at : at + following] = stream[1 : following + 1]
             positions[r, at : at + length] = np.arange(length)
@@ -175,7 +182,7 @@ def collate(rows: Sequence[Row | None], row_length: int) -> Batch:
 
 
 def _label_count(row: Row, start: int, length: int) -> int:
-    """How many places of a segment have a next symbol in the same document."""
+    """How many positions of a segment have a next token in the same document."""
     end = start + length
     if end >= len(row.shard.ids):
         return length - 1

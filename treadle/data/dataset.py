@@ -1,16 +1,17 @@
-"""Prepared token sets, a packing and an order, seen as numbered batches: what training and evaluation read."""
+"""Prepared token sets, a packing and an order, seen as numbered batches: text as training and evaluation read it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from treadle.data.order import Order
+from treadle.data.base import DATASETS, TEXT, BatchPlan, BatchSequence, Dataset, IndexedDataset, Position
+from treadle.data.order import Order, step_draws
 from treadle.data.prepare import Held, Progress, is_prepared, open_prepared, prepare, tokenizer_for
 from treadle.data.settings import DataSettings
 from treadle.data.shards import Rows, TokenSet
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
     from treadle.data.batch import Batch
 
 
-class Dataset:
+class TokenDataset(IndexedDataset):
     """Rows of `seq_len` symbols from one or more token sets, in a keyed order."""
+
+    tokenizer: Tokenizer
 
     def __init__(
         self,
@@ -57,7 +60,7 @@ class Dataset:
         seq_len: int = 256,
         split: str = "train",
         **options: Any,
-    ) -> Dataset:
+    ) -> TokenDataset:
         """The rows of a file or folder; prepared (and cached) on first use. `options` are keys of [data]."""
         paths = [str(p) for p in path] if isinstance(path, (list, tuple)) else str(path)
         settings = DataSettings(path=paths, seq_len=seq_len, **options)
@@ -71,9 +74,31 @@ class Dataset:
     def __len__(self) -> int:
         return sum(len(part) for part in self.parts)
 
+    @property
+    def rows_per_epoch(self) -> int:
+        return len(self)
+
     def order(self, seed: int, end: int | None = None) -> Order:
         """The order training draws rows in."""
         return Order(tuple(len(part) for part in self.parts), seed, self.shuffle, self.weights, end)
+
+    def step_reader(self, position: int, plan: BatchPlan) -> Callable[[int], list[Batch]]:
+        end = None if plan.rows is None else position * plan.global_batch_size + plan.rows
+        order = self.order(plan.seed, end)
+
+        def read(step: int) -> list[Batch]:
+            source, row = order.draws(step_draws(step, plan.global_batch_size, plan.rank, plan.world_size))
+            micro = len(row) // plan.accumulation
+            return [self.batch(source[i : i + micro], row[i : i + micro]) for i in range(0, len(row), micro)]
+
+        return read
+
+    def rows_of(self, position: Position, plan: BatchPlan) -> list[tuple[int, int]]:
+        """(source, row) of each sample; row -1 is padding."""
+        end = None if plan.rows is None else position * plan.global_batch_size + plan.rows
+        draws = step_draws(position, plan.global_batch_size, plan.rank, plan.world_size)
+        source, row = self.order(plan.seed, end).draws(draws)
+        return list(zip(source.tolist(), row.tolist()))
 
     def batch(self, source: np.ndarray, row: np.ndarray) -> Batch:
         """The rows (source [B], row [B]) as a batch; row -1 is padding."""
@@ -86,20 +111,26 @@ class Dataset:
         batch.counts["bytes"] = int(self._byte_lengths[batch.labels[batch.labels != IGNORE].numpy()].sum())
         return batch
 
-    def in_sequence(self, batch_size: int, limit: int | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(source, row) of all rows once, as they stand, in batches; `limit` rows spread evenly when there are more."""
+    def in_sequence(self, batch_size: int, limit: int | None = None) -> Sequence[Batch]:
+        """All rows once, as they stand; `limit` rows spread evenly when there are more."""
         numbers = np.arange(len(self))
         if limit is not None and limit < len(numbers):
             numbers = np.unique(np.linspace(0, len(self) - 1, limit).astype(np.int64))
         starts = np.concatenate([[0], np.cumsum([len(part) for part in self.parts])])
         source = np.searchsorted(starts, numbers, side="right") - 1
         row = numbers - starts[source]
-        return [(source[i : i + batch_size], row[i : i + batch_size]) for i in range(0, len(numbers), batch_size)]
+        parts = [slice(i, i + batch_size) for i in range(0, len(numbers), batch_size)]
+        return BatchSequence(lambda part: self.batch(source[part], row[part]), parts)
 
     def fingerprint(self) -> str:
         """Equal for equal symbols, packing and row length, wherever the files are."""
         described = [[t.fingerprint for t in self.sets], self.packing, self.seq_len, self.weights, self.shuffle]
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+    def describe(self) -> str:
+        stats = self.stats()
+        return (f"{stats['documents']} document(s), {stats['bytes']:,} bytes, {stats['tokens']:,} tokens, "
+                f"{stats['rows']:,} rows of {stats['row_length']}")  # fmt: skip
 
     def stats(self) -> dict[str, Any]:
         """Documents, bytes, tokens, rows, length percentiles, and the share of places that hold a symbol."""
@@ -119,16 +150,6 @@ class Dataset:
         }
 
 
-def create_dataloader(dataset: Dataset, batch_size: int, seed: int = 0, start_step: int = 0) -> Any:
-    """An endless iterator of batches in training order, for a hand-written loop."""
-    from treadle.data.order import step_draws
-
-    order, step = dataset.order(seed), start_step
-    while True:
-        yield dataset.batch(*order.draws(step_draws(step, batch_size)))
-        step += 1
-
-
 def sources_of(settings: DataSettings) -> list[Source]:
     """The sources a [data] section names."""
     limit = settings.max_samples
@@ -145,13 +166,27 @@ def held_shares(settings: DataSettings) -> Held:
     return settings.validation_fraction if settings.validation_path is None else 0.0, settings.test_fraction
 
 
+def splits_of(
+    settings: DataSettings,
+    tokenizer_settings: TokenizerSettings,
+    task: Any = None,
+    seed: int = 0,
+    tokenizer: Tokenizer | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Dataset]:
+    """The train, validation and test datasets of a configuration, of whatever kind data.dataset names."""
+    if settings.dataset_class == TEXT:
+        return dict(load_splits(settings, tokenizer_settings, tokenizer, progress))
+    return DATASETS.get(settings.dataset_class).splits(settings, task, seed)
+
+
 def load_splits(
     settings: DataSettings,
     tokenizer_settings: TokenizerSettings,
     tokenizer: Tokenizer | None = None,
     progress: Progress | None = None,
     fresh: bool = False,
-) -> dict[str, Dataset]:
+) -> dict[str, TokenDataset]:
     """The train and (where something is held out) validation rows that the configuration asks for."""
     root = cache_root(settings.cache_dir)
     held_out = held_shares(settings)
@@ -180,8 +215,8 @@ def load_splits(
         source = open_source(settings.validation_path, settings.text_column, settings.document_separator)
         held = [prepared(source, (0.0, 0.0), tokenizer)["train"]]
 
-    def rows(sets: list[TokenSet], weights: list[float] | None) -> Dataset:
-        return Dataset(sets, tokenizer, settings.seq_len, settings.packing, weights, settings.shuffle)
+    def rows(sets: list[TokenSet], weights: list[float] | None) -> TokenDataset:
+        return TokenDataset(sets, tokenizer, settings.seq_len, settings.packing, weights, settings.shuffle)
 
     splits = {"train": rows([one["train"] for one in sets], settings.weights)}
     for name, some in (("validation", held), ("test", [one["test"] for one in sets if "test" in one])):

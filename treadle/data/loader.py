@@ -1,98 +1,50 @@
-"""Batches ahead of the step, in a background thread or in worker processes.
+"""Batches ahead of the step, fetched by a background thread.
 
-Items are step numbers, so there is no state to save: any number of workers, any prefetch depth and any restart give
-the same batches.
+What is saved is the position of what the step has received, never of what was fetched ahead.
 """
 
 from __future__ import annotations
 
+import itertools
 import queue
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
-
+from treadle.data.base import BatchPlan, Dataset, Position
 from treadle.data.batch import Batch
-from treadle.data.dataset import Dataset
-from treadle.data.order import Order, step_draws
-from treadle.processes import end_with_parent
 
-
-class StepBatches(TorchDataset):
-    """step -> the micro-batches of one rank: a list of `accumulation` batches."""
-
-    def __init__(
-        self, dataset: Dataset, order: Order, global_batch: int, accumulation: int, rank: int = 0, world: int = 1
-    ) -> None:
-        self.dataset, self.order = dataset, order
-        self.global_batch, self.accumulation, self.rank, self.world = global_batch, accumulation, rank, world
-
-    def __getitem__(self, step: int) -> list[Batch]:
-        source, row = self.order.draws(step_draws(step, self.global_batch, self.rank, self.world))
-        micro = len(row) // self.accumulation
-        return [self.dataset.batch(source[i : i + micro], row[i : i + micro]) for i in range(0, len(row), micro)]
-
-    def rows_of(self, step: int) -> list[tuple[int, int]]:
-        """(source, row) of each sample of a step, for reports."""
-        source, row = self.order.draws(step_draws(step, self.global_batch, self.rank, self.world))
-        return list(zip(source.tolist(), row.tolist()))
-
-
-def _die_with_parent(worker: int) -> None:
-    """No worker outlives a killed training. Ctrl-C is the parent's."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    end_with_parent(signal.SIGKILL)
+Item = tuple[list[Batch], Position]
 
 
 class Loader:
-    """Iterates over (step, micro-batches) from `start` to `stop`, measuring how long the step waits for data.
+    """Iterates over (micro-batches, position after them) from `position` on, for plan.steps steps, measuring how long the
+    step waits for data.
 
     While it waits it calls `idle` several times a second; when that returns true the iteration ends.
     """
 
     def __init__(
-        self,
-        batches: StepBatches,
-        start: int,
-        stop: int,
-        *,
-        workers: int = 0,
-        prefetch: int = 4,
-        pin: bool = False,
+        self, dataset: Dataset, position: Position, plan: BatchPlan, *, pin: bool = False,
         idle: Callable[[], bool] = lambda: False,
-    ) -> None:
-        self.batches, self.start, self.stop = batches, start, stop
-        self.workers, self.prefetch, self.pin, self.idle = workers, prefetch, pin, idle
+    ) -> None:  # fmt: skip
+        self.dataset, self.position, self.plan, self.pin, self.idle = dataset, position, plan, pin, idle
+        self.steps = 0  # handed out so far
         self.waited = self.computed = 0.0  # seconds spent waiting here, and (told by the trainer) between two waits
         self._feeder: _Feeder | None = None
 
-    def __iter__(self) -> Iterator[tuple[int, list[Batch]]]:
-        source = self._processes() if self.workers else (self.batches[step] for step in range(self.start, self.stop))
-        self._feeder = _Feeder(source, 1 if self.workers else self.prefetch, self.pin)
-        step = self.start
+    def __iter__(self) -> Iterator[Item]:
+        source = itertools.islice(self.dataset.batches(self.position, self.plan), self.plan.steps)
+        self._feeder = _Feeder(source, 1 if self.plan.workers else self.plan.prefetch, self.pin)
         while True:
             begun = time.perf_counter()
-            micro_batches = self._feeder.next(self.idle)
+            item = self._feeder.next(self.idle)
             self.waited += time.perf_counter() - begun
-            if micro_batches is None:
+            if item is None:
                 return
-            yield step, micro_batches
-            step += 1
-
-    def _processes(self) -> Iterator[list[Batch]]:
-        loader = DataLoader(
-            self.batches, batch_size=None, sampler=range(self.start, self.stop), num_workers=self.workers,
-            prefetch_factor=self.prefetch, pin_memory=False, multiprocessing_context="fork",
-            worker_init_fn=_die_with_parent,
-            generator=torch.Generator(),  # workers draw their base seed from here, not from the model's generator
-        )  # fmt: skip
-        return iter(loader)
+            self.steps += 1
+            yield item
 
     def wait_share(self) -> float:
         """Share of the time so far that went into waiting for data."""
@@ -108,7 +60,7 @@ class Loader:
 class _Feeder:
     """One daemon thread that fills a bounded queue; an error in it surfaces at the step that needed the batch."""
 
-    def __init__(self, source: Iterator[list[Batch]], depth: int, pin: bool) -> None:
+    def __init__(self, source: Iterator[Item], depth: int, pin: bool) -> None:
         self.source, self.pin = source, pin
         self.queue: queue.Queue[Any] = queue.Queue(maxsize=depth)
         self.stopped = threading.Event()
@@ -125,15 +77,15 @@ class _Feeder:
 
     def _run(self) -> None:
         try:
-            for made in self.source:
+            for made, position in self.source:
                 if self.stopped.is_set():
                     return
-                self._put([b.pin() for b in made] if self.pin else made)
+                self._put(([b.pin() for b in made] if self.pin else made, position))
             self._put(None)
         except BaseException as problem:  # handed to the training thread
             self._put(problem)
 
-    def next(self, idle: Callable[[], bool]) -> list[Batch] | None:
+    def next(self, idle: Callable[[], bool]) -> Item | None:
         """The next item; None at the end, or when `idle` asks to stop while there is none."""
         while True:
             try:

@@ -1,8 +1,8 @@
 """How documents share rows of a fixed length.
 
-A plan is flat: row r holds the segments row_starts[r] to row_starts[r + 1], segment s holds `length[s]` symbols from
+A plan is flat: row r holds the segments row_starts[r] to row_starts[r + 1], segment s holds `length[s]` tokens from
 `start[s]` of the token stream. Documents longer than a row are split; nothing is dropped, duplicated or otherwise cut.
-`concat` needs no plan (row r is symbols r L to (r + 1) L) and is computed where it is read.
+`concat` needs no plan (row r is tokens r L to (r + 1) L) and is computed where it is read.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Plan:
         return len(self.row_starts) - 1
 
     def efficiency(self, row_length: int) -> float:
-        """Share of places that hold a symbol rather than padding."""
+        """Share of positions that hold a token rather than padding."""
         return float(self.length.sum()) / max(1, self.rows * row_length)
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from treadle import trusted_code
 from treadle.data.order import key
 from treadle.data.shards import DATASET_FILE, SCHEMA, TokenSet, file_sha256, id_type
 from treadle.data.sources import Bad, Document, Piece, Source
@@ -171,7 +172,7 @@ def prepare_piece(job: PieceJob, tokenizer: Tokenizer | None = None) -> PieceRec
                 if int(part.max(initial=0)) >= tokenizer.vocab_size:
                     raise DataError(
                         f"{job.piece.files[0]}: id {int(part.max())} is outside the tokenizer's {tokenizer.vocab_size} "
-                        "symbols; name the tokenizer that made it: --tokenizer.name PATH"
+                        "tokens; name the tokenizer that made it: --tokenizer.name PATH"
                     )
                 record.bytes[split] += int(tokenizer.byte_lengths[part].sum())
                 keep(split, part)
@@ -325,7 +326,9 @@ def _run(
     count = (os.cpu_count() or 1) if workers == "auto" else max(1, int(workers))
     if count > 1 and len(jobs) > 1 and source.size() > PARALLEL_FROM:
         context = multiprocessing.get_context("spawn")  # the parent may already run torch's threads
-        with ProcessPoolExecutor(min(count, len(jobs)), mp_context=context) as pool:
+        with ProcessPoolExecutor(
+            min(count, len(jobs)), context, trusted_code.adopt, (trusted_code.share(),)
+        ) as pool:
             futures = [pool.submit(prepare_piece, job) for job in jobs]
             for future in as_completed(futures):
                 future.result()

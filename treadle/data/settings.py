@@ -9,6 +9,8 @@ from pydantic import model_validator
 
 from treadle.settings import Settings, option
 
+TEXT = "text"  # data.dataset_class of prepared tokens
+
 Packing = Literal["concat", "next_fit", "first_fit", "best_fit", "none"]
 
 
@@ -28,6 +30,10 @@ class DataSettings(Settings):
     path: str | list[str] | None = option(None, aliases=("data_path", "data_dir", "train_file"), change="guarded")
     """A .txt, .jsonl or .parquet file, a folder of them, a folder of prepared .bin shards, or a list of these.
     The word `austen` is the corpus that ships with treadle."""
+
+    dataset_class: str = option(TEXT, change="guarded")
+    """What kind of data: text (the other keys here), or FILE.py:CLASS, a treadle.Dataset of one's own with its keys in
+    [task]."""
 
     dataset_name: str | None = option(None, change="guarded")
     """A Hugging Face data set: a name on the hub (downloaded by the `datasets` extra) or a local folder."""
@@ -61,10 +67,10 @@ class DataSettings(Settings):
     """Read this many documents of each path at most, the first ones."""
 
     seq_len: int = option(256, aliases=("max_length", "max_seq_len", "max_seq_length"), change="guarded", ge=2)
-    """Symbols in a row."""
+    """Tokens in a row."""
 
     min_length: int = option(0, change="guarded", ge=0)
-    """Documents with fewer symbols are left out (counted in the statistics)."""
+    """Documents with fewer tokens are left out (counted in the statistics)."""
 
     packing: Packing = option(
         "concat", aliases=("packing_strategy",), change="guarded", spellings={"greedy": "next_fit", "false": "none"}

@@ -8,7 +8,10 @@ dataset.json       counts, checksums, tokenizer and statistics; written last
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import re
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +20,10 @@ import numpy as np
 
 from treadle.data.packing import Plan, plan
 from treadle.errors import DataError
+from treadle.files import write_atomically
 
 DATASET_FILE = "dataset.json"
+_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\.bin")  # nothing that could point outside of the folder
 SCHEMA = 2  # part of the cache key: data prepared by another layout is prepared anew
 
 
@@ -57,9 +62,15 @@ class TokenSet:
         except (OSError, ValueError, KeyError, TypeError, AssertionError) as problem:
             raise DataError(f"{folder / DATASET_FILE} is missing or damaged ({problem}); prepare the data again: "
                             "`treadle data prepare PATH --fresh`") from None  # fmt: skip
-        return TokenSet(folder, described)
+        try:
+            return TokenSet(folder, described)
+        except (KeyError, TypeError, ValueError, AttributeError) as problem:
+            raise DataError(f"{folder / DATASET_FILE} is damaged ({type(problem).__name__}: {problem}); prepare the data again: "
+                            "`treadle data prepare PATH --fresh`") from None  # fmt: skip
 
     def _open(self, record: dict[str, Any]) -> Shard:
+        if not _SHARD.fullmatch(str(record["file"])) or not all(type(record[n]) is int for n in ("ids", "documents")):
+            raise DataError(f"{self.folder / DATASET_FILE} names a shard that is none: {record['file']!r}")
         again = "; prepare the data again: `treadle data prepare PATH --fresh`"
         path = self.folder / record["file"]
         dtype = id_type(self.vocab_size)
@@ -100,7 +111,7 @@ class TokenSet:
         return sum(len(shard.ids) for shard in self.shards)
 
     def document(self, number: int) -> np.ndarray:
-        """The ids of document `number`, end-of-document symbol included."""
+        """The ids of document `number`, end-of-document token included."""
         for shard in self.shards:
             count = len(shard.document_starts)
             if number < count:
@@ -108,6 +119,25 @@ class TokenSet:
                 return np.asarray(shard.ids[shard.document_starts[number] : end], dtype=np.int32)
             number -= count
         raise DataError(f"there is no document {number}")
+
+
+def _stored_plan(path: Path, ids: int) -> Plan | None:
+    """The plan in a file, None when there is none that fits `ids` symbols or the file holds more than its size."""
+    try:
+        with zipfile.ZipFile(path) as inside:
+            if sum(member.file_size for member in inside.infolist()) > path.stat().st_size:
+                return None
+        with np.load(path) as stored:
+            found = Plan(stored["row_starts"], stored["start"], stored["length"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, MemoryError):
+        return None
+    rows, start, length = found.row_starts, found.start, found.length
+    sound = all(part.ndim == 1 and part.dtype.kind in "iu" for part in (rows, start, length)) and len(start) == len(length)
+    sound = sound and len(rows) > 0 and int(rows[0]) == 0 and int(rows[-1]) == len(start) and bool((np.diff(rows) >= 0).all())
+    if sound and len(start):
+        sound = min(int(start.min()), int(length.min()) - 1) >= 0 and max(int(start.max()), int(length.max())) <= ids
+        sound = sound and int((start + length).max()) <= ids
+    return found if sound else None
 
 
 @dataclass
@@ -138,15 +168,14 @@ class Rows:
             return None
         # Kept beside the shard: packing 10 million documents takes seconds, reading the plan does not.
         path = self.tokens.folder / f"plan-{number:05d}-{self.packing}-{self.row_length}.npz"
+        stored = _stored_plan(path, len(shard.ids))
+        if stored is not None:
+            return stored
+        made = plan(self.packing, shard.document_starts, len(shard.ids), self.row_length)
         try:
-            with np.load(path) as stored:
-                return Plan(stored["row_starts"], stored["start"], stored["length"])
-        except (OSError, ValueError, KeyError):
-            made = plan(self.packing, shard.document_starts, len(shard.ids), self.row_length)
-        try:
-            part = path.with_suffix(".part.npz")
-            np.savez(part, row_starts=made.row_starts, start=made.start, length=made.length)
-            part.replace(path)
+            data = io.BytesIO()
+            np.savez(data, row_starts=made.row_starts, start=made.start, length=made.length)
+            write_atomically(path, data.getvalue())
         except OSError:
             pass  # a read-only folder: the plan is made anew each time
         return made
@@ -167,5 +196,5 @@ class Rows:
         return Row(shard, bounds[:-1], np.diff(bounds))
 
     def efficiency(self) -> float:
-        """Share of places that hold a symbol."""
+        """Share of positions that hold a token."""
         return self.tokens.tokens() / max(1, len(self) * self.row_length)

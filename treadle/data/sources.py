@@ -35,6 +35,7 @@ SOURCES = Registry(
         "bin": "treadle.data.sources:TokenFileSource",
         "huggingface": "treadle.data.sources:HuggingFaceSource",
     },
+    base="treadle.data.sources:Source",
 )
 
 
@@ -303,7 +304,7 @@ class ParquetSource(Source):
 
 
 class TokenFileSource(Source):
-    """Raw .bin files of little-endian uint16 ids, documents ended by the tokenizer's end-of-document symbol."""
+    """Raw .bin files of little-endian uint16 ids, documents ended by the tokenizer's end-of-document token."""
 
     eos_id: int | None = None
 

@@ -59,13 +59,13 @@ def _open(
 
 
 def _describe(tokenizer: Tokenizer, sets: dict[str, TokenSet]) -> list[str]:
-    lines = [f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size} symbols"]
+    lines = [f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size} tokens"]
     for split, tokens in sets.items():
         s = tokens.statistics
         ratio = s["bytes"] / max(1, s["tokens"])
         lengths = ", ".join(f"{p}% {n}" for p, n in s["length_percentiles"].items())
-        lines.append(f"{split}: {s['documents']:,} documents, {s['bytes']:,} bytes, {s['tokens']:,} symbols "
-                     f"({ratio:.2f} bytes a symbol); document lengths: {lengths}")  # fmt: skip
+        lines.append(f"{split}: {s['documents']:,} documents, {s['bytes']:,} bytes, {s['tokens']:,} tokens "
+                     f"({ratio:.2f} bytes per token); document lengths: {lengths}")  # fmt: skip
     s = sets["train"].statistics
     lines.append(f"held out: {s['held_out'] if len(sets) > 1 else 'nothing'}; left out: {s['empty']} empty, "
                  f"{s['shorter_than_min_length']} short, {s['malformed']} malformed")  # fmt: skip
@@ -82,14 +82,14 @@ def prepare_text(
     table = {split: _numbers(tokens, wanted) for split, tokens in sets.items()}
     write_atomically(folder / STATISTICS, json.dumps(table, indent=1).encode())
     rows = ", ".join(f"{numbers['sequences']:,} {split}" for split, numbers in table.items())
-    return [*_describe(made, sets), f"sequences of {wanted.seq_len} symbols: {rows}", f"prepared: {folder} ({STATISTICS})",
+    return [*_describe(made, sets), f"sequences of {wanted.seq_len} tokens: {rows}", f"prepared: {folder} ({STATISTICS})",
             f"train on it: treadle train --data.path {folder}"]  # fmt: skip
 
 
 def _numbers(tokens: TokenSet, wanted: DataSettings) -> dict[str, Any]:
     s = tokens.statistics
     return {
-        "samples": s["documents"], "bytes": s["bytes"], "symbols": s["tokens"],
+        "samples": s["documents"], "bytes": s["bytes"], "tokens": s["tokens"],
         "sequences": len(Rows(tokens, wanted.packing, wanted.seq_len)), "sequence_length": wanted.seq_len,
         "length_percentiles": s["length_percentiles"], "empty": s["empty"], "malformed": s["malformed"],
     }  # fmt: skip
@@ -133,7 +133,7 @@ def show_row(path: str, number: int, packing: str, tokenizer: str, seq_len: int)
         raise InputError(f"row {number} is empty")
     for segment, (start, length) in enumerate(zip(row.start.tolist(), row.length.tolist())):
         ids = row.shard.ids[start : start + length]
-        lines.append(f"document {segment}: {length} symbols from {start}: {' '.join(map(str, ids[:16].tolist()))}"
+        lines.append(f"document {segment}: {length} tokens from {start}: {' '.join(map(str, ids[:16].tolist()))}"
                      + (" ..." if length > 16 else ""))  # fmt: skip
         lines.append(f"    {made.decode(ids.tolist())!r}")
     return lines

@@ -49,6 +49,12 @@ def detect(environ: Mapping[str, str] = os.environ) -> Launch:
     return found
 
 
+def quiet(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Before torch is loaded: what its C++ says with a stack when a connection breaks is not shown; treadle says it in a
+    line. TORCH_CPP_LOG_LEVEL=WARNING brings it back."""
+    environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
 def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
     text = environ.get(name)
     if text is None and default is not None:

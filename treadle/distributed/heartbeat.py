@@ -1,7 +1,7 @@
-"""Noticing within a minute that another process is gone, also where a GPU would wait for it for ever.
+"""Noticing within a minute that another process is gone, also where a GPU would wait for it for ever, and ending together.
 
-Every process writes a counter into the rendezvous store every few seconds and reads the others'. gloo notices a lost
-process by itself, at once; NCCL waits out its timeout of minutes.
+Every process writes a counter every few seconds, into the store in which they met (or the launch's folder), and reads the
+others'. gloo notices a lost process by itself, at once; NCCL waits out its timeout of minutes.
 """
 
 from __future__ import annotations
@@ -11,80 +11,126 @@ import threading
 import time
 from typing import Any
 
-import torch.distributed as dist
+from treadle.distributed.notes import GONE, WORD
 
 BEAT_SECONDS, SILENCE_SECONDS, WORD_SECONDS = 3.0, 40.0, 2.0
+FAILED_SECONDS = 20.0  # from the word of a failed process to the end of one that cannot get on without it
+CLOSING_SECONDS = 10.0  # how long a process that is done waits for the others to be done
 LOST_CODE = 75
-WORD = "treadle/word"
+ENDED = "ended"
 
 
 class Heartbeat:
-    """One daemon thread; ends this process with code 75 when another one falls silent."""
+    """One daemon thread; ends this process with code 75 when another one falls silent, or has failed and is waited for."""
 
-    def __init__(self, store: Any, rank: int, size: int, silence: float = SILENCE_SECONDS) -> None:
-        self.store, self.rank, self.size, self.silence = store, rank, size, silence
+    def __init__(self, board: Any, rank: int, size: int, silence: float = SILENCE_SECONDS) -> None:
+        self.board, self.rank, self.size, self.silence = board, rank, size, silence
+        self.others = [other for other in range(size) if other != rank]
+        self.failed = False  # this process ends badly and has said so
+        self.heard = ""  # why another one does
         self.closed = threading.Event()
         self.thread = threading.Thread(target=self._run, name="treadle-heartbeat", daemon=True)
 
     @staticmethod
-    def start(rank: int, size: int) -> Heartbeat | None:
-        """Over the default process group's store; None where torch does not give it."""
-        find = getattr(dist.distributed_c10d, "_get_default_store", None)
-        if find is None:
-            return None
-        beat = Heartbeat(find(), rank, size)
+    def start(board: Any, rank: int, size: int) -> Heartbeat:
+        """Over the board on which the processes have met."""
+        beat = Heartbeat(board, rank, size)
         beat.thread.start()
         return beat
 
     def leave_word(self, text: str) -> None:
         """Says why this process ends; the first word stays."""
+        self.failed = True
         try:
-            self.store.compare_set(WORD, "", f"process {self.rank} ended: {text}")
-        except RuntimeError:
+            self.board.compare_set(WORD, "", f"process {self.rank} ended: {text}")
+        except GONE:
             pass  # the store went with its process
 
+    def word(self) -> str:
+        """Why another process ended, if one has said so; empty where nobody has."""
+        if not self.heard and self.board.check([WORD]):
+            self.heard = self.board.get(WORD).decode(errors="replace")
+        return self.heard
+
     def reason(self) -> str:
-        """Why another process ended, when it said so."""
-        until = time.monotonic() + WORD_SECONDS  # its connection may break before its word arrives
-        while time.monotonic() < until:
-            try:
-                if self.store.check([WORD]):
-                    return self.store.get(WORD).decode(errors="replace")
-            except RuntimeError:
-                return ""
-            time.sleep(0.1)
-        return ""
+        """The same, waiting a moment: a connection may break before the word arrives."""
+        until = time.monotonic() + WORD_SECONDS
+        try:
+            while time.monotonic() < until:
+                if self.word():
+                    break
+                time.sleep(0.1)
+        except GONE:
+            pass
+        return self.heard
+
+    # ---- ending ----
 
     def close(self) -> None:
-        """This process ends in order: the others need not miss it."""
+        """This process ends; where it has left no word, the others need not miss it."""
         self.closed.set()
         self.thread.join(timeout=5)  # a store that goes while a thread asks it aborts the process
         try:
-            self.store.set(self._key(self.rank), "ended")
-        except RuntimeError:
+            if not self.failed:
+                self.board.set(self._key(self.rank), ENDED)
+        except GONE:
             pass
+
+    def wait_for_others(self, orderly: bool, holds_store: bool) -> None:
+        """The closing barrier, after close(): until the others are done too, so that nobody finds a connection broken
+        that it still needs. It forgives: after a failure (orderly = False, or another's word) nobody waits for work to be
+        done, and a process that holds the store only until the others have read why."""
+        until, left = time.monotonic() + CLOSING_SECONDS, [self._left(other) for other in self.others]
+        try:
+            while orderly and time.monotonic() < until and not self._all_ended():
+                orderly = not self.word()
+                time.sleep(0.02)
+            self.board.set(self._left(self.rank), "1")
+            until = time.monotonic() + BEAT_SECONDS + 1
+            while holds_store and time.monotonic() < until and not self.board.check(left):
+                time.sleep(0.02)
+        except GONE:
+            pass
+
+    def _all_ended(self) -> bool:
+        keys = [self._key(other) for other in self.others]
+        return self.board.check(keys) and all(self.board.get(key) == ENDED.encode() for key in keys)
+
+    # ---- watching ----
 
     def _key(self, rank: int) -> str:
         return f"treadle/alive/{rank}"
 
+    def _left(self, rank: int) -> str:
+        """That process needs the store no more."""
+        return f"treadle/left/{rank}"
+
     def _run(self) -> None:
-        count, seen = 0, {r: ("", time.monotonic()) for r in range(self.size) if r != self.rank}
+        count, since, seen = 0, 0.0, {other: ("", time.monotonic()) for other in self.others}
         while not self.closed.wait(BEAT_SECONDS):
             count += 1
             try:
-                self.store.set(self._key(self.rank), str(count))
-                for rank, (before, _) in seen.items():
-                    there = self.store.check([self._key(rank)])
-                    now = self.store.get(self._key(rank)).decode() if there else ""
-                    if now != before or now == "ended":
-                        seen[rank] = (now, time.monotonic())
-            except RuntimeError:  # the store's own process is gone
+                self.board.set(self._key(self.rank), str(count))
+                for other, (before, _) in seen.items():
+                    there = self.board.check([self._key(other)])
+                    now = self.board.get(self._key(other)).decode() if there else ""
+                    if now != before or now == ENDED:
+                        seen[other] = (now, time.monotonic())
+                if not self.heard and self.word():
+                    self.board.set(self._left(self.rank), "1")
+            except GONE:  # the store's own process is gone
+                if 0 in seen and seen[0][0] == ENDED:
+                    return  # it was done, and has waited long enough
                 if not self.closed.wait(self.silence / 4):
-                    self._end("the process that holds the rendezvous is gone")
+                    self._end(self.heard or "the process that holds the rendezvous is gone")
                 return
-            for rank, (_, when) in seen.items():
+            if self.heard and not self.failed:
+                since = since or time.monotonic()
+                if time.monotonic() - since > FAILED_SECONDS:
+                    self._end(self.heard)
+            for other, (_, when) in seen.items():
                 if time.monotonic() - when > self.silence:
-                    self._end(f"process {rank} has given no sign of life for {self.silence:.0f} s")
+                    self._end(f"process {other} has given no sign of life for {self.silence:.0f} s")
 
     def _end(self, reason: str) -> None:
         line = f"rank {self.rank}: error: {reason}. The last checkpoint is intact; the same command continues\n"

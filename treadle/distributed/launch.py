@@ -1,7 +1,8 @@
 """`treadle train --devices N`: the same command in N processes on this machine.
 
-Signals are passed on, standard input goes to the first process, and when one ends badly the others get time to save or to
-say why before they are ended. Machines beyond this one are torchrun's business.
+Signals are passed on, standard input goes to the first process, and when one ends badly the others learn how and get time
+to save or to say why before they are ended. The processes meet in a folder made for this launch (notes.py), so that two
+runs, or a run and its restart, never meet each other. Machines beyond this one are torchrun's business.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from treadle.distributed.notes import WORD, Notes, meeting_folder
 from treadle.errors import ConfigError
 from treadle.processes import end_with_parent
 
@@ -60,13 +62,18 @@ def refuse_too_many(count: int, device: str) -> None:
 
 def run_processes(count: int, arguments: Sequence[str], grace: float = GRACE_SECONDS) -> int:
     """Runs `python -m treadle ARGUMENTS` in `count` processes and returns the gravest exit code."""
-    threads = max(1, (os.cpu_count() or 1) // count)
-    common = {**os.environ, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
-              "MASTER_PORT": str(free_port())}  # fmt: skip
-    common.setdefault("OMP_NUM_THREADS", str(threads))
+    common = {**os.environ, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    # Nobody listens there: libraries look for the names.
+    common.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    common.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    with meeting_folder(common) as folder:
+        return _run(common, count, arguments, grace, Notes(folder))
+
+
+def _run(common: dict[str, str], count: int, arguments: Sequence[str], grace: float, notes: Notes) -> int:
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "treadle", *arguments],
+            [sys.executable, *_safe_path(), "-m", "treadle", *arguments],
             env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdin=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C reaches them once, through here
@@ -84,7 +91,7 @@ def run_processes(count: int, arguments: Sequence[str], grace: float = GRACE_SEC
 
     before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
     try:
-        return _wait(processes, grace)
+        return _wait(processes, grace, notes)
     finally:
         for process in processes:
             if process.poll() is None:
@@ -93,11 +100,21 @@ def run_processes(count: int, arguments: Sequence[str], grace: float = GRACE_SEC
             signal.signal(number, handler)
 
 
-def _wait(processes: list[subprocess.Popen], grace: float) -> int:
+def _safe_path() -> list[str]:
+    """-P unless this process itself imports from the folder it was started in: `-m` would let files there stand in for
+    modules, and the folder may be somebody else's."""
+    return [] if {"", os.getcwd()} & set(sys.path) else ["-P"]
+
+
+def _wait(processes: list[subprocess.Popen], grace: float, notes: Notes) -> int:
     first_failure: float | None = None
+    told: set[int] = set()
     while any(process.poll() is None for process in processes):
-        if first_failure is None and any(process.poll() not in (None, 0) for process in processes):
-            first_failure = time.monotonic()
+        for rank, process in enumerate(processes):
+            if process.returncode not in (None, 0) and rank not in told:
+                told.add(rank)
+                first_failure = first_failure or time.monotonic()
+                _leave_word(notes, rank, process.returncode)
         if first_failure is not None:
             late = time.monotonic() - first_failure
             for process in processes:
@@ -105,6 +122,13 @@ def _wait(processes: list[subprocess.Popen], grace: float) -> int:
                     process.kill() if late > grace + 10 else process.terminate()
         time.sleep(0.05)
     return gravest([process.returncode for process in processes])
+
+
+def _leave_word(notes: Notes, rank: int, code: int) -> None:
+    """How a process ended that could not say it itself; a stop on request is agreed by all and needs no word."""
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    if code not in MILD:
+        notes.compare_set(WORD, "", f"process {rank} {how}")
 
 
 def gravest(codes: Sequence[int]) -> int:

@@ -6,6 +6,7 @@ it. Tensors of the model travel elsewhere (ddp.py, fsdp.py). Nothing here pickle
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import json
@@ -15,12 +16,13 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 from treadle.distributed.environment import Launch, complete, detect
 from treadle.distributed.heartbeat import Heartbeat
+from treadle.distributed.meeting import in_first_process, meet, named, open_board
 from treadle.distributed.settings import ParallelSettings
 from treadle.errors import ConfigError, PeerFailed, PeerLost, TreadleError
+from treadle.processes import deaf
 
 T = TypeVar("T")
 LOST_WORDS = ("gloo", "nccl", "connection closed by peer", "connection reset", "broken pipe", "socket", "timed out")
@@ -36,6 +38,8 @@ class World:
         self.group = group  # carries host tensors
         self.own = own  # this object made the process group and takes it down
         self.heartbeat: Heartbeat | None = None
+        self.holds_store = False  # the others' keys go with this process
+        self._orderly = True  # nothing went wrong that the others do not know of
         self._background: World | None = None
 
     # ---- beginning and end ----
@@ -60,13 +64,24 @@ class World:
         return world
 
     def close(self) -> None:
-        """Ends the heartbeat and a process group made here."""
-        if self.heartbeat is not None:
-            self.heartbeat.close()
-            self.heartbeat = None
-        if self.own and dist.is_initialized():
-            dist.destroy_process_group()
-            self.own = False
+        """Ends the heartbeat and a process group made here, when the others are done too (heartbeat.py). Raises nothing:
+        how this process ends is settled, and a signal that comes now changes it no more."""
+        if not self.own:
+            return
+        self.own = False
+        with deaf():
+            if self.heartbeat is not None:
+                self.heartbeat.close()
+                self.heartbeat.wait_for_others(self._orderly, self.holds_store)
+                self.heartbeat = None
+            with contextlib.suppress(Exception):
+                if dist.is_initialized():
+                    self._take_down()
+
+    def _take_down(self) -> None:
+        # Where something went wrong, what is under way on a GPU will never end: it is dropped instead of waited for.
+        abort = getattr(dist.distributed_c10d, "_abort_process_group", None)
+        dist.destroy_process_group() if self._orderly or abort is None else abort()
 
     def background(self) -> World:
         """The same processes over a group of its own, so that a thread's exchanges never mix with the main thread's."""
@@ -168,6 +183,7 @@ class World:
         except RuntimeError as problem:
             if self.size == 1 or isinstance(problem, TreadleError) or not is_lost(problem):
                 raise
+            self._orderly = False
             reason = self.heartbeat.reason() if self.heartbeat is not None else ""
             raise PeerLost(
                 f"{reason or 'another process ended or cannot be reached'}. The last checkpoint is intact; the same "
@@ -176,8 +192,17 @@ class World:
 
     def failed(self, problem: BaseException) -> None:
         """Leaves word for the others why this process ends."""
+        self._orderly = False
         if self.heartbeat is not None:
-            self.heartbeat.leave_word(str(problem).splitlines()[0] if str(problem) else type(problem).__name__)
+            self.heartbeat.leave_word(self._in_words(problem))
+
+    @staticmethod
+    def _in_words(problem: BaseException) -> str:
+        if isinstance(problem, KeyboardInterrupt):
+            return "stopped by SIGINT"
+        if isinstance(problem, SystemExit):
+            return "stopped by SIGTERM" if problem.code == 143 else f"exit code {problem.code}"
+        return str(problem).splitlines()[0] if str(problem) else type(problem).__name__
 
 
 def is_lost(problem: BaseException) -> bool:
@@ -199,17 +224,19 @@ def _initialised(launch: Launch, settings: ParallelSettings, device: str) -> Wor
         torch.cuda.set_device(launch.local_rank)
     timeout = datetime.timedelta(seconds=settings.communication_timeout)
     try:
-        store, _, _ = next(rendezvous("env://", launch.rank, launch.size, timeout=timeout))
-        # torchrun's agent keeps one store over restarts, and a process would meet the addresses of the dead (a hang in
-        # one of ten restarts, torch 2.13): every attempt gets keys of its own.
-        store = dist.PrefixStore(f"treadle/attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        board, store = open_board(launch, timeout)
+        name = meet(board, launch, timeout)
+        store = named(store, name)
+        store.set_timeout(timeout)
         dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=timeout)
-    except (RuntimeError, ValueError) as problem:
+    except (RuntimeError, ValueError, OSError) as problem:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise PeerLost(f"process {launch.rank} of {launch.size} could not meet the others at {where} "
                        f"({str(problem).splitlines()[0]}); check that all were started and can reach it") from problem  # fmt: skip
     world = World(launch, dist.group.WORLD, own=True)
-    world.heartbeat = Heartbeat.start(launch.rank, launch.size)
+    world.holds_store = launch.rank == 0 and in_first_process(board)
+    world.heartbeat = Heartbeat.start(named(board, name), launch.rank, launch.size)
+    atexit.register(world.close)  # a script that opened it by making a Trainer has nobody else who closes it
     return world
 
 

@@ -1,38 +1,43 @@
-"""How good a model is on text it was not trained on. The one place where evaluation sums become metrics."""
+"""How good a model is on data it was not trained on: batches go through the objective, whose sums become its metrics."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
-from treadle.data.batch import IGNORE, Batch
-from treadle.data.dataset import Dataset
+from treadle.data.base import Dataset
+from treadle.data.batch import Batch
 from treadle.distributed.base import Strategy
 from treadle.distributed.world import World
 from treadle.models.base import Model
-from treadle.ops.cross_entropy import CHUNK_NUMBERS
+from treadle.objectives.base import Objective
+from treadle.objectives.next_token import NextToken
 from treadle.ops.precision import autocast
 from treadle.text.base import Tokenizer
 
-LN2 = math.log(2)
 INSPECTED_ROWS = 4
-SUMS = ("nats", "correct", "top5", "labels", "bytes")
-LOWER_IS_BETTER = {"loss": True, "bpb": True, "perplexity": True, "accuracy": False, "top5_accuracy": False}
 
 
 class Evaluator:
-    """Evaluates one model; `precision` is what it was trained in, `strategy` how it is spread over processes."""
+    """Evaluates one model.
+
+    tokenizer: says how many bytes a label stands for, for data that does not count them. objective: whose metrics; next
+    token without one. precision: what the model was trained in. strategy: how it is spread over processes.
+    """
 
     def __init__(
-        self, model: Model, tokenizer: Tokenizer, precision: str = "fp32", strategy: Strategy | None = None
+        self,
+        model: Model,
+        tokenizer: Tokenizer | None = None,
+        precision: str = "fp32",
+        strategy: Strategy | None = None,
+        objective: Objective | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.precision = model, tokenizer, precision
-        self.strategy = strategy
-        self._lengths = torch.from_numpy(np.asarray(tokenizer.byte_lengths, dtype=np.int64))
+        self.model, self.precision, self.strategy = model, precision, strategy
+        self.objective = objective or NextToken(tokenizer=tokenizer)
 
     def evaluate(
         self,
@@ -41,43 +46,40 @@ class Evaluator:
         rows: int | None = None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> dict[str, float] | None:
-        """loss (nats a label), bpb, perplexity, accuracy, top5_accuracy, and the labels and bytes they are over.
+        """The objective's metrics over the data; of next-token prediction loss (nats a label), bpb, perplexity, accuracy,
+        top5_accuracy, and the labels and bytes they are over.
 
         `rows` takes that many rows spread over the data. None when `should_stop` turned true on the way.
         """
         batches = data.in_sequence(batch_size, rows)
         world = self.strategy.world if self.strategy is not None else World()
-        sums: list[list[float]] = []
+        sums: list[dict[str, float]] = []
         was_training = self.model.training
         self.model.eval()
         try:
-            # Batch b is process b mod W's. One without a batch left takes padding: shards are gathered by all or none.
+            # Batch b is process b mod W's. One without a batch left repeats one and counts nothing: shards are gathered
+            # by all or none.
             for first in range(0, len(batches), world.size):
                 if should_stop():
                     return None
                 mine = first + world.rank
-                source, row = batches[mine] if mine < len(batches) else (batches[0][0], np.full_like(batches[0][1], -1))
-                found = self.batch_sums(data.batch(source, row))
-                sums.append([found[name] for name in SUMS])
+                found = self.batch_sums(batches[mine if mine < len(batches) else 0])
+                sums.append(found if mine < len(batches) else dict.fromkeys(found, 0.0))
         finally:
             self.model.train(was_training)
-        # Added up in the order of the batches, whoever computed them: the same bits for any number of processes.
-        parts = world.all_gather_object(sums)
-        total = [math.fsum(values) for values in zip(*(part[i] for i in range(len(sums)) for part in parts))]
-        return metrics_of(dict(zip(SUMS, total)))
+        return self.objective.compute_metrics(added_up(world, sums))
 
     def batch_sums(self, batch: Batch) -> dict[str, float]:
-        """nats, correct, top5, labels and bytes of one batch, added up in fp64."""
-        return self._look(self._batch_sums, batch)
+        """What the objective adds up over one batch."""
+        return self._with_full_weights(self._batch_sums, batch)
 
     def inspect(self, data: Dataset) -> dict[str, float]:
         """The model's own numbers (`Model.inspect`) on the first rows of `data`, the same for any number of processes."""
         if type(self.model).inspect is Model.inspect:
             return {}
-        (source, row), *_ = data.in_sequence(INSPECTED_ROWS, INSPECTED_ROWS)
-        return self._look(self._inspect, data.batch(source, row))
+        return self._with_full_weights(self._inspect, data.in_sequence(INSPECTED_ROWS, INSPECTED_ROWS)[0])
 
-    def _look(self, work: Callable[[Model, Batch], dict[str, float]], batch: Batch) -> dict[str, float]:
+    def _with_full_weights(self, work: Callable[[Model, Batch], dict[str, float]], batch: Batch) -> dict[str, float]:
         return work(self.model, batch) if self.strategy is None else self.strategy.with_full_weights(work, batch)
 
     @torch.no_grad()
@@ -87,25 +89,9 @@ class Evaluator:
 
     @torch.no_grad()
     def _batch_sums(self, model: Model, batch: Batch) -> dict[str, float]:
-        assert batch.labels is not None
-        size = self._lengths[batch.labels[batch.labels != IGNORE]].sum()
-        batch = batch.to(model.device)
         with autocast(self.precision, model.device):
-            out = model.hidden(batch)
-            assert out.hidden is not None and batch.labels is not None
-            scored = batch.labels != IGNORE
-            hidden, labels = out.hidden[scored], batch.labels[scored]
-            nats = correct = top5 = torch.zeros((), dtype=torch.float64, device=hidden.device)
-            chunk = max(64, CHUNK_NUMBERS // model.config.vocab_size)
-            for start in range(0, len(labels), chunk):
-                logits = model.head(hidden[start : start + chunk]).float()
-                target = labels[start : start + chunk, None]
-                own = logits.gather(1, target)
-                nats = nats + (logits.logsumexp(-1) - own[:, 0]).double().sum()
-                rank = (logits > own).sum(-1)  # how many symbols score higher
-                correct, top5 = correct + (rank < 1).sum(), top5 + (rank < 5).sum()
-        return {"nats": float(nats), "correct": float(correct), "top5": float(top5), "labels": float(len(labels)),
-                "bytes": float(size)}  # fmt: skip
+            found = self.objective.evaluation_sums(model, batch.to(model.device))
+        return {name: float(value) for name, value in found.items()}
 
     def compare_checkpoints(self, paths: list[str], data: Dataset, batch_size: int = 16) -> list[dict[str, Any]]:
         """One row of metrics a checkpoint, its weights loaded into this model; the model's own weights come back."""
@@ -123,16 +109,10 @@ class Evaluator:
         return table
 
 
-def metrics_of(sums: dict[str, float]) -> dict[str, float]:
-    """Sums -> metrics. bpb = nats / ln 2 / bytes of the scored symbols."""
-    labels, size = max(1.0, sums["labels"]), max(1.0, sums["bytes"])
-    loss = sums["nats"] / labels
-    return {
-        "loss": loss,
-        "bpb": sums["nats"] / LN2 / size,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "accuracy": sums["correct"] / labels,
-        "top5_accuracy": sums["top5"] / labels,
-        "labels": sums["labels"],
-        "bytes": sums["bytes"],
-    }
+def added_up(world: World, sums: Sequence[dict[str, float]]) -> dict[str, float]:
+    """All processes' batches, added up in the order of the batches, whoever computed them: the same bits for any number of
+    processes."""
+    names = list(sums[0])
+    parts = world.all_gather_object([[batch[name] for name in names] for batch in sums])
+    columns = zip(*(part[i] for i in range(len(sums)) for part in parts))
+    return {name: math.fsum(values) for name, values in zip(names, columns)}

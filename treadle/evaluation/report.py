@@ -1,4 +1,4 @@
-"""`treadle eval`: a run's metrics beside baselines, customary ranges and samples, printed and written down."""
+"""`treadle eval`: a run's metrics beside baselines, usual ranges and samples, printed and written down."""
 
 from __future__ import annotations
 
@@ -7,42 +7,51 @@ import math
 from pathlib import Path
 from typing import Any
 
-from treadle.data.dataset import Dataset, load_splits
+from treadle.data.base import TEXT, Dataset
+from treadle.data.dataset import splits_of
 from treadle.data.settings import DataSettings
 from treadle.errors import InputError
-from treadle.evaluation.baselines import baselines
 from treadle.evaluation.evaluator import Evaluator
-from treadle.evaluation.text_checks import sample_texts
+from treadle.files import write_atomically
 from treadle.models.pretrained import Loaded, load_run
 from treadle.monitor.records import write_json
+from treadle.objectives.base import OBJECTIVES, Metric, Objective
+from treadle.objectives.settings import DEFAULT_OBJECTIVE
+from treadle.objectives.task import task_settings
 from treadle.text.base import Tokenizer
 from treadle.text.settings import TokenizerSettings
 
-# What a well-trained small model usually reaches on plain English text; a value outside is marked, not judged.
-CUSTOMARY = {"bpb": ("<", 1.5), "perplexity": ("<", 20.0), "accuracy": (">", 0.30), "top5_accuracy": (">", 0.60),
-             "utf8_validity": (">", 0.95)}  # fmt: skip
-PROMPTS = ("\n", "The ", "She ", "It was ", "In the ")
 
-
-def held_out(config: dict[str, Any], tokenizer: Tokenizer, data: str | None, split: str = "validation") -> dict[str, Dataset]:
-    """The splits a run is evaluated on: those of its own text, or all of another text, called `split`."""
-    section = dict(config.get("data", {}))
+def held_out(
+    config: dict[str, Any], tokenizer: Tokenizer | None, data: str | None, split: str = "validation"
+) -> dict[str, Dataset]:
+    """The splits a run is evaluated on: those of its own data, or all of another text, called `split`."""
+    section, seed = dict(config.get("data", {})), config.get("run", {}).get("seed", 0)
+    of_text = section.get("dataset_class", TEXT) == TEXT
     if data is not None:
+        if not of_text:
+            raise InputError(f"this run was trained on {section['dataset_class']}, which reads no file; leave --data out")
         section = {"path": data, "seq_len": section.get("seq_len", 256), "validation_fraction": 0.0,
                    "text_column": section.get("text_column", "text"), "cache_dir": section.get("cache_dir")}  # fmt: skip
-    splits = load_splits(DataSettings(**section), TokenizerSettings(), tokenizer)
+    splits = splits_of(DataSettings(**section), TokenizerSettings(), task_settings(config), seed, tokenizer)
     if data is not None:
         return {split: splits["train"]}
     if split not in splits:
         have = ", ".join(name for name in splits if name != "train") or "nothing"
-        raise InputError(f"this run held out {have} and no {split} text; give text to evaluate on: --data FILE")
+        raise InputError(f"this run held out {have} and no {split} split; give text to evaluate on: --data FILE")
     return splits
+
+
+def objective_of(config: dict[str, Any]) -> Objective:
+    """What a run's model is measured by; a student of a teacher by next-token prediction."""
+    return OBJECTIVES.get(config.get("train", {}).get("objective", DEFAULT_OBJECTIVE))(task_settings(config))
 
 
 def evaluator_of(loaded: Loaded) -> Evaluator:
     """Evaluates a run in the number format it was trained in."""
     precision = loaded.config.get("train", {}).get("precision", "fp32")
-    return Evaluator(loaded.model, loaded.tokenizer, "fp32" if precision == "auto" else precision)
+    return Evaluator(loaded.model, loaded.tokenizer, "fp32" if precision == "auto" else precision,
+                     objective=objective_of(loaded.config))  # fmt: skip
 
 
 def evaluate_run(
@@ -52,50 +61,66 @@ def evaluate_run(
     """Everything `treadle eval` says about one run, as a table of plain numbers."""
     loaded = load_run(run, device)
     splits = held_out(loaded.config, loaded.tokenizer, data, split)
-    evaluator, text = evaluator_of(loaded), splits[split]
-    metrics = evaluator.evaluate(text, batch_size, rows) or {}
+    evaluator, held = evaluator_of(loaded), splits[split]
+    objective = evaluator.objective
+    objective.prepare(loaded.model, held, loaded.model.device)
+    metrics = evaluator.evaluate(held, batch_size, rows) or {}
     report: dict[str, Any] = {
         "run": run,
         "checkpoint": str(loaded.checkpoint.folder),
         "step": loaded.checkpoint.step,
-        "data": data or f"{split} text of the run",
+        "data": data or f"{split} split of the run",
         "metrics": metrics,
     }
     if stats:
-        report["stats"] = evaluator.inspect(text)
-    if with_baselines:
-        report["baselines"] = baselines(splits.get("train", text), text, loaded.tokenizer)
-    if samples and loaded.model.capabilities.decodes:
-        prompts = [PROMPTS[i % len(PROMPTS)] for i in range(samples)]
-        report["samples"], checks = sample_texts(loaded.model, loaded.tokenizer, prompts, 150, temperature=0.8)
-        report["metrics"] = {**metrics, **checks}
-    report["outside_customary"] = [n for n, v in report["metrics"].items() if not customary(n, v)]
+        report["stats"] = evaluator.inspect(held)
+    if with_baselines and (found := objective.baselines(splits.get("train", held), held)):
+        report["baselines"] = found
+    if samples:
+        shown, checks = objective.samples(loaded.model, held, samples)
+        if shown:
+            report["samples"], report["metrics"] = shown, {**metrics, **checks}
+    report["outside_customary"] = [n for n, v in report["metrics"].items() if not usual(objective.metric(n), v)]
+    report["shown"] = {n: asdict_of(objective.metric(n)) for n in report["metrics"] if objective.metric(n).shown}
     return report
 
 
-def customary(name: str, value: float) -> bool:
+def asdict_of(metric: Metric) -> dict[str, Any]:
+    """What a table needs of a metric."""
+    return {"format": metric.format, "usual": list(metric.usual) if metric.usual else None}
+
+
+def usual(metric: Metric, value: float) -> bool:
     """False when a value lies outside what is usual."""
-    if name not in CUSTOMARY or not math.isfinite(value):
-        return name not in CUSTOMARY
-    sign, bound = CUSTOMARY[name]
+    if metric.usual is None or not math.isfinite(value):
+        return metric.usual is None
+    sign, bound = metric.usual
     return value < bound if sign == "<" else value > bound
 
 
 def table_of(reports: list[dict[str, Any]]) -> list[str]:
     """Lines for people: one column a run, baselines below, values outside the customary range marked."""
-    names = [n for n in reports[0]["metrics"] if n not in ("labels", "bytes")]
+    shown = {name: how for report in reports for name, how in report["shown"].items()}
     width = max(18, *(len(r["run"]) + 2 for r in reports))
-    lines = ["".ljust(16) + "".join(r["run"].rjust(width) for r in reports) + "   customary"]
+    any_usual = any(how["usual"] for how in shown.values())
+    lines = ["".ljust(16) + "".join(r["run"].rjust(width) for r in reports) + ("   customary" if any_usual else "")]
     lines.append("step".ljust(16) + "".join(str(r["step"]).rjust(width) for r in reports))
-    for name in names:
-        cells = [f"{r['metrics'][name]:.4f}{'' if customary(name, r['metrics'][name]) else ' *'}" for r in reports]
-        sign, bound = CUSTOMARY.get(name, ("", ""))
-        lines.append(name.ljust(16) + "".join(c.rjust(width) for c in cells) + f"   {sign} {bound}".rstrip())
+    for name, how in shown.items():
+        cells = [_cell(r, name, how["format"]) for r in reports]
+        bound = "   " + " ".join(map(str, how["usual"])) if how["usual"] else ""
+        lines.append(name.ljust(16) + "".join(c.rjust(width) for c in cells) + bound)
     for name, values in reports[0].get("baselines", {}).items():
-        lines.append(f"{name}: {values['bpb']:.4f} bits per byte, loss {values['loss']:.4f}")
+        numbers = ", ".join(f"{metric} {value:.4f}" for metric, value in sorted(values.items()))
+        lines.append(f"{name}: {numbers}")
     if any(r["outside_customary"] for r in reports):
         lines.append("* outside the customary range")
     return lines
+
+
+def _cell(report: dict[str, Any], name: str, how: str) -> str:
+    if name not in report["metrics"]:
+        return "-"
+    return format(report["metrics"][name], how) + (" *" if name in report["outside_customary"] else "")
 
 
 def write_results(folder: Path, report: dict[str, Any]) -> None:
@@ -104,4 +129,4 @@ def write_results(folder: Path, report: dict[str, Any]) -> None:
     write_json(folder / "evaluation_results.json", report)
     if "samples" in report:
         text = "\n\n".join(f"=== {json.dumps(s['prompt'])}\n{s['prompt']}{s['text']}" for s in report["samples"])
-        (folder / "generations.txt").write_text(text + "\n", encoding="utf-8")
+        write_atomically(folder / "generations.txt", text + "\n")

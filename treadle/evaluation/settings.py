@@ -34,13 +34,16 @@ class EvalSettings(Settings):
     """Length of the text sample written at each evaluation; 0 writes none."""
 
     sample_prompt: str = option("")
-    """What the sample continues; empty starts from the end-of-document symbol."""
+    """What the sample continues; empty starts from the end-of-document token."""
 
     early_stopping_patience: int | None = option(None, aliases=("patience",), ge=1)
-    """Stop after this many evaluations without a better loss."""
+    """Stop after this many evaluations without a better early_stopping_metric."""
 
     early_stopping_threshold: float = option(0.0, aliases=("threshold",), ge=0.0)
-    """By how much a loss must be lower to count as better."""
+    """By how much it must be better to count."""
+
+    early_stopping_metric: str = option("loss")
+    """The metric that has to get better, in the direction that the objective gives it."""
 
     target_loss: float | None = option(None)
     """Stop once the evaluation loss is this low."""

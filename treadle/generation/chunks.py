@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 
 from treadle.data.batch import Batch
 from treadle.errors import ConfigError
+from treadle.terminal import fit
 from treadle.text.base import Tokenizer
 
 COLOURS = ("\x1b[30;46m", "\x1b[30;43m")
@@ -34,10 +36,10 @@ def coloured(model: Any, tokenizer: Tokenizer, text: str) -> list[str]:
         parts, shown = [], ""
         for number, stop in enumerate(starts[1:]):
             whole = tokenizer.decode(ids[:stop].tolist()).rstrip("\ufffd") if stop < len(ids) else text
-            parts.append(f"{COLOURS[number % 2]}{whole[len(shown) :]}{PLAIN}")
+            parts.append(f"{COLOURS[number % 2]}{fit(whole[len(shown) :], sys.stdout)}{PLAIN}")
             shown = whole
         spaces = marks[0].cpu()[[i for i in range(1, len(ids)) if tokenizer.decode([int(ids[i - 1])]) == " "]]
-        after = f", {float(spaces.float().mean()):.0%} of places after a space begin one" if len(spaces) else ""
+        after = f", {float(spaces.float().mean()):.0%} of positions after a space begin one" if len(spaces) else ""
         lines.append("".join(parts))
-        lines.append(f"stage {stage}: {len(ids) / max(1, len(starts) - 1):.1f} symbols a chunk{after}")
+        lines.append(f"stage {stage}: {len(ids) / max(1, len(starts) - 1):.1f} tokens per chunk{after}")
     return lines

@@ -1,4 +1,4 @@
-"""From logits to the next symbol."""
+"""From logits to the next token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from treadle.errors import ConfigError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How symbols are drawn; temperature 0 is greedy, top_k 0 and top_p 1 turn those limits off."""
+    """How tokens are drawn; temperature 0 is greedy, top_k 0 and top_p 1 turn those limits off."""
 
     temperature: float = 1.0
     top_k: int = 50
@@ -60,9 +60,9 @@ def stored_defaults(table: dict[str, Any], place: str) -> dict[str, Any]:
 
 
 def next_ids(logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """logits [B, V], seen: bool [B, V] (symbols that occurred), -> ids [B].
+    """logits [B, V], seen: bool [B, V] (tokens that occurred), -> ids [B].
 
-    The repetition penalty divides positive and multiplies negative logits of seen symbols (Keskar et al. 2019, arXiv
+    The repetition penalty divides positive and multiplies negative logits of seen tokens (Keskar et al. 2019, arXiv
     1909.05858); then temperature, top-k, and the smallest set of probability top_p (Holtzman et al. 2020, 1904.09751).
     """
     logits = logits.float()
@@ -79,6 +79,6 @@ def next_ids(logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.
     ordered, index = logits.topk(sampling.top_k if limited else count, -1)  # likeliest first
     share = ordered.softmax(-1)
     if sampling.top_p < 1:
-        share = share.masked_fill(share.cumsum(-1) - share >= sampling.top_p, 0.0)  # the set before a symbol is already enough
+        share = share.masked_fill(share.cumsum(-1) - share >= sampling.top_p, 0.0)  # the set before a token is already enough
     drawn = torch.multinomial(share.cpu(), 1, generator=generator).to(logits.device)
     return index.gather(-1, drawn)[:, 0]

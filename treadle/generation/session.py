@@ -5,21 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from treadle.errors import ConfigError, InputError
-from treadle.generation.decode import generate_text
+from treadle.generation.decode import DecodableModel, generate_text
 from treadle.generation.sampling import Sampling
 from treadle.text.base import Tokenizer
 
-if TYPE_CHECKING:
-    from treadle.models.base import Model
-
 HELP = """/quit           leave
 /temp NUMBER    temperature (0 is greedy)
-/topk NUMBER    keep the NUMBER likeliest symbols (0 is off)
-/topp NUMBER    keep the likeliest symbols of this total probability (1 is off)
-/max NUMBER     symbols to generate
+/topk NUMBER    keep the NUMBER likeliest tokens (0 is off)
+/topp NUMBER    keep the likeliest tokens of this total probability (1 is off)
+/max NUMBER     tokens to generate
 /greedy         temperature 0
 /help           this text
 anything else is a prompt"""
@@ -28,7 +25,7 @@ anything else is a prompt"""
 class Session:
     """A model, its tokenizer and the options that the commands change."""
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, sampling: Sampling, max_new_tokens: int, seed: int = 0,
+    def __init__(self, model: DecodableModel, tokenizer: Tokenizer, sampling: Sampling, max_new_tokens: int, seed: int = 0,
                  stop: str | None = None) -> None:  # fmt: skip
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self.max_new_tokens, self.seed, self.stop = max_new_tokens, seed, stop

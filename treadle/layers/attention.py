@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from treadle.layers.norm import RMSNorm
 from treadle.layers.rope import rotate
-from treadle.layers.state import KeyValueCache, Places
+from treadle.layers.state import KeyValueCache, TokenPositions
 from treadle.ops.attention import Segments, cached_attention, causal_attention
 
 
@@ -20,9 +20,9 @@ class Context:
     doc_ids: Tensor | None = None  # [B, T], -1 for padding
     segments: Segments | None = None
     rotary: tuple[Tensor, Tensor] | None = None  # cos, sin [B, 1, T, E / 2]
-    places: Places | None = None  # with a decoding state
+    token_positions: TokenPositions | None = None  # with a decoding state
     used: int = 0
-    mixer_only: bool = False  # a block answers with its mixer alone, for matching it in distillation
+    token_mixer_only: bool = False  # a block answers with its mixer alone, for matching it in distillation
     routed: list[Any] | None = None  # what routers decide is kept here when somebody looks
 
 
@@ -55,9 +55,9 @@ class Attention(nn.Module):
         if context.rotary is not None:
             q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
         if cache is not None:
-            assert context.places is not None
-            keys, values = cache.append(k, v, context.places, context.used)
-            y = cached_attention(q, keys.to(q.dtype), values.to(q.dtype), context.places.positions)
+            assert context.token_positions is not None
+            keys, values = cache.append(k, v, context.token_positions, context.used)
+            y = cached_attention(q, keys.to(q.dtype), values.to(q.dtype), context.token_positions.position_ids)
         else:
             dropout = self.dropout if self.training else 0.0
             y = causal_attention(q, k, v, doc_ids=context.doc_ids, segments=context.segments, dropout=dropout)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from treadle.layers.keeping import Keeping, version
+from treadle.layers.weight_cache import ModuleWithWeightCache, weight_version
 from treadle.ops.precision import without_autocast
-from treadle.ops.rms_norm import normed
+from treadle.ops.rms_norm import rms_norm_same_dtype
 from treadle.ops.ternary import PackedLayer, dequantized, quantize_weights, ternary_linear
 
 EPS = 1e-8
 
 
-class BitLinear(Keeping):
+class BitLinear(ModuleWithWeightCache):
     """y = ternary(W) int8(RMSNorm(x) gain), no bias. fp32 throughout, whatever autocast says: its integers are exact, and
     its scales would not be.
 
@@ -26,41 +26,41 @@ class BitLinear(Keeping):
         self.weight = nn.Parameter(torch.empty(out, width))
         self.gain = nn.Parameter(torch.ones(width))
 
-    def normed(self, x: Tensor) -> Tensor:
-        return normed(x.float(), self.gain, EPS)
+    def normalize(self, x: Tensor) -> Tensor:
+        return rms_norm_same_dtype(x.float(), self.gain, EPS)
 
     def forward(self, x: Tensor) -> Tensor:
         with without_autocast(x):
             if torch.is_grad_enabled() or self.training:
-                self.forget()
-                return ternary_linear(self.normed(x), self.weight.float())
+                self.clear_weight_cache()
+                return ternary_linear(self.normalize(x), self.weight.float())
             return self._infer(x.float())
 
     def linear(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(n^, W^) whose plain product is the answer up to rounding; for losses that take a matrix."""
-        self.forget()
-        return dequantized(self.normed(x), self.weight.float())
+        self.clear_weight_cache()
+        return dequantized(self.normalize(x), self.weight.float())
 
     def _infer(self, x: Tensor) -> Tensor:
         w = self.weight
         if w.is_meta or type(w.data) is not Tensor:  # shapes only, or a gathered part
-            return ternary_linear(self.normed(x), w.float())
+            return ternary_linear(self.normalize(x), w.float())
         return self.packed()(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], self.out_features)
 
     def packed(self) -> PackedLayer:
         """The weights as inference takes them."""
-        return self.kept(self._mark(), self._quantized)
+        return self.cached(self._cache_key(), self._quantized)
 
     @torch.no_grad()
     def _quantized(self) -> PackedLayer:
         return PackedLayer(*quantize_weights(self.weight.float()), self.gain, EPS)
 
-    def keep(self, ternary: Tensor, scale: Tensor) -> None:
+    def cache_quantized(self, ternary: Tensor, scale: Tensor) -> None:
         """Infers with these (int8 [N, K] and a scalar): a packed file's scale, to the last bit."""
         w = self.weight
         if type(w.data) is Tensor:
-            self._kept = (self._mark(), PackedLayer(ternary.to(w.device), scale.to(w.device), self.gain, EPS))
+            self._weight_cache = (self._cache_key(), PackedLayer(ternary.to(w.device), scale.to(w.device), self.gain, EPS))
 
-    def _mark(self) -> tuple[int, int, int, torch.device]:
+    def _cache_key(self) -> tuple[int, int, int, torch.device]:
         w = self.weight
-        return version(w), version(self.gain), w.data_ptr(), w.device
+        return weight_version(w), weight_version(self.gain), w.data_ptr(), w.device

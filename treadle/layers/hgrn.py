@@ -12,18 +12,23 @@ from torch import Tensor, nn
 
 from treadle.layers.attention import Context
 from treadle.layers.bitlinear import BitLinear
-from treadle.layers.exact import ExactLinear, evenly, mean_normed
+from treadle.layers.reproducible import (
+    ReproducibleLinear,
+    reproducible_rms_norm,
+    reproducible_sigmoid,
+    reproducible_silu,
+)
 from treadle.layers.state import LayerState
 from treadle.ops.documents import document_starts
 from treadle.ops.precision import without_autocast
 from treadle.ops.scan import Backend, scan
 
 
-def linear(width: int, out: int, ternary: bool, even: bool = False) -> BitLinear | nn.Linear:
-    """`even`: of a full-precision layer in a model that also rounds (layers/exact.py)."""
+def linear(width: int, out: int, ternary: bool, reproducible: bool = False) -> BitLinear | nn.Linear:
+    """`reproducible`: of a full-precision layer in a model that also rounds (layers/reproducible.py)."""
     if ternary:
         return BitLinear(width, out)
-    return (ExactLinear if even else nn.Linear)(width, out, bias=False)
+    return (ReproducibleLinear if reproducible else nn.Linear)(width, out, bias=False)
 
 
 @dataclass
@@ -35,7 +40,7 @@ class RecurrentState(LayerState):
 
 
 class ShortConvolution(nn.Module):
-    """y_t = sum_k w_k x_{t-k} for each channel over the last `size` places of a document."""
+    """y_t = sum_k w_k x_{t-k} for each channel over the last `size` positions of a document."""
 
     def __init__(self, channels: int, size: int) -> None:
         super().__init__()
@@ -46,14 +51,14 @@ class ShortConvolution(nn.Module):
         """x [B, T, C] and, with a state, the inputs before it -> (y, the inputs to keep)."""
         if before is None:
             return self._sum(x, context.doc_ids), None
-        assert context.places is not None
-        real = context.places.real
-        # Padding is no place: real inputs move to the front, are convolved there, and move back.
-        order = (~real).to(torch.int8).argsort(dim=1, stable=True)
+        assert context.token_positions is not None
+        token_mask = context.token_positions.token_mask
+        # Padding has no position: the tokens' inputs move to the front, are convolved there, and move back.
+        order = (~token_mask).to(torch.int8).argsort(dim=1, stable=True)
         index = order[..., None].expand_as(x)
         whole = torch.cat([before.to(x.dtype), x.gather(1, index)], 1)
         y = torch.zeros_like(x).scatter(1, index, self._sum(whole, None)[:, self.size - 1 :])
-        last = real.sum(1)[:, None] + torch.arange(self.size - 1, device=x.device)
+        last = token_mask.sum(1)[:, None] + torch.arange(self.size - 1, device=x.device)
         kept = whole.gather(1, last[..., None].expand(-1, -1, x.shape[2]))
         return y, kept.detach().to(before.dtype)
 
@@ -73,12 +78,12 @@ class HGRN(nn.Module):
 
     def __init__(
         self, width: int, inner: int, *, heads: int = 1, ternary: bool = True, gate: Literal["matmulfree", "hgrn"] = "matmulfree",
-        convolution: int = 0, shared_convolution: bool = False, eps: float = 1e-6, backend: Backend = "auto", even: bool = False,
+        convolution: int = 0, shared_convolution: bool = False, eps: float = 1e-6, backend: Backend = "auto", reproducible: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.inner, self.heads, self.gate, self.eps, self.backend = inner, heads, gate, eps, backend
-        self.forget, self.input = linear(width, inner, ternary, even), linear(width, inner, ternary, even)
-        self.output_gate, self.out = linear(width, inner, ternary, even), linear(inner, width, ternary, even)
+        self.forget, self.input = linear(width, inner, ternary, reproducible), linear(width, inner, ternary, reproducible)
+        self.output_gate, self.out = linear(width, inner, ternary, reproducible), linear(inner, width, ternary, reproducible)
         self.norm = nn.Parameter(torch.ones(inner))
         self.shared = shared_convolution
         channels = width if shared_convolution else 2 * inner
@@ -93,19 +98,19 @@ class HGRN(nn.Module):
         """x [B, T, D] -> [B, T, D]; bound [Di]: what the gate is at least."""
         seen = x
         if self.convolution is not None and self.shared:
-            seen = evenly(F.silu, self._convolve(x, context, state))
+            seen = reproducible_silu(self._convolve(x, context, state))
         forget, value = self.forget(seen), self.input(seen)
         if self.convolution is not None and not self.shared:
             forget, value = self._convolve(torch.cat([forget, value], -1), context, state).chunk(2, -1)
         gate = self.output_gate(x)
         with without_autocast(x):
-            f = evenly(torch.sigmoid, forget.float())
+            f = reproducible_sigmoid(forget.float())
             if bound is not None:
                 f = bound + (1.0 - bound) * f
-            i = evenly(F.silu, value.float()) * (1.0 - f)
+            i = reproducible_silu(value.float()) * (1.0 - f)
             h = self._recur(f, i, context, state)
             gate = gate.float()
-            o = self._norm(gate) * evenly(F.silu, h) if self.gate == "matmulfree" else self._norm(h) * evenly(F.silu, gate)
+            o = self._norm(gate) * reproducible_silu(h) if self.gate == "matmulfree" else self._norm(h) * reproducible_silu(gate)
         return self.out(o.to(x.dtype))
 
     def flops(self, length: int) -> int:
@@ -114,12 +119,12 @@ class HGRN(nn.Module):
 
     def _recur(self, f: Tensor, i: Tensor, context: Context, state: RecurrentState | None) -> Tensor:
         if state is None:
-            if context.doc_ids is not None:  # the first place of a document forgets all before it
+            if context.doc_ids is not None:  # the first position of a document forgets all before it
                 f = f.masked_fill(document_starts(context.doc_ids)[..., None], 0.0)
             return scan(f, i, None, self.backend)
-        assert context.places is not None
-        real = context.places.real[..., None]
-        f, i = torch.where(real, f, 1.0), torch.where(real, i, 0.0)  # padding: h stays
+        assert context.token_positions is not None
+        token_mask = context.token_positions.token_mask[..., None]
+        f, i = torch.where(token_mask, f, 1.0), torch.where(token_mask, i, 0.0)  # padding: h stays
         h = scan(f, i, state.hidden, self.backend)
         state.hidden = h[:, -1].detach().clone()
         return h
@@ -133,20 +138,20 @@ class HGRN(nn.Module):
 
     def _norm(self, x: Tensor) -> Tensor:
         weight = self.norm.unflatten(0, (self.heads, -1))
-        return mean_normed(x.unflatten(-1, (self.heads, -1)), weight, self.eps).flatten(-2)
+        return reproducible_rms_norm(x.unflatten(-1, (self.heads, -1)), weight, self.eps).flatten(-2)
 
 
 class GatedMLP(nn.Module):
     """down(silu(gate x) * up x) with gate and up in one matrix (so that one norm serves both)."""
 
-    def __init__(self, width: int, inner: int, ternary: bool, even: bool = False) -> None:
+    def __init__(self, width: int, inner: int, ternary: bool, reproducible: bool = False) -> None:
         super().__init__()
-        self.gate_up = linear(width, 2 * inner, ternary, even)
-        self.down = linear(inner, width, ternary, even)
+        self.gate_up = linear(width, 2 * inner, ternary, reproducible)
+        self.down = linear(inner, width, ternary, reproducible)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(evenly(F.silu, gate) * up)
+        return self.down(reproducible_silu(gate) * up)
 
     def flops(self, length: int) -> int:
         """Of the products of one row's forward pass."""

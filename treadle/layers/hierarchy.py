@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from treadle.layers.exact import ExactLinear, exact
-from treadle.layers.state import LayerState, counted
+from treadle.layers.reproducible import ReproducibleLinear, to_reproducible
+from treadle.layers.state import LayerState, advance_positions
 from treadle.ops.documents import document_starts
 from treadle.ops.precision import without_autocast
 from treadle.ops.scan import scan
@@ -23,7 +23,7 @@ THRESHOLD = 0.5
 
 @dataclass
 class StageState(LayerState):
-    """last [B, D], the router's last input; seen [B], whether there was one; smoothed [B, D'], the de-chunker's value."""
+    """last [B, D], the router's last input; seen [B], whether there was one; smoothed [B, D'], the de-chunker's last value."""
 
     last: Tensor
     seen: Tensor
@@ -31,46 +31,46 @@ class StageState(LayerState):
 
 
 @dataclass
-class PlaceCount(LayerState):
-    """seen [B]: real places before, for blocks that know positions."""
+class PositionCounter(LayerState):
+    """lengths [B]: tokens so far, for blocks that know positions."""
 
-    seen: Tensor
+    lengths: Tensor
 
-    def move(self, real: Tensor) -> Tensor:
-        """The positions of the next places [B, T], of which `real` ones count."""
-        positions, self.seen = counted(self.seen, real)
+    def advance(self, token_mask: Tensor) -> Tensor:
+        """The position ids of the next tokens [B, T]."""
+        positions, self.lengths = advance_positions(self.lengths, token_mask)
         return positions.clamp_min(0)
 
 
 @dataclass
 class Boundaries:
-    """probability p [B, T] and decision [B, T]; only real places are ever chosen."""
+    """probability p [B, T], and mask [B, T]: a chunk begins here; never on padding."""
 
     probability: Tensor
-    chosen: Tensor
+    mask: Tensor
 
 
 class BoundaryRouter(nn.Module):
-    """p_t = (1 - cos(Wq x_{t-1}, Wk x_t)) / 2: a chunk begins where a place is unlike the one before it. 1 at every document
+    """p_t = (1 - cos(Wq x_{t-1}, Wk x_t)) / 2: a chunk begins where a position is unlike the one before it. 1 at every document
     start. Full precision."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.query = ExactLinear(width, width, bias=False)
-        self.key = ExactLinear(width, width, bias=False)
+        self.query = ReproducibleLinear(width, width, bias=False)
+        self.key = ReproducibleLinear(width, width, bias=False)
 
     def forward(
-        self, x: Tensor, real: Tensor, doc_ids: Tensor | None = None, state: StageState | None = None
+        self, x: Tensor, token_mask: Tensor, doc_ids: Tensor | None = None, state: StageState | None = None
     ) -> Boundaries:
-        """x [B, T, D]; real places [B, T], with a state all of them before the padding."""
+        """x [B, T, D]; token_mask [B, T], with a state all tokens before the padding."""
         with without_autocast(x):
             x = x.float()
             before = F.pad(x, (0, 0, 1, 0))[:, :-1]
             if state is not None:
                 before = torch.cat([state.last[:, None], before[:, 1:]], 1)
-            similar = F.cosine_similarity(exact(self.query(before)), exact(self.key(x)), dim=-1, eps=1e-8)
+            similar = F.cosine_similarity(to_reproducible(self.query(before)), to_reproducible(self.key(x)), dim=-1, eps=1e-8)
             p = ((1.0 - similar) / 2.0).clamp(0.0, 1.0).float()
-        first = torch.zeros_like(real)
+        first = torch.zeros_like(token_mask)
         if state is not None:
             first[:, 0] = ~state.seen
         elif doc_ids is not None:
@@ -78,7 +78,7 @@ class BoundaryRouter(nn.Module):
         else:
             first[:, 0] = True
         p = torch.where(first, 1.0, p)
-        return Boundaries(p, (p > THRESHOLD) & real)
+        return Boundaries(p, (p > THRESHOLD) & token_mask)
 
 
 def straight_through(x: Tensor) -> Tensor:
@@ -86,41 +86,42 @@ def straight_through(x: Tensor) -> Tensor:
     return 1.0 + x - x.detach()
 
 
-def compact(x: Tensor, chosen: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-    """The chosen places of x [B, T, ...] moved to the front: ([B, longest, ...], where they came from [B, longest])."""
-    order = (~chosen).to(torch.int8).argsort(dim=1, stable=True)[:, :longest]
+def compact(x: Tensor, mask: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """The positions of x [B, T, ...] where mask [B, T] is true, moved to the front: ([B, longest, ...], their index in x
+    [B, longest])."""
+    order = (~mask).to(torch.int8).argsort(dim=1, stable=True)[:, :longest]
     index = order.view(*order.shape, *(1,) * (x.dim() - 2)).expand(*order.shape, *x.shape[2:])
     return x.gather(1, index), order
 
 
 def smooth(
-    chunks: Tensor, probability: Tensor, doc_ids: Tensor | None, real: Tensor, start: Tensor | None = None
+    chunks: Tensor, probability: Tensor, doc_ids: Tensor | None, token_mask: Tensor, start: Tensor | None = None
 ) -> Tensor:
-    """z_j = P_j c_j + (1 - P_j) z_{j-1} over chunks [B, M, D], anew in each document, or on from `start`; padding changes
-    nothing."""
+    """z_j = P_j c_j + (1 - P_j) z_{j-1} over chunks [B, M, D], starting anew in each document, or going on from `start`;
+    padding changes nothing."""
     p = probability.clamp(CLAMP, 1.0 - CLAMP)[..., None]
     gate, value = 1.0 - p, p * chunks.float()
     if doc_ids is not None:
         gate = gate.masked_fill(document_starts(doc_ids)[..., None], 0.0)
-    gate = torch.where(real[..., None], gate, 1.0)
-    value = torch.where(real[..., None], value, 0.0)
+    gate = torch.where(token_mask[..., None], gate, 1.0)
+    value = torch.where(token_mask[..., None], value, 0.0)
     return scan(gate.expand_as(value), value, start)
 
 
-def most_chosen(chosen: Tensor, expected: float) -> int:
+def most_chunks(boundary_mask: Tensor, expected: float) -> int:
     """Chunks of the row that has most: the one number the host has to know. Of tensors without contents (when memory is
-    planned), every `expected`-th place."""
-    if chosen.is_meta or type(chosen) is not Tensor:
-        return math.ceil(chosen.shape[1] / expected)
-    return int(chosen.sum(1).max())
+    planned), one every `expected` positions."""
+    if boundary_mask.is_meta or type(boundary_mask) is not Tensor:
+        return math.ceil(boundary_mask.shape[1] / expected)
+    return int(boundary_mask.sum(1).max())
 
 
-def ratio_loss(found: Boundaries, real: Tensor, target: float) -> Tensor:
-    """[B], with N = target: N / (N - 1) ((N - 1) F G + (1 - F)(1 - G)), F the share of places chosen and G the mean
-    probability. Of each row by itself, so that it does not matter which rows share a pass."""
-    count = real.sum(1).clamp_min(1)
-    rate = found.chosen.sum(1) / count
-    mean = (found.probability * real).sum(1) / count
+def ratio_loss(found: Boundaries, token_mask: Tensor, target: float) -> Tensor:
+    """[B], with N = target: N / (N - 1) ((N - 1) F G + (1 - F)(1 - G)), F the share of positions where a chunk begins and G
+    the mean probability. Of each row by itself, so that it does not matter which rows share a pass."""
+    count = token_mask.sum(1).clamp_min(1)
+    rate = found.mask.sum(1) / count
+    mean = (found.probability * token_mask).sum(1) / count
     return target / (target - 1.0) * ((target - 1.0) * rate * mean + (1.0 - rate) * (1.0 - mean))
 
 

@@ -1,4 +1,4 @@
-"""Attention whose decoding cache keeps r numbers a token instead of keys and values (multi-head latent attention,
+"""Attention whose decoding cache keeps r numbers per token instead of keys and values (multi-head latent attention,
 DeepSeek-V2, arXiv 2405.04434, without its separate rotary key)."""
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from treadle.layers.attention import Attention, Context
 from treadle.layers.rope import rotate, rotation
-from treadle.layers.state import LayerState, Places
+from treadle.layers.state import LayerState, TokenPositions
 from treadle.ops.attention import cached_attention, causal_attention
 
 
@@ -25,10 +25,10 @@ class LatentCache(LayerState):
     def empty(rows: int, max_len: int, size: int, device: Any, dtype: Any) -> LatentCache:
         return LatentCache(torch.zeros(rows, max_len + 1, size, device=device, dtype=dtype))
 
-    def append(self, latents: Tensor, places: Places, used: int) -> Tensor:
-        """Writes latents [B, T, r] at their places; returns all in use [B, used, r]."""
+    def append(self, latents: Tensor, token_positions: TokenPositions, used: int) -> Tensor:
+        """Writes latents [B, T, r] into their slots; returns all in use [B, used, r]."""
         rows = torch.arange(latents.shape[0], device=latents.device)[:, None]
-        self.latents[rows, places.write] = (latents.detach() * places.real[:, :, None]).to(self.latents.dtype)
+        self.latents[rows, token_positions.cache_slots] = (latents.detach() * token_positions.token_mask[:, :, None]).to(self.latents.dtype)
         return self.latents[:, :used]
 
 
@@ -52,10 +52,10 @@ class LatentAttention(Attention):
             v = self._split(self.value(latents), self.groups)
             y = causal_attention(q, k, v, doc_ids=context.doc_ids, segments=context.segments)
         else:
-            assert context.places is not None
-            past = cache.append(latents, context.places, context.used).to(latents.dtype)
-            places = torch.arange(past.shape[1], device=x.device)[None].expand(rows, -1)
-            k = rotate(self._split(self.key(past), self.groups), *rotation(places, self.head_width, self.theta))
+            assert context.token_positions is not None
+            past = cache.append(latents, context.token_positions, context.used).to(latents.dtype)
+            positions = torch.arange(past.shape[1], device=x.device)[None].expand(rows, -1)
+            k = rotate(self._split(self.key(past), self.groups), *rotation(positions, self.head_width, self.theta))
             v = self._split(self.value(past), self.groups)
-            y = cached_attention(q, k, v, context.places.positions)
+            y = cached_attention(q, k, v, context.token_positions.position_ids)
         return self.out(y.transpose(1, 2).reshape(rows, length, self.heads * self.head_width))

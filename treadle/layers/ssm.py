@@ -16,32 +16,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from treadle.layers.attention import Attention, Context
-from treadle.layers.exact import ExactLinear, exact
+from treadle.layers.reproducible import ReproducibleLinear, to_reproducible
 from treadle.layers.rope import rotate
-from treadle.layers.window import RingState, attend, expanded
+from treadle.layers.sliding_window_attention import SlidingWindowCache, attend, expanded
 from treadle.ops.precision import without_autocast
+from treadle.ops.sliding_window_attention import sliding_window_flops
 from treadle.ops.ssd import ssd, ssd_flops, step
-from treadle.ops.window import window_flops
 
 
 @dataclass
-class SSMState(RingState):
+class SSMState(SlidingWindowCache):
     """memory [B, H, N, P] in fp32, beside the ring of the window."""
 
     memory: Tensor
 
 
 class SSMMixer(Attention):
-    """y = g SSD(features of q and k, v) + (1 - g) softmax window, per head; `window` 0 leaves the state alone. `even`:
-    evaluation in fp64 (layers/exact.py), for models that round."""
+    """y = g SSD(features of q and k, v) + (1 - g) softmax window, per head; `window` 0 leaves the state alone. `reproducible`:
+    evaluation in fp64 (layers/reproducible.py), for models that round."""
 
     def __init__(
         self, width: int, heads: int, groups: int, head_width: int, *, window: int, features: str, normalizer: bool,
-        qk_norm: bool = False, eps: float = 1e-6, even: bool = False,
+        qk_norm: bool = False, eps: float = 1e-6, reproducible: bool = False,
     ) -> None:  # fmt: skip
-        linear: type[nn.Linear] = ExactLinear if even else nn.Linear
+        linear: type[nn.Linear] = ReproducibleLinear if reproducible else nn.Linear
         super().__init__(width, heads, groups, head_width, qk_norm=qk_norm, eps=eps, linear=linear)
-        self.window, self.normalizer, self.even = window, normalizer, even
+        self.window, self.normalizer, self.reproducible = window, normalizer, reproducible
         self.decay = linear(width, heads)
         self.skip = nn.Parameter(torch.zeros(heads))
         self.gate = nn.Parameter(torch.zeros(heads)) if window else None
@@ -55,9 +55,9 @@ class SSMMixer(Attention):
         return self.head_width * (2 if self.query_features is not None else 1)
 
     def empty(self, rows: int, device: Any, dtype: Any) -> SSMState:
-        dtype, wide = (torch.float64, torch.float64) if self.even else (dtype, torch.float32)
+        dtype, wide = (torch.float64, torch.float64) if self.reproducible else (dtype, torch.float32)
         memory = torch.zeros(rows, self.heads, self.inner, self.head_width + self.normalizer, device=device, dtype=wide)
-        return SSMState(memory=memory, **RingState.fields(rows, self.groups, self.window, self.head_width, device, dtype))
+        return SSMState(memory=memory, **SlidingWindowCache.fields(rows, self.groups, self.window, self.head_width, device, dtype))
 
     def forward(self, x: Tensor, context: Context, cache: SSMState | None = None) -> Tensor:  # type: ignore[override]
         rows, length, _ = x.shape
@@ -66,9 +66,9 @@ class SSMMixer(Attention):
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         assert context.rotary is not None
-        with without_autocast(x) if self.even else nullcontext():
-            if self.even:
-                q, k, v = exact(q), exact(k), exact(v)
+        with without_autocast(x) if self.reproducible else nullcontext():
+            if self.reproducible:
+                q, k, v = to_reproducible(q), to_reproducible(k), to_reproducible(v)
             q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
             with without_autocast(x):
                 y = self._scan(x, q, k, v, context, cache)
@@ -88,7 +88,7 @@ class SSMMixer(Attention):
         """[B, H, T, E] in fp32 (fp64 stays)."""
         wide = q.dtype if q.dtype == torch.float64 else torch.float32
         q, k, v = q.to(wide), k.to(wide), v.to(wide)
-        decay = self.decay(x.float()) if self.even else F.linear(x.float(), self.decay.weight.float(), self.decay.bias.float())
+        decay = self.decay(x.float()) if self.reproducible else F.linear(x.float(), self.decay.weight.float(), self.decay.bias.float())
         log_decay = -F.softplus(decay.to(wide)).transpose(1, 2)  # [B, H, T]
         c = self._features(q, self.query_features)
         repeat = self.heads // self.groups
@@ -97,9 +97,9 @@ class SSMMixer(Attention):
         if cache is None:
             y, _ = ssd(taken, log_decay, b, c, context.doc_ids)
         else:
-            assert context.places is not None
-            real = context.places.real[:, None].to(wide)  # padding: no decay, no input
-            log_decay, b = log_decay * real, b * real[..., None]
+            assert context.token_positions is not None
+            token_mask = context.token_positions.token_mask[:, None].to(wide)  # padding: no decay, no input
+            log_decay, b = log_decay * token_mask, b * token_mask[..., None]
             if x.shape[1] == 1:
                 cache.memory = step(cache.memory, taken[:, :, 0], log_decay[:, :, 0], b[:, :, 0]).detach()
                 y = c @ cache.memory
@@ -115,7 +115,7 @@ class SSMMixer(Attention):
         width, heads, groups, e = self.query.in_features, self.heads, self.groups, self.head_width
         products = 2 * width * heads * e + 2 * width * groups * e + width * heads
         features = (heads + groups) * e * e if self.query_features is not None else 0
-        window = window_flops(length, heads, e, self.window) if self.window else 0
+        window = sliding_window_flops(length, heads, e, self.window) if self.window else 0
         return 2 * length * (products + features) + window + ssd_flops(length, heads, self.inner, e + self.normalizer)
 
     @staticmethod
@@ -123,6 +123,6 @@ class SSMMixer(Attention):
         """How the parameters that attention does not have start."""
         if name.endswith("_features"):
             return torch.eye(parameter.shape[-1]).expand(parameter.shape)
-        if name.endswith("decay.bias"):  # from a memory of 90 places to one of 3
+        if name.endswith("decay.bias"):  # from a memory of 90 positions to one of 3
             return torch.linspace(-4.5, -1.0, parameter.shape[0])
         return "zeros" if name.endswith(("attention.skip", "attention.gate")) else None

@@ -1,4 +1,4 @@
-"""What a model remembers while decoding: one length a row, and one entry a layer."""
+"""The decoding state of a model: one length per row and one entry per layer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from treadle.errors import ConfigError
 
 @dataclass
 class LayerState:
-    """Base of a layer's memory: dataclass fields that are tensors have the rows as their first dimension."""
+    """Base of a layer's decoding state: fields that are tensors have the batch as their first dimension."""
 
     def _each(self, change: Any) -> Any:
         return replace(
@@ -33,25 +33,27 @@ class LayerState:
 
 
 @dataclass
-class Places:
-    """Where the symbols of one forward pass with a state stand. real: bool [B, T]; positions, write: int64 [B, T]."""
+class TokenPositions:
+    """Positions of the tokens of one forward pass with a state. token_mask: bool [B, T], false on padding; position_ids,
+    cache_slots: int64 [B, T]."""
 
-    real: Tensor
-    positions: Tensor  # each row's count of real symbols before; what a rotary or learned embedding sees
-    write: Tensor  # the cache slot of each symbol; padding goes to the spare slot behind the last
+    token_mask: Tensor
+    position_ids: Tensor  # tokens of the row before this one; what a rotary or learned embedding sees
+    cache_slots: Tensor  # where a cache keeps each token; padding goes to the spare slot behind the last
 
 
-def counted(seen: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """seen [B] real places before, real [B, T] -> (positions [B, T], of padding that of the place before; seen afterwards)."""
-    return seen[:, None] + real.cumsum(1) - 1, seen + real.sum(1)
+def advance_positions(lengths: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """lengths [B] (tokens so far), token_mask [B, T] -> (position ids [B, T], padding repeating the one before it; lengths
+    afterwards [B])."""
+    return lengths[:, None] + token_mask.cumsum(1) - 1, lengths + token_mask.sum(1)
 
 
 @dataclass
 class State:
     """The decoding state of a whole model. A passed state is consumed: go on with `out.state`.
 
-    lengths: int64 [B] on the device, real symbols seen. host_lengths: the same (or an upper bound) known on the host, so
-    that no forward pass reads the device back.
+    lengths: int64 [B] on the device, tokens seen (padding not counted). host_lengths: the same (or an upper bound) known on
+    the host, so that no forward pass reads the device back.
     """
 
     lengths: Tensor
@@ -59,30 +61,30 @@ class State:
     max_len: int
     layers: list[Any]
 
-    def places(
+    def token_positions(
         self, rows: int, length: int, doc_ids: Tensor | None, segments: tuple[tuple[int, ...], ...] | None
-    ) -> Places:
-        """The places of a batch behind what was seen; a place with doc_id -1 changes nothing. ConfigError when full."""
+    ) -> TokenPositions:
+        """The positions of a batch that follows what was seen; padding (doc_id -1) changes nothing. ConfigError when full."""
         if rows != len(self.host_lengths):
             raise ConfigError(f"the state has {len(self.host_lengths)} rows, the batch {rows}")
         device = self.lengths.device
         if doc_ids is None:
-            real = torch.ones(rows, length, dtype=torch.bool, device=device)
+            token_mask = torch.ones(rows, length, dtype=torch.bool, device=device)
             fresh = [length] * rows
         else:
-            real = doc_ids >= 0
+            token_mask = doc_ids >= 0
             fresh = [sum(r for r in row if r > 0) for row in segments] if segments is not None else [length] * rows
         longest = max(h + f for h, f in zip(self.host_lengths, fresh))
         if longest > self.max_len:
-            raise ConfigError(f"the state holds {self.max_len} symbols a row, {longest} are needed; "
+            raise ConfigError(f"the state holds {self.max_len} tokens per row, {longest} are needed; "
                               f"make it larger: new_state(batch_size, max_len={longest})")  # fmt: skip
         self.host_lengths = [h + f for h, f in zip(self.host_lengths, fresh)]
         if doc_ids is None and length == 1:  # a step of decoding: the same in three operations instead of nine
             positions, self.lengths = self.lengths[:, None], self.lengths + 1
-            return Places(real, positions, positions)
-        positions, self.lengths = counted(self.lengths, real)
-        write = torch.where(real, positions, self.max_len)
-        return Places(real, positions.clamp_min(0), write)
+            return TokenPositions(token_mask, positions, positions)
+        positions, self.lengths = advance_positions(self.lengths, token_mask)
+        cache_slots = torch.where(token_mask, positions, self.max_len)
+        return TokenPositions(token_mask, positions.clamp_min(0), cache_slots)
 
     @property
     def used(self) -> int:
@@ -116,10 +118,10 @@ class KeyValueCache(LayerState):
         shape = (rows, groups, max_len + 1, width)
         return KeyValueCache(*(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)))
 
-    def append(self, keys: Tensor, values: Tensor, places: Places, used: int) -> tuple[Tensor, Tensor]:
-        """Writes keys, values [B, G, T, E] at their places; returns all keys and values in use, [B, G, used, E]."""
+    def append(self, keys: Tensor, values: Tensor, token_positions: TokenPositions, used: int) -> tuple[Tensor, Tensor]:
+        """Writes keys, values [B, G, T, E] into their slots; returns all keys and values in use, [B, G, used, E]."""
         rows = torch.arange(keys.shape[0], device=keys.device)[:, None]
         for cache, new in ((self.keys, keys), (self.values, values)):
-            new = new.detach().transpose(1, 2) * places.real[:, :, None, None]
-            cache.transpose(1, 2)[rows, places.write] = new.to(cache.dtype)
+            new = new.detach().transpose(1, 2) * token_positions.token_mask[:, :, None, None]
+            cache.transpose(1, 2)[rows, token_positions.cache_slots] = new.to(cache.dtype)
         return self.keys[:, :, :used], self.values[:, :, :used]

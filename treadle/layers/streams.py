@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from treadle.ops import rotations
-from treadle.ops.streams import normed_product, read
+from treadle.ops.streams import read, rms_norm_linear
 
 Routing = Literal["cayley_lie", "cayley_mixture", "sinkhorn", "birkhoff", "none"]
 GAIN = 0.01  # the part of a router's answer that depends on the token starts this small
@@ -80,7 +80,7 @@ class Router(nn.Module):
         """X [N, n, D] in fp32 -> what to do with each token."""
         n = self.streams
         seen = x.flatten(1) if self.source == "streams" else x.mean(1)
-        z = normed_product(seen, self.weight.float(), self.eps)
+        z = rms_norm_linear(seen, self.weight.float(), self.eps)
         z_pre, z_post, z_mix, z_rank = z.split(self.sizes, -1)
         b_pre, b_post, b_mix, b_rank = self.bias.float().split(self.sizes)
         a_pre, a_post, a_mix = self.gain.float().unbind()

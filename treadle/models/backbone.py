@@ -1,7 +1,7 @@
 """What most architectures share: embedding -> blocks -> norm -> head, with checkpointing and a decoding state.
 
-A family overrides `enter` and `leave` (what happens to the embedding before the first block and after the last),
-`make_block` and `layer_state`; the walk through the blocks is written here once.
+A family overrides `embed` (what the first block reads), `final_norm` (what the head reads), `make_block` and
+`layer_state`; the walk through the blocks is written here once.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch.utils.checkpoint import checkpoint
 from treadle.data.batch import Batch
 from treadle.layers.attention import Context
 from treadle.layers.state import State
-from treadle.models.base import Model, ModelConfig, Output
+from treadle.models.base import LanguageModelConfig, Model, Output
 
 
-def through(blocks: Iterable[nn.Module], x: Tensor, context: Context, states: Iterator[Any] | None) -> Tensor:
-    """x through blocks, recomputing those that ask for it; with states, each block takes the next one."""
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, context: Context, states: Iterator[Any] | None) -> Tensor:
+    """Runs x through the blocks, with gradient checkpointing where a block asks for it; with states, each takes the next."""
     for block in blocks:
-        memory = next(states) if states is not None else None
+        state = next(states) if states is not None else None
         if block.training and torch.is_grad_enabled() and getattr(block, "gradient_checkpointing", False):
-            x = checkpoint(block, x, context, memory, use_reentrant=False)
+            x = checkpoint(block, x, context, state, use_reentrant=False)
         else:
-            x = block(x, context, memory)
+            x = block(x, context, state)
     return x
 
 
@@ -36,7 +36,7 @@ class Backbone(Model):
     embedding: nn.Embedding
     norm: nn.Module
 
-    def __init__(self, config: ModelConfig, width: int, count: int, norm: nn.Module, tied: bool) -> None:
+    def __init__(self, config: LanguageModelConfig, width: int, count: int, norm: nn.Module, tied: bool) -> None:
         super().__init__()
         self.config = config
         self.tied = tied
@@ -53,18 +53,20 @@ class Backbone(Model):
     def context(self, batch: Batch, state: State | None) -> Context:
         """What the blocks of this pass share."""
         context = Context()
-        if not batch.whole_rows:  # whole rows look alike at every step, which keeps compiled blocks from recompiling
+        if not batch.is_unpacked:  # unpacked rows look alike at every step, which keeps compiled blocks from recompiling
             compiled = self.layers[0]._compiled_call_impl is not None
             context = Context(batch.doc_ids, None if compiled else batch.segments)
         if state is not None:
-            context.places = state.places(*batch.shape, batch.doc_ids, batch.segments)
+            context.token_positions = state.token_positions(*batch.shape, batch.doc_ids, batch.segments)
             context.used = state.used
         return context
 
-    def enter(self, batch: Batch, context: Context) -> Tensor:
+    def embed(self, batch: Batch, context: Context) -> Tensor:
+        """The residual stream before the first block."""
         return self.embedding(batch.input_ids)  # [B, T, D]
 
-    def leave(self, x: Tensor) -> Tensor:
+    def final_norm(self, x: Tensor) -> Tensor:
+        """The residual stream after the last block, normalised for the head: [B, T, D]."""
         return self.norm(x)
 
     def tie(self) -> None:
@@ -74,19 +76,19 @@ class Backbone(Model):
     def blocks(self) -> list[nn.Module]:
         return list(self.layers)
 
-    def mixers(self) -> list[nn.Module]:
+    def token_mixers(self) -> list[nn.Module]:
         return [block.attention for block in self.layers]  # type: ignore[misc]
 
-    def mix(self, given: list[Tensor], batch: Batch) -> list[Tensor]:
+    def run_token_mixers(self, given: list[Tensor], batch: Batch) -> list[Tensor]:
         context = self.context(batch, None)
-        context.mixer_only = True  # through the block, which may have to gather its weights first
+        context.token_mixer_only = True  # through the block, which may have to gather its weights first
         return [block(x, context) for block, x in zip(self.layers, given)]
 
     def hidden(self, batch: Batch, state: State | None = None) -> Output:
         context = self.context(batch, state)
-        x = self.enter(batch, context)
-        x = through(self.layers, x, context, iter(state.layers) if state is not None else None)
-        return Output(hidden=self.leave(x), state=state)
+        x = self.embed(batch, context)
+        x = run_blocks(self.layers, x, context, iter(state.layers) if state is not None else None)
+        return Output(hidden=self.final_norm(x), state=state)
 
     def layer_state(self, index: int, batch_size: int, max_len: int, device: Any, dtype: Any) -> Any:
         """The decoding memory of block `index`."""

@@ -18,16 +18,21 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor, nn
 
+from treadle import trusted_code
 from treadle.checkpoint.tensors import read_tensors, write_tensors
 from treadle.data.batch import Batch
 from treadle.errors import CheckpointError, ConfigError, InputError, ShapeError
+from treadle.generation.decode import generate
+from treadle.layers import packed_weights
 from treadle.layers.bitlinear import BitLinear
 from treadle.layers.state import State
 from treadle.models.catalogue import MODELS
 from treadle.ops.sharding import copy_whole
 from treadle.registry import nearest
-from treadle.settings import Settings, option
+from treadle.settings import Given, Settings, build_section, option
 
+LM_HEAD = "lm_head"  # the head that gives the logits of tokens
+WEIGHTS_IN_A_BYTE = 5  # ternary ones, packed
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 
@@ -36,9 +41,6 @@ class ModelConfig(Settings):
 
     model_config = ConfigDict(frozen=False)
     called: ClassVar[str] = "model"
-
-    vocab_size: int = option(256, ge=2)
-    """Number of symbols; defaults to the tokenizer's."""
 
     @classmethod
     def presets(cls) -> dict[str, dict[str, Any]]:
@@ -57,8 +59,6 @@ class ModelConfig(Settings):
     @classmethod
     def with_preset(cls, preset: str | None, **keys: Any) -> ModelConfig:
         """A fresh config from a preset and keys that override it; ConfigError for unknown names or bad values."""
-        from treadle.settings import Given, build_section
-
         table: dict[str, Any] = {}
         if preset is not None:
             presets = {name.lower().replace("-", "_"): values for name, values in cls.presets().items()}
@@ -66,17 +66,31 @@ class ModelConfig(Settings):
             if name not in presets:
                 raise ConfigError(f"model.preset = {preset!r}: {nearest(name, list(presets))}")
             table = dict(presets[name])
-        table.update(keys)
+        aliases = {alias: key for key in cls.model_fields for alias in cls.key_info(key)["aliases"]}
+        for word, value in keys.items():  # a config.toml of an older version may have an older name
+            key = word if word in cls.model_fields else aliases.get(word, word)
+            if key != word and key in keys:
+                raise ConfigError(f"model.{key} is given twice, also as {word}; keep one")
+            table[key] = value
         given = {f"model.{key}": Given(f"model.{key}", value, "arguments", False) for key, value in table.items()}
         return build_section("model", cls, given)  # type: ignore[return-value]
 
 
+class LanguageModelConfig(ModelConfig):
+    """Base of the keys of models that read and predict tokens."""
+
+    vocab_size: int = option(256, ge=2)
+    """Number of tokens; defaults to the tokenizer's."""
+
+
 @dataclass
 class Output:
-    """What a forward pass gives. logits [B, T, V]; hidden [B, T, D] (before the head); losses: name -> (sum, unit)."""
+    """What a forward pass gives. logits [B, T, V] of the head lm_head; hidden [B, T, D] (before the heads); predictions: what
+    other heads give, by name; losses: name -> (sum, unit)."""
 
     logits: Tensor | None = None
     hidden: Tensor | None = None
+    predictions: dict[str, Tensor] = field(default_factory=dict)
     state: State | None = None
     losses: dict[str, tuple[Tensor, str]] = field(default_factory=dict)
     stats: dict[str, Tensor] = field(default_factory=dict)
@@ -108,30 +122,55 @@ class Model(nn.Module):
     arch: ClassVar[str]
     Config: ClassVar[type[ModelConfig]]
     capabilities: Capabilities = Capabilities()
-    config: ModelConfig
-    head: nn.Linear
+    config: Any  # a Config
+    head: nn.Linear  # of models that predict tokens
     _start: Mapping[str, Tensor] = MappingProxyType({})  # values to start with instead of random ones
+
+    def __init_subclass__(cls, abstract: bool = False, **keys: Any) -> None:
+        """A class without a name of its own is called by its class's."""
+        super().__init_subclass__(**keys)
+        if not hasattr(cls, "arch") and not abstract:
+            cls.arch = cls.__name__
 
     # ---- what an architecture writes ----
 
     @abstractmethod
     def hidden(self, batch: Batch, state: State | None = None) -> Output:
-        """Everything before the head: Output with hidden [B, T, D], the state when one was given, losses and stats."""
+        """Everything before the heads: Output with hidden [B, T, D], the state when one was given, losses and stats."""
 
-    @abstractmethod
     def new_state(self, batch_size: int, max_len: int, device: Any = None, dtype: Any = None) -> State:
-        """An empty decoding state; device and dtype default to the model's."""
+        """An empty decoding state; device and dtype default to the model's. Models with capabilities.decodes have one."""
+        raise ConfigError(f"the model {self.arch} does not decode, so it has no state")
 
-    @abstractmethod
     def blocks(self) -> list[nn.Module]:
         """The units for checkpointing, compiling and sharding, in order."""
-
-    def mixers(self) -> list[nn.Module]:
-        """The modules that mix places (attention and its like), one a block, in order; what distillation matches."""
         return []
 
-    def mix(self, given: list[Tensor], batch: Batch) -> list[Tensor]:
-        """What each mixer makes of an input of its own, [B, T, D] each; for models with `mixers`."""
+    def heads(self) -> dict[str, nn.Module]:
+        """What turns the hidden states into predictions, by name; next-token training and generation use lm_head."""
+        return {LM_HEAD: self.head} if hasattr(self, "head") else {}
+
+    @property
+    def width(self) -> int:
+        """Features that most matrix products read, on which the choice of a number format rests."""
+        if LM_HEAD in self.heads():
+            return int(self.head.weight.shape[1])
+        widths = [p.shape[1] for p in self.parameters() if p.dim() == 2]
+        return max(set(widths), key=widths.count, default=1)
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens lm_head tells apart; ConfigError for a model that predicts none."""
+        if LM_HEAD not in self.heads():
+            raise ConfigError(f"the model {self.arch} has no head called {LM_HEAD}: it predicts no tokens")
+        return int(self.config.vocab_size)
+
+    def token_mixers(self) -> list[nn.Module]:
+        """The modules that mix positions (attention and its like), one per block, in order; what distillation matches."""
+        return []
+
+    def run_token_mixers(self, given: list[Tensor], batch: Batch) -> list[Tensor]:
+        """What each token mixer makes of an input of its own, [B, T, D] each; for models with `token_mixers`."""
         raise NotImplementedError
 
     def full_precision_modules(self) -> list[nn.Module]:
@@ -139,14 +178,17 @@ class Model(nn.Module):
         ternary layers, and what an architecture adds."""
         return [module for block in self.blocks() for module in block.modules() if isinstance(module, BitLinear)]
 
-    @abstractmethod
     def flops(self, length: int) -> int:
         """Floating-point operations of one row's forward pass: 2 a multiply-add of the matrix products, attention in
-        full (the causal half that some paths skip is counted, as is customary)."""
+        full (the causal half that some paths skip is counted, as is customary). Here: each matrix once a position."""
+        return 2 * length * sum(p.numel() for p in self.parameters() if p.dim() == 2)
 
-    @abstractmethod
     def initial(self, name: str, parameter: Tensor) -> float | str | Tensor:
-        """How a parameter starts: "zeros", "ones", the standard deviation of a normal distribution, or its values."""
+        """How a parameter starts: "zeros", "ones", the standard deviation of a normal distribution, or its values. Here:
+        vectors called bias at 0, other vectors (norms) at 1, matrices with deviation 1 / sqrt(inputs), embeddings .02."""
+        if parameter.dim() < 2:
+            return "zeros" if name.endswith("bias") else "ones"
+        return 0.02 if "embedding" in name else float(parameter[0].numel()) ** -0.5
 
     def linear_head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """(inputs [..., D], weight [V, D]) whose product is the logits, for losses that never hold all of them."""
@@ -171,17 +213,22 @@ class Model(nn.Module):
     # ---- what every architecture has ----
 
     def forward(self, batch: Batch, state: State | None = None) -> Output:
-        """batch [B, T] -> Output with logits [B, T, V]. With a state, positions go on from it and each row is one
-        document; a place with doc_id -1 leaves its row's state as it was."""
+        """batch [B, T] -> Output with logits [B, T, V] and the predictions of other heads. With a state, positions go on
+        from it and each row is one document; padding (doc_id -1) leaves its row's state as it was."""
         out = self.hidden(batch, state)
-        out.logits = self.head(out.hidden)
+        for name, head in self.heads().items():
+            if name == LM_HEAD:
+                out.logits = head(out.hidden)
+            else:
+                out.predictions[name] = head(out.hidden)
         return out
 
     @classmethod
     def example(cls, config: ModelConfig, batch_size: int = 2, length: int = 16, seed: int = 0) -> Batch:
-        """A batch this architecture can train on, for tests, planning and the mock step."""
+        """A batch this architecture can train on, for tests and planning."""
         generator = torch.Generator().manual_seed(seed)
-        return Batch.for_training(torch.randint(0, config.vocab_size, (batch_size, length), generator=generator))
+        vocab_size = getattr(config, "vocab_size", 2)
+        return Batch.for_training(torch.randint(0, vocab_size, (batch_size, length), generator=generator))
 
     def start_from(self, tensors: dict[str, Tensor]) -> list[str]:
         """Parameters of these names and shapes will start with these values when the model is allocated; returns which."""
@@ -225,15 +272,13 @@ class Model(nn.Module):
     def load_weights(self, tensors: dict[str, Tensor]) -> None:
         """Copies tensors in by name, ternary layers packed or not; ShapeError names what is missing, surplus or of another
         shape."""
-        from treadle.models.packed import unpacked
-
-        tensors, kept = unpacked(self, tensors)
+        tensors, quantized = packed_weights.unpack(self, tensors)
         self.refuse_other_weights({name: list(tensor.shape) for name, tensor in tensors.items()})
         with torch.no_grad():
             for name, tensor in self.named_weights().items():
                 copy_whole(tensor, tensors[name])
-        for name, (ternary, scale) in kept.items():
-            self.get_submodule(name).keep(ternary, scale)  # type: ignore[operator]
+        for name, (ternary, scale) in quantized.items():
+            self.get_submodule(name).cache_quantized(ternary, scale)  # type: ignore[operator]
 
     def refuse_other_weights(self, shapes: dict[str, list[int]]) -> None:
         """ShapeError unless these are the names and shapes of this model's weights."""
@@ -260,8 +305,6 @@ class Model(nn.Module):
 
     def generate(self, input_ids: Any, max_new_tokens: int = 100, **options: Any) -> Tensor:
         """Prompt ids [B, T] -> [B, T + new] int64. Options: generation/decode.py's `generate`."""
-        from treadle.generation.decode import generate
-
         return generate(self, input_ids, max_new_tokens, **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -274,15 +317,17 @@ class Model(nn.Module):
 
 def describe(cls: type[Model], config: ModelConfig) -> str:
     """The text of config.json."""
-    table = {"model_type": cls.arch, "architectures": [cls.__name__], **config.model_dump()}
+    table = {"model_type": trusted_code.place_of(cls) or cls.arch, "architectures": [cls.__name__], **config.model_dump()}
     return json.dumps(table, indent=1) + "\n"
 
 
 def build(
-    arch: str = "transformer", preset: str | None = None, seed: int = 0, device: Any = "cpu", **keys: Any
+    arch: str | type[Model] = "transformer", preset: str | None = None, seed: int = 0, device: Any = "cpu", **keys: Any
 ) -> Model:
-    """A randomly initialised model: `build("transformer", hidden_size=256)`. ConfigError for bad names or values."""
-    cls = MODELS.get(arch)
+    """A randomly initialised model: `build("transformer", hidden_size=256)`, or of a class of one's own. ConfigError for bad
+    names or values."""
+    trusted_code.allow_names(arch)
+    cls = MODELS.get(arch) if isinstance(arch, str) else arch
     return build_from(cls, cls.Config.with_preset(preset, **keys), seed, device)
 
 
@@ -292,23 +337,39 @@ def build_from(cls: type[Model], config: ModelConfig, seed: int = 0, device: Any
     return model.materialise(seed, device)
 
 
-def from_pretrained(folder: str | Path, device: Any = "cpu") -> Model:
-    """A model from a folder that `save_pretrained` wrote. Raises InputError or CheckpointError with the reason."""
+def from_pretrained(folder: str | Path, device: Any = "cpu", trust_code: Iterable[str] = ()) -> Model:
+    """A model from a folder that `save_pretrained` wrote. Raises InputError or CheckpointError with the reason, and
+    ConfigError where the folder names code that `trust_code` does not."""
     folder = Path(folder)
+    trusted_code.allow(trust_code)
     if not (folder / CONFIG_FILE).is_file():
         raise InputError(f"{folder} holds no {CONFIG_FILE}; give a folder that save_pretrained wrote, or a run")
     try:
         described = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         arch = described.pop("model_type")
         described.pop("architectures", None)
-    except (ValueError, KeyError, AttributeError) as problem:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
         raise CheckpointError(f"{folder / CONFIG_FILE} is damaged: {problem}") from None
     cls = MODELS.get(str(arch))
-    with torch.device("meta"):
-        model = cls(cls.Config.with_preset(None, **described))
+    weights = read_tensors(folder / WEIGHTS_FILE)
+    model = allocated(cls, cls.Config.with_preset(None, **described), weights, device)
+    model.load_weights(weights)
+    return model
+
+
+def allocated(cls: type[Model], config: ModelConfig, weights: dict[str, Tensor], device: Any) -> Model:
+    """A model with memory for its weights, where `weights` can be those: a description from elsewhere may ask for any size.
+    ShapeError when they cannot."""
+    try:
+        with torch.device("meta"):
+            model = cls(config)  # type: ignore[call-arg]
+    except (RuntimeError, OverflowError) as problem:  # sizes beyond 64 bits
+        raise ShapeError(f"the configuration describes a model that cannot be: {problem}") from None
+    if model.parameter_count() > WEIGHTS_IN_A_BYTE * sum(tensor.nbytes for tensor in weights.values()):
+        raise ShapeError(f"the configuration describes a model of {count_label(model.parameter_count())} parameters, and the "
+                         "weights are far fewer; they belong to another model")  # fmt: skip
     model.to_empty(device=device)
     model.tie()
-    model.load_weights(read_tensors(folder / WEIGHTS_FILE))
     return model
 
 

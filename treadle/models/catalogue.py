@@ -12,4 +12,5 @@ MODELS = Registry(
     aliases={"hnet_bit": "hnet", "h_net": "hnet", "hierarchical": "hnet", "hgrn": "hgrn_bit", "flat": "hgrn_bit",
              "simplified_slm": "hgrn_bit", "simplifiedslm": "hgrn_bit", "slm": "hgrn_bit",
              "hyper_connections": "shc", "mhc": "shc", "gpt2": "transformer", "llama": "transformer", "gpt": "transformer", "dense": "transformer"},
+    base="treadle.models.base:Model",
 )

@@ -25,7 +25,7 @@ def compress_cache(model: Model, batches: Iterable[Batch], latent_size: int) -> 
     """
     if type(model) is not SHC or model.config.latent_size is not None:
         raise ConfigError("only a multi-stream transformer (shc) with a whole cache can be compressed")
-    mixers = model.mixers()
+    mixers = model.token_mixers()
     moments = [torch.zeros(model.config.hidden_size, model.config.hidden_size, dtype=torch.float64) for _ in mixers]
     seen: list[list[Tensor]] = [[] for _ in mixers]
     handles = [
@@ -37,7 +37,7 @@ def compress_cache(model: Model, batches: Iterable[Batch], latent_size: int) -> 
         for batch in batches:
             model.hidden(batch.to(model.device))
             for moment, kept in zip(moments, seen):
-                x = kept.pop()[batch.real.to(model.device)].double().cpu()
+                x = kept.pop()[batch.token_mask.to(model.device)].double().cpu()
                 moment += x.T @ x
     finally:
         model.train(was_training)
@@ -47,7 +47,7 @@ def compress_cache(model: Model, batches: Iterable[Batch], latent_size: int) -> 
         made = SHC(model.config.model_copy(update={"latent_size": latent_size}))
     made.start_from(model.named_weights())
     made.materialise(0, model.device)
-    for old, new, moment in zip(mixers, made.mixers(), moments):
+    for old, new, moment in zip(mixers, made.token_mixers(), moments):
         _factor(old, new, moment, latent_size)
     return made.train(was_training)
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from pydantic import model_validator
 
-from treadle.models.base import ModelConfig
+from treadle.models.base import LanguageModelConfig
 from treadle.settings import option
 
 
-class DecoderConfig(ModelConfig):
+class DecoderConfig(LanguageModelConfig):
     """Shape of a decoder of blocks with a mixer of heads and an MLP."""
 
     hidden_size: int = option(192, aliases=("d_model", "n_embd", "dim"), ge=1)
     """Width D of the residual stream."""
 
-    num_layers: int = option(4, aliases=("n_layers", "n_layer", "num_hidden_layers", "layers"), ge=1)
+    num_layers: int = option(4, aliases=("n_layers", "n_layer", "num_hidden_layers", "layers"), ge=1, le=4096)
     """Number of blocks."""
 
     num_heads: int = option(4, aliases=("n_heads", "n_head", "nhead", "num_attention_heads", "heads"), ge=1)

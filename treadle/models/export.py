@@ -12,7 +12,7 @@ from treadle.checkpoint import writer
 from treadle.checkpoint.layout import MANIFEST
 from treadle.checkpoint.reader import Checkpoint
 from treadle.errors import CheckpointError, InputError
-from treadle.models import packed as packing
+from treadle.layers import packed_weights
 from treadle.models.base import CONFIG_FILE, describe
 from treadle.models.pretrained import GENERATION_FILE, generation_defaults, home_of, locate, read_config, read_shape
 
@@ -36,15 +36,15 @@ def export(
     _refuse_foreign(folder)
     with torch.device("meta"):
         model = cls(shape)  # type: ignore[call-arg]
-    weights, kept = packing.unpacked(model, checkpoint.tensors("model"))
+    weights, quantized = packed_weights.unpack(model, checkpoint.tensors("model"))
     model.refuse_other_weights({n: list(t.shape) for n, t in weights.items()})
     if packed:
-        if not packing.layers_of(model):
+        if not packed_weights.ternary_layers(model):
             raise InputError(f"--packed: {run} has no ternary layers to pack; leave it out")
-        weights = packing.packed(model, weights)
-        for name, (_, scale) in kept.items():  # of an export that is packed already: the scale as it is
-            weights[name + packing.SCALE] = scale
-    weights = {n: t if n.endswith(packing.SCALE) or not t.is_floating_point() else t.to(DTYPES[precision]) for n, t in weights.items()}
+        weights = packed_weights.pack(model, weights)
+        for name, (_, scale) in quantized.items():  # of an export that is packed already: the scale as it is
+            weights[name + packed_weights.SCALE] = scale
+    weights = {n: t if n.endswith(packed_weights.SCALE) or not t.is_floating_point() else t.to(DTYPES[precision]) for n, t in weights.items()}
     members = ["config.toml", *checkpoint.members("tokenizer/")]
     files = {name: checkpoint.raw(name) for name in members}
     files[CONFIG_FILE] = describe(cls, shape).encode()

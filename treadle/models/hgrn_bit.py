@@ -8,8 +8,8 @@ import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from treadle.layers.exact import ExactRMSNorm
 from treadle.layers.hgrn import RecurrentState, linear
+from treadle.layers.reproducible import ReproducibleRMSNorm
 from treadle.models.backbone import Backbone
 from treadle.models.base import Capabilities, ParameterRule
 from treadle.models.recurrent import INTO_STREAM, Block, Mixer, RecurrentConfig, block_initial, block_rule
@@ -22,7 +22,7 @@ class HGRNBitConfig(RecurrentConfig):
     hidden_size: int = option(256, aliases=("d_model", "dim"), ge=1)
     """Width D of the residual stream."""
 
-    num_layers: int = option(6, aliases=("n_layers", "num_hidden_layers", "layers"), ge=1)
+    num_layers: int = option(6, aliases=("n_layers", "num_hidden_layers", "layers"), ge=1, le=4096)
     """Number of blocks."""
 
     lower_bound: bool = option(False, aliases=("use_lower_bound",))
@@ -63,7 +63,7 @@ class HGRNBit(Backbone):
     config: HGRNBitConfig
 
     def __init__(self, config: HGRNBitConfig) -> None:
-        norm = ExactRMSNorm(config.hidden_size, config.norm_eps)
+        norm = ReproducibleRMSNorm(config.hidden_size, config.norm_eps)
         super().__init__(config, config.hidden_size, config.num_layers, norm, config.tie_embeddings)
         if config.ternary:
             self.capabilities = Capabilities(rounds=True)
@@ -84,7 +84,7 @@ class HGRNBit(Backbone):
         return {name: rule for name, _ in self.named_parameters() if (rule := block_rule(name)) != ParameterRule()}
 
     def initial(self, name: str, parameter: Tensor) -> float | str | Tensor:
-        if name.endswith("lower_bound"):  # from forgetting freely to a memory of 50 places, by depth
+        if name.endswith("lower_bound"):  # from forgetting freely to a memory of 50 positions, by depth
             depth = int(name.split(".")[1]) / max(1, self.config.num_layers - 1)
             return torch.full(parameter.shape, -4.0 + 8.0 * depth)
         special = block_initial(name, parameter)

@@ -13,23 +13,23 @@ from torch import Tensor, nn
 
 from treadle.data.batch import PAD, Batch
 from treadle.layers.attention import Context
-from treadle.layers.exact import ExactLinear, ExactRMSNorm
 from treadle.layers.hgrn import linear
 from treadle.layers.hierarchy import (
     Boundaries,
     BoundaryRouter,
-    PlaceCount,
+    PositionCounter,
     StageState,
     compact,
     empty_state,
-    most_chosen,
+    most_chunks,
     ratio_loss,
     smooth,
     straight_through,
 )  # fmt: skip
+from treadle.layers.reproducible import ReproducibleLinear, ReproducibleRMSNorm
 from treadle.layers.rope import rotation
-from treadle.layers.state import Places, State
-from treadle.models.backbone import through
+from treadle.layers.state import State, TokenPositions
+from treadle.models.backbone import run_blocks
 from treadle.models.base import Capabilities, Model, Output, ParameterRule
 from treadle.models.recurrent import INTO_STREAM, Block, Mixer, RecurrentConfig, block_initial, block_rule
 from treadle.ops.documents import document_positions
@@ -46,24 +46,24 @@ class HNetConfig(RecurrentConfig):
     num_blocks: list[list[int]] = option([[1, 0, 1], [4]])
     """[encoder, 0, decoder] blocks of each outer stage, then [blocks] of the innermost."""
 
-    mixers: list[Mixer | list[Mixer]] | None = option(None)
-    """What mixes places in each stage: hgrn_bit, hgrn, attention (over the last local_window places) or ssm; a list is a
-    pattern that repeats over the stage's blocks. Without it hgrn_bit everywhere (hgrn with ternary off)."""
+    token_mixers: list[Mixer | list[Mixer]] | None = option(None, aliases=("mixers",))
+    """The token mixer of each stage: hgrn_bit, hgrn, attention (over the last local_window positions) or ssm; a list is
+    a pattern that repeats over the stage's blocks. Without it hgrn_bit everywhere (hgrn with ternary off)."""
 
     local_window: int = option(64, aliases=("window_size", "sliding_window"), ge=1)
-    """Places that an attention block sees; chunks, in an inner stage."""
+    """Positions that an attention block sees; in an inner stage these are chunks."""
 
     attention_heads: int = option(4, ge=1)
     """Heads of attention and ssm blocks; half a head's width must be whole in every stage that has them."""
 
     target_ratios: list[float] | None = option(None)
-    """Symbols a chunk at each outer stage, as the ratio loss wants them; default 6 for one stage, 3 each for more."""
+    """Tokens per chunk at each outer stage that the ratio loss aims at; default 6 for one stage, 3 each for more."""
 
     ratio_weight: float = option(0.03, ge=0.0)
     """Weight of the ratio loss."""
 
     stage_learning_rates: bool = option(True)
-    """Each stage's learning rate by its width and the symbols it sees (H-Net, appendix C)."""
+    """Each stage's learning rate by its width and the number of tokens it sees (H-Net, appendix C)."""
 
     router_learning_rate: float = option(10.0, gt=0)
     """Learning rate of the routers as a multiple of their stage's. They start as the identity, with entries fifty times those
@@ -84,8 +84,8 @@ class HNetConfig(RecurrentConfig):
         if any(a > b for a, b in zip(self.hidden_sizes, self.hidden_sizes[1:])):
             raise ValueError(f"hidden_sizes = {self.hidden_sizes}: an inner stage may not be narrower than the one around it")
         self.check_widths(*self.hidden_sizes)
-        if self.mixers is not None and (len(self.mixers) != len(self.hidden_sizes) or [] in self.mixers):
-            raise ValueError(f"mixers = {self.mixers}: give one entry (or a list) for each of {len(self.hidden_sizes)} stages")
+        if self.token_mixers is not None and (len(self.token_mixers) != len(self.hidden_sizes) or [] in self.token_mixers):
+            raise ValueError(f"token_mixers = {self.token_mixers}: give one entry (or a list) for each of {len(self.hidden_sizes)} stages")
         for stage, width in enumerate(self.hidden_sizes):
             if {"attention", "ssm"} & set(self.pattern(stage)) and width % (2 * self.attention_heads):
                 raise ValueError(f"hidden_sizes[{stage}] = {width} does not divide into attention_heads = {self.attention_heads} "
@@ -105,9 +105,9 @@ class HNetConfig(RecurrentConfig):
 
     def pattern(self, stage: int) -> list[Mixer]:
         """The mixers of a stage's blocks, repeated over them."""
-        if self.mixers is None:
+        if self.token_mixers is None:
             return ["hgrn_bit" if self.ternary else "hgrn"]
-        given = self.mixers[stage]
+        given = self.token_mixers[stage]
         return given if isinstance(given, list) else [given]
 
     @property
@@ -143,27 +143,27 @@ class Stage(nn.Module):
         width, counts = config.hidden_sizes[index], config.num_blocks[index]
         self.innermost = len(counts) == 1
         self.target = None if self.innermost else config.ratios[index]
-        self.counted = any(mixer in ("attention", "ssm") for mixer in config.pattern(index))
-        self.head_width, self.even = width // config.attention_heads, config.rounds
+        self.tracks_positions = any(mixer in ("attention", "ssm") for mixer in config.pattern(index))
+        self.head_width, self.reproducible = width // config.attention_heads, config.rounds
 
         def blocks(first: int, count: int) -> nn.ModuleList:
             pattern = config.pattern(index)
             return nn.ModuleList(
-                Block(config, width, pattern[number % len(pattern)], even=config.rounds, window=config.local_window,
+                Block(config, width, pattern[number % len(pattern)], reproducible=config.rounds, window=config.local_window,
                       heads=config.attention_heads) for number in range(first, first + count)
             )  # fmt: skip
 
         self.encoder = blocks(0, counts[0])
-        self.encoder_norm = ExactRMSNorm(width, config.norm_eps)
+        self.encoder_norm = ReproducibleRMSNorm(width, config.norm_eps)
         if self.innermost:
             return
         inner = config.hidden_sizes[index + 1]
         self.router = BoundaryRouter(width)
-        self.residual = ExactLinear(width, width)
+        self.residual = ReproducibleLinear(width, width)
         self.widening = nn.Parameter(torch.zeros(inner - width)) if inner > width else None
         self.inner = Stage(config, index + 1)
         self.decoder = blocks(counts[0], counts[2])
-        self.decoder_norm = ExactRMSNorm(width, config.norm_eps)
+        self.decoder_norm = ReproducibleRMSNorm(width, config.norm_eps)
 
     def own_blocks(self) -> list[nn.Module]:
         return [*self.encoder, *(() if self.innermost else self.decoder)]
@@ -175,11 +175,11 @@ class Stage(nn.Module):
     @property
     def memories(self) -> int:
         """Entries of `states`."""
-        return self.counted + len(self.own_blocks()) + (0 if self.innermost else 1 + self.inner.memories)
+        return self.tracks_positions + len(self.own_blocks()) + (0 if self.innermost else 1 + self.inner.memories)
 
     def states(self, rows: int, device: Any, dtype: Any) -> list[Any]:
         """Decoding states in the order that `forward` takes them."""
-        made: list[Any] = [PlaceCount(torch.zeros(rows, dtype=torch.int64, device=device))] if self.counted else []
+        made: list[Any] = [PositionCounter(torch.zeros(rows, dtype=torch.int64, device=device))] if self.tracks_positions else []
         made += [block.empty(rows, device, dtype) for block in self.encoder]  # type: ignore[operator]
         if not self.innermost:
             inner = self.inner.encoder_norm.weight.shape[0]
@@ -189,65 +189,65 @@ class Stage(nn.Module):
         return made
 
     def forward(
-        self, x: Tensor, real: Tensor, doc_ids: Tensor | None, states: Iterator[Any] | None, found: list[tuple[Boundaries, Tensor]],
+        self, x: Tensor, token_mask: Tensor, doc_ids: Tensor | None, states: Iterator[Any] | None, found: list[tuple[Boundaries, Tensor]],
     ) -> Tensor:  # fmt: skip
-        """x [B, T, D]; real [B, T], with states all of them before the padding. `found` takes each stage's boundaries."""
-        context = self._context(real, doc_ids, states)
-        x = self.encoder_norm(through(self.encoder, x, context, states))
+        """x [B, T, D]; token_mask [B, T], with states all tokens before the padding. `found` takes each stage's boundaries."""
+        context = self._context(token_mask, doc_ids, states)
+        x = self.encoder_norm(run_blocks(self.encoder, x, context, states))
         if self.innermost:
             return x
         own: StageState | None = next(states) if states is not None else None
-        boundaries = self.router(x, real, doc_ids, own)
-        found.append((boundaries, real))
-        y = self._inside(x, real, boundaries, doc_ids, own, states, found)
-        share = torch.where(boundaries.chosen, boundaries.probability, 1.0 - boundaries.probability)
+        boundaries = self.router(x, token_mask, doc_ids, own)
+        found.append((boundaries, token_mask))
+        y = self._inside(x, token_mask, boundaries, doc_ids, own, states, found)
+        share = torch.where(boundaries.mask, boundaries.probability, 1.0 - boundaries.probability)
         with without_autocast(x):
             y = y * straight_through(share)[..., None] + self.residual(x.float())
         if own is not None:
-            count = real.sum(1)
+            count = token_mask.sum(1)
             last = x.gather(1, (count - 1).clamp_min(0)[:, None, None].expand(-1, 1, x.shape[2]))[:, 0]
             own.last = torch.where((count > 0)[:, None], last, own.last).detach()
             own.seen = own.seen | (count > 0)
-        return self.decoder_norm(through(self.decoder, y, context, states))
+        return self.decoder_norm(run_blocks(self.decoder, y, context, states))
 
-    def _context(self, real: Tensor, doc_ids: Tensor | None, states: Iterator[Any] | None) -> Context:
-        """What this stage's blocks share; places count from each document's start, in chunks inside."""
+    def _context(self, token_mask: Tensor, doc_ids: Tensor | None, states: Iterator[Any] | None) -> Context:
+        """What this stage's blocks share; positions count from each document's start, in chunks in an inner stage."""
         context = Context(doc_ids)
-        positions = real  # recurrences know none
-        if self.counted:
+        positions = token_mask  # recurrences know none
+        if self.tracks_positions:
             seen = next(states) if states is not None else None
-            documents = torch.zeros_like(real) if doc_ids is None else doc_ids
-            positions = document_positions(documents) if seen is None else seen.move(real)
-            wide = torch.float64 if self.even and not torch.is_grad_enabled() else torch.float32
+            documents = torch.zeros_like(token_mask) if doc_ids is None else doc_ids
+            positions = document_positions(documents) if seen is None else seen.advance(token_mask)
+            wide = torch.float64 if self.reproducible and not torch.is_grad_enabled() else torch.float32
             context.rotary = rotation(positions, self.head_width, dtype=wide)
         if states is not None:
-            context.places = Places(real, positions, positions)
+            context.token_positions = TokenPositions(token_mask, positions, positions)
         return context
 
     def _inside(
-        self, x: Tensor, real: Tensor, boundaries: Boundaries, doc_ids: Tensor | None, own: StageState | None,
+        self, x: Tensor, token_mask: Tensor, boundaries: Boundaries, doc_ids: Tensor | None, own: StageState | None,
         states: Iterator[Any] | None, found: list[tuple[Boundaries, Tensor]],
     ) -> Tensor:  # fmt: skip
         """Chunk, the inner stage, de-chunk: [B, T, D]."""
-        chosen = boundaries.chosen
+        boundary_mask = boundaries.mask
         assert self.target is not None
-        longest = most_chosen(chosen, self.target)
+        longest = most_chunks(boundary_mask, self.target)
         if longest == 0 and own is not None and states is not None:  # no chunk begins: the stages inside stand still
             for _ in range(self.inner.memories):
                 next(states)
             return own.smoothed[:, None, : x.shape[2]].expand(-1, x.shape[1], -1)
         longest = max(1, longest)
-        chunks, order = compact(x, chosen, longest)
-        taken = chosen.gather(1, order)
+        chunks, order = compact(x, boundary_mask, longest)
+        chunk_mask = boundary_mask.gather(1, order)
         inner_docs = None
         if own is None:
-            inner_docs = torch.where(taken, doc_ids.gather(1, order) if doc_ids is not None else 0, PAD)
+            inner_docs = torch.where(chunk_mask, doc_ids.gather(1, order) if doc_ids is not None else 0, PAD)
         if self.widening is not None:
             chunks = torch.cat([chunks, self.widening.expand(*chunks.shape[:2], -1).to(chunks.dtype)], -1)
-        chunks = self.inner(chunks, taken, inner_docs, states, found)
+        chunks = self.inner(chunks, chunk_mask, inner_docs, states, found)
         with without_autocast(x):
-            smoothed = smooth(chunks, boundaries.probability.gather(1, order), inner_docs, taken, own.smoothed if own else None)
-        number = chosen.cumsum(1) - 1  # which chunk each place is in
+            smoothed = smooth(chunks, boundaries.probability.gather(1, order), inner_docs, chunk_mask, own.smoothed if own else None)
+        number = boundary_mask.cumsum(1) - 1  # which chunk each position is in
         if own is not None:
             before = own.smoothed
             own.smoothed = smoothed[:, -1].detach()  # padding changed nothing
@@ -278,12 +278,12 @@ class HNet(Model):
     def hidden(self, batch: Batch, state: State | None = None) -> Output:
         x, found = self.embedding(batch.input_ids), []  # type: ignore[var-annotated]
         if state is None:
-            doc_ids = None if batch.whole_rows else batch.doc_ids
-            real = batch.real
-            return self._output(self.stage(x, real, doc_ids, None, found), found)
-        real = state.places(*batch.shape, batch.doc_ids, batch.segments).real
-        x, order = compact(x, real, x.shape[1])
-        y = self.stage(x, real.gather(1, order), None, iter(state.layers), found)
+            doc_ids = None if batch.is_unpacked else batch.doc_ids
+            token_mask = batch.token_mask
+            return self._output(self.stage(x, token_mask, doc_ids, None, found), found)
+        token_mask = state.token_positions(*batch.shape, batch.doc_ids, batch.segments).token_mask
+        x, order = compact(x, token_mask, x.shape[1])
+        y = self.stage(x, token_mask.gather(1, order), None, iter(state.layers), found)
         y = torch.zeros_like(y).scatter(1, order[..., None].expand_as(y), y)
         return Output(hidden=y, state=state)
 
@@ -292,28 +292,28 @@ class HNet(Model):
         tokens = found[0][1].sum(1)
         total = hidden.new_zeros((), dtype=torch.float32)
         with without_autocast(hidden):
-            for stage, (boundaries, real) in enumerate(found):
-                loss = ratio_loss(boundaries, real, self.config.ratios[stage])
+            for stage, (boundaries, token_mask) in enumerate(found):
+                loss = ratio_loss(boundaries, token_mask, self.config.ratios[stage])
                 total = total + (loss * tokens).sum()
-                places = real.sum().clamp_min(1)
-                out.stats[f"boundary_rate_{stage}"] = boundaries.chosen.sum().detach() / places
-                out.stats[f"symbols_per_chunk_{stage}"] = tokens.sum() / boundaries.chosen.sum().clamp_min(1)
+                positions = token_mask.sum().clamp_min(1)
+                out.stats[f"boundary_rate_{stage}"] = boundaries.mask.sum().detach() / positions
+                out.stats[f"tokens_per_chunk_{stage}"] = tokens.sum() / boundaries.mask.sum().clamp_min(1)
                 out.stats[f"ratio_loss_{stage}"] = (loss.detach() * tokens).sum() / tokens.sum().clamp_min(1)
         out.losses["ratio"] = (total * self.config.ratio_weight, "tokens")
         return out
 
     @torch.no_grad()
     def boundaries(self, batch: Batch) -> list[Tensor]:
-        """Where chunks begin, bool [B, T] for each stage; an inner stage's at the symbols that its chunks began with."""
+        """Where chunks begin, bool [B, T] for each stage; an inner stage's at the tokens that its chunks begin with."""
         found: list[tuple[Boundaries, Tensor]] = []
-        doc_ids = None if batch.whole_rows else batch.doc_ids
-        self.stage(self.embedding(batch.input_ids), batch.real, doc_ids, None, found)
-        made, places = [], torch.arange(batch.shape[1], device=batch.device).expand(batch.shape)
+        doc_ids = None if batch.is_unpacked else batch.doc_ids
+        self.stage(self.embedding(batch.input_ids), batch.token_mask, doc_ids, None, found)
+        made, positions = [], torch.arange(batch.shape[1], device=batch.device).expand(batch.shape)
         for boundaries, _ in found:
             marks = torch.zeros(batch.shape, dtype=torch.bool, device=batch.device)
-            marks.scatter_(1, places, boundaries.chosen)
+            marks.scatter_(1, positions, boundaries.mask)
             made.append(marks)
-            places, _ = compact(places, boundaries.chosen, most_chosen(boundaries.chosen, 1.0))
+            positions, _ = compact(positions, boundaries.mask, most_chunks(boundaries.mask, 1.0))
         return made
 
     def new_state(self, batch_size: int, max_len: int, device: Any = None, dtype: Any = None) -> State:
@@ -323,14 +323,14 @@ class HNet(Model):
 
     def flops(self, length: int) -> int:
         """With as many chunks as the ratio loss wants; what a batch really costs depends on its text."""
-        c, places, stage = self.config, float(length), self.stage
+        c, expected, stage = self.config, float(length), self.stage
         total = 2 * length * c.hidden_sizes[0] * c.vocab_size
         for width, ratio in zip(c.hidden_sizes, [*c.ratios, 1.0]):
-            here = math.ceil(places)
+            here = math.ceil(expected)
             total += sum(block.flops(here) for block in stage.own_blocks())  # type: ignore[operator]
             if not stage.innermost:
                 total += 2 * here * 3 * width * width
-                stage, places = stage.inner, places / ratio
+                stage, expected = stage.inner, expected / ratio
         return total
 
     def parameter_rules(self) -> dict[str, ParameterRule]:

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
+from treadle import terminal, trusted_code
 from treadle.checkpoint.layout import MANIFEST, checkpoint_name, steps_in
 from treadle.checkpoint.reader import Checkpoint, newest_valid
 from treadle.checkpoint.retention import best_step
 from treadle.errors import CheckpointError, ConfigError, InputError
 from treadle.generation.sampling import stored_defaults
-from treadle.models.base import Model, ModelConfig
+from treadle.models.base import CONFIG_FILE, Model, ModelConfig, allocated, build, from_pretrained
 from treadle.models.catalogue import MODELS
 from treadle.text.base import Tokenizer
 
@@ -30,7 +31,7 @@ class Loaded:
     """A trained model with what goes with it."""
 
     model: Model
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None  # of models of text
     checkpoint: Checkpoint
     config: dict[str, Any]  # the checkpoint's config.toml
 
@@ -69,7 +70,7 @@ def locate(run: str, warn: Any = None) -> Checkpoint:
 
 
 def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
+    terminal.write(f"warning: {text}", sys.stderr)
 
 
 def _last_run() -> Path:
@@ -83,9 +84,9 @@ def checkpoint_root(run: Path) -> Path:
     """Where a run's checkpoints are; its config.toml may name another place."""
     try:
         configured = tomllib.loads((run / "config.toml").read_text("utf-8")).get("checkpoint", {}).get("checkpoint_dir")
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         configured = None
-    return Path(configured) if configured else run / "checkpoints"
+    return Path(configured) if configured and isinstance(configured, str) else run / "checkpoints"
 
 
 def home_of(checkpoint: Path) -> Path:
@@ -96,13 +97,19 @@ def home_of(checkpoint: Path) -> Path:
 
 def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
     try:
-        return tomllib.loads(checkpoint.text("config.toml"))
-    except tomllib.TOMLDecodeError as problem:
+        config = tomllib.loads(checkpoint.text("config.toml"))
+    except (ValueError, RecursionError) as problem:
         raise CheckpointError(f"{checkpoint.folder}/config.toml cannot be read: {problem}") from None
+    if not all(isinstance(section, dict) for section in config.values()):
+        raise CheckpointError(f"{checkpoint.folder}/config.toml does not hold sections")
+    trusted_code.recall(config)
+    return config
 
 
-def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The tokenizer inside a checkpoint, from its verified bytes."""
+def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
+    """The tokenizer inside a checkpoint, from its verified bytes; None for a model that reads no text."""
+    if not checkpoint.members("tokenizer/"):
+        return None
     with tempfile.TemporaryDirectory(prefix="treadle-") as folder:
         for member in checkpoint.members("tokenizer/"):
             Path(folder, Path(member).name).write_bytes(checkpoint.raw(member))
@@ -126,7 +133,7 @@ def generation_defaults(folder: Path) -> dict[str, Any]:
         if path.is_file():
             try:
                 table = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as problem:
+            except (ValueError, RecursionError) as problem:
                 raise ConfigError(f"{path} is not JSON: {problem}") from None
             if not isinstance(table, dict):
                 raise ConfigError(f"{path} holds no table")
@@ -139,18 +146,22 @@ def load_run(run: str, device: Any = None, warn: Any = None) -> Loaded:
     checkpoint = locate(run, warn)
     config = read_config(checkpoint)
     cls, shape = read_shape(checkpoint, config)
-    with torch.device("meta"):
-        model = cls(shape)  # type: ignore[call-arg]
-    model.to_empty(device=pick_device(device or "auto"))
-    model.tie()
-    model.load_weights(checkpoint.tensors("model"))
+    weights = checkpoint.tensors("model")
+    model = allocated(cls, shape, weights, pick_device(device or "auto"))
+    model.load_weights(weights)
     return Loaded(model.eval(), read_tokenizer(checkpoint), checkpoint, config)
+
+
+def tokenizer_of(loaded: Loaded) -> Tokenizer:
+    """The tokenizer of a model of text; ConfigError for any other."""
+    if loaded.tokenizer is None:
+        raise ConfigError(f"{loaded.checkpoint.folder} holds a model that reads no text, so there is nothing to generate; "
+                          "treadle eval shows its samples")  # fmt: skip
+    return loaded.tokenizer
 
 
 def load_model(source: str, device: Any = None, pretrained: bool = True) -> Model:
     """A model from a run, a checkpoint, or a folder of save_pretrained; a preset's name only with pretrained=False."""
-    from treadle.models.base import CONFIG_FILE, build, from_pretrained
-
     presets = {name: arch for arch in MODELS.names() for name in MODELS.get(arch).Config.presets()}
     plain = source.lower().replace("-", "_")
     if plain in presets and not Path(source).exists():

@@ -8,19 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from treadle.layers.attention import Context
-from treadle.layers.exact import ExactRMSNorm, evenly
 from treadle.layers.hgrn import HGRN, GatedMLP
-from treadle.layers.keeping import Keeping
+from treadle.layers.reproducible import ReproducibleRMSNorm, reproducible_sigmoid
+from treadle.layers.sliding_window_attention import SlidingWindowAttention
 from treadle.layers.ssm import SSMMixer
-from treadle.layers.window import WindowAttention
-from treadle.models.base import ModelConfig, ParameterRule
+from treadle.layers.weight_cache import ModuleWithWeightCache
+from treadle.models.base import LanguageModelConfig, ParameterRule
 from treadle.ops.recurrent_block import PackedBlock, available
 from treadle.settings import option
 
 Mixer = Literal["hgrn_bit", "hgrn", "attention", "ssm"]
 
 
-class RecurrentConfig(ModelConfig):
+class RecurrentConfig(LanguageModelConfig):
     """Keys of the recurrence and of the MLP beside it."""
 
     ternary: bool = option(True)
@@ -39,10 +39,10 @@ class RecurrentConfig(ModelConfig):
     """full: hidden_ratio D; matmulfree: two thirds of it, rounded up to a multiple of 256."""
 
     output_gate: Literal["matmulfree", "hgrn"] = option("matmulfree")
-    """What is normed and what gates: norm(G x) silu(h), or norm(h) silu(G x)."""
+    """What is normalised and what gates: norm(G x) silu(h), or norm(h) silu(G x)."""
 
     convolution_size: int = option(0, aliases=("conv_size",), ge=0, le=16)
-    """Places that a short convolution before the gates sees; 0 is none, 4 is usual."""
+    """Positions that a short convolution before the gates sees; 0 is none, 4 is usual."""
 
     shared_convolution: bool = option(False, aliases=("share_conv_kernel",))
     """One convolution of the block's input instead of one for each gate."""
@@ -80,65 +80,65 @@ class RecurrentConfig(ModelConfig):
                 raise ValueError(f"the recurrence is {self.inner(width)} wide, which does not divide by num_heads = "
                                  f"{self.num_heads}")  # fmt: skip
         if self.convolution_size == 1:
-            raise ValueError("convolution_size = 1 sees one place alone; use 0 for none, or 4")
+            raise ValueError("convolution_size = 1 sees one position alone; use 0 for none, or 4")
 
 
-FEW_PLACES = 16  # place after place through the compiled block; more are faster in products of matrices
+FEW_POSITIONS = 16  # one after the other through the compiled block; more are faster in products of matrices
 
 
-class Block(Keeping):
+class Block(ModuleWithWeightCache):
     """x += mixer(norm x); x += MLP(norm x). `mixer` hgrn_bit is ternary with its MLP; the others are full precision, and
-    `even` where other blocks of the model round (layers/exact.py)."""
+    `reproducible` where other blocks of the model round (layers/reproducible.py)."""
 
     def __init__(
-        self, config: RecurrentConfig, width: int, mixer: Mixer, *, bounded: bool = False, even: bool = False, window: int = 0,
+        self, config: RecurrentConfig, width: int, mixer: Mixer, *, bounded: bool = False, reproducible: bool = False, window: int = 0,
         heads: int = 1,
     ) -> None:  # fmt: skip
         super().__init__()
         ternary, inner = mixer == "hgrn_bit", config.inner(width)
-        self.attention_norm = ExactRMSNorm(width, config.norm_eps)
+        self.attention_norm = ReproducibleRMSNorm(width, config.norm_eps)
         self.attention: nn.Module
         if mixer == "attention":
-            self.attention = WindowAttention(width, heads, window=window, even=even)
+            self.attention = SlidingWindowAttention(width, heads, window=window, reproducible=reproducible)
         elif mixer == "ssm":
             self.attention = SSMMixer(width, heads, heads, width // heads, window=0, features="hedgehog", normalizer=True,
-                                      eps=config.norm_eps, even=even)  # fmt: skip
+                                      eps=config.norm_eps, reproducible=reproducible)  # fmt: skip
         else:
             self.attention = HGRN(
-                width, inner, heads=config.num_heads, ternary=ternary, gate=config.output_gate, even=even,
+                width, inner, heads=config.num_heads, ternary=ternary, gate=config.output_gate, reproducible=reproducible,
                 convolution=config.convolution_size, shared_convolution=config.shared_convolution, eps=config.norm_eps,
                 backend=config.scan_backend,
             )  # fmt: skip
-        self.mlp_norm = ExactRMSNorm(width, config.norm_eps)
-        self.mlp = GatedMLP(width, config.mlp_inner(width), ternary, even)
+        self.mlp_norm = ReproducibleRMSNorm(width, config.norm_eps)
+        self.mlp = GatedMLP(width, config.mlp_inner(width), ternary, reproducible)
         self.lower_bound = nn.Parameter(torch.zeros(inner)) if bounded else None
         self.eps, self.fusable = config.norm_eps, ternary and not config.convolution_size
         self._sources: list[tuple[Any, str]] | None = None  # where its parameters are, so that new ones are seen at once
 
     @property
     def bound(self) -> Tensor | None:
-        return evenly(torch.sigmoid, self.lower_bound.float()) if self.lower_bound is not None else None
+        return reproducible_sigmoid(self.lower_bound.float()) if self.lower_bound is not None else None
 
     def forward(self, x: Tensor, context: Context, state: Any = None) -> Tensor:
-        if state is not None and x.shape[1] <= FEW_PLACES and not torch.is_grad_enabled() and not self.training:
+        if state is not None and x.shape[1] <= FEW_POSITIONS and not torch.is_grad_enabled() and not self.training:
             packed = self.packed(x)
             if packed is not None:
-                assert context.places is not None
-                real = context.places.real
+                assert context.token_positions is not None
+                token_mask = context.token_positions.token_mask
                 if x.shape[1] == 1:
-                    return packed(x.float(), state.hidden, real)
-                steps = zip(x.split(1, 1), real.split(1, 1))
-                return torch.cat([packed(place.float(), state.hidden, here) for place, here in steps], 1)
+                    return packed(x.float(), state.hidden, token_mask)
+                steps = zip(x.split(1, 1), token_mask.split(1, 1))
+                return torch.cat([packed(one.float(), state.hidden, mask) for one, mask in steps], 1)
         if torch.is_grad_enabled():
-            self.forget()
+            self.clear_weight_cache()
         bound = () if self.lower_bound is None else (self.bound,)
-        if context.mixer_only:
+        if context.token_mixer_only:
             return self.attention(x, context, None, *bound)
         x = x + self.attention(self.attention_norm(x), context, state, *bound)
         return x + self.mlp(self.mlp_norm(x))
 
     def empty(self, rows: int, device: Any, dtype: Any) -> Any:
-        """The decoding state before the first place."""
+        """The decoding state before the first position."""
         return self.attention.empty(rows, device, dtype)  # type: ignore[operator]
 
     def flops(self, length: int) -> int:
@@ -146,7 +146,7 @@ class Block(Keeping):
         return self.attention.flops(length) + self.mlp.flops(length)  # type: ignore[operator]
 
     def packed(self, x: Tensor) -> PackedBlock | None:
-        """The block as one compiled call for a place at a time, where there is one."""
+        """The block as one compiled call for one position at a time, where there is one."""
         if not self.fusable or x.device.type != "cpu" or not available():
             return None
         if self._sources is None:
@@ -157,7 +157,7 @@ class Block(Keeping):
             mark = [p._version for p in parameters] + [p.data_ptr() for p in parameters]
         except RuntimeError:  # gathered from shards
             return None
-        return self.kept(mark, lambda: self._pack(parameters))
+        return self.cached(mark, lambda: self._pack(parameters))
 
     def _pack(self, parameters: list[Any]) -> PackedBlock | None:
         if any(type(p.data) is not Tensor for p in parameters):  # in parts, on several processes

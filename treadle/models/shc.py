@@ -17,6 +17,7 @@ from treadle.layers.rope import rotation
 from treadle.layers.state import KeyValueCache, State
 from treadle.layers.streams import GAIN, Routed, Router, composite, statistics
 from treadle.models.backbone import Backbone
+from treadle.models.base import ParameterRule
 from treadle.models.decoder import DecoderConfig
 from treadle.ops.streams import write
 from treadle.settings import option
@@ -99,7 +100,7 @@ class Block(nn.Module):
         self.mlp_router = _router(config) if several else None
 
     def forward(self, x: Tensor, context: Context, memory: Any = None) -> Tensor:
-        if context.mixer_only:
+        if context.token_mixer_only:
             return self.attention(x, context)
         u, held, post = self._read(self.attention_router, x, context)
         x = self._write(held, post, self.dropout(self.attention(self.attention_norm(u), context, memory)))
@@ -141,7 +142,7 @@ class SHC(Backbone):
         self.stream_weights = nn.Parameter(torch.zeros(n)) if learned else None
 
     def make_mixer(self) -> nn.Module:
-        """What mixes places in a block; called as mixer(x, context, layer_state)."""
+        """The token mixer of a block; called as mixer(x, context, layer_state)."""
         config = self.config
         if config.latent_size is not None:
             return LatentAttention(config.hidden_size, config.num_heads, config.groups, config.width_of_head,
@@ -154,19 +155,19 @@ class SHC(Backbone):
 
     def context(self, batch: Batch, state: State | None) -> Context:
         context = super().context(batch, state)
-        positions = context.places.positions if context.places is not None else batch.position_ids
+        positions = context.token_positions.position_ids if context.token_positions is not None else batch.position_ids
         assert positions is not None
         context.rotary = rotation(positions, self.config.width_of_head, self.config.rope_theta)
         context.routed = self._record
         return context
 
-    def enter(self, batch: Batch, context: Context) -> Tensor:
-        x = super().enter(batch, context)
+    def embed(self, batch: Batch, context: Context) -> Tensor:
+        x = super().embed(batch, context)
         if self.stream_scale is None or self.stream_shift is None:
             return x
         return x[:, :, None] * (1.0 + self.stream_scale) + self.stream_shift  # [B, T, n, D]
 
-    def leave(self, x: Tensor) -> Tensor:
+    def final_norm(self, x: Tensor) -> Tensor:
         if self.stream_scale is None:
             return self.norm(x)
         if self.stream_weights is None:
@@ -185,7 +186,7 @@ class SHC(Backbone):
     # ---- looking at the routing ----
 
     def routing_stats(self, batch: Batch | None = None) -> dict[str, Any]:
-        """What the routers do with a batch (default: an example of random symbols): "sublayers", a list of statistics in
+        """What the routers do with a batch (default: an example of random tokens): "sublayers", a list of statistics in
         depth order (layers/streams.py), and "composite_max", "composite_min", the gain of the residual path over the whole
         depth. Leaves mode, gradients and the random state alone."""
         if self.config.num_streams == 1 or self.config.routing == "none":
@@ -233,8 +234,6 @@ class SHC(Backbone):
         return 2 * length * (products + 2 * heads * length)
 
     def parameter_rules(self) -> dict[str, Any]:
-        from treadle.models.base import ParameterRule
-
         # Zero is no goal for rotations and for what tells the streams apart; a router's rows are decisions, not a map.
         plain = ("generators", "stream_scale", "stream_shift")
         rules = {n: ParameterRule(matrix=False) for n, _ in self.named_parameters() if n.endswith("router.weight")}

@@ -9,6 +9,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from treadle.layers.ssm import SSMMixer
+from treadle.models.base import ParameterRule
 from treadle.models.shc import SHC, SHCConfig
 from treadle.settings import option
 
@@ -17,7 +18,7 @@ class SSMConfig(SHCConfig):
     """The state-space model's keys: those of shc (num_streams = 1: one plain residual stream), and its mixer's."""
 
     local_window: int = option(16, aliases=("window_size", "sliding_window"), ge=0)
-    """Last places that are also seen by softmax attention, in a ring; 0 is a pure state-space model."""
+    """Last positions that are also seen by softmax attention, in a ring; 0 is a pure state-space model."""
 
     feature_map: Literal["hedgehog", "none"] = option("hedgehog")
     """What queries and keys become before they meet the state: softmax of +- a learned map, or themselves."""
@@ -55,8 +56,6 @@ class SSM(SHC):
         return self.layers[0].attention.flops(length)  # type: ignore[union-attr, operator]
 
     def parameter_rules(self) -> dict[str, Any]:
-        from treadle.models.base import ParameterRule
-
         maps = [n for n, _ in self.named_parameters() if n.endswith(("_features", "decay.weight"))]
         return {**super().parameter_rules(), **{n: ParameterRule(weight_decay=False) for n in maps}}
 

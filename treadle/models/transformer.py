@@ -103,7 +103,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()  # Dropout(0) still multiplies
 
     def forward(self, x: Tensor, context: Context, cache: KeyValueCache | None = None) -> Tensor:
-        if context.mixer_only:
+        if context.token_mixer_only:
             return self.attention(x, context)
         if not self.pre_norm:
             x = self.attention_norm(x + self.dropout(self.attention(x, context, cache)))
@@ -139,15 +139,15 @@ class Transformer(Backbone):
         return context
 
     def _position_ids(self, batch: Batch, context: Context) -> Tensor:
-        if context.places is not None:
-            return context.places.positions
+        if context.token_positions is not None:
+            return context.token_positions.position_ids
         assert batch.position_ids is not None
         return batch.position_ids
 
-    def enter(self, batch: Batch, context: Context) -> Tensor:
-        x = super().enter(batch, context)
+    def embed(self, batch: Batch, context: Context) -> Tensor:
+        x = super().embed(batch, context)
         if self.positions is not None:
-            longest = context.used if context.places is not None else batch.shape[1]
+            longest = context.used if context.token_positions is not None else batch.shape[1]
             if longest > self.config.max_position_embeddings:
                 raise ConfigError(f"{longest} positions, but the model has max_position_embeddings = "
                                   f"{self.config.max_position_embeddings}; use shorter rows (--seq_len)")  # fmt: skip

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any, TextIO
 
+from treadle.terminal import visible, write
+
 
 def duration(seconds: float) -> str:
     """3725 -> "1:02:05"."""
@@ -32,18 +34,18 @@ class Console:
         if self.quiet:
             return
         if self._progress is not None:
-            self._progress.console.print(text, markup=False, highlight=False)
+            self._progress.console.print(visible(text), markup=False, highlight=False)
         else:
-            print(text, file=self.stream, flush=True)
+            write(text, self.stream)
 
     def warn(self, text: str) -> None:
         """Warnings go to the error stream, so that a piped output stays clean, and are not `quiet`."""
         if self.silent:
             return
         if self._progress is not None:
-            self._progress.console.print(f"warning: {text}", markup=False, highlight=False, style="yellow")
+            self._progress.console.print(f"warning: {visible(text)}", markup=False, highlight=False, style="yellow")
         else:
-            print(f"warning: {text}", file=sys.stderr, flush=True)
+            write(f"warning: {text}", sys.stderr)
 
     def start(self, done: int, total: int) -> None:
         """Opens the live line (in a terminal)."""
@@ -65,14 +67,11 @@ class Console:
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
 
-    def row(self, row: dict[str, Any], total: int, remaining: float) -> None:
-        """One logged step: into the live line, or a plain line."""
+    def row(self, row: dict[str, Any], measured: str, total: int, remaining: float) -> None:
+        """One logged step: into the live line, or a plain line. measured: what the task says of it."""
         if self.quiet:
             return
-        parts = [f"loss {row['loss']:.4f}"]
-        if row.get("bpb") is not None:
-            parts.append(f"bpb {row['bpb']:.4f}")
-        parts += [f"lr {row['learning_rate']:.2e}", f"grad {row['grad_norm']:.2f}",
+        parts = [measured, f"lr {row['learning_rate']:.2e}", f"grad {row['grad_norm']:.2f}",
                   f"{rate(row['tokens_per_second'])} tok/s", f"{row['memory_gb']:.2f} GB"]  # fmt: skip
         if row.get("mfu") is not None:
             parts.append(f"mfu {row['mfu']:.0%}")

@@ -47,16 +47,6 @@ class Command:
     reply: Callable[[str], None]
 
 
-@dataclass
-class Wishes:
-    """What shall happen between two steps, the same in all processes. Signals reach each process at a moment of its own, so
-    nothing that all have to do together may depend on what one of them has heard since they last agreed."""
-
-    stop: bool = False
-    save: bool = False
-    evaluate: bool = False
-
-
 class Control:
     """Collects requests; the trainer asks `commands()` and `should_stop()` when it is ready for them."""
 

@@ -26,9 +26,20 @@ SINKS = Registry(
         "tensorboard": "treadle.monitor.sinks:TensorBoardSink",
         "wandb": "treadle.monitor.sinks:WandbSink",
     },
+    base="treadle.monitor.sinks:Sink",
 )
 # Which TensorBoard group a training column belongs to; the rest are train/*.
 PERFORMANCE = {"tokens_per_second", "memory_gb", "data_wait", "seconds"}
+# Statistics that an older version wrote under another name, number of the stage left out: its columns go on.
+RENAMED = {"symbols_per_chunk_": "tokens_per_chunk_"}
+
+
+def renamed(column: str) -> str:
+    """A column of an older version by the name that rows have now."""
+    for before, now in RENAMED.items():
+        if column.startswith(before):
+            return now + column.removeprefix(before)
+    return column
 
 
 class Sink(ABC):
@@ -103,7 +114,7 @@ class CsvSink(Sink):
             return
         at = rows[0].index("step")
         kept = [r for r in rows[1:] if len(r) == len(rows[0]) and r[at].isdigit() and int(r[at]) <= self.resumed_step]
-        self.columns[path.name] = rows[0]
+        self.columns[path.name] = rows[0] = [renamed(column) for column in rows[0]]
         text = io.StringIO(newline="")
         csv.writer(text).writerows([rows[0], *kept])
         write_atomically(path, text.getvalue())

@@ -1,59 +1,147 @@
-"""What is wanted of a model: an objective turns a forward pass into named sums."""
+"""What is wanted of a model. An objective owns all of it: the terms of the loss, the metrics of an evaluation and how they
+are printed, and what a sample looks like. The trainer, the log, `eval` and `compare` read it from here.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from treadle.data.base import Dataset
 from treadle.data.batch import Batch
 from treadle.models.base import Model
+from treadle.objectives.settings import DEFAULT_OBJECTIVE
 from treadle.registry import Registry
+from treadle.settings import Settings
 
-CountUnit = Literal["labels", "tokens", "rows", "documents"]
+if TYPE_CHECKING:
+    from treadle.objectives.sums import LossSums
 
 OBJECTIVES = Registry("objective", {
-    "next_token": "treadle.objectives.next_token:NextToken",
+    DEFAULT_OBJECTIVE: "treadle.objectives.next_token:NextToken",
     "distill_mixer": "treadle.objectives.distill:MatchMixers",
     "distill_hidden": "treadle.objectives.distill:MatchHidden",
     "distill_logits": "treadle.objectives.distill:MatchLogits",
-})  # fmt: skip
+}, base="treadle.objectives.base:Objective")  # fmt: skip
 
 
 @dataclass
 class LossTerm:
-    """One part of a loss: a fresh scalar sum, the unit it is divided by, and its own weight. Only training/step divides."""
+    """One term of a loss: a fresh scalar sum, the unit it is divided by (a name in Batch.counts), and its own weight. Only
+    training/step divides."""
 
     total: Tensor
-    unit: CountUnit
+    unit: str
     weight: float = 1.0
 
 
 @dataclass
 class Losses:
-    """All parts of one forward pass by name, and statistics that ride along."""
+    """All terms of one forward pass by name, and statistics that ride along."""
 
     losses: dict[str, LossTerm]
     stats: dict[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Metric:
+    """How to read one number of an evaluation. usual: (sign, bound) of what a well-trained model reaches, as in
+    ("<", 1.5); a value outside is marked, not judged. shown=False: a count that tables leave out."""
+
+    lower_is_better: bool = True
+    format: str = ".4f"
+    label: str | None = None
+    usual: tuple[str, float] | None = None
+    shown: bool = True
+
+    def show(self, value: float) -> str:
+        return format(value, self.format)
+
+
 class Objective(ABC):
-    """Base of every objective. `main` names the part that is the loss people speak of."""
+    """Base of every objective. A subclass names `headline` and writes __call__; everything else has a default.
 
-    main: str
-    in_nats = True  # `main` is the cross-entropy of the text, so that bits per byte and perplexity mean something
+    headline: the loss term that people speak of; its mean is the metric "loss". metrics: the numbers of an evaluation, in
+    the order of tables. ranking_metric: the one that `compare` sorts out the best by. training_line, evaluation_line: what
+    the console shows. Config: the keys of the [task] section that this objective understands; they arrive as `task`.
+    """
 
-    def prepare(self, model: Model, device: torch.device) -> None:  # noqa: B027  (most objectives have nothing to prepare)
-        """Called once before the model is spread over processes and optimisers are made; may freeze parameters."""
+    headline: ClassVar[str]
+    metrics: ClassVar[Mapping[str, Metric]] = {"loss": Metric()}
+    ranking_metric: ClassVar[str] = "loss"
+    training_line: ClassVar[tuple[str, ...]] = ("loss",)
+    evaluation_line: ClassVar[tuple[str, ...]] = ("loss",)
+    Config: ClassVar[type[Settings] | None] = None
+
+    def __init__(self, task: Any = None) -> None:
+        self.task = task if task is not None else (self.Config() if self.Config is not None else None)
+
+    def prepare(self, model: Model, dataset: Dataset, device: torch.device) -> None:  # noqa: B027 - most need nothing
+        """Called once before the model is spread over processes and optimisers are made; may freeze parameters, and raises
+        ConfigError where model and data do not fit each other."""
 
     @abstractmethod
     def __call__(self, model: Model, batch: Batch) -> Losses:
         """One forward pass; sums only."""
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """How many of each unit a batch has, read on the host before its forward pass."""
+        return batch.counts
+
+    # ---- evaluation ----
+
+    def evaluation_sums(self, model: Model, batch: Batch) -> dict[str, Any]:
+        """What an evaluation adds up (in fp64) over batches, by name; called without gradients, on the model's device.
+        Here: each loss term, and the count of its unit as NAME/count."""
+        found: dict[str, Any] = {}
+        for name, term in self(model, batch).losses.items():
+            found[name] = term.total.double()
+            found[f"{name}/count"] = self.counts(batch)[term.unit]
+        return found
+
+    def compute_metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        """Sums over all evaluation data -> metrics; at least "loss"."""
+        means = {name: total / max(1.0, sums[f"{name}/count"]) for name, total in sums.items() if f"{name}/count" in sums}
+        return {"loss": means.pop(self.headline), **{f"loss_{name}": value for name, value in means.items()}}
+
+    def metric(self, name: str) -> Metric:
+        return self.metrics.get(name, Metric())
+
+    def evaluation_text(self, metrics: dict[str, float]) -> str:
+        """The console's line of an evaluation."""
+        return "  ".join(f"{self.metric(n).label or n} {self.metric(n).show(metrics[n])}" for n in self.evaluation_line if n in metrics)
+
+    # ---- the log ----
+
+    def training_metrics(self, sums: LossSums) -> dict[str, float]:
+        """Further columns of a training row, from what was added up since the last one."""
+        return {}
+
+    def training_text(self, row: dict[str, Any]) -> str:
+        """The task's part of the console's line of a training row."""
+        shown = [n for n in self.training_line if row.get(n) is not None]
+        return "  ".join(f"{self.metric(n).label or n} {self.metric(n).show(row[n])}" for n in shown)
+
+    # ---- samples and baselines ----
+
+    def sample(self, model: Model, dataset: Dataset, prompt: str, tokens: int, seed: int) -> str:
+        """What a sample of this model looks like, for the file that each evaluation writes; "" writes none."""
+        return ""
+
+    def samples(self, model: Model, dataset: Dataset, count: int) -> tuple[list[dict[str, str]], dict[str, float]]:
+        """`count` samples for `treadle eval`, each {"prompt", "text"}, and metrics over them."""
+        texts = [self.sample(model, dataset, "", 0, seed) for seed in range(count)]
+        return [{"prompt": "", "text": text} for text in texts if text], {}
+
+    def baselines(self, train: Dataset, held_out: Dataset) -> dict[str, dict[str, float]]:
+        """Metrics that anyone gets without a model, by the baseline's name."""
+        return {}
 
 
 class ModelWithObjective(nn.Module):

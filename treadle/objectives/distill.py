@@ -12,17 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from treadle.data.base import Dataset
 from treadle.data.batch import IGNORE, Batch
 from treadle.errors import ConfigError
 from treadle.models.base import Model
-from treadle.objectives.base import OBJECTIVES, Losses, LossTerm, Objective
+from treadle.objectives.base import OBJECTIVES, Losses, LossTerm
+from treadle.objectives.next_token import NextToken
 from treadle.objectives.settings import DistillSettings
+from treadle.objectives.sums import LossSums
 from treadle.ops.cross_entropy import linear_cross_entropy
 from treadle.ops.divergence import linear_divergence
 
 
 @contextmanager
-def watched(modules: list[nn.Module]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+def captured_io(modules: list[nn.Module]) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """(input, output) of each module, as they are called inside."""
     seen: list[tuple[Tensor, Tensor]] = []
 
@@ -38,24 +41,26 @@ def watched(modules: list[nn.Module]) -> Iterator[list[tuple[Tensor, Tensor]]]:
 
 
 def relative_error(ours: Tensor, theirs: Tensor, real: Tensor) -> Tensor:
-    """Sum over real places of |ours - theirs|^2 / |theirs|^2; each place by itself, so that it does not matter which
-    places share a micro-batch. [B, T, ...], real bool [B, T]."""
+    """Sum over tokens of |ours - theirs|^2 / |theirs|^2; each position by itself, so that it does not matter which
+    positions share a micro-batch. [B, T, ...], real bool [B, T]."""
     gap, size = (ours.float() - theirs.float()).flatten(2), theirs.float().flatten(2)
     return (gap.square().sum(-1) / size.square().sum(-1).clamp_min(1e-12) * real).sum()
 
 
-class Distillation(Objective):
-    """Base: holds the teacher, frozen and in evaluation mode."""
+class Distillation(NextToken):
+    """Base: holds the teacher, frozen and in evaluation mode. Evaluations ask what the student says of the next token."""
 
     def __init__(self, teacher: Model, settings: DistillSettings | None = None) -> None:
+        super().__init__()
         self.teacher, self.settings = teacher.eval(), settings or DistillSettings()
         for parameter in teacher.parameters():
             parameter.requires_grad_(False)
 
-    def prepare(self, model: Model, device: torch.device) -> None:
+    def prepare(self, model: Model, dataset: Dataset, device: torch.device) -> None:
+        super().prepare(model, dataset, device)
         self.teacher.to(device)
-        if model.config.vocab_size != self.teacher.config.vocab_size:
-            raise ConfigError(f"the student knows {model.config.vocab_size} symbols, its teacher {self.teacher.config.vocab_size}; "
+        if model.vocab_size != self.teacher.vocab_size:
+            raise ConfigError(f"the student knows {model.vocab_size} tokens, its teacher {self.teacher.vocab_size}; "
                               "leave model.vocab_size out")  # fmt: skip
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self.trains(name))
@@ -65,67 +70,74 @@ class Distillation(Objective):
         return True
 
 
-class MatchMixers(Distillation):
+class _NotInNats(Distillation):
+    """Stages whose loss is an error of activations: bits per byte and perplexity of it would mean nothing."""
+
+    def training_metrics(self, sums: LossSums) -> dict[str, float]:
+        return {}
+
+
+class MatchMixers(_NotInNats):
     """Each mixer on what the teacher's mixer of the same block was given: all blocks at once, nothing adds up."""
 
-    main = "mixer"
-    in_nats = False
+    headline = "mixer"
+    training_line = ("loss",)
 
-    def prepare(self, model: Model, device: torch.device) -> None:
-        ours, theirs = model.mixers(), self.teacher.mixers()
+    def prepare(self, model: Model, dataset: Dataset, device: torch.device) -> None:
+        ours, theirs = model.token_mixers(), self.teacher.token_mixers()
         if not ours or len(ours) != len(theirs):
             raise ConfigError(f"the mixer stage pairs the blocks' mixers, and the student has {len(ours)}, the teacher "
                               f"{len(theirs)}; use --stages logits")  # fmt: skip
-        super().prepare(model, device)
+        super().prepare(model, dataset, device)
         inside = {id(p) for mixer in ours for p in mixer.parameters()}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in inside)
 
     def __call__(self, model: Model, batch: Batch) -> Losses:
-        with torch.no_grad(), watched(self.teacher.mixers()) as seen:
+        with torch.no_grad(), captured_io(self.teacher.token_mixers()) as seen:
             self.teacher.hidden(batch)
-        real = batch.real
+        real = batch.token_mask
         errors = [
             relative_error(ours, theirs, real)
-            for ours, (_, theirs) in zip(model.mix([given for given, _ in seen], batch), seen)
+            for ours, (_, theirs) in zip(model.run_token_mixers([given for given, _ in seen], batch), seen)
         ]
         with torch.no_grad():
             stats = {f"mixer_error_{i}": error.detach() / real.sum().clamp_min(1) for i, error in enumerate(errors)}
-        return Losses({self.main: LossTerm(torch.stack(errors).sum() / len(errors), "tokens")}, stats)
+        return Losses({self.headline: LossTerm(torch.stack(errors).sum() / len(errors), "tokens")}, stats)
 
 
-class MatchHidden(Distillation):
+class MatchHidden(_NotInNats):
     """The stream after each block, the student running by itself."""
 
-    main = "hidden"
-    in_nats = False
+    headline = "hidden"
+    training_line = ("loss",)
 
     def trains(self, name: str) -> bool:
         return not name.startswith(("norm.", "head.", "stream_weights"))  # they come after the last block
 
-    def prepare(self, model: Model, device: torch.device) -> None:
+    def prepare(self, model: Model, dataset: Dataset, device: torch.device) -> None:
         if len(model.blocks()) != len(self.teacher.blocks()):
             raise ConfigError(f"the hidden stage pairs blocks, and the student has {len(model.blocks())}, the teacher "
                               f"{len(self.teacher.blocks())}; use --stages logits")  # fmt: skip
-        super().prepare(model, device)
+        super().prepare(model, dataset, device)
 
     def __call__(self, model: Model, batch: Batch) -> Losses:
-        with torch.no_grad(), watched(self.teacher.blocks()) as theirs:
+        with torch.no_grad(), captured_io(self.teacher.blocks()) as theirs:
             self.teacher.hidden(batch)
-        with watched(model.blocks()) as ours:
+        with captured_io(model.blocks()) as ours:
             model.hidden(batch)
         if ours[0][1].shape != theirs[0][1].shape:
             raise ConfigError(f"the student's stream is {list(ours[0][1].shape[2:])}, the teacher's "
                               f"{list(theirs[0][1].shape[2:])}; use --stages logits")  # fmt: skip
-        real = batch.real
+        real = batch.token_mask
         errors = [relative_error(o, t, real) for (_, o), (_, t) in zip(ours, theirs)]
-        return Losses({self.main: LossTerm(torch.stack(errors).sum() / len(errors), "tokens")})
+        return Losses({self.headline: LossTerm(torch.stack(errors).sum() / len(errors), "tokens")})
 
 
 class MatchLogits(Distillation):
     """alpha_ce CE + alpha_kd T^2 KL(p_teacher || p_student) (Hinton et al. 2015, arXiv 1503.02531), both per label."""
 
-    main = "next_token"
+    headline = "next_token"
 
     def __call__(self, model: Model, batch: Batch) -> Losses:
         if batch.labels is None:
@@ -142,7 +154,7 @@ class MatchLogits(Distillation):
         divergence, agreed = linear_divergence(*ours, *theirs, batch.labels, s.distill_temperature)
         scored = (batch.labels != IGNORE).sum().clamp_min(1)
         losses = {
-            self.main: LossTerm(cross_entropy, "labels", s.alpha_ce),
+            self.headline: LossTerm(cross_entropy, "labels", s.alpha_ce),
             "kd": LossTerm(divergence, "labels", s.alpha_kd * s.distill_temperature**2),
         }
         return Losses(losses, {**out.stats, "agreement": agreed / scored})

@@ -8,6 +8,7 @@ from pydantic import model_validator
 
 from treadle.settings import Settings, option
 
+DEFAULT_OBJECTIVE = "next_token"  # train.objective of language models
 Stage = Literal["mixer", "hidden", "logits"]
 
 

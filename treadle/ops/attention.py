@@ -1,7 +1,7 @@
 """Causal attention over packed documents: a dense reference and the fast paths, with one dispatch.
 
 All take q [B, H, T, E], k and v [B, G, T, E] (G divides H: grouped queries) and return [B, H, T, E]. A query sees the
-places of its own document up to its own.
+positions of its own document up to its own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def document_mask(doc_ids: Tensor | None, length: int, device: torch.device) -> 
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None = None, dropout: float = 0.0) -> Tensor:
-    """Masked dense attention: softmax(q k^T / sqrt(E)) v over the visible places."""
+    """Masked dense attention: softmax(q k^T / sqrt(E)) v over the visible positions."""
     k, v = _expand_groups(q, k, v)
     mask = document_mask(doc_ids, q.shape[2], q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
@@ -37,7 +37,7 @@ def _expand_groups(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
 
 
-# (first, last, start, stop): heads [first, last) of the flattened rows, places [start, stop): one document of some rows.
+# (first, last, start, stop): heads [first, last) of the flattened rows, positions [start, stop): one document of some rows.
 Span = tuple[int, int, int, int]
 
 

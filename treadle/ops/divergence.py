@@ -13,7 +13,7 @@ from treadle.ops.precision import compute_dtype
 def linear_divergence_reference(
     hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, labels: Tensor, temperature: float
 ) -> Tensor:
-    """Sum over places with a label of KL(p_teacher || p_student) at a temperature, in nats."""
+    """Sum over positions with a label of KL(p_teacher || p_student) at a temperature, in nats."""
     ours = F.log_softmax(F.linear(hidden, weight).float() / temperature, -1)
     theirs = F.log_softmax(F.linear(teacher_hidden, teacher_weight).float() / temperature, -1)
     return ((theirs.exp() * (theirs - ours)).sum(-1) * (labels != IGNORE)).sum()
@@ -60,7 +60,7 @@ def linear_divergence(
     hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, labels: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """hidden [B, T, D], weight [V, D], the teacher's [B, T, D'] and [V, D'], labels [B, T] -> (sum of KL(p_teacher ||
-    p_student) over places with a label, in nats; number of those places where both find the same symbol likeliest)."""
+    p_student) over positions with a label, in nats; number of those positions where both find the same token likeliest)."""
     flat, theirs = hidden.reshape(-1, hidden.shape[-1]), teacher_hidden.reshape(-1, teacher_hidden.shape[-1])
     chunk = max(64, CHUNK_NUMBERS // weight.shape[0])
     train = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)

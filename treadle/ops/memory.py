@@ -12,6 +12,7 @@ import ctypes
 import os
 import resource
 import sys
+from typing import Any
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4  # malloc.h
 RETURNED_FROM = 64 << 10  # bytes of a block from which it goes back
@@ -51,6 +52,23 @@ def resident_bytes() -> int:
             return int(stream.read().split()[1]) * resource.getpagesize()
     except OSError:
         return peak_resident_bytes()
+
+
+def is_out_of_memory(problem: BaseException) -> bool:
+    """An allocation that failed, on the host or a device."""
+    if isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError":
+        return True
+    text = str(problem).lower()
+    return isinstance(problem, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
+
+
+def peak_memory_gb(device: Any) -> float:
+    """The most that this process has held so far, on its torch device."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return peak_resident_bytes() / 1e9
 
 
 def peak_resident_bytes() -> int:

@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 from treadle.files import cache_root
+from treadle.terminal import write
 
 SOURCES = Path(__file__).parent / "csrc"
 # No contraction: a product and a sum round twice, as torch's two operations do, so that both give the same bits. The next two
@@ -39,8 +40,8 @@ def library(name: str) -> ctypes.CDLL | None:
         return ctypes.CDLL(str(target))
     except (OSError, subprocess.SubprocessError) as problem:
         detail = getattr(problem, "stderr", None) or problem
-        print(f"note: {source.name} could not be compiled; the slower form in torch runs instead "
-              f"({str(detail).strip().splitlines()[0] if str(detail).strip() else problem})", file=sys.stderr)  # fmt: skip
+        write(f"note: {source.name} could not be compiled; the slower form in torch runs instead "
+              f"({str(detail).strip().splitlines()[0] if str(detail).strip() else problem})", sys.stderr)  # fmt: skip
         return None
 
 

@@ -1,4 +1,4 @@
-"""One place of a whole ternary recurrent block in one compiled call: what makes decoding byte by byte fast on a CPU.
+"""One position of a whole ternary recurrent block in one compiled call: what makes decoding byte by byte fast on a CPU.
 
 The same operations in the same types as layers/hgrn.py, so the same bits; there each of some thirty operations costs more
 around it than in it.
@@ -43,12 +43,12 @@ class PackedBlock:
         self._at = ctypes.addressof(self._shape)
         self._step = native().recurrent_block  # type: ignore[union-attr]
 
-    def __call__(self, x: Tensor, hidden: Tensor, real: Tensor) -> Tensor:
-        """x [B, 1, D], hidden [B, Di] (moved on in place), real [B, 1] -> [B, 1, D]; other rows stay as they are."""
+    def __call__(self, x: Tensor, hidden: Tensor, token_mask: Tensor) -> Tensor:
+        """x [B, 1, D], hidden [B, Di] (updated in place), token_mask [B, 1] -> [B, 1, D]; other rows stay as they are."""
         y = x.clone(memory_format=torch.contiguous_format)
         how = ctypes.addressof(setting(self.eps, torch.get_num_threads()))
-        real = real.contiguous()
-        done(self._step(self._at, how, y.data_ptr(), hidden.data_ptr(), real.data_ptr(), y.shape[0]))
+        token_mask = token_mask.contiguous()
+        done(self._step(self._at, how, y.data_ptr(), hidden.data_ptr(), token_mask.data_ptr(), y.shape[0]))
         return y
 
 

@@ -1,7 +1,7 @@
 """RMS normalisation (Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4): y = x / sqrt(mean(x^2) + eps) * weight.
 
-On CPU torch's own form runs as several passes that each save their result; one autograd function saves the input and
-one number a row. On other devices torch's kernel is used.
+On CPU torch's own form runs as several passes that each save their result; one autograd function saves the input and one
+number per token. On other devices torch's kernel is used.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from torch import Tensor
 from treadle.ops.precision import compute_dtype
 
 
-def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The equation as it stands, in x's own type."""
+def rms_norm_same_dtype(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The equation as it stands, computed in x's dtype."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    """The equation as it stands, in fp32, returned in x's type."""
-    return normed(x.float(), weight, eps).to(x.dtype)
+    """The equation as it stands, computed in fp32 and returned in x's dtype."""
+    return rms_norm_same_dtype(x.float(), weight, eps).to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -35,16 +35,16 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         x, weight, scale = ctx.saved_tensors
         grad32 = grad.float()
-        normed = x.float() * scale
-        grad_weight = (grad32 * normed).reshape(-1, x.shape[-1]).sum(0)
+        normalized = x.float() * scale
+        grad_weight = (grad32 * normalized).reshape(-1, x.shape[-1]).sum(0)
         inner = grad32 * weight
         # d(x * s)/dx = s (1 - n n^T / D) with n = x s
-        along = (inner * normed).sum(-1, keepdim=True).div_(x.shape[-1])
-        return normed.mul_(along).sub_(inner).mul_(-scale).to(x.dtype), grad_weight.to(weight.dtype), None, None
+        along = (inner * normalized).sum(-1, keepdim=True).div_(x.shape[-1])
+        return normalized.mul_(along).sub_(inner).mul_(-scale).to(x.dtype), grad_weight.to(weight.dtype), None, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    """x [..., D], weight [D] -> [..., D], in autocast's type where that is on (what reads it is a product)."""
+    """x [..., D], weight [D] -> [..., D], in autocast's dtype where that is on (a matrix product reads it next)."""
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         return _RMSNorm.apply(x, weight, eps, compute_dtype(x))  # type: ignore[no-untyped-call]
     return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)

@@ -19,7 +19,7 @@ Backend = Literal["auto", "native", "loop", "triton"]
 
 
 def scan_reference(gate: Tensor, value: Tensor, start: Tensor | None = None) -> Tensor:
-    """One place after the other, differentiated by autograd."""
+    """One position after the other, differentiated by autograd."""
     state = start if start is not None else torch.zeros_like(value[:, 0])
     out = []
     for t in range(value.shape[1]):
@@ -88,7 +88,7 @@ def _flash_linear_attention() -> Any:
 
 
 def scan(gate: Tensor, value: Tensor, start: Tensor | None = None, backend: Backend = "auto") -> Tensor:
-    """gate, value [B, T, D], start [B, D] (the state before the first place; default zeros) -> h [B, T, D], in fp32."""
+    """gate, value [B, T, D], start [B, D] (the state before the first position; default zeros) -> h [B, T, D], in fp32."""
     gate, value = gate.float(), value.float()
     start = start.float() if start is not None else None
     fake = value.device.type == "meta" or type(value) is not Tensor

@@ -18,14 +18,14 @@ CHUNK = 64
 
 
 def chunk_size(length: int) -> int:
-    """Places in a chunk: the products inside cost length x chunk, the loop length / chunk."""
+    """Positions in a chunk: the products inside cost length x chunk, the loop length / chunk."""
     return min(CHUNK, length)
 
 
 def ssd_reference(
     x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, documents: Tensor | None = None, initial: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence, one place after the other: (y [B, H, T, P], last state [B, H, N, P])."""
+    """The recurrence, one position after the other: (y [B, H, T, P], last state [B, H, N, P])."""
     state = initial if initial is not None else x.new_zeros(*b.shape[:2], b.shape[3], x.shape[3])
     out = []
     for t in range(x.shape[2]):
@@ -38,7 +38,7 @@ def ssd_reference(
 
 
 def step(state: Tensor, x: Tensor, log_decay: Tensor, b: Tensor) -> Tensor:
-    """One place: state [B, H, N, P], x [B, H, P], log_decay [B, H], b [B, H, N] -> the state after it."""
+    """One position: state [B, H, N, P], x [B, H, P], log_decay [B, H], b [B, H, N] -> the state after it."""
     return state * log_decay.exp()[..., None, None] + b[..., :, None] * x[..., None, :]
 
 
@@ -46,11 +46,11 @@ def ssd(
     x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, documents: Tensor | None = None, initial: Tensor | None = None,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The same in chunks: (y [B, H, T, P], last state [B, H, N, P]). `initial` is the state before the first place, of the
-    first place's document. The loop runs over chunks only."""
+    """The same in chunks: (y [B, H, T, P], last state [B, H, N, P]). `initial` is the state before the first position, of
+    the first position's document. The loop runs over chunks only."""
     length, size = x.shape[2], chunk or chunk_size(x.shape[2])
     spare = -length % size
-    if spare:  # places that change nothing: no decay, no input
+    if spare:  # positions that change nothing: no decay, no input
         x, b, c = (F.pad(t, (0, 0, 0, spare)) for t in (x, b, c))
         log_decay = F.pad(log_decay, (0, spare))
         documents = F.pad(documents[:, None].float(), (0, spare), mode="replicate")[:, 0] if documents is not None else None
@@ -87,5 +87,5 @@ def ssd(
 def ssd_flops(length: int, heads: int, inner: int, width: int) -> int:
     """Floating-point operations of the products of one row (inner N, width P)."""
     size = chunk_size(length)
-    places = -(-length // size) * size
-    return 2 * heads * places * (size * (inner + width) + 2 * inner * width)
+    padded = -(-length // size) * size
+    return 2 * heads * padded * (size * (inner + width) + 2 * inner * width)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class _NormedProduct(torch.autograd.Function):
+class _RMSNormLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
@@ -28,9 +28,9 @@ class _NormedProduct(torch.autograd.Function):
         return grad_x, scaled.t() @ x, None
 
 
-def normed_product(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm_linear(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [N, W], weight [O, W] -> (x / rms(x)) @ weight^T [N, O], without a normalised copy of x."""
-    return _NormedProduct.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    return _RMSNormLinear.apply(x, weight, eps)  # type: ignore[no-untyped-call]
 
 
 class _Read(torch.autograd.Function):

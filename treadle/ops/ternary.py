@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from treadle.ops.native import library
-from treadle.ops.rms_norm import normed
+from treadle.ops.rms_norm import rms_norm_same_dtype
 
 SMALLEST = 1e-5  # of max|x| and mean|W|
 SMALL = 1 << 16  # numbers: up to here one call into C costs less than seven operations of torch
@@ -144,12 +144,12 @@ def native() -> ctypes.CDLL | None:
     return made
 
 
-def rms_norm_once(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm_rounded_once(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension, in fp64 and rounded to fp32 once; without gradients."""
     plain = type(x) is Tensor and x.device.type == "cpu" and weight.dim() == 1 and x.numel() <= SMALL
     made = native() if plain else None
     if made is None:
-        return normed(x.double(), weight, eps).float()
+        return rms_norm_same_dtype(x.double(), weight, eps).float()
     x, weight, out = x.float().contiguous(), weight.float().contiguous(), torch.empty(x.shape)
     made.rms_normed(x.data_ptr(), weight.data_ptr(), eps, out.data_ptr(), x.numel() // x.shape[-1], x.shape[-1])
     return out
@@ -181,13 +181,13 @@ class PackedLayer:
             self.shape = Layer(self.codes.data_ptr(), self.gain.data_ptr(), width, rows, self.codes.shape[1], float(self.scale))
             self.at = ctypes.addressof(self.shape)
 
-    def normed(self, x: Tensor) -> Tensor:
-        return normed(x.double(), self.gain, self.eps)
+    def normalize(self, x: Tensor) -> Tensor:
+        return rms_norm_same_dtype(x.double(), self.gain, self.eps)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x fp32 [M, K], before the norm -> fp32 [M, N]."""
         if self.native is None:
-            q, s = quantize_activations(self.normed(x))
+            q, s = quantize_activations(self.normalize(x))
             return integer_product(q, self.ternary) * (self.scale.double() / s).float()
         x = x.contiguous()
         count, width = x.shape

@@ -13,6 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
+from treadle.data.batch import Batch
 from treadle.models.base import Model, ModelConfig
 from treadle.objectives.base import ModelWithObjective, Objective
 from treadle.ops.precision import autocast
@@ -73,9 +74,8 @@ class Memory:
         return asdict(self)
 
 
-def trace_activations(cls: type[Model], config: ModelConfig, objective: Objective, shape: Shape) -> int:
-    """Bytes at the peak of forward and backward beyond weights and their gradients."""
-    batch = cls.example(config, shape.micro_batch, shape.length)
+def trace_activations(cls: type[Model], config: ModelConfig, objective: Objective, shape: Shape, batch: Batch) -> int:
+    """Bytes at the peak of forward and backward of one micro-batch beyond weights and their gradients."""
     with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
         warnings.simplefilter("ignore")  # MemTracker remarks on arguments that are no tensors
         model = cls(config)  # type: ignore[call-arg]

@@ -8,11 +8,16 @@ from typing import Any
 
 import torch
 
+from treadle.data.base import TEXT, BatchPlan, Dataset
+from treadle.data.batch import Batch
+from treadle.data.dataset import splits_of
 from treadle.distributed.settings import ParallelSettings
 from treadle.errors import ConfigError
+from treadle.evaluation.report import objective_of
 from treadle.models.base import Model, ModelConfig, count_label
 from treadle.models.catalogue import MODELS
-from treadle.objectives.next_token import NextToken
+from treadle.objectives.base import Objective
+from treadle.objectives.task import task_settings
 from treadle.ops import precision as number_formats
 from treadle.planning import traffic
 from treadle.planning.memory import Memory, Shape, Sizes, per_process, trace_activations
@@ -68,15 +73,26 @@ def measured_flops(width: int, precision: str) -> float:
     return 2.0 * 2048 * width * width * rounds / (time.perf_counter() - begun)
 
 
-def model_of(recipe: Recipe) -> tuple[type[Model], ModelConfig]:
-    """The recipe's architecture and its keys; no tokenizer is built, so the vocabulary is the preset's or the size asked
-    of the tokenizer."""
+def model_of(recipe: Recipe, data: Dataset | None) -> tuple[type[Model], ModelConfig]:
+    """The recipe's architecture and its keys. data: None for text, which is not read; the vocabulary is then the preset's or
+    the size asked of the tokenizer."""
     cls = MODELS.get(recipe.arch)
-    keys = dict(recipe.model)
+    follow = data.model_keys() if data is not None else {}
+    keys = {key: value for key, value in follow.items() if key in cls.Config.model_fields} | recipe.model
     preset = cls.Config.presets().get((recipe.preset or "").lower().replace("-", "_"), {})
-    if "vocab_size" not in keys and "vocab_size" not in preset:
+    if "vocab_size" in cls.Config.model_fields and "vocab_size" not in keys and "vocab_size" not in preset:
         keys["vocab_size"] = 256 if recipe.tokenizer.name == "byte" else recipe.tokenizer.vocab_size
     return cls, cls.Config.with_preset(recipe.preset, **keys)
+
+
+def work_of(recipe: Recipe, data: Dataset | None, model: Model, micro: int) -> tuple[Objective, Batch, int]:
+    """What a step does: the objective, a micro-batch of `micro` rows, and the length of a row."""
+    objective = objective_of(recipe.tables())
+    if data is None:
+        return objective, type(model).example(model.config, micro, recipe.data.seq_len), recipe.data.seq_len
+    objective.prepare(model, data, torch.device("cpu"))
+    micro_batches, _ = next(iter(data.batches(data.start, BatchPlan(recipe.run.seed, micro))))
+    return objective, micro_batches[0], data.seq_len
 
 
 def plan(
@@ -97,17 +113,21 @@ def plan(
     flops = checked_number("flops", flops) if flops is not None else None
     bandwidth, overlap = checked_number("bandwidth", bandwidth), checked_number("overlap", overlap, zero=True)
     asked_for = parse_bytes(f"{memory}") if memory is not None else None
-    cls, config = model_of(recipe)
+    data = None
+    if recipe.data.dataset_class != TEXT:
+        data = splits_of(recipe.data, recipe.tokenizer, task_settings(recipe.tables()), recipe.run.seed)["train"]
+    cls, config = model_of(recipe, data)
     with torch.device("meta"):
         model = cls(config)  # type: ignore[call-arg]
     sizes = Sizes.of(model)
     micro, accumulation, total = resolve.batch_sizes(recipe, world)
     kind = "cuda" if device.startswith("cuda") else "cpu"
-    width = model.head.weight.shape[1]
+    width = model.width
     asked = recipe.train.precision
     if asked == "auto":
         asked = "bf16" if kind == "cuda" else number_formats.resolve("auto", torch.device("cpu"), width)  # type: ignore[assignment]
-    shape = Shape(micro, recipe.data.seq_len, accumulation, asked, recipe.train.gradient_checkpointing)
+    objective, batch, length = work_of(recipe, data, model, micro)
+    shape = Shape(micro, length, accumulation, asked, recipe.train.gradient_checkpointing)
     settings = recipe.parallel
     mode = settings.mode if settings.deepspeed is None else "deepspeed"
     if mode in ("auto", "none"):
@@ -115,7 +135,7 @@ def plan(
     if mode != "none" and world == 1:
         mode = "none"
     shard_size = _checked_shard_size(settings, world)
-    activations = trace_activations(cls, config, NextToken(), shape)
+    activations = trace_activations(cls, config, objective, shape, batch)
     options: dict[str, Any] = {
         "optimizer": recipe.optim.name, "reshard": settings.reshard_after_forward, "kind": kind,
         "asynchronous": recipe.checkpoint.asynchronous,
@@ -139,7 +159,7 @@ def plan(
     curve = traffic.curve(worlds, rows_flops, micro * accumulation * shape.length, {w: volume(w).total for w in worlds},
                           reached, bandwidth, overlap)  # fmt: skip
     result: dict[str, Any] = {
-        "architecture": recipe.arch,
+        "architecture": cls.arch,
         "preset": recipe.preset,
         "parameters": sizes.parameters,
         "flops_per_token": 3.0 * model.flops(shape.length) / shape.length,
@@ -166,7 +186,7 @@ def plan(
         from treadle.planning.rehearsal import rehearse as run
 
         fsdp = replace_mode(settings)
-        counted = run(cls, config, NextToken(), recipe.optim, fsdp, shape, world)
+        counted = run(cls, config, objective, recipe.optim, fsdp, shape, world, batch)
         result["rehearsal_bytes"] = counted
     return result
 
@@ -187,7 +207,7 @@ def lines(result: dict[str, Any]) -> list[str]:
     """The plan for people."""
     m, name = result["memory"], " ".join(filter(None, (result["architecture"], result["preset"])))
     passes = result["gradient_accumulation_steps"]
-    each = f"{result['per_device_train_batch_size']} x {result['seq_len']} symbols" + (f" x {passes}" if passes > 1 else "")
+    each = f"{result['per_device_train_batch_size']} x {result['seq_len']} tokens" + (f" x {passes}" if passes > 1 else "")
     text = [
         f"{name}: {count_label(result['parameters'])} parameters; {result['world']} process(es), {result['mode']}, "
         f"{each} each, {result['precision']}",

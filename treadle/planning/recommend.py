@@ -70,6 +70,7 @@ def _training_keys(arch: str, preset: str, vram_gb: float, seq_len: int, precisi
 def _activations(cls: type[Model], config: ModelConfig, shape: Shape) -> int:
     layers = getattr(config, "num_layers", 0)
     if layers < 4:
-        return trace_activations(cls, config, NextToken(), shape)
-    one, two = (trace_activations(cls, config.model_copy(update={"num_layers": n}), NextToken(), shape) for n in (1, 2))
+        return trace_activations(cls, config, NextToken(), shape, cls.example(config, shape.micro_batch, shape.length))
+    shallow = [config.model_copy(update={"num_layers": n}) for n in (1, 2)]
+    one, two = (trace_activations(cls, c, NextToken(), shape, cls.example(c, shape.micro_batch, shape.length)) for c in shallow)
     return one + (layers - 1) * max(0, two - one)

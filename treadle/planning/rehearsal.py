@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from treadle.data.batch import Batch
 from treadle.distributed.fsdp import make_mesh, shard
 from treadle.distributed.settings import ParallelSettings
 from treadle.errors import ConfigError
@@ -61,11 +62,10 @@ class _Counted(TorchDispatchMode):
 
 def rehearse(
     cls: type[Model], config: ModelConfig, objective: Objective, optim: OptimSettings, settings: ParallelSettings,
-    shape: Shape, world: int,
+    shape: Shape, world: int, batch: Batch,
 ) -> dict[str, int]:  # fmt: skip
     """Runs one step under fsdp and returns the bytes gathered, scattered and reduced in it."""
     counted = _Counted()
-    batch = cls.example(config, shape.micro_batch, shape.length)
     with _pretended(world):
         mesh = make_mesh("cpu", world, settings.shard_size)
         with FakeTensorMode(allow_non_fake_inputs=True):

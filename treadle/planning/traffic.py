@@ -70,7 +70,7 @@ def curve(
 ) -> list[Scaling]:  # fmt: skip
     """Estimated throughput for fixed work a process (weak scaling).
 
-    rows_flops: forward and backward of one process's rows in a step; tokens: its symbols; volume: bytes it sends, by
+    rows_flops: forward and backward of one process's rows in a step; tokens: how many those rows have; volume: bytes it sends, by
     number of processes; overlap: the share of computing that communication can hide behind.
     """
     compute = rows_flops / flops_a_second

@@ -1,4 +1,4 @@
-"""`treadle compare`: runs or checkpoints in one table, measured on the same text: quality, size, cost."""
+"""`treadle compare`: runs or checkpoints in one table, measured on the same data: quality, size, cost."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from treadle.checkpoint.layout import checkpoint_name, steps_in
-from treadle.data.dataset import Dataset
+from treadle.data.base import Dataset
+from treadle.data.dataset import TokenDataset
 from treadle.errors import InputError
+from treadle.evaluation.evaluator import Evaluator
 from treadle.evaluation.report import evaluator_of, held_out
 from treadle.models.pretrained import Loaded, checkpoint_root, load_run, locate, read_config, read_tokenizer
+from treadle.objectives.base import Metric
 from treadle.text.base import Tokenizer
 
-METRICS = ("bpb", "loss", "perplexity", "accuracy", "top5_accuracy")
-STATE_AT = 1000  # symbols; a constant state shows itself by being small here
+STATE_AT = 1000  # tokens; a constant state shows itself by being small here
 
 
 def expand(runs: list[str]) -> list[str]:
@@ -37,70 +39,88 @@ def compare(
     runs: list[str], data: str | None = None, split: str = "validation", rows: int | None = None, batch_size: int = 16,
     device: str = "auto",
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """One row a run. Without `data` each is measured on its own held-out text, which must be the same text for all; InputError
+    """One row a run. Without `data` each is measured on its own held-out data, which must be the same for all; InputError
     where it is not."""
     names = expand(runs)
-    found, texts = [], {}
-    for run in names:  # all texts before the first, long evaluation
+    found, seen = [], {}
+    for run in names:  # all data before the first, long evaluation
         checkpoint = locate(run)
         tokenizer = read_tokenizer(checkpoint)
         held = held_out(read_config(checkpoint), tokenizer, data, split)[split]
         found.append((str(checkpoint.folder), held))
-        texts[_text(tokenizer, held)] = run
-        if len(texts) > 1:
-            one, other = texts.values()
-            raise InputError(f"{one} and {other} held out different text, on which their numbers do not compare; give one text for "
-                             "all: --data FILE")  # fmt: skip
+        seen[_identity(tokenizer, held)] = run
+        if len(seen) > 1:
+            one, other = seen.values()
+            hint = "give one text for all: --data FILE" if isinstance(held, TokenDataset) else "compare runs of one task"
+            raise InputError(f"{one} and {other} held out different {'text' if isinstance(held, TokenDataset) else 'data'}, on "
+                             f"which their numbers do not compare; {hint}")  # fmt: skip
     return [_row(run, load_run(folder, device), held, rows, batch_size) for run, (folder, held) in zip(names, found)]
 
 
-def _text(tokenizer: Tokenizer, held: Dataset) -> Any:
-    """What tells one held-out text from another whatever its symbols are: how many bytes and documents it has, and its
-    beginning."""
+def _identity(tokenizer: Tokenizer | None, held: Dataset) -> Any:
+    """What tells one held-out data set from another. Of text, whatever its tokens are: how many bytes and documents it has,
+    and its beginning."""
+    if tokenizer is None or not isinstance(held, TokenDataset):
+        return held.fingerprint()
     first = tokenizer.decode(held.sets[0].document(0)[:256].tolist())[:64]
     return sum(s.statistics["bytes"] for s in held.sets), sum(s.documents() for s in held.sets), first
 
 
 def _row(run: str, loaded: Loaded, held: Dataset, rows: int | None, batch_size: int) -> dict[str, Any]:
-    model, length = loaded.model, held.seq_len
-    metrics = evaluator_of(loaded).evaluate(held, batch_size, rows) or {}
-    stats = held.stats()
-    row = {"run": run, "step": loaded.checkpoint.step, "architecture": model.arch, **{name: metrics[name] for name in METRICS},
-           "parameters": model.parameter_count(),
-           "flops_per_byte": model.flops(length) / length / stats["bytes_per_token"]}  # fmt: skip
+    model, evaluator = loaded.model, evaluator_of(loaded)
+    evaluator.objective.prepare(model, held, model.device)
+    metrics = evaluator.evaluate(held, batch_size, rows) or {}
+    row = {"run": run, "step": loaded.checkpoint.step, "architecture": model.arch, **_shown(evaluator, metrics),
+           "parameters": model.parameter_count()}  # fmt: skip
+    forward = model.flops(held.seq_len)
+    if (size := held.stats().get("bytes_per_token")) is not None:
+        row["flops_per_byte"] = forward / held.seq_len / size
+    else:
+        row["flops_per_row"] = forward
     if model.capabilities.decodes:
         row["state_bytes"] = model.state_bytes(1, STATE_AT)
     if "run_state.json" in loaded.checkpoint.members():
-        row["symbols_seen"] = loaded.checkpoint.json("run_state.json").get("tokens")
-    return row
+        row["tokens_seen"] = loaded.checkpoint.json("run_state.json").get("tokens")
+    ranking = evaluator.objective.ranking_metric
+    return {**row, "ranking": ranking, "lower_is_better": evaluator.objective.metric(ranking).lower_is_better}
 
 
-COLUMNS = {
-    "run": "run", "step": "step", "architecture": "architecture", "bpb": "bits/byte", "loss": "loss", "accuracy": "accuracy",
-    "top5_accuracy": "top-5", "parameters": "parameters", "flops_per_byte": "FLOPs/byte", "state_bytes": f"state at {STATE_AT}",
-    "symbols_seen": "symbols seen",
-}  # fmt: skip
+def _shown(evaluator: Evaluator, metrics: dict[str, float]) -> dict[str, float]:
+    """The objective's metrics, the one it ranks by first."""
+    objective = evaluator.objective
+    names = [name for name in metrics if objective.metric(name).shown]
+    return {name: metrics[name] for name in sorted(names, key=lambda name: name != objective.ranking_metric)}
+
+
+HEADINGS = {"bpb": "bits/byte", "top5_accuracy": "top-5", "flops_per_byte": "FLOPs/byte", "flops_per_row": "FLOPs/row",
+            "state_bytes": f"state at {STATE_AT}", "tokens_seen": "tokens seen"}  # fmt: skip
+HIDDEN = ("ranking", "lower_is_better", "perplexity")
 
 
 def lines_of(table: list[dict[str, Any]]) -> list[str]:
-    """The table for people, best bits per byte marked."""
-    best = min(table, key=lambda row: row["bpb"] if math.isfinite(row["bpb"]) else math.inf)
-    cells = [list(COLUMNS.values())]
+    """The table for people; the best by the metric that the runs' objective ranks by is marked."""
+    columns = list(dict.fromkeys(name for row in table for name in row if name not in HIDDEN))
+    ranking = table[0]["ranking"]
+    sign = 1 if table[0]["lower_is_better"] else -1
+    ranked = [row for row in table if isinstance(row.get(ranking), float) and math.isfinite(row[ranking])]
+    same = len({row["ranking"] for row in table}) == 1
+    best = min(ranked, key=lambda row: sign * row[ranking]) if ranked and same and len(table) > 1 else None
+    cells = [[HEADINGS.get(name, name) for name in columns]]
     for row in table:
-        cells.append([_shown(name, row.get(name), row is best and len(table) > 1) for name in COLUMNS])
-    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
+        cells.append([_cell(name, row.get(name), row is best and name == ranking) for name in columns])
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     left = ("run", "architecture")
-    return ["  ".join(c.ljust(w) if name in left else c.rjust(w) for c, w, name in zip(line, widths, COLUMNS)).rstrip()
+    return ["  ".join(c.ljust(w) if name in left else c.rjust(w) for c, w, name in zip(line, widths, columns)).rstrip()
             for line in cells]  # fmt: skip
 
 
-def _shown(name: str, value: Any, best: bool) -> str:
+def _cell(name: str, value: Any, best: bool) -> str:
     if value is None:
         return "-"
     if isinstance(value, str):
         return value
     if name == "state_bytes":
         return f"{value / 1e3:,.0f} kB"
-    if name == "flops_per_byte":
+    if name.startswith("flops_per"):
         return f"{value / 1e6:,.2f} M"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}{' <' if best and name == 'bpb' else ''}"
+    return f"{value:,}" if isinstance(value, int) else format(value, Metric().format) + (" <" if best else "")

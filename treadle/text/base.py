@@ -28,12 +28,13 @@ TOKENIZERS = Registry(
         "sentencepiece": "treadle.text.sentencepiece:SentencePieceTokenizer",
     },
     aliases={"bytes": "byte", "hf": "huggingface", "character": "char"},
+    base="treadle.text.base:Tokenizer",
 )
 TRAINABLE = ("bpe", "wordpiece", "unigram", "char")
 
 
 class Tokenizer(ABC):
-    """Text <-> ids. Special symbols are never read from text and never shown in it."""
+    """Text <-> ids. Special tokens are never read from text and never shown in it."""
 
     kind: str
 
@@ -45,22 +46,22 @@ class Tokenizer(ABC):
     @property
     @abstractmethod
     def eos_id(self) -> int:
-        """The end-of-document symbol; every document ends with one."""
+        """The end-of-document token; every document ends with one."""
 
     @property
     def bos_id(self) -> int | None:
-        """The begin-of-document symbol, where there is one."""
+        """The begin-of-document token, where there is one."""
         return None
 
     @property
     def start_id(self) -> int:
-        """The symbol generation starts from without a prompt: a document follows the end of the one before."""
+        """The token generation starts from without a prompt: a document follows the end of the one before."""
         return self.eos_id
 
     @property
     @abstractmethod
     def byte_lengths(self) -> np.ndarray:
-        """int32 [V]: UTF-8 bytes each id stands for; 1 for the end-of-document symbol, 0 for other specials."""
+        """int32 [V]: UTF-8 bytes each id stands for; 1 for the end-of-document token, 0 for other specials."""
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:

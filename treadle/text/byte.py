@@ -1,4 +1,4 @@
-"""Bytes as symbols: 256 ids, nothing to train. BOS 254 and EOS 255 are bytes that UTF-8 never uses."""
+"""Bytes as tokens: 256 ids, nothing to train. BOS 254 and EOS 255 are bytes that UTF-8 never uses."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class SentencePieceTokenizer(Tokenizer):
         except (RuntimeError, TypeError) as problem:
             raise InputError(f"not a SentencePiece model: {problem}") from None
         if self.inner.eos_id() < 0:
-            raise ConfigError("the SentencePiece model has no end-of-sentence symbol to end documents with")
+            raise ConfigError("the SentencePiece model has no end-of-sentence token to end documents with")
 
     @classmethod
     def from_file(cls, path: str | Path) -> SentencePieceTokenizer:

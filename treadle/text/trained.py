@@ -1,7 +1,7 @@
 """Tokenizers of the `tokenizers` library: four kinds trained here, and any tokenizer.json from elsewhere.
 
 The trained kinds all work on bytes written as printable characters (byte-level), so any text round-trips exactly and
-no symbol is ever unknown.
+no token is ever unknown.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from treadle.errors import ConfigError, InputError
 from treadle.text.base import Tokenizer, read_table, write_meta
 
 EOS_TOKEN = "<|endoftext|>"
-# What other projects call the symbol that ends a document, in order of preference.
+MOST_TOKENS = 1 << 24  # fifty times the largest vocabulary in use
+# What other projects call the token that ends a document, in order of preference.
 EOS_NAMES = (EOS_TOKEN, "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>", "[SEP]", "<|eot_id|>")
 
 
@@ -40,13 +41,13 @@ class LibraryTokenizer(Tokenizer):
 
     def __init__(self, inner: Any, eos_token: str) -> None:
         self.inner = inner
-        inner.encode_special_tokens = True  # text that spells a special symbol is ordinary text
+        inner.encode_special_tokens = True  # text that spells a special token is ordinary text
         inner.no_padding()
         inner.no_truncation()
         self.eos_token = eos_token
         found = inner.token_to_id(eos_token)
         if found is None:
-            raise ConfigError(f"the tokenizer has no symbol {eos_token!r} to end documents with")
+            raise ConfigError(f"the tokenizer has no token {eos_token!r} to end documents with")
         self._eos_id = found
 
     @classmethod
@@ -60,7 +61,7 @@ class LibraryTokenizer(Tokenizer):
         if eos_token is None:
             eos_token = next((name for name in EOS_NAMES if inner.token_to_id(name) is not None), None)
             if eos_token is None:
-                raise InputError(f"{path} names no end-of-document symbol (looked for {', '.join(EOS_NAMES)})")
+                raise InputError(f"{path} names no end-of-document token (looked for {', '.join(EOS_NAMES)})")
         return cls(inner, eos_token)
 
     @classmethod
@@ -76,7 +77,11 @@ class LibraryTokenizer(Tokenizer):
     @functools.cached_property
     def vocab_size(self) -> int:  # type: ignore[override]
         # Ids may have holes, and an id is what an embedding is indexed by.
-        return max(self.inner.get_vocab(with_added_tokens=True).values()) + 1
+        size = max(self.inner.get_vocab(with_added_tokens=True).values()) + 1
+        if size > MOST_TOKENS:
+            raise InputError(f"the tokenizer has a token of id {size - 1}; ids end at {MOST_TOKENS - 1}, since tables of that "
+                             "length are made of them")  # fmt: skip
+        return size
 
     @property
     def eos_id(self) -> int:
@@ -199,7 +204,7 @@ class WordPieceTokenizer(_ByteLevelTrained):
     def _parts(cls, vocab_size: int, alphabet: list[str]) -> tuple[Any, Any, Any]:
         from tokenizers import models, pre_tokenizers, trainers
 
-        # Longer words than max_input_chars_per_word would become one unknown symbol.
+        # Longer words than max_input_chars_per_word would become one unknown token.
         model = models.WordPiece(unk_token=EOS_TOKEN, continuing_subword_prefix="", max_input_chars_per_word=2**31 - 1)
         trainer = trainers.WordPieceTrainer(continuing_subword_prefix="", **_common(vocab_size, alphabet))
         return model, trainer, pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -219,7 +224,7 @@ class UnigramTokenizer(_ByteLevelTrained):
 
 
 class CharTokenizer(_ByteLevelTrained):
-    """Characters: one symbol for each character of the training text, bytes for characters not seen there."""
+    """Characters: one token for each character of the training text, bytes for characters not seen there."""
 
     kind = "char"
 
@@ -227,7 +232,7 @@ class CharTokenizer(_ByteLevelTrained):
     def _parts(cls, vocab_size: int, alphabet: list[str]) -> tuple[Any, Any, Any]:
         from tokenizers import Regex, models, pre_tokenizers, trainers
 
-        # Merges cannot cross the split, so a symbol is at most one character.
+        # Merges cannot cross the split, so a token is at most one character.
         splitter = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated"),

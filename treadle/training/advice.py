@@ -1,31 +1,22 @@
-"""When memory runs out: what it was planned for, and the flags that need less."""
+"""Changes nothing: when memory runs out, what it was used for, and the flags that need less."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 
 from treadle.errors import OutOfMemory
-from treadle.ops.memory import machine_bytes, peak_resident_bytes
+from treadle.models.base import Model
+from treadle.ops.memory import is_out_of_memory, machine_bytes, peak_resident_bytes
 from treadle.training.config import Recipe
+from treadle.training.optim import Optimizers
 from treadle.training.resolve import Schedule
-
-if TYPE_CHECKING:
-    from treadle.training.trainer import Trainer
-
-
-def is_out_of_memory(problem: BaseException) -> bool:
-    if isinstance(problem, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    text = str(problem).lower()
-    return isinstance(problem, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
 
 
 @contextmanager
-def on_out_of_memory(trainer: Trainer) -> Iterator[None]:
+def on_out_of_memory(model: Model, optimizers: Optimizers, recipe: Recipe, plan: Schedule) -> Iterator[None]:
     """Turns a failed allocation into OutOfMemory with what used the memory and settings to paste."""
     try:
         yield
@@ -33,17 +24,16 @@ def on_out_of_memory(trainer: Trainer) -> Iterator[None]:
         if not is_out_of_memory(problem):
             raise
         raise OutOfMemory(
-            f"out of memory: {used_by_kind(trainer)}. A step needs less with "
-            f"{' or '.join(smaller(trainer.recipe, trainer.plan))}"
+            f"out of memory: {used_by_kind(model, optimizers)}. A step needs less with {' or '.join(smaller(recipe, plan))}"
         ) from problem
 
 
-def used_by_kind(trainer: Trainer) -> str:
+def used_by_kind(model: Model, optimizers: Optimizers) -> str:
     """Weights, gradients and optimiser state as they are, and what is left of the peak for activations."""
-    weights = sum(p.nbytes for p in trainer.model.parameters())
-    gradients = sum(p.grad.nbytes for p in trainer.model.parameters() if p.grad is not None)
-    optimizer = sum(t.nbytes for t in trainer.optimizers.state_tensors().values())
-    device = trainer.model.device
+    weights = sum(p.nbytes for p in model.parameters())
+    gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    optimizer = sum(t.nbytes for t in optimizers.state_tensors().values())
+    device = model.device
     if device.type == "cuda":
         peak, total = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
     else:

@@ -1,4 +1,4 @@
-"""The configuration of one run: every section, and the model's own keys beside them.
+"""Changes nothing but itself: the configuration of one run: every section, and the model's own keys beside them.
 
 recipe.py composes it from files and flags; whatever trains takes it from here.
 """
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from treadle import trusted_code
 from treadle.checkpoint.settings import CheckpointSettings
 from treadle.data.settings import DataSettings
 from treadle.distributed.settings import ParallelSettings
@@ -17,7 +18,8 @@ from treadle.errors import ConfigError
 from treadle.evaluation.settings import EvalSettings
 from treadle.monitor.settings import AlertSettings, LogSettings
 from treadle.objectives.settings import DistillSettings
-from treadle.settings import Settings, dump_toml, option
+from treadle.registry import nearest
+from treadle.settings import Settings, dump_toml, fit_value, option
 from treadle.text.settings import TokenizerSettings
 from treadle.training.settings import OptimSettings, TrainSettings
 
@@ -43,6 +45,9 @@ class RunSettings(Settings):
     devices: int | None = option(None, aliases=("num_devices", "nproc_per_node"), ge=1)
     """Processes that `treadle train` starts on this machine, one a GPU or a share of the cores; torchrun does it as well."""
 
+    trusted_code: dict[str, str] | None = option(None)
+    """Written by treadle: the files of code that the run has used (path -> sha256). It allows nothing; --trust-code does."""
+
 
 SECTIONS: dict[str, type[Settings]] = {
     "run": RunSettings,
@@ -59,9 +64,17 @@ SECTIONS: dict[str, type[Settings]] = {
 }
 
 
+# Keys that mean something from one step to the next.
+SETTABLE = (
+    "optim.learning_rate", "optim.min_lr_ratio", "log.logging_steps", "eval.eval_steps", "checkpoint.save_steps",
+    "alerts.alert_steps", "train.on_spike",
+)  # fmt: skip
+
+
 @dataclass
 class Recipe:
-    """A composed configuration. `model` holds the architecture's own keys as given, `origins` where each value came from."""
+    """A composed configuration. `model` holds the architecture's own keys as given, `task` those of
+    a dataset and an objective of one's own, `origins` where each value came from."""
 
     run: RunSettings = field(default_factory=RunSettings)
     tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
@@ -77,6 +90,7 @@ class Recipe:
     arch: str = DEFAULT_ARCHITECTURE
     preset: str | None = None
     model: dict[str, Any] = field(default_factory=dict)
+    task: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -92,6 +106,14 @@ class Recipe:
         check_run_name(self.name)
         return Path("runs") / self.name
 
+    @property
+    def log_folder(self) -> Path:
+        return Path(self.log.log_dir) if self.log.log_dir else self.folder
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        return Path(self.checkpoint.checkpoint_dir) if self.checkpoint.checkpoint_dir else self.folder / "checkpoints"
+
     def section(self, name: str) -> Settings:
         return getattr(self, name)
 
@@ -99,7 +121,8 @@ class Recipe:
         """All sections as plain tables, the model's choice and keys included."""
         tables = {name: self.section(name).model_dump() for name in SECTIONS}
         model = {"arch": self.arch, "preset": self.preset, **self.model}
-        return {"run": tables.pop("run"), "model": model, **tables}
+        task = {"task": self.task} if self.task else {}
+        return {"run": tables.pop("run"), "model": model, **task, **tables}
 
     def set_values(self) -> dict[str, dict[str, Any]]:
         """The same without what is at its default, as a recipe would say it."""
@@ -110,12 +133,22 @@ class Recipe:
                 for name, table in self.tables().items()}  # fmt: skip
 
     def to_toml(self) -> str:
-        return dump_toml(self.tables())
+        tables = self.tables()
+        tables["run"]["trusted_code"] = {**(self.run.trusted_code or {}), **trusted_code.record(tables)} or None
+        return dump_toml(tables)
+
+    def fit_while_training(self, word: str, value: Any) -> tuple[str, Any]:
+        """The full name of a key that may change between two steps, and `value` (text or not) as it wants it."""
+        found = [key for key in SETTABLE if word in (key, key.partition(".")[2])]
+        if not found:
+            raise ConfigError(f"{word!r} cannot be set while training: {nearest(word, list(SETTABLE))}")
+        section, _, name = found[0].partition(".")
+        return found[0], fit_value(SECTIONS[section], name, value, from_text=isinstance(value, str))
 
     def change_rule(self, dotted: str) -> str:
         """How a key may change when a run continues: free, guarded or fixed."""
         section, _, key = dotted.partition(".")
-        return "fixed" if section == "model" else SECTIONS[section].key_info(key)["change"]
+        return "fixed" if section in ("model", "task") else SECTIONS[section].key_info(key)["change"]
 
 
 def check_run_name(name: str) -> None:

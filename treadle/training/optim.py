@@ -1,4 +1,4 @@
-"""Optimisers as one object: parameter groups by rule, a learning rate, a step, and a state by parameter name."""
+"""Changes weights when it steps: optimisers as one object, with parameter groups by rule and a state by parameter name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""From what was asked to what will be done: every `auto` and every default that depends on data, model or machine."""
+"""Changes the configuration to what was resolved, and which blocks recompute: every `auto`, and every default that depends on
+data, model or machine.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,16 @@ from dataclasses import dataclass
 
 import torch
 
-from treadle.data.dataset import Dataset
+from treadle.data.base import DATASETS, TEXT, Dataset
+from treadle.distributed.world import World
 from treadle.errors import ConfigError
 from treadle.models.base import Model
+from treadle.models.catalogue import MODELS
 from treadle.monitor.console import Console
+from treadle.objectives.base import OBJECTIVES, Objective
+from treadle.objectives.settings import DEFAULT_OBJECTIVE
 from treadle.ops import precision
+from treadle.registry import nearest
 from treadle.training.config import Recipe
 
 SAVES_A_RUN = EVALUATIONS_A_RUN = 10
@@ -29,6 +36,11 @@ class Schedule:
     end: int | None  # draws from here on are surplus (after the last epoch) and masked
     save_steps: int
     eval_steps: int
+    eval_batch: int  # rows in one pass of an evaluation
+
+    def rows_left(self, step: int) -> int | None:
+        """Rows that are wanted from `step` on; None where no epoch ends."""
+        return None if self.end is None else self.end - step * self.global_batch
 
 
 def divisors(number: int) -> list[int]:
@@ -75,24 +87,58 @@ def schedule(recipe: Recipe, data: Dataset, world: int = 1) -> Schedule:
     if recipe.train.max_steps is not None:
         max_steps = recipe.train.max_steps
     else:
-        end = math.ceil(recipe.train.num_train_epochs * len(data))
+        if data.rows_per_epoch is None:
+            raise ConfigError("this data has no end, so epochs mean nothing; say how long to train: --max_steps N")
+        end = math.ceil(recipe.train.num_train_epochs * data.rows_per_epoch)
         max_steps = max(1, math.ceil(end / total))
     return Schedule(
         micro, accumulation, total, max_steps, end,
         save_steps=recipe.checkpoint.save_steps or max(1, max_steps // SAVES_A_RUN),
         eval_steps=recipe.eval.eval_steps or max(1, max_steps // EVALUATIONS_A_RUN),
+        eval_batch=recipe.eval.per_device_eval_batch_size or micro,
     )  # fmt: skip
 
 
 def resolve_precision(recipe: Recipe, model: Model, device: torch.device, console: Console) -> str:
     """fp32, bf16 or fp16; a quick probe only verifies a choice that was made for the user."""
-    width = model.head.weight.shape[1]
+    width = model.width
     chosen = precision.resolve(recipe.train.precision, device, width)
     if recipe.train.precision == "auto" and chosen == "bf16" and device.type == "cpu":
         gain = precision.probe(width)
         if gain < PROBE_WARNS_BELOW:
             console.warn(f"bf16 products are {gain:.2f}x as fast as fp32 on this machine just now; "
                          "--precision fp32 may be faster")  # fmt: skip
+    return chosen
+
+
+def check_metrics(recipe: Recipe, objective: Objective) -> None:
+    """ConfigError for the name of a metric that the objective does not have."""
+    known = objective.metrics
+    for key, name in (("checkpoint.metric_for_best_model", recipe.checkpoint.metric_for_best_model),
+                      ("eval.early_stopping_metric", recipe.eval.early_stopping_metric)):  # fmt: skip
+        if name not in known and not name.startswith("loss_"):
+            raise ConfigError(f"{key} = {name!r}: {nearest(name, list(known))} (the metrics of this objective)")
+
+
+def settle(
+    recipe: Recipe, plan: Schedule, model: Model, data: Dataset, objective: Objective, device: torch.device, world: World,
+    console: Console,
+) -> str:  # fmt: skip
+    """Writes what was resolved into the recipe, so that the run's config.toml says it and a resumed run keeps it; marks the
+    blocks that recompute or are compiled. Returns the number format."""
+    chosen = world.on_main_first(lambda: resolve_precision(recipe, model, device, console))
+    recipe.arch = MODELS.name_of(type(model))
+    recipe.model = model.config.model_dump()
+    if DATASETS.name_of(type(data)) != TEXT:
+        recipe.data.dataset_class = DATASETS.name_of(type(data))
+    recipe.train.objective = DEFAULT_OBJECTIVE if recipe.distill.stage is not None else OBJECTIVES.name_of(type(objective))
+    for task in (getattr(data, "task", None), objective.task):
+        recipe.task |= task.model_dump() if task is not None else {}
+    recipe.train.precision = chosen  # type: ignore[assignment]
+    recipe.train.global_batch_size = plan.global_batch
+    set_checkpointing(model, recipe.train.gradient_checkpointing)
+    if recipe.train.torch_compile:
+        compile_blocks(model)
     return chosen
 
 

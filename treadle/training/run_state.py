@@ -1,4 +1,4 @@
-"""What a run remembers besides weights: plain numbers that go into run_state.json."""
+"""Changes nothing: what a run remembers besides weights, as plain numbers that go into run_state.json."""
 
 from __future__ import annotations
 
@@ -10,34 +10,52 @@ from treadle.errors import CheckpointError
 
 @dataclass
 class RunState:
-    """The position and the counters of a run. Data order and randomness are functions of `step`, so they are not here."""
+    """The position and the counters of a run. Data order and randomness are functions of these, so neither is here."""
 
     step: int = 0  # optimiser steps done
-    tokens: int = 0  # symbols seen
-    skipped_steps: int = 0
-    consecutive_skips: int = 0
-    best_metric: float | None = None
-    best_step: int | None = None
-    stale_evaluations: int = 0  # evaluations since the best one
-    ended: str = ""  # why training ended before its last step (early stopping), if it did
-    best_loss: float | None = None  # of early stopping, which looks at the loss whatever picks the best checkpoint
+    position: Any = None  # where the dataset goes on, as the dataset itself says it; None is its start
+    tokens: int = 0  # real positions seen
     seconds: float = 0.0  # spent training, over all starts
+    skipped_steps: int = 0
     rollbacks: int = 0
-    data_offset: int = 0  # steps of data skipped by rollbacks: step s reads the rows of s + data_offset
+    ended: str = ""  # why training ended before max_steps, as the callback `ended_by` wanted it
+    ended_by: str = ""
     settings: dict[str, Any] = field(default_factory=dict)  # keys set while it ran, by `set KEY=VALUE`
-    health: dict[str, Any] = field(default_factory=dict)
     loss_scale: dict[str, Any] = field(default_factory=dict)  # of fp16
-    evaluated_step: int = 0  # the last step that was evaluated
-    window: dict[str, Any] = field(default_factory=dict)  # sums since the last log row
     threads: int = 0
     data_fingerprint: str = ""
+    callbacks: dict[str, dict[str, Any]] = field(default_factory=dict)  # each one's state_dict, by name
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @staticmethod
     def from_json(table: dict[str, Any]) -> RunState:
+        if isinstance(table.get("step"), int) and "callbacks" not in table:
+            table = _upgraded(table)
         known = {f.name for f in fields(RunState)}
         if not isinstance(table.get("step"), int) or set(table) - known:
             raise CheckpointError("run_state.json is not a run state of this version of treadle")
         return RunState(**table)
+
+
+def _upgraded(table: dict[str, Any]) -> dict[str, Any]:
+    """A state written before behaviours were callbacks with a state of their own (version 0.1 until November 2026)."""
+    kept = {f.name: table[f.name] for f in fields(RunState) if f.name in table}
+    window = table.get("window", {})
+    totals = {next(iter(window["sums"])): window["nats"]} if window.get("sums") else {}
+    sums = {"sums": window.get("sums", {}), "totals": totals, "steps": window.get("added", 0),
+            "counts": {name: window.get(name, 0) for name in ("labels", "bytes")}}  # fmt: skip
+    return {
+        **kept,
+        "position": table["step"] + table.get("data_offset", 0),
+        "ended_by": "early_stopping" if table.get("ended") else "",
+        "callbacks": {
+            "progress": {"sums": sums},
+            "evaluation": {"evaluated_step": table.get("evaluated_step", 0)},
+            "best_model": {"value": table.get("best_metric"), "step": table.get("best_step")},
+            "early_stopping": {"best": table.get("best_loss"), "stale": table.get("stale_evaluations", 0)},
+            "recovery": {"consecutive": table.get("consecutive_skips", 0)},
+            "health": table.get("health", {}),
+        },
+    }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Saves one at a time, at once or while training goes on."""
+"""Changes nothing itself: runs one save at a time, at once or while training goes on."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 @dataclass
 class Saved:
-    """How the save of a step ended."""
+    """The save of a step, and how it ended."""
 
     step: int
+    best: bool = False
     problem: BaseException | None = None
 
 
@@ -23,20 +24,20 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._saved: Saved | None = None
 
-    def submit(self, step: int, job: Callable[[], None]) -> None:
+    def submit(self, save: Saved, job: Callable[[], None]) -> None:
         assert self._thread is None and self._saved is None, "wait for the save before"
         if not self.asynchronous:
-            self._run(step, job)
+            self._run(save, job)
             return
-        self._thread = threading.Thread(target=self._run, args=(step, job), name="treadle-save", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(save, job), name="treadle-save", daemon=True)
         self._thread.start()
 
-    def _run(self, step: int, job: Callable[[], None]) -> None:
+    def _run(self, save: Saved, job: Callable[[], None]) -> None:
         try:
             job()
-            self._saved = Saved(step)
         except BaseException as problem:  # handed to whoever waits
-            self._saved = Saved(step, problem)
+            save.problem = problem
+        self._saved = save
 
     @property
     def ended(self) -> bool:

@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the step."""
+"""Changes nothing: the learning rate as a pure function of the step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The [train] and [optim] sections."""
+"""Changes nothing: the [train] and [optim] sections."""
 
 from __future__ import annotations
 
@@ -73,6 +73,15 @@ class TrainSettings(Settings):
 
     step_timeout: float | None = option(None, gt=0.0)
     """Seconds after which a step counts as hung: all stacks go to stacks.txt and the process exits with 75."""
+
+    objective: str = option("next_token", change="fixed")
+    """What is learned: next_token, or FILE.py:CLASS, a treadle.Objective of one's own with its keys in [task]."""
+
+    callbacks: list[str] = option([])
+    """Callbacks beside the built-in ones, each FILE.py:CLASS; one with the name of a built-in takes its place."""
+
+    disabled_callbacks: list[str] = option([])
+    """Built-in callbacks to leave out (sample, health, best_model, ...)."""
 
     loss_weights: dict[str, float] = option({})
     """Weight of each part of the loss by name; parts that are not named keep their own."""

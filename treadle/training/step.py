@@ -1,6 +1,7 @@
-"""One optimiser step: forward and backward over micro-batches, the division of the loss, clipping, the update.
+"""Changes the weights: one optimiser step, forward and backward over micro-batches, the division of the loss, clipping, the
+update.
 
-The only place where a loss is divided: each part's sum over all micro-batches by the global count of its unit, which
+The only place where a loss is divided: each term's sum over all micro-batches by the global count of its unit, which
 depends on the batch alone and is known before the first forward pass.
 """
 
@@ -17,6 +18,7 @@ from treadle.data.batch import Batch
 from treadle.data.order import model_seed
 from treadle.distributed.base import Strategy
 from treadle.distributed.world import World
+from treadle.errors import ConfigError
 from treadle.models.base import merged_stats
 from treadle.objectives.base import ModelWithObjective
 from treadle.ops.precision import autocast
@@ -28,12 +30,14 @@ from treadle.training.optim import Optimizers
 class StepResult:
     """What one step did. Losses stay tensors so that reading them is the logger's choice."""
 
-    losses: dict[str, Tensor]  # by part, already divided
+    losses: dict[str, Tensor]  # by term, already divided
     counts: dict[str, int]
     grad_norm: float
     skipped: str  # why the update was left out: "" (it was not), "nonfinite" or "spike"
-    loss: float = math.nan  # the main part
+    loss: float = math.nan  # the headline term
     stats: dict[str, Tensor] = field(default_factory=dict)
+    units: dict[str, str] = field(default_factory=dict)  # which count each term was divided by
+    loss_scale: float | None = None  # of fp16
 
 
 @dataclass
@@ -66,7 +70,7 @@ class Stepper:
         loss_weights: dict[str, float],
         strategy: Strategy | None = None,
     ) -> None:
-        self.optimizers, self.main = optimizers, module.objective.main
+        self.optimizers, self.objective = optimizers, module.objective
         self.strategy = strategy or Strategy(module, World())
         self.seed, self.precision = seed, precision
         self.max_grad_norm, self.loss_weights = max_grad_norm, loss_weights
@@ -88,6 +92,7 @@ class Stepper:
             self.optimizers.zero_grad()
         module, rank = self.strategy.module, self.strategy.world.rank
         sums: dict[str, Tensor] = {}
+        units: dict[str, str] = {}
         stats = []
         module.train()
         factor = self.strategy.loss_factor * (self.loss_scale.scale if self.loss_scale else 1.0)
@@ -99,23 +104,29 @@ class Stepper:
                     parts = module(batch.to(self.device, non_blocking=True))
                 objective = torch.zeros((), device=self.device)
                 for name, part in parts.losses.items():
-                    divided = part.total / max(1, counts[part.unit])
+                    divided = part.total / max(1, _count_of(part.unit, counts))
+                    units[name] = part.unit
                     sums[name] = sums.get(name, 0) + divided.detach()
                     objective = objective + divided * (part.weight * self.loss_weights.get(name, 1.0))
                 self.strategy.backward(objective * factor, last)
             stats.append(parts.stats)
         totals = self.strategy.sum_losses(torch.stack([sums[name] for name in sums]))
         sums = dict(zip(sums, totals))
-        loss = float(sums[self.main])
+        if self.objective.headline not in sums:
+            raise ConfigError(f"the objective's headline is {self.objective.headline!r}, but its loss has the terms "
+                              f"{', '.join(sums)}")  # fmt: skip
+        loss = float(sums[self.objective.headline])
         refused = veto is not None and veto(loss)
         norm, finite = self._finish(learning_rate, update and not refused, sums)
         skipped = "nonfinite" if not finite else "spike" if refused else ""
-        return StepResult(sums, counts, norm, skipped, loss, merged_stats(stats))
+        scale = self.loss_scale.scale if self.loss_scale is not None else None
+        return StepResult(sums, counts, norm, skipped, loss, merged_stats(stats), units, scale)
 
     def _counts(self, micro_batches: Sequence[Batch]) -> dict[str, int]:
         """How many of each unit the whole step has; from the batches alone, so known before the first forward pass."""
-        names = list(micro_batches[0].counts)
-        found = self.strategy.world.all_reduce_sum([sum(b.counts[name] for b in micro_batches) for name in names])
+        each = [self.objective.counts(batch) for batch in micro_batches]
+        names = list(each[0])
+        found = self.strategy.world.all_reduce_sum([sum(counts[name] for counts in each) for name in names])
         return {name: int(value) for name, value in zip(names, found)}
 
     def _finish(self, learning_rate: float, update: bool, sums: dict[str, Tensor]) -> tuple[float, bool]:
@@ -141,3 +152,10 @@ class Stepper:
         if update and self.loss_scale is not None:
             self.loss_scale.after(finite)
         return value, finite
+
+
+def _count_of(unit: str, counts: dict[str, int]) -> int:
+    if unit not in counts:
+        raise ConfigError(f"a loss term is divided by {unit!r}, which nobody counts; a batch counts {', '.join(sorted(counts))} "
+                          "(Batch.counts, or the objective's counts(batch))")  # fmt: skip
+    return counts[unit]

@@ -261,7 +261,7 @@ void normed_quantized(const float *x, const float *gain, const struct setting *h
     }
 }
 
-/* ---- one place of a recurrent block ---- */
+/* ---- one position of a recurrent block ---- */
 
 struct block {
     struct layer forget, input, gate, out, gate_up, down;
@@ -272,8 +272,8 @@ struct block {
     int32_t norm_of_hidden; /* o = norm(h) silu(G x) instead of norm(G x) silu(h) */
 };
 
-/* x [count, width] and hidden [count, inner] move one place on where real says so. */
-int recurrent_block(const struct block *b, const struct setting *how, float *x, float *hidden, const uint8_t *real, int64_t count) {
+/* x [count, width] and hidden [count, inner] move one position on where token_mask says so. */
+int recurrent_block(const struct block *b, const struct setting *how, float *x, float *hidden, const uint8_t *token_mask, int64_t count) {
     int64_t width = b->forget.width, inner = b->forget.rows, mlp = b->down.width, part = inner / b->heads;
     int64_t stream = lines(width, sizeof(float)), state = lines(inner, sizeof(float)), wide = lines(b->gate_up.rows, sizeof(float));
     int64_t q_size = lines(4 * (b->down.quarter + b->out.quarter + b->forget.quarter), 1);
@@ -283,7 +283,7 @@ int recurrent_block(const struct block *b, const struct setting *how, float *x, 
     float *i = (float *)((char *)f + state), *g = (float *)((char *)i + state), *up = (float *)((char *)g + state);
     int8_t *q = (int8_t *)up + wide;
     for (int64_t c = 0; c < count; c++, x += width, hidden += inner) {
-        if (!real[c]) continue;
+        if (!token_mask[c]) continue;
         normed(x, b->norm, b->eps, n, width);
         double r = root_mean_square(n, width, how->eps); /* three layers of one input */
         layer_of(&b->forget, n, r, f, how, q);

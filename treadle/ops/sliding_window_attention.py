@@ -1,4 +1,4 @@
-"""Causal attention over the last `window` places of a document, in blocks: time and memory grow with T, not T^2."""
+"""Causal attention over the last `window` positions of a document, in blocks: time and memory grow with T, not T^2."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 BLOCK = 32  # at least; measured at T = 512, window 16: 16 takes 1.3 times as long
 
 
-def window_reference(q: Tensor, k: Tensor, v: Tensor, window: int, doc_ids: Tensor | None = None) -> Tensor:
+def sliding_window_attention_reference(q: Tensor, k: Tensor, v: Tensor, window: int, doc_ids: Tensor | None = None) -> Tensor:
     """The same with the dense mask; q, k, v [B, H, T, E]."""
-    places = torch.arange(q.shape[2], device=q.device)
-    gap = places[:, None] - places[None]
+    positions = torch.arange(q.shape[2], device=q.device)
+    gap = positions[:, None] - positions[None]
     mask = ((gap >= 0) & (gap < window))[None, None]
     if doc_ids is not None:
         mask = mask & (doc_ids[:, :, None] == doc_ids[:, None, :])[:, None]
@@ -23,28 +23,28 @@ def block_size(window: int) -> int:
     return max(window, BLOCK)
 
 
-def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, doc_ids: Tensor | None = None) -> Tensor:
-    """q, k, v [B, H, T, E] -> [B, H, T, E]: place t sees t - window + 1 .. t of its own document."""
+def sliding_window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, doc_ids: Tensor | None = None) -> Tensor:
+    """q, k, v [B, H, T, E] -> [B, H, T, E]: position t sees t - window + 1 .. t of its own document."""
     length, width = q.shape[2:]
     size = block_size(window)
     spare = -length % size
     q = F.pad(q, (0, 0, 0, spare)).unflatten(2, (-1, size))  # [B, H, C, S, E]
     k, v = (F.pad(t, (0, 0, window, spare)).unfold(2, size + window, size) for t in (k, v))  # [B, H, C, E, S + W]
     scores = (q @ k) * width**-0.5
-    places = torch.arange(length + spare, device=q.device).view(-1, size)
+    positions = torch.arange(length + spare, device=q.device).view(-1, size)
     keys = F.pad(torch.arange(length + spare, device=q.device), (window, 0), value=-1).unfold(0, size + window, size)
-    gap = places[:, :, None] - keys[:, None, :]
+    gap = positions[:, :, None] - keys[:, None, :]
     seen = ((gap >= 0) & (gap < window) & (keys >= 0)[:, None, :])[None, None]
     if doc_ids is not None:
         own = F.pad(doc_ids, (0, spare), value=-1).unflatten(1, (-1, size))
         theirs = F.pad(doc_ids, (window, spare), value=-1).unfold(1, size + window, size)
         seen = seen & (own[..., :, None] == theirs[..., None, :])[:, None]
-    share = scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1)
-    return (share @ v.transpose(-1, -2)).flatten(2, 3)[:, :, :length]
+    weights = scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1)
+    return (weights @ v.transpose(-1, -2)).flatten(2, 3)[:, :, :length]
 
 
-def window_flops(length: int, heads: int, width: int, window: int) -> int:
+def sliding_window_flops(length: int, heads: int, width: int, window: int) -> int:
     """Floating-point operations of the products of one row."""
     size = block_size(window)
-    places = -(-length // size) * size
-    return 2 * 2 * heads * places * (size + window) * width
+    padded = -(-length // size) * size
+    return 2 * 2 * heads * padded * (size + window) * width

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from treadle.models.base import Model
 from treadle.text.base import Tokenizer
+
+if TYPE_CHECKING:
+    from treadle.models.base import Model
 
 
 def raw_bytes(tokenizer: Tokenizer, ids: Sequence[int]) -> bytes:

@@ -1,22 +1,17 @@
-"""Ternary weights as files hold them: five to a byte, with one scale a layer, instead of fp32.
+"""Ternary weights as files hold them: five to a byte with one scale per layer, instead of fp32.
 
 Layer X has X.weight.trits (uint8, five values of -1, 0, 1 as the digits of a number below 3^5 = 243) and X.weight.scale.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from treadle.errors import CheckpointError
 from treadle.layers.bitlinear import BitLinear
 from treadle.ops.ternary import quantize_weights
-
-if TYPE_CHECKING:
-    from treadle.models.base import Model
 
 TRITS, SCALE = ".weight.trits", ".weight.scale"
 DIGITS = (1, 3, 9, 27, 81)
@@ -37,27 +32,29 @@ def from_trits(codes: Tensor, shape: torch.Size) -> Tensor:
     return (digits.reshape(-1)[: shape.numel()].view(shape) - 1).to(torch.int8)
 
 
-def layers_of(model: Model) -> dict[str, BitLinear]:
+def ternary_layers(model: nn.Module) -> dict[str, BitLinear]:
+    """Module name -> ternary layer."""
     return {name: module for name, module in model.named_modules() if isinstance(module, BitLinear)}
 
 
 @torch.no_grad()
-def packed(model: Model, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def pack(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A model's weights (it may be on the meta device itself) with its ternary layers packed."""
     out = dict(tensors)
-    for name in layers_of(model):
+    for name in ternary_layers(model):
         ternary, scale = quantize_weights(out.pop(f"{name}.weight").float())
         out[name + TRITS], out[name + SCALE] = to_trits(ternary), scale
     return out
 
 
-def unpacked(model: Model, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
-    """(weights by their own names, what `BitLinear.keep` takes). A packed layer's latent weight is one that rounds to it."""
-    out, kept = dict(tensors), {}
-    for name, layer in layers_of(model).items():
+def unpack(model: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
+    """(weights by their own names, what `BitLinear.cache_quantized` takes). A packed layer's latent weight is one that rounds
+    to it."""
+    out, quantized = dict(tensors), {}
+    for name, layer in ternary_layers(model).items():
         if name + TRITS in out and name + SCALE in out:
             ternary, scale = from_trits(out.pop(name + TRITS), layer.weight.shape), out.pop(name + SCALE)
             share = ternary.float().abs().mean()
             out[f"{name}.weight"] = ternary.float() * (scale / share if share > 0 else scale)
-            kept[name] = ternary, scale
-    return out, kept
+            quantized[name] = ternary, scale
+    return out, quantized

@@ -5,19 +5,18 @@ from __future__ import annotations
 import numpy as np
 
 from treadle.data.batch import IGNORE
-from treadle.data.dataset import Dataset
-from treadle.evaluation.evaluator import metrics_of
-from treadle.text.base import Tokenizer
+from treadle.data.dataset import TokenDataset
 
 FIT_TOKENS = 20_000_000  # counts are steady long before; keeps a large corpus from being read twice
 
 
-def baselines(train: Dataset, held_out: Dataset, tokenizer: Tokenizer) -> dict[str, dict[str, float]]:
-    """loss and bpb of each baseline, fitted on the training text and measured on all held-out labels.
+def baseline_sums(train: TokenDataset, held_out: TokenDataset) -> dict[str, dict[str, float]]:
+    """nats, labels and bytes of each baseline, fitted on the training text and added up over all held-out labels.
 
     unigram: (count + 1) / (N + V). bigram: pair counts mixed with the unigram, the mixture weight of each context
     n / (n + V / 8), so that rare contexts lean on the unigram.
     """
+    tokenizer = held_out.tokenizer
     vocabulary = tokenizer.vocab_size
     ids = _training_ids(train)
     unigram = (np.bincount(ids, minlength=vocabulary) + 1.0) / (len(ids) + vocabulary)
@@ -27,8 +26,7 @@ def baselines(train: Dataset, held_out: Dataset, tokenizer: Tokenizer) -> dict[s
     sums = {name: {"nats": 0.0, "correct": 0.0, "top5": 0.0, "labels": 0.0, "bytes": 0.0}
             for name in ("uniform", "unigram", "bigram")}  # fmt: skip
     lengths = np.asarray(tokenizer.byte_lengths, dtype=np.int64)
-    for source, row in held_out.in_sequence(64):
-        batch = held_out.batch(source, row)
+    for batch in held_out.in_sequence(64):
         assert batch.labels is not None
         scored = (batch.labels != IGNORE).numpy()
         label, before = batch.labels.numpy()[scored], batch.input_ids.numpy()[scored]
@@ -47,10 +45,10 @@ def baselines(train: Dataset, held_out: Dataset, tokenizer: Tokenizer) -> dict[s
             sums[name]["nats"] += float(values.sum())
             sums[name]["labels"] += len(label)
             sums[name]["bytes"] += float(lengths[label].sum())
-    return {name: {k: v for k, v in metrics_of(s).items() if k in ("loss", "bpb")} for name, s in sums.items()}
+    return sums
 
 
-def _training_ids(train: Dataset) -> np.ndarray:
+def _training_ids(train: TokenDataset) -> np.ndarray:
     parts, held = [], 0
     for tokens in train.sets:
         for shard in tokens.shards:

@@ -12,7 +12,7 @@ from tests.conftest import treadle as command
 from treadle.checkpoint.reader import Checkpoint
 from treadle.data.batch import Batch
 from treadle.errors import CheckpointError
-from treadle.models import packed
+from treadle.layers import packed_weights
 from treadle.models.base import build_from
 from treadle.models.hgrn_bit import HGRNBit, HGRNBitConfig
 from treadle.models.pretrained import load_run
@@ -21,18 +21,18 @@ from treadle.models.pretrained import load_run
 @pytest.mark.parametrize("shape", [(7, 5), (3, 11), (1, 1), (64, 96)])
 def test_five_values_to_a_byte_and_back(shape: tuple[int, int]) -> None:
     ternary = torch.randint(-1, 2, shape, dtype=torch.int8)
-    codes = packed.to_trits(ternary)
-    assert codes.nbytes == -(-ternary.numel() // 5) and torch.equal(packed.from_trits(codes, ternary.shape), ternary)
+    codes = packed_weights.to_trits(ternary)
+    assert codes.nbytes == -(-ternary.numel() // 5) and torch.equal(packed_weights.from_trits(codes, ternary.shape), ternary)
     with pytest.raises(CheckpointError, match="not those of a matrix"):
-        packed.from_trits(codes, torch.Size((shape[0] + 5, shape[1])))
+        packed_weights.from_trits(codes, torch.Size((shape[0] + 5, shape[1])))
     with pytest.raises(CheckpointError, match="not those of a matrix"):
-        packed.from_trits(torch.full_like(codes, 243), ternary.shape)
+        packed_weights.from_trits(torch.full_like(codes, 243), ternary.shape)
 
 
 def test_the_preset_of_25_million_takes_5_megabytes() -> None:
     model = build_from(HGRNBit, HGRNBitConfig.with_preset("slm_base"))
-    small = packed.packed(model, model.named_weights())
-    assert sum(t.nbytes for n, t in small.items() if n.endswith((packed.TRITS, packed.SCALE))) <= 6.2e6
+    small = packed_weights.pack(model, model.named_weights())
+    assert sum(t.nbytes for n, t in small.items() if n.endswith((packed_weights.TRITS, packed_weights.SCALE))) <= 6.2e6
     other = build_from(HGRNBit, HGRNBitConfig.with_preset("slm_base"), seed=1)
     other.load_weights(small)
     batch = Batch.from_ids(torch.randint(0, 256, (1, 20)))
@@ -63,7 +63,7 @@ def test_an_export_answers_like_its_run_and_can_be_exported_and_trained_again(te
 
 def test_what_is_not_ternary_cannot_be_packed(text_file: Path, tmp_path: Path) -> None:
     model = treadle.build("hgrn_bit", vocab_size=256, hidden_size=16, num_layers=1, ternary=False)
-    assert packed.layers_of(model) == {}
+    assert packed_weights.ternary_layers(model) == {}
     command("train", text_file, "--tokenizer", "byte", "--hidden_size", 16, "--num_layers", 1, "--num_heads", 2, "--seq_len", 32,
             "--batch_size", 2, "--max_steps", 1, "--output_dir", tmp_path / "run")  # fmt: skip
     out = command("export", tmp_path / "run", "--packed")

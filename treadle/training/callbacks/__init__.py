@@ -1,0 +1,1 @@
+"""Every behaviour around the loop: one callback each."""

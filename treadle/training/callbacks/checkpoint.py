@@ -1,0 +1,14 @@
+"""Changes nothing; asks for a checkpoint every checkpoint.save_steps (the loop saves the last step by itself)."""
+
+from __future__ import annotations
+
+from treadle.training.callbacks.base import Callback
+from treadle.training.context import Context
+
+
+class CheckpointSchedule(Callback):
+    name = "checkpoint"
+
+    def after_step(self, context: Context) -> None:
+        if context.due(context.plan.save_steps):
+            context.request("save", "due")
