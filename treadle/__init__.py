@@ -32,13 +32,20 @@ _PLACES = {
     "TrainConfig": "treadle.recipe:from_leaf_names",
     "Trainer": "treadle.training.trainer:Trainer",
     "architectures": "treadle.library:architectures",
+    "autocast": "treadle.library:autocast",
     "build": "treadle.models.base:build",
     "compress_cache": "treadle.models.compress:compress_cache",
+    "count_params": "treadle.library:count_params",
+    "enable_checkpointing": "treadle.library:enable_checkpointing",
+    "estimate_memory": "treadle.library:estimate_memory",
     "from_pretrained": "treadle.models.base:from_pretrained",
     "load": "treadle.library:load",
     "loss": "treadle.library:loss",
+    "memory_usage": "treadle.library:memory_usage",
     "option": "treadle.settings:option",
     "plan": "treadle.library:plan",
+    "print_summary": "treadle.library:print_summary",
+    "recommend_config": "treadle.library:recommend_config",
     "student_of": "treadle.distillation:student_of",
     "train": "treadle.library:train",
 }
@@ -51,7 +58,21 @@ if TYPE_CHECKING:
     from treadle.distillation import DistillationTrainer, student_of
     from treadle.evaluation.evaluator import Evaluator
     from treadle.layers.state import LayerState, State
-    from treadle.library import Model, architectures, load, loss, plan, train
+    from treadle.library import (
+        Model,
+        architectures,
+        autocast,
+        count_params,
+        enable_checkpointing,
+        estimate_memory,
+        load,
+        loss,
+        memory_usage,
+        plan,
+        print_summary,
+        recommend_config,
+        train,
+    )
     from treadle.models.base import Capabilities, ModelConfig, Output, build, from_pretrained
     from treadle.models.compress import compress_cache
     from treadle.objectives.base import Losses, LossTerm, Metric, Objective

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import errno
 import os
-import re
 import sys
 import traceback
 from pathlib import Path
@@ -35,7 +34,8 @@ OPEN = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_n
 
 # What several verbs take.
 Run = Annotated[str, typer.Argument(help="A run, a checkpoint, `last`, RUN@best or RUN@STEP.")]
-Text = Annotated[str | None, typer.Option(help="Measure on this text instead of the held-out text.")]
+ModelPath = Annotated[str | None, typer.Option("--model-path", "--checkpoint", help="The same as the argument.")]
+Text = Annotated[str | None, typer.Option("--data", "--data-dir", "--data-path", help="Measure on this text instead of the held-out text.")]
 Split = Annotated[str, typer.Option(help="Which held-out text: validation or test (--test_fraction).")]
 MostRows = Annotated[int | None, typer.Option(min=1, help="At most this many rows, spread over the text.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows in one pass.")]
@@ -145,14 +145,15 @@ def ctl(
 
 @app.command("eval")
 def evaluate(
-    runs: Annotated[list[str], typer.Argument(help="Runs: a folder, a checkpoint, `last`, RUN@best, RUN@STEP.")],
+    runs: Annotated[list[str] | None, typer.Argument(help="Runs: a folder, a checkpoint, `last`, RUN@best, RUN@STEP.")] = None,
+    model_path: ModelPath = None,
     data: Text = None,
     split: Split = "validation",
     rows: MostRows = None,
-    samples: Annotated[int, typer.Option(min=0, help="Samples to generate and check.")] = 3,
+    samples: Annotated[int, typer.Option("--samples", "--num-samples", min=0, help="Samples to generate and check.")] = 3,
     batch_size: BatchSize = 16,
     stats: Annotated[bool, typer.Option("--stats", help="The architecture's own numbers too (routing, ...).")] = False,
-    output: Annotated[str | None, typer.Option(help="Folder for the results; default RUN/results.")] = None,
+    output: Annotated[str | None, typer.Option("--output", "--output-dir", help="Folder for the results; default RUN/results.")] = None,
     device: Device = "auto",
     trust_code: Trust = None,
 ) -> None:
@@ -161,7 +162,7 @@ def evaluate(
     from treadle.models.pretrained import home_of
 
     reports = []
-    for run in runs:
+    for run in _runs(runs, model_path):
         reports.append(evaluate_run(run, data, rows, samples, batch_size, device=device, stats=stats, split=split))
         home = home_of(Path(reports[-1]["checkpoint"]))
         write_results(Path(output) if output else home / "results", reports[-1])
@@ -196,9 +197,19 @@ def compare(
         write_json(Path(output), {"rows": table})
 
 
+def _runs(runs: list[str] | None, model_path: str | None) -> list[str]:
+    """The runs of the argument, or the one of --model-path; ConfigError for both or none."""
+    from treadle.errors import ConfigError
+
+    if (runs is None or runs == []) == (model_path is None):
+        raise ConfigError("name a run once, as in treadle eval RUN (or --model_path RUN); `last` is the newest one")
+    return runs or [str(model_path)]
+
+
 @app.command()
 def generate(
-    run: Run = "last",
+    run: Annotated[str | None, typer.Argument(help="A run, a checkpoint, `last` (the default), RUN@best or RUN@STEP.")] = None,
+    model_path: ModelPath = None,
     prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
     prompt_file: Annotated[str | None, typer.Option(help="A file with one prompt a line.")] = None,
     output_file: Annotated[str | None, typer.Option(help="Where the continuations of --prompt-file go.")] = None,
@@ -232,7 +243,7 @@ def generate(
     from treadle.generation.session import Session
     from treadle.models.pretrained import generation_defaults, load_run, tokenizer_of
 
-    loaded = load_run(run, device)
+    loaded = load_run(_runs([run or "last"] if run or not model_path else None, model_path)[0], device)
     tokenizer = tokenizer_of(loaded)
     sampling, count = typed_over(generation_defaults(loaded.checkpoint.folder), typed)
     session = Session(loaded.model, tokenizer, Sampling(**sampling), count, seed, stop)
@@ -274,13 +285,14 @@ def export(
                f"treadle train --from {folder}")  # fmt: skip
 
 
+@app.command("prepare", hidden=True)
 @data_app.command("prepare")
 def data_prepare(
     path: Annotated[
         str,
         typer.Argument(help="A text, JSONL or parquet file, or a folder of them; `austen` ships along, `tinystories` is fetched."),
     ],
-    output: Annotated[str | None, typer.Option(help="Where the shards go; default the cache.")] = None,
+    output: Annotated[str | None, typer.Option("--output", "--output-dir", help="Where the shards go; default the cache.")] = None,
     tokenizer: Annotated[str, typer.Option(help="auto, byte, bpe, wordpiece, unigram, char, or a path.")] = "auto",
     vocab_size: Annotated[int, typer.Option(help="Size of a tokenizer trained here.")] = 2048,
     text_column: Annotated[str, typer.Option(help="The column that holds the text.")] = "text",
@@ -288,7 +300,7 @@ def data_prepare(
     validation_fraction: Annotated[float, typer.Option(min=0, max=0.99, help="Share of the text held out.")] = 0.05,
     test_fraction: Annotated[float, typer.Option(min=0, max=0.99, help="Share held out for a last test.")] = 0.05,
     max_samples: Annotated[int | None, typer.Option(min=1, help="Read this many documents at most.")] = None,
-    seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a row, for counting them.")] = 256,
+    seq_len: Annotated[int, typer.Option("--seq-len", "--max-seq-length", min=2, help="Tokens in a row, for counting them.")] = 256,
     min_length: Annotated[int, typer.Option(min=0, help="Leave out documents with fewer tokens.")] = 0,
     on_bad: Annotated[str, typer.Option(help="skip or error: what a malformed line does.")] = "skip",
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 is one for each core.")] = 0,
@@ -388,10 +400,19 @@ def tokenizer_show(
 
 
 @app.command()
-def models() -> None:
+def models(
+    preset: Annotated[str | None, typer.Option(help="One preset: its shape and the training values that go with it.")] = None,
+) -> None:
     """The architectures and their presets, with parameter counts."""
     from treadle.models.base import count_label, parameter_count
     from treadle.models.catalogue import MODELS
+
+    if preset is not None:
+        from treadle.help import preset_lines
+
+        for line in preset_lines(preset):
+            echo(line)
+        return
 
     for name in MODELS.names():
         cls = MODELS.get(name)
@@ -399,7 +420,8 @@ def models() -> None:
         for preset in cls.Config.presets():
             count = parameter_count(cls, cls.Config.with_preset(preset))
             echo(f"    {preset:<14}{count_label(count):>7} parameters (random until trained)")
-    echo("choose with --model.arch NAME --model.preset PRESET; keys: treadle train --model.arch NAME --help model")
+    echo("choose with --model.arch NAME --model.preset PRESET (what goes with it: treadle models --preset PRESET); keys: "
+         "treadle train --model.arch NAME --help model")  # fmt: skip
 
 
 @app.command()
@@ -439,36 +461,6 @@ def _rank() -> str:
     except ConfigError:
         return ""
     return f"rank {launch.rank}: " if launch.size > 1 else ""
-
-
-def _said_of_usage(problem: Any) -> str:
-    """One line for a command line that no verb understands: the nearest verb or option, and where all of them stand."""
-    from treadle.registry import nearest
-
-    said: str = problem.format_message()
-    context = getattr(problem, "ctx", None)
-    if context is None or said.startswith("Usage:"):  # a group without a verb shows its help
-        return said
-    place, verbs = context.command_path, getattr(context.command, "commands", {})
-    option = getattr(problem, "option_name", None)
-    unknown = re.match(r"No such command ['\"](.*?)['\"]", said)
-    if unknown:
-        word, names = unknown[1], {name: f"{place} {name}" for name in verbs}
-        for group, command in verbs.items():  # `treadle prepare` is `treadle data prepare`
-            names = {**{name: f"{place} {group} {name}" for name in getattr(command, "commands", {})}, **names}
-        if Path(word).exists() or Path(word).suffix:
-            return f"{word!r} is no verb; to train on it: treadle train {word}"
-        near = nearest(word, list(names), meant=names, otherwise=f"{place} --help lists them")
-        return f"unknown verb {word!r}: {near}"
-    if option is not None and verbs:
-        return f"{option}: a verb comes first, as in treadle train {option}; {place} --help lists them"
-    if option is not None and said.startswith("No such option"):
-        flags = [flag for p in context.command.params for flag in (*p.opts, *p.secondary_opts) if flag.startswith("--")]
-        names = {flag.lstrip("-"): flag for flag in [*flags, "--help"]}
-        word = option.lstrip("-").replace("_", "-")
-        near = nearest(word, list(names), meant=names, otherwise="none is like it;")
-        return f"{place}: unknown option {option}: {near} ({place} --help lists them all)"
-    return f"{place}: {said.rstrip('.')}; see {place} --help"
 
 
 def main() -> None:
@@ -516,7 +508,9 @@ def _run() -> int:
     except Exception as problem:
         # What was typed wrongly. Its class is click's or typer's own copy of it, whichever this version of typer brings.
         if hasattr(problem, "format_message") and hasattr(problem, "exit_code"):
-            said = _said_of_usage(problem)
+            from treadle.help import said_of_usage
+
+            said = said_of_usage(problem)
             echo(said if said.startswith("Usage:") else f"error: {said}", sys.stderr)
             return int(problem.exit_code)
         echo(traceback.format_exc(), sys.stderr, end="")  # a defect; what it quotes may be anything

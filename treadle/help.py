@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import textwrap
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 from treadle import trusted_code
 from treadle.errors import ConfigError
@@ -161,6 +163,57 @@ def _key_lines(section: str, cls: type[Settings] | None, word: str) -> list[str]
         if cls is not None and word in (key, *cls.key_info(key)["aliases"]):
             return key_lines(section, cls, key)
     return []
+
+
+def preset_lines(preset: str) -> list[str]:
+    """Shape, size and recommended training values of a preset, in every architecture that has one of this name."""
+    from treadle.models.base import count_label, parameter_count
+
+    lines, known = [], []
+    for arch in MODELS.names():
+        cls = MODELS.get(arch)
+        known += list(cls.Config.presets())
+        keys = {plain(name): values for name, values in cls.Config.presets().items()}.get(plain(preset))
+        if keys is None:
+            continue
+        count = parameter_count(cls, cls.Config.with_preset(preset))
+        lines.append(f"{arch} {plain(preset)}: {count_label(count)} parameters (random until trained)")
+        lines += [f"    model.{key} = {value}" for key, value in keys.items()]
+        recommended = cls.Config.recommended(preset)
+        lines += ["  recommended training values, used where nothing else is said:"] if recommended else []
+        lines += [f"    {key} = {value}" for key, value in recommended.items()]
+        lines.append(f"  train it: treadle train FILE --model.arch {arch} --model.preset {plain(preset)}")
+    if not lines:
+        raise ConfigError(f"--preset {preset}: {nearest(plain(preset), known)} (treadle models lists them)")
+    return lines
+
+
+def said_of_usage(problem: Any) -> str:
+    """One line for a command line that no verb understands: the nearest verb or option, and where all of them stand."""
+    said: str = problem.format_message()
+    context = getattr(problem, "ctx", None)
+    if context is None or said.startswith("Usage:"):  # a group without a verb shows its help
+        return said
+    place, verbs = context.command_path, getattr(context.command, "commands", {})
+    option = getattr(problem, "option_name", None)
+    unknown = re.match(r"No such command ['\"](.*?)['\"]", said)
+    if unknown:
+        word, names = unknown[1], {name: f"{place} {name}" for name in verbs}
+        for group, command in verbs.items():  # `treadle prepare` is `treadle data prepare`
+            names = {**{name: f"{place} {group} {name}" for name in getattr(command, "commands", {})}, **names}
+        if Path(word).exists() or Path(word).suffix:
+            return f"{word!r} is no verb; to train on it: treadle train {word}"
+        near = nearest(word, list(names), meant=names, otherwise=f"{place} --help lists them")
+        return f"unknown verb {word!r}: {near}"
+    if option is not None and verbs:
+        return f"{option}: a verb comes first, as in treadle train {option}; {place} --help lists them"
+    if option is not None and said.startswith("No such option"):
+        flags = [flag for p in context.command.params for flag in (*p.opts, *p.secondary_opts) if flag.startswith("--")]
+        names = {flag.lstrip("-"): flag for flag in [*flags, "--help"]}
+        word = option.lstrip("-").replace("_", "-")
+        near = nearest(word, list(names), meant=names, otherwise="none is like it;")
+        return f"{place}: unknown option {option}: {near} ({place} --help lists them all)"
+    return f"{place}: {said.rstrip('.')}; see {place} --help"
 
 
 def write_options() -> None:

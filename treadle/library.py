@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,20 @@ from treadle import trusted_code
 from treadle.data.batch import IGNORE, Batch
 from treadle.errors import ConfigError
 from treadle.models.base import Model as BaseModel
-from treadle.models.base import Output
+from treadle.models.base import Output, build, count_label
 from treadle.models.catalogue import MODELS
-from treadle.models.pretrained import load_model, load_run
+from treadle.models.pretrained import load_model, load_run, pick_device
 from treadle.monitor.console import Console
+from treadle.ops.memory import peak_resident_bytes, resident_bytes
 from treadle.planning.plan import plan as make_plan
-from treadle.recipe import compose
+from treadle.recipe import Layer, compose
 from treadle.registry import nearest
 from treadle.settings import shown
 from treadle.start import Request
 from treadle.start import train as run_training
 from treadle.text.base import Tokenizer
-from treadle.training.config import Recipe
+from treadle.training.config import DEFAULT_ARCHITECTURE, Recipe
+from treadle.training.resolve import set_checkpointing
 
 PLAN_KEYS = ("flops", "bandwidth", "overlap", "memory", "device", "rehearse")
 
@@ -34,12 +37,20 @@ class Model(BaseModel, abstract=True):
 
     @staticmethod
     def load(
-        source: str | Path, device: Any = None, pretrained: bool = True, trust_code: Sequence[str] = (), **keys: Any
-    ) -> BaseModel:
+        source: str | Path, device: Any = None, pretrained: bool = True, preset: str | None = None,
+        trust_code: Sequence[str] = (), **keys: Any,
+    ) -> BaseModel:  # fmt: skip
+        """source: a run, a checkpoint, a model folder, or a preset's name (or an architecture with `preset`)."""
+        known = ["source", "device", "pretrained", "preset", "trust_code"]
         for key, value in keys.items():
-            raise ConfigError(f"Model.load: {key} = {shown(value)}: {nearest(key, ['source', 'device', 'pretrained', 'trust_code'])} A model's "
-                              "own keys are kept with its weights; treadle.build(arch, preset, key=value) makes another one")  # fmt: skip
+            raise ConfigError(f"Model.load: {key} = {shown(value)}: {nearest(key, known)} A model's own keys are kept with its "
+                              "weights; treadle.build(arch, preset, key=value) makes another one")  # fmt: skip
         trusted_code.allow(trust_code)
+        if preset is not None:
+            if pretrained:
+                raise ConfigError(f"preset = {preset!r} is a shape without weights: give a run or a model folder for trained "
+                                  "weights, or say pretrained=False for random ones")  # fmt: skip
+            return build(str(source), preset, device=pick_device(device or "auto"))
         return load_model(str(source), device, pretrained)
 
 
@@ -103,3 +114,97 @@ def loss(out: Output, batch: Batch) -> tuple[Tensor, int]:
         out.logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE, reduction="sum"
     )
     return total, batch.counts["labels"]
+
+
+def count_params(model: BaseModel, trainable_only: bool = False) -> int:
+    """Parameters of a model, shared ones once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
+
+
+def memory_usage(model: BaseModel | None = None) -> dict[str, float]:
+    """Gigabytes (1e9 bytes) now: of the process, its peak, what torch holds on the current GPU (0 without one), and of the
+    model's parameters, gradients and buffers where one is given."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    sizes = {"process_gb": float(resident_bytes()), "peak_gb": float(peak_resident_bytes()),
+             "gpu_gb": float(torch.cuda.memory_allocated()) if on_gpu else 0.0}  # fmt: skip
+    if model is not None:
+        sizes["parameters_gb"] = float(sum(p.nbytes for p in model.parameters()))
+        sizes["gradients_gb"] = float(sum(p.grad.nbytes for p in model.parameters() if p.grad is not None))
+        sizes["buffers_gb"] = float(sum(b.nbytes for b in model.buffers()))
+    return {name: size / 1e9 for name, size in sizes.items()}
+
+
+def estimate_memory(
+    model: BaseModel, batch_size: int, seq_len: int, *, precision: str = "fp32", optimizer: str = "adamw",
+    training: bool = True, gradient_checkpointing: bool | int | list[int] | None = None,
+) -> dict[str, float | str]:  # fmt: skip
+    """Gigabytes (1e9 bytes) that one process needs by kind, `total_gb` at the peak, traced on tensors without contents.
+
+    gradient_checkpointing: what the model's blocks say when left out. training=False: weights and a decoding state of
+    `batch_size` rows of `seq_len` tokens.
+    """
+    from treadle.objectives.next_token import NextToken
+    from treadle.planning.memory import PROCESS_GB, Shape, Sizes, per_process, trace_activations
+
+    kind = next(model.parameters()).device.type
+    kind = "cuda" if kind == "cuda" else "cpu"
+    if not training:
+        weights = sum(p.nbytes for p in model.parameters()) / 1e9
+        state = model.state_bytes(batch_size, seq_len) / 1e9
+        return {"params_gb": weights, "state_gb": state, "process_gb": PROCESS_GB[kind],
+                "total_gb": weights + state + PROCESS_GB[kind]}  # fmt: skip
+    if gradient_checkpointing is None:
+        gradient_checkpointing = [n for n, b in enumerate(model.blocks()) if getattr(b, "gradient_checkpointing", False)] or False
+    shape = Shape(batch_size, seq_len, 1, precision, gradient_checkpointing)
+    batch = model.example(model.config, batch_size, seq_len)
+    activations = trace_activations(type(model), model.config, NextToken(), shape, batch)
+    return per_process(Sizes.of(model), activations, shape, "none", 1, None, optimizer=optimizer, kind=kind).to_dict()
+
+
+def recommend_config(
+    vram_gb: float, training: bool = True, arch: str = DEFAULT_ARCHITECTURE, seq_len: int = 1024, precision: str = "bf16"
+) -> Recipe:
+    """A TrainConfig of the largest preset of `arch` that trains (training=False: generates) in `vram_gb` gigabytes of one
+    GPU; .preset, .train.per_device_train_batch_size and so on are what was chosen. ConfigError where nothing fits."""
+    from treadle.planning.recommend import recommend
+
+    return compose([Layer(recommend(vram_gb, training, arch, seq_len, precision), f"recommended for {vram_gb:g} GB")])
+
+
+def summary(model: BaseModel) -> dict[str, Any]:
+    """Architecture, parameters (in all, trainable, of each block), bytes, floating-point operations of a token."""
+    blocks = [count_params(block) for block in model.blocks()]  # type: ignore[arg-type]
+    total = count_params(model)
+    return {"architecture": model.arch, "parameters": total, "trainable": count_params(model, True), "blocks": blocks,
+            "outside_blocks": total - sum(blocks), "bytes": sum(p.nbytes for p in model.parameters()),
+            "flops_per_token": 3.0 * model.flops(1024) / 1024}  # fmt: skip
+
+
+def print_summary(model: BaseModel) -> dict[str, Any]:
+    """Prints `summary(model)` for people and returns its numbers."""
+    found = summary(model)
+    print(f"{found['architecture']}: {found['parameters']:,} parameters ({count_label(found['parameters'])}), "
+          f"{found['bytes'] / 1e6:.1f} MB")  # fmt: skip
+    for name, child in model.named_children():
+        print(f"  {name:<20}{count_params(child):>15,}  {type(child).__name__}")  # type: ignore[arg-type]
+    print(f"  {len(found['blocks'])} blocks; {found['flops_per_token'] / 1e6:.1f} million operations to train on one token")
+    return found
+
+
+def enable_checkpointing(model: BaseModel, every: bool | int | list[int] = True) -> None:
+    """Blocks recompute their activations in backward, for memory: all, none (False), every n-th, or a list of blocks. One
+    block alone: model.blocks()[i].gradient_checkpointing = True."""
+    set_checkpointing(model, every)
+
+
+def autocast(precision: str = "auto", device: Any = "cpu", width: int = 1024) -> AbstractContextManager[Any]:
+    """Mixed precision around the forward pass and the loss of a hand-written loop: fp32, bf16, fp16, or auto, which is bf16
+    where it is known to pay for a model of this width. (fp16 needs torch.amp.GradScaler beside it.)"""
+    from treadle.ops import precision as number_formats
+
+    device = pick_device(device)
+    if precision != "auto" and precision not in number_formats.DTYPES:
+        raise ConfigError(f"precision = {precision!r}: give auto, {', '.join(number_formats.DTYPES)}")
+    return number_formats.autocast(number_formats.resolve(precision, device, width), device)

@@ -9,26 +9,34 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from treadle import trusted_code
+from treadle.checkpoint.layout import MANIFEST
 from treadle.data.settings import TEXT
 from treadle.data.sources import BUNDLED
 from treadle.data.sources import SUFFIXES as DATA_SUFFIXES
 from treadle.errors import ConfigError
 from treadle.models.catalogue import MODELS
+from treadle.naming import Vocabulary, merge, settle
 from treadle.objectives.settings import DEFAULT_OBJECTIVE
 from treadle.registry import nearest
-from treadle.settings import Given, Settings, Vocabulary, build_section, fit_value, load_table, merge, plain, shown
+from treadle.settings import Given, Settings, build_section, fit_value, load_table, plain, shown
 from treadle.training.config import DEFAULT_ARCHITECTURE, SECTIONS, Recipe
 
 RECIPE_SUFFIXES = (".toml", ".yaml", ".yml", ".json")
 DEFAULT_RECIPE = "austen"
 # Keys of the model section that choose a model rather than describe it; they have no place in a model's own Config.
 MODEL_CHOICE = {"arch": ("arch", "type", "architecture", "model_type"), "preset": ("preset", "model_size"),
-                "config_file": ("config_file",)}  # fmt: skip
+                "config_file": ("config_file", "model_config", "model_config_file")}  # fmt: skip
+# Flags that name a whole recipe (or its training half) beside or instead of the target.
+RECIPE_FLAGS = ("config", "train_config")
+RESUME_FLAGS = ("resume_from_checkpoint", "resume_from")
+# Words at the top of an experiment file, whose writer wants evaluation and samples from the same command.
+EXPERIMENT_WORDS = {"experiment_name", "experiment", "training", "output"}
+NOT_OF_THE_SHAPE = ("model_type", "architectures", "torch_dtype", "transformers_version")
 
 
 SECTION_ALIASES = {
@@ -59,6 +67,7 @@ class Layer:
     origin: str
     from_text: bool = False
     weak: bool = False  # a stored run's values: an explicit "auto" above does not override them
+    folder: Path | None = None  # of the file it was read from: a model file it names may lie beside it
     other_flags: tuple[str, ...] = ()  # what the verb takes beside keys, for what a misspelt key may have meant
 
 
@@ -83,17 +92,13 @@ def target_layer(target: str | Mapping[str, Any] | None) -> Layer:
     path = Path(target)
     if not path.exists() and target in builtin:
         path = builtin[target]
+    if path.is_dir() and (path / MANIFEST).is_file():
+        raise ConfigError(f"{path} is a checkpoint; go on from it with --resume_from {path}, or start a new run from its "
+                          f"weights with --from {path}")  # fmt: skip
     if path.is_dir() and (path / "config.toml").is_file():
-        table = load_table(path / "config.toml")
-        trusted_code.recall(table)
-        table.setdefault("run", {})["output_dir"] = str(path)
-        return Layer(table, str(path / "config.toml"))
+        return _run_layer(path)
     if path.suffix in RECIPE_SUFFIXES and (path.exists() or path.suffix == ".toml"):
-        table = _with_name(load_table(path), path.stem)
-        trusted_code.recall(table)  # a run's config.toml is a recipe too
-        if path.suffix == ".json" and "at_end" not in str(table.get("eval", "")):
-            table = {**table, "eval.at_end": True}  # an experiment file wants its results in the same command
-        return Layer(table, path.name)
+        return recipe_layer(path)
     if path.suffix == ".py":
         from treadle.task_file import task_table
 
@@ -109,11 +114,71 @@ def target_layer(target: str | Mapping[str, Any] | None) -> Layer:
     raise ConfigError(f"{target!r} is no file, folder or built-in recipe: {nearest(target, list(builtin))}")
 
 
-def _with_name(table: dict[str, Any], stem: str) -> dict[str, Any]:
-    """The table with run_name defaulting to the recipe's own name, whichever word it uses for it."""
+def _run_layer(run: Path) -> Layer:
+    table = load_table(run / "config.toml")
+    trusted_code.recall(table)
+    table.setdefault("run", {})["output_dir"] = str(run)
+    return Layer(table, str(run / "config.toml"))
+
+
+def recipe_layer(path: Path, named: bool = True) -> Layer:
+    """A recipe file as a layer; `named` gives its run the file's name where it has none."""
+    table = load_table(path)
+    trusted_code.recall(table)  # a run's config.toml is a recipe too
+    experiment = EXPERIMENT_WORDS & {plain(str(key).partition(".")[0]) for key in table}
+    if named:
+        table = _with_name(table, path.stem)
+    if experiment and "at_end" not in str(table.get("eval", table.get("evaluation", ""))):
+        table = {**table, "eval.at_end": True}
+    return Layer(table, path.name, folder=path.parent)
+
+
+def typed_layers(target: str | Mapping[str, Any] | None, typed: Layer, with_default: bool = True) -> list[Layer]:
+    """What a user typed, weakest first: the target (or what --config names, or the run of --resume_from, or the default
+    recipe), the files of --config and --train_config, the flags (`typed`)."""
+    flags = typed.table
+    rest = {key: value for key, value in flags.items() if plain(key) not in RECIPE_FLAGS}
+    files = [Path(str(flags[key])) for word in RECIPE_FLAGS for key in flags if plain(key) == word]
+    resume = [v for k, v in flags.items() if plain(k).removeprefix("checkpoint.") in RESUME_FLAGS and plain(str(v)) != "none"]
+    layers = [recipe_layer(path, named=number == 0 and target is None) for number, path in enumerate(files)]
+    if target is not None:
+        first = target_layer(target)
+        if layers and isinstance(first.table.get("data"), dict) and first.folder is None:  # text over what the files name
+            named = any(_names_itself(layer.table) for layer in layers)
+            layers.append(Layer({"data": first.table["data"]} if named else first.table, first.origin))
+        else:
+            layers.insert(0, first)
+    elif not files and resume:
+        layers = [_run_layer(run_of(str(resume[0])))]
+    elif not files and with_default:
+        layers = [target_layer(None)]
+    return [*layers, replace(typed, table=rest)]
+
+
+def run_of(checkpoint: str) -> Path:
+    """The folder of the run that a checkpoint (or RUN, RUN@STEP, RUN@best) belongs to."""
+    if (Path(checkpoint) / "config.toml").is_file() and not (Path(checkpoint) / MANIFEST).is_file():
+        return Path(checkpoint)
+    from treadle.models.pretrained import home_of, locate, read_config
+
+    found = locate(checkpoint)
+    written = read_config(found).get("run", {}).get("output_dir")
+    for home in (home_of(found.folder), Path(str(written or "nowhere"))):
+        if (home / "config.toml").is_file():
+            return home
+    raise ConfigError(f"the run of {found.folder} is not here ({written}); name it: treadle train RUN --resume_from {checkpoint}, "
+                      f"or start a new one from its weights: --from {checkpoint}")  # fmt: skip
+
+
+def _names_itself(table: dict[str, Any]) -> bool:
     words = {"run_name", "experiment_name"}
     places = [table, *(table.get(s) for s in ("run", "output", "experiment"))]
-    if any(isinstance(place, dict) and words & {plain(str(k)) for k in place} for place in places):
+    return any(isinstance(place, dict) and words & {plain(str(k)).rpartition(".")[2] for k in place} for place in places)
+
+
+def _with_name(table: dict[str, Any], stem: str) -> dict[str, Any]:
+    """The table with run_name defaulting to the recipe's own name, whichever word it uses for it."""
+    if _names_itself(table):
         return table
     return {**table, "run.run_name": re.sub(r"[^A-Za-z0-9._-]", "_", stem)}
 
@@ -127,21 +192,28 @@ def compose(layers: list[Layer], with_model: bool = True) -> Recipe:
     words.other_flags = tuple(name for layer in layers for name in layer.other_flags)
     stacked = [(layer, merge(words.flatten(layer.table, layer.origin, layer.from_text))) for layer in layers]
     stacked = _with_deepspeed(words, stacked)
-    arch, preset = DEFAULT_ARCHITECTURE, None
+    arch, preset, named = DEFAULT_ARCHITECTURE, None, False
     reset = 0  # layers below this one described another model
-    for number, (_, given) in enumerate(stacked):
+    files: dict[str, ModelFile] = {}
+    for number, (layer, given) in enumerate(stacked):
         before = arch, preset
-        for key, value in given.items():
-            choice = _model_choice(key)
-            if choice == "config_file":
-                given_file = load_table(str(value.value))
-                arch = MODELS.canonical(str(given_file.get("model_type", arch)))
-            if choice == "arch":
-                arch = MODELS.canonical(str(value.value))
-            if choice == "preset":
-                preset = None if value.value is None or plain(str(value.value)) == "none" else str(value.value)
+        chosen = {choice: one for key, one in given.items() if (choice := _model_choice(key)) is not None}
+        file = ModelFile.read(chosen["config_file"], layer) if "config_file" in chosen else None
+        if file is not None:
+            files[chosen["config_file"].origin] = file
+            arch, named = file.arch or arch, named or file.arch is not None
+        if "arch" in chosen:
+            arch, named = MODELS.canonical(str(chosen["arch"].value)), True
+            if file is not None and file.arch not in (None, arch):
+                raise ConfigError(f"{chosen['arch'].origin} = {chosen['arch'].value!r} is {arch}, but {file.path} is of {file.arch}; "
+                                  "leave one of the two out")  # fmt: skip
+        if "preset" in chosen:
+            value = chosen["preset"].value
+            preset = None if value is None or plain(str(value)) == "none" else str(value)
         if (arch, preset) != before:
             reset = number
+    if with_model and preset is not None and not named:
+        arch = _arch_of(preset)
     model_class = MODELS.get(arch) if with_model else None
     if model_class is not None:
         words.sections["model"], words.arch = model_class.Config, arch
@@ -156,14 +228,16 @@ def compose(layers: list[Layer], with_model: bool = True) -> Recipe:
     final: dict[str, Given] = {}
     for number, (layer, given) in enumerate(stacked):
         given = {key: one for key, one in given.items() if number >= reset or not _of_model(key)}
-        for key, one in _understood(words, given, with_model).items():
+        for key, one in _understood(words, given, with_model, files).items():
             stored = final.get(key)
             if stored is not None and one.value == "auto" and stored.origin == "the run":
                 continue
-            final[key] = Given(key, one.value, "the run" if layer.weak else one.origin, False)
+            final[key] = Given(key, settle(words.sections, one, stored), "the run" if layer.weak else one.origin, False)
     if model_class is not None:
         of_model = {k.partition(".")[2]: v.value for k, v in final.items() if k.startswith("model.")}
         for key, value in model_class.Config.with_preset(preset, **of_model).implied().items():
+            if key == "tokenizer.name" and "tokenizer.vocab_size" in final:
+                continue  # who asks for a size asks for a tokenizer that is trained
             final.setdefault(key, Given(key, value, "follows from the model's keys", False))
     sections = {
         name: build_section(name, cls, {k: v for k, v in final.items() if k.startswith(name + ".")})
@@ -202,6 +276,39 @@ def _model_choice(key: str) -> str | None:
     return None
 
 
+@dataclass
+class ModelFile:
+    """A model's JSON (or TOML, YAML) file: which architecture it is of, where it says so, and the model's keys."""
+
+    path: Path
+    arch: str | None
+    table: dict[str, Any]
+
+    @staticmethod
+    def read(given: Given, layer: Layer) -> ModelFile:
+        """The file beside the recipe that names it, or as seen from the current folder."""
+        written = Path(str(given.value))
+        beside = layer.folder / written if layer.folder is not None else written
+        path = beside if beside.is_file() else written
+        if not path.is_file():
+            places = " or ".join(dict.fromkeys(map(str, (beside, written))))
+            raise ConfigError(f"{given.origin} = {given.value!r}: there is no {places}; give a model's JSON file, or choose one by "
+                              "name: --model.arch NAME (treadle models lists them)")  # fmt: skip
+        table = load_table(path)
+        kind = table.get("model_type")
+        shape = {key: value for key, value in table.items() if key not in NOT_OF_THE_SHAPE}
+        return ModelFile(path, MODELS.canonical(str(kind)) if kind is not None else None, shape)
+
+
+def _arch_of(preset: str) -> str:
+    """The architecture that has a preset of this name, where nobody chose one: the default's own come first."""
+    name = plain(preset)
+    for arch in (DEFAULT_ARCHITECTURE, *MODELS.names()):
+        if name in {plain(one) for one in MODELS.get(arch).Config.presets()}:
+            return arch
+    return DEFAULT_ARCHITECTURE
+
+
 Stacked = list[tuple[Layer, dict[str, Given]]]
 
 
@@ -230,30 +337,32 @@ def _with_deepspeed(words: Vocabulary, stacked: Stacked) -> Stacked:
 
 
 def _of_model(key: str) -> bool:
-    """Whether a key belongs to the model: named so, or a leaf that no core section knows."""
-    return key.startswith(("model.", "?.")) and _model_choice(key) is None
+    """Whether a key describes the model: named so, a leaf that no core section knows, or a file of such keys."""
+    return key.startswith(("model.", "?.")) and _model_choice(key) in (None, "config_file")
 
 
-def _understood(words: Vocabulary, given: dict[str, Given], with_model: bool) -> dict[str, Given]:
+def _understood(
+    words: Vocabulary, given: dict[str, Given], with_model: bool, files: dict[str, ModelFile]
+) -> dict[str, Given]:
     """A layer with its model keys checked against the architecture's Config (when it is known)."""
     understood: list[Given] = []
     for key, one in given.items():
         section, _, name = key.partition(".")
         choice = _model_choice(key)
         if choice == "config_file":
-            table = load_table(str(one.value))
-            table.pop("model_type", None)
-            understood += _understood(
-                words, merge(words.flatten({"model": table}, str(one.value))), with_model
-            ).values()
+            file = files[one.origin]
+            inside = merge(words.flatten({"model": file.table}, str(file.path)))
+            for found in _understood(words, inside, with_model, files).values():
+                found.fallback = True  # what stands beside the file's name changes the file's shape
+                understood.append(found)
         elif choice is not None:
             continue
         elif section == "?" and not with_model:
             raise _unknown(words, name, one, [])
         elif with_model and (section == "task" or (section == "?" and name in words.names_of("task"))):
-            understood.append(_open_key(words, "task", name, one, leaf=False))
+            understood += _open_keys(words, "task", name, one, leaf=False)
         elif section in ("model", "?") and with_model:
-            understood.append(_open_key(words, "model", name, one, leaf=section == "?"))
+            understood += _open_keys(words, "model", name, one, leaf=section == "?")
         else:
             understood.append(one)
     return merge(understood)
@@ -262,32 +371,40 @@ def _understood(words: Vocabulary, given: dict[str, Given], with_model: bool) ->
 def _unknown(words: Vocabulary, name: str, one: Given, own: list[str], of_model: bool = False) -> ConfigError:
     """The error for a key that nobody knows; the model's own keys are the likelier ones."""
     others = [] if of_model else [*words.all_names(), *words.other_flags, *(w for s in MODEL_CHOICE.values() for w in s)]
-    theirs = f"treadle train --model.arch {words.arch} --help model"
-    near = nearest(name, others, preferred=own, otherwise=f"none is like it; {theirs if of_model else 'treadle train --help all'} "
-                   "lists them")  # fmt: skip
-    more = f" (keys of {words.arch}: {theirs})" if any(f"'{key}'" in near for key in own) else ""
-    return ConfigError(f"{one.origin} = {shown(one.value)}: unknown key: {near}{more}")
+    near = nearest(name, others, preferred=own, otherwise="none is like it")
+    of_arch = of_model or any(f"'{key}'" in near for key in own)
+    place = f"keys of {words.arch}: treadle train --model.arch {words.arch} --help model" if of_arch else "all of them: treadle train --help all"
+    return ConfigError(f"{one.origin} = {shown(one.value)}: unknown key: {near} ({place})")
 
 
-def _open_key(words: Vocabulary, section: str, name: str, one: Given, leaf: bool) -> Given:
-    """A key of [model] or [task], checked against the class that is known by now."""
+def _open_keys(words: Vocabulary, section: str, name: str, one: Given, leaf: bool) -> list[Given]:
+    """What a key of [model] or [task] (or a leaf that no core section knows) sets, checked against the class that is known by
+    now."""
     if section not in words.sections:
         raise ConfigError(f"{one.origin}: there is no [{section}] here: the dataset and the objective have no keys of their own")
     cls = words.sections[section]
     names = words.names_of(section)
+    if name not in names and not leaf and (elsewhere := words.elsewhere(name)) is not None:
+        return words.given(elsewhere, name, one.value, one.origin, one.from_text)
     if name not in names:
         raise _unknown(words, name, one, list(names), of_model=not leaf)
     if name in cls.translations:
-        ((dotted, value),) = cls.translations[name](one.value).items()
-        key = dotted.partition(".")[2]
+        try:
+            found = cls.translations[name](one.value).items()
+        except (TypeError, ValueError, KeyError, AttributeError, IndexError):
+            raise ConfigError(f"{one.origin}: {name} = {one.value!r} is not understood") from None
+        values = {dotted.partition(".")[2]: value for dotted, value in found}
     else:
-        key, value = names[name], one.value
-    if key != name:
-        words.notes.append(f"{one.origin} is read as {section}.{key}")
-    try:
-        return Given(f"{section}.{key}", fit_value(cls, key, value, one.from_text), one.origin, False)
-    except ConfigError as problem:
-        raise ConfigError(f"{one.origin}: {section}.{problem}") from None
+        values = {names[name]: one.value}
+    understood = []
+    for key, value in values.items():
+        if key != name:
+            words.notes.append(f"{one.origin} is read as {section}.{key}")
+        try:
+            understood.append(Given(f"{section}.{key}", fit_value(cls, key, value, one.from_text), one.origin, False))
+        except ConfigError as problem:
+            raise ConfigError(f"{one.origin}: {section}.{problem}") from None
+    return understood
 
 
 def settled_section(layers: list[Layer], name: str) -> Any:
@@ -296,7 +413,9 @@ def settled_section(layers: list[Layer], name: str) -> Any:
     final: dict[str, Given] = {}
     for layer in layers:
         given = merge(words.flatten(layer.table, layer.origin, layer.from_text))
-        final.update({key: one for key, one in given.items() if key.startswith(name + ".")})
+        for key, one in given.items():
+            if key.startswith(name + "."):
+                final[key] = Given(key, settle(SECTIONS, one, final.get(key)), one.origin, False)
     return build_section(name, SECTIONS[name], final)
 
 

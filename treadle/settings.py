@@ -1,8 +1,8 @@
 """The base of every configuration section: strict types, one vocabulary, clear errors.
 
 A section is a pydantic model whose attribute docstrings are the help text. Around it this file owns what pydantic does
-not do: reading TOML / YAML / JSON, dotted flags, leaf names without their section, aliases, did-you-mean, and where each
-value came from. Values given as text (flags, YAML's `3e-4`) are read by TOML's grammar, then validated strictly.
+not do: reading TOML / YAML / JSON, dotted flags, spellings of values, and where each value came from (which key a word
+means: naming.py). Values given as text (flags, YAML's `3e-4`) are read by TOML's grammar, then validated strictly.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -48,8 +48,10 @@ class Settings(BaseModel):
         defer_build=True,  # help reads keys alone: no validator is built for it (a third of the time of --help)
     )  # fmt: skip
 
-    # Words that set other keys: spelled -> function(value) -> {dotted key: value}.
+    # Words that set other keys: spelled -> function(value) -> {dotted key: value, Fallback or ListChange}.
     translations: ClassVar[dict[str, Callable[[Any], dict[str, Any]]]] = {}
+    # Words that leave others beside them without a meaning when they say false (use_amp = false, amp_dtype = bf16).
+    switches: ClassVar[dict[str, tuple[str, ...]]] = {}
     # The section's name in messages, where it is not the class's name without "Settings".
     called: ClassVar[str] = ""
 
@@ -82,6 +84,23 @@ class Settings(BaseModel):
         return next(iter(cls.model_fields))
 
 
+@dataclass(frozen=True)
+class Fallback:
+    """What a translation sets unless the same table says it by its own name."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class ListChange:
+    """What a switch adds to a list key or takes away from it, whatever the list holds."""
+
+    add: tuple[Any, ...] = ()
+    remove: tuple[Any, ...] = ()
+
+    def applied(self, items: list[Any]) -> list[Any]:
+        kept = [item for item in items if item not in self.remove]
+        return [*kept, *(item for item in self.add if item not in kept)]
 class Refused(ConfigError):
     """A key or value that a section does not take; `key` is None where a rule spans several."""
 
@@ -182,11 +201,12 @@ def fit_value(section: type[Settings], name: str, value: Any, from_text: bool) -
     choices = _enumeration(section, name)
 
     def respell(item: Any) -> Any:
-        if isinstance(item, str):
-            if plain(item) in info["spellings"]:
-                return info["spellings"][plain(item)]
-            if plain(item) in choices:
-                return plain(item)
+        if isinstance(item, (str, bool)) or item is None:  # YAML reads `no` as false
+            word = plain(str(item))
+            if word in info["spellings"]:
+                return info["spellings"][word]
+            if word in choices:
+                return word
         return item
 
     candidates: list[Any] = []
@@ -292,134 +312,10 @@ class Given:
     """One value that somebody gave: where it belongs, what it is, and how it was spelled where."""
 
     key: str  # dotted, canonical
-    value: Any
+    value: Any  # a ListChange where a switch adds to a list
     origin: str  # "flag --lr", "recipe.toml: training.lr"
     from_text: bool
-
-
-@dataclass
-class Vocabulary:
-    """Every section with its keys and aliases, and the rules that map what users write onto them."""
-
-    sections: dict[str, type[Settings]]
-    section_aliases: dict[str, str] = field(default_factory=dict)
-    open_sections: frozenset[str] = frozenset()  # sections whose keys are known only later (model)
-    notes: list[str] = field(default_factory=list)
-    other_flags: tuple[str, ...] = ()  # what the verb takes beside keys
-    arch: str = ""  # whose keys [model] holds, once it is known
-
-    def names_of(self, section: str) -> dict[str, str]:
-        """Every accepted name inside a section -> its key; translated words map to themselves."""
-        if section not in self.sections:
-            return {}
-        cls = self.sections[section]
-        names = {key: key for key in cls.model_fields}
-        for key in cls.model_fields:
-            for alias in cls.key_info(key)["aliases"]:
-                names[alias] = key
-        names.update({word: word for word in cls.translations})
-        return names
-
-    def all_names(self) -> list[str]:
-        return [n for s in self.sections for n in (*self.names_of(s), *(f"{s}.{k}" for k in self.names_of(s)))]
-
-    def flatten(self, table: dict[str, Any], origin: str, from_text: bool = False) -> list[Given]:
-        """A nested or dotted table as a list of canonical values; ConfigError for unknown or ambiguous keys."""
-        found: list[Given] = []
-        for written, value in table.items():
-            head, *rest = str(written).split(".")
-            section = self._section(head)
-            if section and rest:
-                found += self._within(section, ".".join(rest), value, origin, from_text)
-            elif section and isinstance(value, dict):
-                for inner, inner_value in value.items():
-                    found += self._within(section, str(inner), inner_value, origin, from_text)
-            elif section:
-                first = self.sections[section].first_key() if section in self.sections else "arch"
-                found += self._within(section, first, value, origin, from_text)
-            elif rest:
-                raise ConfigError(
-                    f"{origin}: {written} = {shown(value)}: unknown section {head!r}: "
-                    f"{nearest(plain(head), [*self.sections, *self.open_sections])}"
-                )
-            else:
-                found += self._leaf(head, value, origin, from_text)
-        return found
-
-    def _section(self, word: str) -> str | None:
-        word = plain(word)
-        word = self.section_aliases.get(word, word)
-        return word if word in self.sections or word in self.open_sections else None
-
-    def _within(self, section: str, name: str, value: Any, origin: str, from_text: bool) -> list[Given]:
-        known = self.names_of(section)
-        if plain(name) in known:
-            return self._given(section, plain(name), value, origin, from_text)
-        if section in self.open_sections:
-            return [Given(f"{section}.{plain(name)}", value, f"{origin}: {section}.{name}", from_text)]
-        elsewhere = self._sections_with(plain(name))
-        if len(elsewhere) == 1:
-            self.notes.append(f"{origin}: {section}.{name} belongs to [{elsewhere[0]}] and was read as such")
-            return self._given(elsewhere[0], plain(name), value, origin, from_text)
-        near = nearest(plain(name), list(known), otherwise=f"none is like it; treadle train --help {section} lists them")
-        raise ConfigError(f"{origin}: {section}.{name} = {shown(value)}: unknown key: {near}")
-
-    def _sections_with(self, name: str) -> list[str]:
-        # A key's own name wins over an alias of the same spelling elsewhere.
-        own = [s for s, cls in self.sections.items() if name in cls.model_fields]
-        return own or [s for s in self.sections if name in self.names_of(s)]
-
-    def _leaf(self, name: str, value: Any, origin: str, from_text: bool) -> list[Given]:
-        name = plain(name)
-        homes = self._sections_with(name)
-        if len(homes) == 1:
-            return self._given(homes[0], name, value, origin, from_text)
-        if len(homes) > 1:
-            options = " or ".join(f"{home}.{self.names_of(home)[name]}" for home in homes)
-            raise ConfigError(f"{origin}: {name!r} is ambiguous; write {options}")
-        # An unknown leaf may belong to an open section; who knows its keys decides (recipe.py).
-        return [Given(f"?.{name}", value, f"{origin}: {name}", from_text)]
-
-    def _given(self, section: str, word: str, value: Any, origin: str, from_text: bool) -> list[Given]:
-        cls = self.sections[section]
-        if word in cls.translations:
-            if from_text:
-                value = parse_text(value) if isinstance(value, str) else value
-            try:
-                translated = cls.translations[word](value)
-            except (TypeError, ValueError, KeyError, AttributeError):
-                raise ConfigError(f"{origin}: {word} = {value!r} is not understood") from None
-            given = [self._checked(k, v, f"{origin}: {word}", False) for k, v in translated.items()]
-            self.notes += [f"{origin}: {word} is read as {g.key} = {g.value!r}" for g in given]
-            return given
-        key = self.names_of(section)[word]
-        if key != word:
-            self.notes.append(f"{origin}: {word} is read as {section}.{key}")
-        return [self._checked(f"{section}.{key}", value, f"{origin}: {word}" if key != word else origin, from_text)]
-
-    def _checked(self, dotted: str, value: Any, origin: str, from_text: bool) -> Given:
-        section, _, key = dotted.partition(".")
-        if section in self.open_sections and section not in self.sections:
-            return Given(dotted, value, origin, from_text)
-        try:
-            fitted = fit_value(self.sections[section], key, value, from_text)
-        except ConfigError as problem:
-            raise ConfigError(f"{origin}: {section}.{problem}") from None
-        return Given(dotted, fitted, origin, False)
-
-
-def merge(given: list[Given]) -> dict[str, Given]:
-    """One layer of values by key; the same key given twice with different values (alias and name) is an error."""
-    merged: dict[str, Given] = {}
-    for one in given:
-        before = merged.get(one.key)
-        if before is not None and before.value != one.value:
-            raise ConfigError(
-                f"{one.key} is given twice with different values: {before.value!r} ({before.origin}) "
-                f"and {one.value!r} ({one.origin}); keep one"
-            )
-        merged[one.key] = one
-    return merged
+    fallback: bool = False  # gives way to the same key in the same layer
 
 
 def parse_flags(arguments: list[str]) -> tuple[list[str], dict[str, str]]:

@@ -14,7 +14,7 @@ from treadle import trusted_code
 from treadle.checkpoint.lock import LOCK_FILE, RunLock
 from treadle.errors import ConfigError, InputError, PeerFailed, PeerLost, Stopped
 from treadle.monitor.console import Console
-from treadle.recipe import Layer, compose, settled_folder, settled_section, target_layer
+from treadle.recipe import Layer, compose, settled_folder, settled_section, typed_layers
 from treadle.settings import load_table
 from treadle.text.base import Tokenizer
 from treadle.training.config import Recipe
@@ -59,8 +59,7 @@ class Request:
 
     def named_layers(self) -> list[Layer]:
         """What was typed: the target and the flags."""
-        target = [] if self.base and self.target is None else [target_layer(self.target)]
-        return [*target, self._flag_layer(), *self.above]
+        return [*typed_layers(self.target, self._flag_layer(), not self.base), *self.above]
 
     def _flag_layer(self) -> Layer:
         if not self.flags_are_text:

@@ -14,7 +14,9 @@ class CheckpointSettings(Settings):
     save_total_limit: int = option(3, ge=1)
     """Newest checkpoints kept; the best one is kept besides."""
 
-    metric_for_best_model: str = option("loss")
+    metric_for_best_model: str = option(
+        "loss", spellings={"eval_loss": "loss", "validation_loss": "loss", "val_loss": "loss", "eval_bpb": "bpb", "eval_accuracy": "accuracy"}
+    )
     """The evaluation metric that picks the best checkpoint: the lowest loss or bpb, the highest accuracy or top5_accuracy,
     or a metric of an objective of one's own."""
 

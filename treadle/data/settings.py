@@ -103,6 +103,7 @@ class DataSettings(Settings):
         "pack_sequences": _pack_sequences,
         "validation_split": _validation_split,
     }
+    switches: ClassVar[dict[str, tuple[str, ...]]] = {"pack_sequences": ("packing_strategy",)}
 
     @model_validator(mode="after")
     def _consistent(self) -> DataSettings:

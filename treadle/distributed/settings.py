@@ -66,6 +66,8 @@ class ParallelSettings(Settings):
         "distributed": _boolean_mode("auto"),
     }
 
+    switches: ClassVar[dict[str, tuple[str, ...]]] = {"use_deepspeed": ("deepspeed_config",)}
+
     @model_validator(mode="after")
     def _consistent(self) -> ParallelSettings:
         if self.deepspeed is not None and self.mode not in ("auto", "deepspeed"):

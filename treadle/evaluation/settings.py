@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, ClassVar
+
 from pydantic import model_validator
 
-from treadle.settings import Settings, option
+from treadle.settings import Fallback, Settings, option
+
+PATIENCE = 3  # evaluations, where early stopping is asked for without a number
+
+
+def _early_stopping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, bool):
+        raise ValueError
+    return {"eval.early_stopping_patience": Fallback(PATIENCE)} if value else {}
 
 
 class EvalSettings(Settings):
@@ -39,6 +50,12 @@ class EvalSettings(Settings):
 
     at_end: bool = option(False)
     """After the last step evaluate everything and write results/evaluation_results.json and results/generations.txt."""
+
+    translations: ClassVar[dict[str, Callable[[Any], dict[str, Any]]]] = {
+        "early_stopping": _early_stopping,
+        "use_early_stopping": _early_stopping,
+    }
+    switches: ClassVar[dict[str, tuple[str, ...]]] = dict.fromkeys(translations, ("early_stopping_patience", "early_stopping_threshold"))
 
     @model_validator(mode="after")
     def _consistent(self) -> EvalSettings:

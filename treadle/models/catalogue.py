@@ -9,6 +9,8 @@ MODELS = Registry(
     {"transformer": "treadle.models.transformer:Transformer", "shc": "treadle.models.shc:SHC",
      "ssm": "treadle.models.ssm:SSM", "hgrn_bit": "treadle.models.hgrn_bit:HGRNBit",
      "hnet": "treadle.models.hnet:HNet"},
-    aliases={"hnet_bit": "hnet", "hgrn": "hgrn_bit", "hyper_connections": "shc", "mhc": "shc", "gpt2": "transformer", "llama": "transformer", "gpt": "transformer", "dense": "transformer"},
+    aliases={"hnet_bit": "hnet", "h_net": "hnet", "hierarchical": "hnet", "hgrn": "hgrn_bit", "flat": "hgrn_bit",
+             "simplified_slm": "hgrn_bit", "simplifiedslm": "hgrn_bit", "slm": "hgrn_bit",
+             "hyper_connections": "shc", "mhc": "shc", "gpt2": "transformer", "llama": "transformer", "gpt": "transformer", "dense": "transformer"},
     base="treadle.models.base:Model",
 )

@@ -62,7 +62,8 @@ class RecurrentConfig(LanguageModelConfig):
     """The length of training rows where data.seq_len is not given; a recurrence itself has no longest row."""
 
     def implied(self) -> dict[str, Any]:
-        return {"data.seq_len": self.max_position_embeddings} if self.max_position_embeddings is not None else {}
+        longest = {"data.seq_len": self.max_position_embeddings} if self.max_position_embeddings is not None else {}
+        return {"tokenizer.name": "byte", **longest}
 
     def inner(self, width: int) -> int:
         """Width of the recurrence in a block of this width."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import typing
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import model_validator
+from pydantic import BeforeValidator, model_validator
 
-from treadle.settings import Settings, option
+from treadle.settings import ListChange, Settings, option
 
 Sink = Literal["csv", "jsonl", "tensorboard", "wandb"]
 DEFAULT_SINKS: list[Sink] = ["csv", "jsonl", "tensorboard"]
@@ -18,10 +19,17 @@ def _with(sink: Sink) -> Callable[[Any], dict[str, Any]]:
     def translate(value: Any) -> dict[str, Any]:
         if not isinstance(value, bool):
             raise ValueError
-        wanted = [name for name in DEFAULT_SINKS if name != sink]
-        return {"log.report_to": [*wanted, sink] if value else wanted}
+        return {"log.report_to": ListChange(add=(sink,)) if value else ListChange(remove=(sink,))}
 
     return translate
+
+
+def _report_to(value: Any) -> Any:
+    """What Hugging Face's `report_to` takes beside names: "all" and "none"."""
+    word = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if word is None or (isinstance(word, str) and word.lower() == "none"):
+        return []
+    return list(typing.get_args(Sink)) if isinstance(word, str) and word.lower() == "all" else value
 
 
 AlertEvent = Literal["start", "stopped", "finished", "step", "best", "anomaly", "discovery"]
@@ -48,13 +56,13 @@ class LogSettings(Settings):
     logging_steps: int = option(10, aliases=("log_steps", "log_interval"), ge=1)
     """Steps between log lines and metrics rows."""
 
-    report_to: list[Sink] = option(DEFAULT_SINKS)
+    report_to: Annotated[list[Sink], BeforeValidator(_report_to)] = option(DEFAULT_SINKS)
     """Where metrics go: csv, jsonl, tensorboard, wandb (extra; WANDB_MODE=offline works without a network)."""
 
-    project: str = option("treadle", aliases=("wandb_project",))
+    project: str = option("treadle", aliases=("wandb_project"))
     """The Weights & Biases project."""
 
-    log_dir: str | None = option(None)
+    log_dir: str | None = option(None, aliases=("logging_dir", "tensorboard_dir"))
     """Where metrics, TensorBoard files and samples go; default the run folder."""
 
     health: bool = option(False)

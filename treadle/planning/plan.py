@@ -81,7 +81,7 @@ def model_of(recipe: Recipe, data: Dataset | None) -> tuple[type[Model], ModelCo
     keys = {key: value for key, value in follow.items() if key in cls.Config.model_fields} | recipe.model
     preset = cls.Config.presets().get((recipe.preset or "").lower().replace("-", "_"), {})
     if "vocab_size" in cls.Config.model_fields and "vocab_size" not in keys and "vocab_size" not in preset:
-        keys["vocab_size"] = 257 if recipe.tokenizer.name == "byte" else recipe.tokenizer.vocab_size
+        keys["vocab_size"] = 256 if recipe.tokenizer.name == "byte" else recipe.tokenizer.vocab_size
     return cls, cls.Config.with_preset(recipe.preset, **keys)
 
 

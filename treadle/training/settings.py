@@ -92,6 +92,7 @@ class TrainSettings(Settings):
         # use_amp alone leaves the type to `auto`; amp_dtype (an alias of precision) names it.
         "use_amp": lambda value: {} if value is True else {"train.precision": "fp32"},
     }
+    switches: ClassVar[dict[str, tuple[str, ...]]] = {"use_amp": ("amp_dtype",)}
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainSettings:
