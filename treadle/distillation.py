@@ -130,7 +130,7 @@ def report(teacher: str, student: str, rows: int | None = 256) -> dict[str, Any]
 
 @torch.no_grad()
 def agreement(ours: Model, theirs: Model, data: Dataset, rows: int | None = 256, batch_size: int = 8) -> float:
-    """Share of places where both find the same symbol likeliest."""
+    """Share of positions where both find the same token likeliest."""
     agreed = scored = 0
     for batch in data.in_sequence(batch_size, rows):
         batch = batch.to(ours.device)
@@ -147,7 +147,7 @@ def table_of(found: dict[str, Any]) -> list[str]:
         row = found[name]
         cells = "".join(f"{row['state_bytes'][str(n)] / 1e3:>13.1f} kB" for n in CONTEXTS)
         lines.append(f"{name:<10}{row['loss']:>9.4f}{row['bpb']:>9.4f}{cells}")
-    return [*lines, f"the same symbol likeliest: {found['agreement']:.3f}"]
+    return [*lines, f"the same token likeliest: {found['agreement']:.3f}"]
 
 
 class DistillationTrainer:

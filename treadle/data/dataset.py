@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class TokenDataset(IndexedDataset):
-    """Rows of `seq_len` symbols from one or more token sets, in a keyed order."""
+    """Rows of `seq_len` tokens from one or more token sets, in a keyed order."""
 
     tokenizer: Tokenizer
 
@@ -47,7 +47,7 @@ class TokenDataset(IndexedDataset):
         self.shuffle = shuffle
         for tokens in self.sets:
             if tokens.vocab_size > tokenizer.vocab_size:
-                raise ConfigError(f"the data has {tokens.vocab_size} symbols, the tokenizer {tokenizer.vocab_size}")
+                raise ConfigError(f"the data has {tokens.vocab_size} tokens, the tokenizer {tokenizer.vocab_size}")
         self._byte_lengths = np.asarray(tokenizer.byte_lengths, dtype=np.int64)
         self.parts = [Rows(tokens, packing, seq_len) for tokens in self.sets]
         if len(self) == 0:
@@ -123,7 +123,7 @@ class TokenDataset(IndexedDataset):
         return BatchSequence(lambda part: self.batch(source[part], row[part]), parts)
 
     def fingerprint(self) -> str:
-        """Equal for equal symbols, packing and row length, wherever the files are."""
+        """Equal for equal tokens, packing and row length, wherever the files are."""
         described = [[t.fingerprint for t in self.sets], self.packing, self.seq_len, self.weights, self.shuffle]
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
@@ -133,7 +133,7 @@ class TokenDataset(IndexedDataset):
                 f"{stats['rows']:,} rows of {stats['row_length']}")  # fmt: skip
 
     def stats(self) -> dict[str, Any]:
-        """Documents, bytes, tokens, rows, length percentiles, and the share of places that hold a symbol."""
+        """Documents, bytes, tokens, rows, length percentiles, and the share of positions that hold a token."""
         tokens = sum(t.tokens() for t in self.sets)
         size = sum(t.statistics["bytes"] for t in self.sets)
         return {

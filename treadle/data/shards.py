@@ -122,7 +122,7 @@ class TokenSet:
 
 
 def _stored_plan(path: Path, ids: int) -> Plan | None:
-    """The plan in a file, None when there is none that fits `ids` symbols or the file holds more than its size."""
+    """The plan in a file, None when there is none that fits `ids` tokens or the file holds more than its size."""
     try:
         with zipfile.ZipFile(path) as inside:
             if sum(member.file_size for member in inside.infolist()) > path.stat().st_size:

@@ -73,7 +73,7 @@ def measured_flops(width: int, precision: str) -> float:
     return 2.0 * 2048 * width * width * rounds / (time.perf_counter() - begun)
 
 
-def model_of(recipe: Recipe, data: Dataset | None) -> tuple[type[Model], ModelConfig]:
+def model_of(recipe: Recipe, data: Dataset | None = None) -> tuple[type[Model], ModelConfig]:
     """The recipe's architecture and its keys. data: None for text, which is not read; the vocabulary is then the preset's or
     the size asked of the tokenizer."""
     cls = MODELS.get(recipe.arch)
