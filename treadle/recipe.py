@@ -67,6 +67,7 @@ class Layer:
     origin: str
     from_text: bool = False
     weak: bool = False  # a stored run's values: an explicit "auto" above does not override them
+    unasked: bool = False  # the recipe of a command that names none: gives way to what an architecture implies
     folder: Path | None = None  # of the file it was read from: a model file it names may lie beside it
     other_flags: tuple[str, ...] = ()  # what the verb takes beside keys, for what a misspelt key may have meant
 
@@ -151,7 +152,7 @@ def typed_layers(target: str | Mapping[str, Any] | None, typed: Layer, with_defa
     elif not files and resume:
         layers = [_run_layer(run_of(str(resume[0])))]
     elif not files and with_default:
-        layers = [target_layer(None)]
+        layers = [replace(target_layer(None), unasked=True)]
     return [*layers, replace(typed, table=rest)]
 
 
@@ -226,19 +227,22 @@ def compose(layers: list[Layer], with_model: bool = True) -> Recipe:
     if task is not None:
         words.sections["task"] = task
     final: dict[str, Given] = {}
+    unasked: set[str] = set()
     for number, (layer, given) in enumerate(stacked):
         given = {key: one for key, one in given.items() if number >= reset or not _of_model(key)}
         for key, one in _understood(words, given, with_model, files).items():
             stored = final.get(key)
             if stored is not None and one.value == "auto" and stored.origin == "the run":
                 continue
+            (unasked.add if layer.unasked else unasked.discard)(key)
             final[key] = Given(key, settle(words.sections, one, stored), "the run" if layer.weak else one.origin, False)
     if model_class is not None:
         of_model = {k.partition(".")[2]: v.value for k, v in final.items() if k.startswith("model.")}
         for key, value in model_class.Config.with_preset(preset, **of_model).implied().items():
-            if key == "tokenizer.name" and "tokenizer.vocab_size" in final:
+            if key == "tokenizer.name" and "tokenizer.vocab_size" in final.keys() - unasked:
                 continue  # who asks for a size asks for a tokenizer that is trained
-            final.setdefault(key, Given(key, value, "follows from the model's keys", False))
+            if key not in final or key in unasked:
+                final[key] = Given(key, value, "follows from the model's keys", False)
     sections = {
         name: build_section(name, cls, {k: v for k, v in final.items() if k.startswith(name + ".")})
         for name, cls in SECTIONS.items()
