@@ -96,7 +96,7 @@ def test_prepared_text_of_another_tokenizer_is_refused(in_folder: Path, texts: P
     typed("data", "prepare", texts, "--tokenizer", "bpe", "--vocab-size", 300, "--output", "prepared", "--workers", 1)
     keys = ("--data.path", "prepared", "--model.arch", "flat", "--hidden_size", 16, "--num_layers", 1, "--seq_len", 32,
             "--max_steps", 1, "--batch_size", 2, "--eval_rows", 2, "--sample_tokens", 0)  # fmt: skip
-    with pytest.raises(ConfigError, match="prepared with a bpe tokenizer and tokenizer.name = byte.*--tokenizer.name auto"):
+    with pytest.raises(ConfigError, match=r"prepared with a bpe tokenizer and tokenizer.name = byte.*--tokenizer.name auto"):
         typed("train", *keys)
     assert "Finished at step 1" in typed("train", *keys, "--tokenizer.name", "auto")
 
@@ -108,9 +108,9 @@ def test_a_model_file_alone(in_folder: Path) -> None:
         recipe = of(**{flag: "deep.json"})
         assert (recipe.arch, recipe.model["hidden_sizes"], recipe.tokenizer.name) == ("hnet", [16, 24], "byte")
     assert of(model_config="deep.json", num_blocks="[[2,0,2],[1]]").model["num_blocks"] == [[2, 0, 2], [1]]
-    with pytest.raises(ConfigError, match="is hgrn_bit, but deep.json is of hnet"):
+    with pytest.raises(ConfigError, match=r"is hgrn_bit, but deep\.json is of hnet"):
         of(**{"model_config": "deep.json", "model.arch": "flat"})
-    with pytest.raises(ConfigError, match="there is no nothing.json"):
+    with pytest.raises(ConfigError, match=r"there is no nothing\.json"):
         of(model_config="nothing.json")
 
 
