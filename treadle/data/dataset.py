@@ -61,9 +61,12 @@ class TokenDataset(IndexedDataset):
         split: str = "train",
         **options: Any,
     ) -> TokenDataset:
-        """The rows of a file or folder; prepared (and cached) on first use. `options` are keys of [data]."""
+        """The rows of a file or folder; prepared (and cached) on first use. `options` are keys of [data], or other
+        words for them."""
+        names = {word: key for key in DataSettings.model_fields for word in DataSettings.key_info(key)["aliases"]}
+        options = {names.get(key, key): value for key, value in options.items()}
         paths = [str(p) for p in path] if isinstance(path, (list, tuple)) else str(path)
-        settings = DataSettings(path=paths, seq_len=seq_len, **options)
+        settings = DataSettings(**{"path": paths, "seq_len": seq_len, **options})
         name = tokenizer if isinstance(tokenizer, str) else "auto"
         given = tokenizer if isinstance(tokenizer, Tokenizer) else None
         splits = load_splits(settings, TokenizerSettings(name=name), tokenizer=given)
