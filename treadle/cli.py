@@ -324,9 +324,9 @@ def data_prepare(
     if shard is not None and fresh:
         raise ConfigError("--fresh would delete what the other shards have made; delete the folder before the first shard")
     if shard is not None:
-        lines = summary.prepare_part(settings, tokenizer, vocab_size, output, shard, typer.echo)
+        lines = summary.prepare_part(settings, tokenizer, vocab_size, output, shard, echo)
     else:
-        lines = summary.prepare_text(settings, tokenizer, vocab_size, output, fresh, typer.echo)
+        lines = summary.prepare_text(settings, tokenizer, vocab_size, output, fresh, echo)
     for line in lines:
         echo(line)
 

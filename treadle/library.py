@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from treadle import trusted_code
+from treadle import terminal, trusted_code
 from treadle.data.batch import IGNORE, Batch
 from treadle.errors import ConfigError
 from treadle.models.base import Model as BaseModel
@@ -185,11 +185,11 @@ def summary(model: BaseModel) -> dict[str, Any]:
 def print_summary(model: BaseModel) -> dict[str, Any]:
     """Prints `summary(model)` for people and returns its numbers."""
     found = summary(model)
-    print(f"{found['architecture']}: {found['parameters']:,} parameters ({count_label(found['parameters'])}), "
-          f"{found['bytes'] / 1e6:.1f} MB")  # fmt: skip
+    terminal.write(f"{found['architecture']}: {found['parameters']:,} parameters ({count_label(found['parameters'])}), "
+                   f"{found['bytes'] / 1e6:.1f} MB")  # fmt: skip
     for name, child in model.named_children():
-        print(f"  {name:<20}{count_params(child):>15,}  {type(child).__name__}")  # type: ignore[arg-type]
-    print(f"  {len(found['blocks'])} blocks; {found['flops_per_token'] / 1e6:.1f} million operations to train on one token")
+        terminal.write(f"  {name:<20}{count_params(child):>15,}  {type(child).__name__}")  # type: ignore[arg-type]
+    terminal.write(f"  {len(found['blocks'])} blocks; {found['flops_per_token'] / 1e6:.1f} million operations to train on one token")
     return found
 
 

@@ -68,8 +68,6 @@ class Settings(BaseModel):
             super().__setattr__(name, value)
         except ValidationError as problem:
             raise _refusal(type(self), {name: value}, problem) from None
-        except ValueError:  # pydantic's own words for a field that there is not
-            raise Refused(type(self).section_name(), name, value, _no_such_key(type(self), name)) from None
 
     @classmethod
     def section_name(cls) -> str:

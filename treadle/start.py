@@ -270,12 +270,11 @@ def _take_up(trainer: Trainer, checkpoint: Checkpoint) -> None:
 
 
 def _check_data(trainer: Trainer, data: Dataset, allow: Sequence[str]) -> None:
-    now = data.fingerprint()
-    if trainer.state.data_fingerprint != now:
-        if not any(word.partition(".")[0] in ("data", "tokenizer") for word in allow):
-            raise ConfigError("the data is not what this run was started with (other text, tokenizer, packing or row "
-                              "length). Start a new run with --fresh, or go on with it: --allow-change data")  # fmt: skip
-        trainer.state.data_fingerprint = now
+    from treadle.training.resolve import check_data
+
+    if not any(word.partition(".")[0] in ("data", "tokenizer") for word in allow):
+        check_data(trainer.state.data_fingerprint, data)
+    trainer.state.data_fingerprint = data.fingerprint()
 
 
 def _new_segment(trainer: Trainer, checkpoint: Any) -> None:

@@ -220,6 +220,9 @@ def test_an_unknown_key_names_three_others_at_most(key: str, arch: str) -> None:
 
 def test_the_models_own_keys_are_nearer() -> None:
     """num_layers is no key of hnet: num_blocks is meant rather than a loader's num_workers."""
+    with pytest.raises(ConfigError) as caught:
+        treadle.TrainConfig("hnet", num_layer=3)
+    assert 0 < str(caught.value).find("num_blocks") < str(caught.value).find("num_workers"), str(caught.value)
     assert nearest("num_layer", ["num_workers"], preferred=["num_blocks"]).startswith("did you mean 'num_blocks'")
     assert nearest("hiden_size", ["hidden_size", "min_length"]) == "did you mean 'hidden_size'?"
     assert nearest("lrr", ["lr"], meant={"lr": "learning_rate"}) == "did you mean 'learning_rate'?"

@@ -58,7 +58,8 @@ def test_a_killed_process_stops_the_others_and_the_same_command_continues(text_f
         begun = time.monotonic()
         out, _ = process.communicate(timeout=70)
         assert process.returncode == 137 and time.monotonic() - begun < 60
-        assert f"rank {1 - rank}: error: " in out and "the same command continues" in out, out
+        assert f"rank {1 - rank}: error: process {rank} was ended by SIGKILL. " in out, out  # the launcher saw it
+        assert "the same command continues" in out and "frame #" not in out and "Exception raised" not in out, out
     process = start(command)
     out, _ = process.communicate(timeout=90)
     assert process.returncode == 0 and "Resumed from step" in out, out
@@ -81,6 +82,13 @@ def test_a_stop_reaches_all_and_comes_back_as_one_code(text_file: Path, tmp_path
     again = treadle("train", text_file, "--output_dir", tmp_path / "r", *flags(**{**LONG, "max_steps": last["step"] + 2}))
     assert again.returncode == 0 and f"Resumed from step {last['step']}" in again.stdout, again.stderr  # by one process
     assert last["learning_rate"] <= 1e-5
+
+
+def test_far_too_many_processes_are_refused_before_one_starts(text_file: Path, tmp_path: Path) -> None:
+    out = treadle("train", text_file, "--output_dir", tmp_path / "r", *flags(run__devices=9999))
+    most = 2 * (os.cpu_count() or 1)
+    assert out.returncode == 2 and f"use --devices {most} at most" in out.stderr, out.stderr
+    assert out.stderr.count("error:") == 1 and not (tmp_path / "r").exists()
 
 
 def test_under_torchrun(text_file: Path, tmp_path: Path) -> None:

@@ -33,6 +33,10 @@ def test_a_slurm_step() -> None:
     complete(environ, launch)
     assert environ["MASTER_ADDR"] == "gpu07" and environ["RANK"] == "6" and environ["WORLD_SIZE"] == "8"
     assert 15000 <= int(environ["MASTER_PORT"]) < 35000
+    beside = {**environ, "SLURM_STEP_ID": "1"}
+    del beside["MASTER_PORT"]
+    complete(beside, launch)
+    assert beside["MASTER_PORT"] != environ["MASTER_PORT"], "another step of the same job meets elsewhere"
 
 
 def test_a_slurm_batch_script_is_one_process() -> None:

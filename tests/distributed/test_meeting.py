@@ -138,6 +138,16 @@ def test_notes_keep_the_first_word_and_say_when_they_are_gone(tmp_path: Path) ->
     assert notes.get("a/b") == b"y" and notes.check(["a/b", WORD]) and len(list(notes.folder.iterdir())) == 2
 
 
+def test_a_full_disk_stops_no_counter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes = Notes(tmp_path)
+    notes.set("alive", "000000000001")
+    monkeypatch.setattr(Notes, "_written", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    notes.set("alive", "000000000002")
+    assert notes.get("alive") == b"000000000002"
+    with pytest.raises(OSError):
+        notes.set("alive", "ended")
+
+
 def test_keys_of_two_attempts_stand_apart() -> None:
     store = dist.HashStore()
     named(store, "one").set("k", "1")

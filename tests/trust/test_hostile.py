@@ -22,7 +22,7 @@ from treadle.checkpoint import writer
 from treadle.checkpoint.lock import RunLock
 from treadle.data.shards import TokenSet, _stored_plan
 from treadle.errors import CheckpointError, ConfigError, DataError, InputError, ShapeError, TreadleError
-from treadle.evaluation.report import write_results
+from treadle.evaluation.report import evaluate_run, write_results
 from treadle.models.base import build
 from treadle.models.pretrained import load_run
 from treadle.recipe import compose, settled_folder, target_layer
@@ -34,9 +34,11 @@ SHAPE = {"vocab_size": 257, "hidden_size": 16, "num_layers": 1, "num_heads": 2}
 META = '{"kind": "byte"}'
 
 
-def checkpoint(root: Path, arch: str = "transformer", meta: str = META, record: dict[str, str] | None = None, **shape: int) -> Path:
+def checkpoint(root: Path, arch: str = "transformer", meta: str = META, record: dict[str, str] | None = None,
+               train: dict[str, str] | None = None, **shape: int) -> Path:  # fmt: skip
     """A run whose checkpoint verifies: whoever made it can compute checksums too."""
-    tables = {"run": {"run_name": "sent", "trusted_code": record}, "model": {"arch": arch, **SHAPE, **shape}}
+    tables = {"run": {"run_name": "sent", "trusted_code": record}, "model": {"arch": arch, **SHAPE, **shape},
+              "data": {"path": "austen", "seq_len": 16}, "train": train or {}}  # fmt: skip
     config = dump_toml(tables).encode()
     weights = build("transformer", **SHAPE).named_weights()
     files = {"config.toml": config, "run_state.json": b"{}", "tokenizer/treadle_tokenizer.json": meta.encode()}
@@ -108,6 +110,26 @@ def test_a_run(code: Code, tmp_path: Path) -> None:
             attempt()
     assert not code.ran
     assert treadle.load(folder, trust_code=str(code.path))[0].arch == "mine"
+
+
+@pytest.mark.parametrize("key", ["model.arch", "data.dataset_class", "train.objective", "train.callbacks"])
+def test_every_key_that_names_code(key: str, code: Code, tmp_path: Path) -> None:
+    name: object = f"{code.path}:Mine"
+    section, _, leaf = key.partition(".")
+    text = dump_toml({section: {leaf: [name] if leaf == "callbacks" else name}})
+    (tmp_path / "recipe.toml").write_text(text)
+    small = {"max_steps": 1, "seq_len": 16, "hidden_size": 16, "num_layers": 1, "num_heads": 2, "tokenizer.name": "byte"}
+    small = {} if key == "model.arch" else small
+    with pytest.raises(ConfigError, match="--trust-code"):
+        treadle.train(tmp_path / "recipe.toml", quiet=True, output_dir=str(tmp_path / "run"), **{"data.path": "austen"}, **small)
+    assert not code.ran
+
+
+def test_an_objective_of_a_run_that_is_evaluated(code: Code, tmp_path: Path) -> None:
+    run = checkpoint(tmp_path / "run", train={"objective": f"{code.path}:Mine"})
+    with pytest.raises(ConfigError, match="--trust-code"):
+        evaluate_run(str(run), rows=1)
+    assert not code.ran
 
 
 def test_a_tokenizer(code: Code, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from treadle.errors import ConfigError
 
-SLURM_PORT_BASE, SLURM_PORTS = 15000, 20000
+SLURM_PORT_BASE, SLURM_PORTS, SLURM_STEP_STRIDE = 15000, 20000, 7919
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ def complete(environ: MutableMapping[str, str], launch: Launch) -> None:
         nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "localhost")
         environ.setdefault("MASTER_ADDR", first_host(nodes))
         job = re.sub(r"\D", "", environ.get("SLURM_JOB_ID", "0")) or "0"
-        environ.setdefault("MASTER_PORT", str(SLURM_PORT_BASE + int(job) % SLURM_PORTS))
+        step = re.sub(r"\D", "", environ.get("SLURM_STEP_ID", "0")) or "0"  # two steps of a job may run side by side
+        environ.setdefault("MASTER_PORT", str(SLURM_PORT_BASE + (int(job) + SLURM_STEP_STRIDE * int(step)) % SLURM_PORTS))
     environ["RANK"], environ["WORLD_SIZE"] = str(launch.rank), str(launch.size)
     if "MASTER_ADDR" not in environ or "MASTER_PORT" not in environ:
         raise ConfigError("RANK and WORLD_SIZE are set, MASTER_ADDR and MASTER_PORT are not; start with torchrun, or unset "

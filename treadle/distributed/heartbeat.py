@@ -110,7 +110,7 @@ class Heartbeat:
         while not self.closed.wait(BEAT_SECONDS):
             count += 1
             try:
-                self.board.set(self._key(self.rank), str(count))
+                self.board.set(self._key(self.rank), f"{count:012d}")
                 for other, (before, _) in seen.items():
                     there = self.board.check([self._key(other)])
                     now = self.board.get(self._key(other)).decode() if there else ""

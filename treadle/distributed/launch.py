@@ -7,6 +7,7 @@ runs, or a run and its restart, never meet each other. Machines beyond this one 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -109,12 +110,12 @@ def _safe_path() -> list[str]:
 def _wait(processes: list[subprocess.Popen], grace: float, notes: Notes) -> int:
     first_failure: float | None = None
     told: set[int] = set()
-    while any(process.poll() is None for process in processes):
-        for rank, process in enumerate(processes):
-            if process.returncode not in (None, 0) and rank not in told:
+    while None in (codes := [process.poll() for process in processes]):
+        for rank, code in enumerate(codes):
+            if code and rank not in told:
                 told.add(rank)
                 first_failure = first_failure or time.monotonic()
-                _leave_word(notes, rank, process.returncode)
+                _leave_word(notes, rank, code)
         if first_failure is not None:
             late = time.monotonic() - first_failure
             for process in processes:
@@ -128,7 +129,8 @@ def _leave_word(notes: Notes, rank: int, code: int) -> None:
     """How a process ended that could not say it itself; a stop on request is agreed by all and needs no word."""
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     if code not in MILD:
-        notes.compare_set(WORD, "", f"process {rank} {how}")
+        with contextlib.suppress(OSError):
+            notes.compare_set(WORD, "", f"process {rank} {how}")
 
 
 def gravest(codes: Sequence[int]) -> int:

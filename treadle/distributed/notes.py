@@ -6,6 +6,7 @@ methods are those of a torch.distributed store that meeting.py and heartbeat.py 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
 import threading
@@ -22,8 +23,13 @@ GONE = (RuntimeError, OSError)  # what a store, or a folder, raises when it went
 def meeting_folder(environ: MutableMapping[str, str]) -> Iterator[Path]:
     """A folder of its own for one launch, named in `environ`; removed when all have ended."""
     with tempfile.TemporaryDirectory(prefix="treadle-", ignore_cleanup_errors=True) as folder:
+        held = os.open(folder, os.O_RDONLY)
+        fcntl.flock(held, fcntl.LOCK_SH)  # what cleans a temporary folder of old files leaves locked ones alone
         environ[FOLDER] = folder
-        yield Path(folder)
+        try:
+            yield Path(folder)
+        finally:
+            os.close(held)
 
 
 def taken_folder(environ: MutableMapping[str, str] = os.environ) -> Path | None:
@@ -47,6 +53,13 @@ class Notes:
         return beside
 
     def set(self, key: str, text: str) -> None:
+        try:
+            with self._path(key).open("r+b") as stream:
+                if os.fstat(stream.fileno()).st_size == len(text.encode()):
+                    stream.write(text.encode())  # in place: a counter goes on where the disk is full
+                    return
+        except FileNotFoundError:
+            pass
         self._written(key, text).replace(self._path(key))
 
     def get(self, key: str) -> bytes:

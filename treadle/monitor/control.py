@@ -26,6 +26,7 @@ from typing import Any
 from treadle.checkpoint.lock import LOCK_FILE
 from treadle.errors import ConfigError, InputError
 from treadle.files import write_atomically
+from treadle.terminal import write
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 STOP_COMMAND_CODE = 75
@@ -51,7 +52,7 @@ class Control:
     """Collects requests; the trainer asks `commands()` and `should_stop()` when it is ready for them."""
 
     def __init__(
-        self, folder: Path | None = None, say: Callable[[str], None] = print, read_stdin: bool = False
+        self, folder: Path | None = None, say: Callable[[str], None] = write, read_stdin: bool = False
     ) -> None:
         self.stop_reason: str | None = None
         self.exit_code = 0

@@ -111,6 +111,13 @@ def resolve_precision(recipe: Recipe, model: Model, device: torch.device, consol
     return chosen
 
 
+def check_data(fingerprint: str, data: Dataset) -> None:
+    """ConfigError for other data than a run was started with."""
+    if fingerprint != data.fingerprint():
+        raise ConfigError("the data is not what this run was started with (other text, tokenizer, packing or row length). Start a "
+                          "new run with --fresh, or go on with it: --allow-change data")  # fmt: skip
+
+
 def check_metrics(recipe: Recipe, objective: Objective) -> None:
     """ConfigError for the name of a metric that the objective does not have."""
     known = objective.metrics

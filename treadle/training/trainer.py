@@ -41,8 +41,8 @@ from treadle.training.schedule import learning_rate, warmup_steps
 class Trainer:
     """Trains one model on one dataset in one run folder.
 
-    config: a TrainConfig, or None for defaults. A used folder is refused unless resume=True, which lets load_checkpoint
-    continue it. objective: what is learned; the next token without one. callbacks: treadle.Callback instances beside the
+    config: a TrainConfig, or None for defaults. A used folder is refused unless resume=True: then train() goes on from its
+    newest valid checkpoint, or from the one that load_checkpoint was given. objective: what is learned; the next token without one. callbacks: treadle.Callback instances beside the
     built-in ones. Started by torchrun, or with an initialised process group, it trains as one of several processes.
     """
 
@@ -56,15 +56,17 @@ class Trainer:
         self.console = console or Console(quiet=True, silent=not world.is_main_process)
         self.device = pick_device(recipe.run.device, world.local_rank if world.size > 1 else None)
         self.model, self.dataset, self.eval_dataset = model, dataset, eval_dataset
-        self._given_objective = objective or NextToken()
-        self.objective = with_overrides(self._given_objective, self, Trainer)
+        self._given_objective = objective = objective or NextToken()
+        self._goes_on = resume  # from the newest checkpoint, unless another one is loaded
         if not resume:
             world.on_main_first(lambda: refuse_used(recipe))
         parameter_count = model.parameter_count()  # before weights are in shards
         plan = resolve.schedule(recipe, dataset, world.size)
-        resolve.check_metrics(recipe, self.objective)
-        self.precision = precision = resolve.settle(recipe, plan, model, dataset, self._given_objective, self.device, world, self.console)
-        self.objective.prepare(model, dataset, self.device)
+        if type(self).compute_metrics is Trainer.compute_metrics:
+            resolve.check_metrics(recipe, objective)
+        self.precision = precision = resolve.settle(recipe, plan, model, dataset, objective, self.device, world, self.console)
+        objective.prepare(model, dataset, self.device)
+        self.objective = with_overrides(objective, self, Trainer)
         self.assembly = assemble(model, self.objective, recipe, plan, world, self.device, precision)
         self.evaluator = Evaluator(model, None, precision, self.assembly.strategy, self.objective)
         share = BatchPlan(recipe.run.seed, plan.global_batch, plan.accumulation, world.rank, world.size)
@@ -103,6 +105,9 @@ class Trainer:
         self.run_folder.open()
         try:
             with self.world.watching():
+                if self._goes_on and (found := self.checkpoints.find_newest()) is not None:
+                    self.restore(found)
+                    resolve.check_data(self.state.data_fingerprint, self.dataset)
                 self.world.on_main_first(self.run_folder.write_start)
                 if not self.finished:
                     with on_out_of_memory(self.model, self.assembly.optimizers, self.recipe, self.plan):
@@ -250,7 +255,8 @@ class Trainer:
         self.restore(Checkpoint(name))
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """The same for a checkpoint that is open."""
+        """The same for an open checkpoint."""
+        self._goes_on = False
         self.context.state = self.checkpoints.restore(checkpoint, threads=self.state.threads)
         self.context.apply(dict(self.state.settings))
         self.callbacks.load_state(self.state.callbacks)
