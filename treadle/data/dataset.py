@@ -18,7 +18,7 @@ from treadle.data.shards import Rows, TokenSet
 from treadle.data.sources import HuggingFaceSource, Source, open_source
 from treadle.errors import ConfigError, InputError
 from treadle.files import cache_root
-from treadle.text.base import TRAINABLE, Tokenizer
+from treadle.text.base import Tokenizer
 from treadle.text.settings import TokenizerSettings
 
 if TYPE_CHECKING:
@@ -171,9 +171,9 @@ def held_shares(settings: DataSettings) -> Held:
 
 
 def _prepared_tokenizer(folder: Path, asked: str) -> Tokenizer:
-    """The tokenizer of prepared text; ConfigError where another kind is asked for (or implied by the architecture)."""
+    """The tokenizer of prepared text; ConfigError where bytes are asked for (or implied by the architecture) and it has others."""
     tokenizer = Tokenizer.load(folder / "tokenizer")
-    if asked.lower() in (*TRAINABLE, "byte") and asked.lower() != tokenizer.kind:
+    if asked.lower() == "byte" != tokenizer.kind:
         raise ConfigError(f"{folder} was prepared with a {tokenizer.kind} tokenizer and tokenizer.name = {asked}; prepare it again "
                           f"(treadle data prepare FILE --tokenizer {asked}), or take its own: --tokenizer.name auto")  # fmt: skip
     return tokenizer
