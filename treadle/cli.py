@@ -202,7 +202,8 @@ def _runs(runs: list[str] | None, model_path: str | None) -> list[str]:
     from treadle.errors import ConfigError
 
     if (runs is None or runs == []) == (model_path is None):
-        raise ConfigError("name a run once, as in treadle eval RUN (or --model_path RUN); `last` is the newest one")
+        raise ConfigError("name a run once, as in treadle eval RUN (or --model_path RUN); `last` is the newest one; "
+                          "treadle eval --help says the rest")  # fmt: skip
     return runs or [str(model_path)]
 
 

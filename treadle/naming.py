@@ -97,7 +97,9 @@ class Vocabulary:
         return word if word in self.sections or word in self.open_sections else None
 
     def _within(self, section: str, name: str, value: Any, origin: str, from_text: bool) -> list[Given]:
-        known = self.names_of(section)
+        known, inner = self.names_of(section), self._section(name)
+        if inner is not None and isinstance(value, dict):  # training.optimizer, training.early_stopping
+            return [g for k, v in value.items() for g in self._within(inner, str(k), v, origin, from_text)]
         if plain(name) in known:
             return self.given(section, plain(name), value, origin, from_text)
         if section in self.open_sections:
@@ -106,11 +108,8 @@ class Vocabulary:
         if elsewhere is not None:
             self.notes.append(f"{origin}: {section}.{name} belongs to [{elsewhere}] and was read as such")
             return self.given(elsewhere, plain(name), value, origin, from_text)
-        inner = self._section(name)
-        if inner is not None:  # training.optimizer, data.tokenizer
-            if not isinstance(value, dict):
-                return self._section_as_word(inner, name, value, origin, from_text)
-            return [g for k, v in value.items() for g in self._within(inner, str(k), v, origin, from_text)]
+        if inner is not None:
+            return self._section_as_word(inner, name, value, origin, from_text)
         near = nearest(plain(name), list(known), otherwise="none is like it")
         raise ConfigError(f"{origin}: {section}.{name} = {shown(value)}: unknown key: {near} (all of them: treadle train --help {section})")
 
@@ -150,7 +149,7 @@ class Vocabulary:
                 one.fallback = isinstance(found, Fallback)
                 given.append(one)
             self.notes += [f"{origin}: {word} is read as {g.key} = {g.value!r}" for g in given
-                           if not isinstance(g.value, ListChange) and g.key.partition(".")[2] != word]  # fmt: skip
+                           if not (isinstance(g.value, ListChange) or g.fallback) and g.key.partition(".")[2] != word]  # fmt: skip
             return given
         key = self.names_of(section)[word]
         if key != word:

@@ -67,6 +67,7 @@ class Layer:
     origin: str
     from_text: bool = False
     weak: bool = False  # a stored run's values: an explicit "auto" above does not override them
+    unasked: bool = False  # the recipe of a command that names none: gives way to what an architecture implies
     folder: Path | None = None  # of the file it was read from: a model file it names may lie beside it
     other_flags: tuple[str, ...] = ()  # what the verb takes beside keys, for what a misspelt key may have meant
 
@@ -151,7 +152,7 @@ def typed_layers(target: str | Mapping[str, Any] | None, typed: Layer, with_defa
     elif not files and resume:
         layers = [_run_layer(run_of(str(resume[0])))]
     elif not files and with_default:
-        layers = [target_layer(None)]
+        layers = [replace(target_layer(None), unasked=True)]
     return [*layers, replace(typed, table=rest)]
 
 
@@ -192,7 +193,7 @@ def compose(layers: list[Layer], with_model: bool = True) -> Recipe:
     words.other_flags = tuple(name for layer in layers for name in layer.other_flags)
     stacked = [(layer, merge(words.flatten(layer.table, layer.origin, layer.from_text))) for layer in layers]
     stacked = _with_deepspeed(words, stacked)
-    arch, preset, named = DEFAULT_ARCHITECTURE, None, False
+    arch, preset, arch_from, preset_from = DEFAULT_ARCHITECTURE, None, -1, -1  # and the layers that chose them
     reset = 0  # layers below this one described another model
     files: dict[str, ModelFile] = {}
     for number, (layer, given) in enumerate(stacked):
@@ -201,19 +202,19 @@ def compose(layers: list[Layer], with_model: bool = True) -> Recipe:
         file = ModelFile.read(chosen["config_file"], layer) if "config_file" in chosen else None
         if file is not None:
             files[chosen["config_file"].origin] = file
-            arch, named = file.arch or arch, named or file.arch is not None
+            arch, arch_from = file.arch or arch, number if file.arch is not None else arch_from
         if "arch" in chosen:
-            arch, named = MODELS.canonical(str(chosen["arch"].value)), True
+            arch, arch_from = MODELS.canonical(str(chosen["arch"].value)), number
             if file is not None and file.arch not in (None, arch):
                 raise ConfigError(f"{chosen['arch'].origin} = {chosen['arch'].value!r} is {arch}, but {file.path} is of {file.arch}; "
                                   "leave one of the two out")  # fmt: skip
         if "preset" in chosen:
             value = chosen["preset"].value
-            preset = None if value is None or plain(str(value)) == "none" else str(value)
+            preset, preset_from = None if value is None or plain(str(value)) == "none" else str(value), number
         if (arch, preset) != before:
             reset = number
-    if with_model and preset is not None and not named:
-        arch = _arch_of(preset)
+    if with_model and preset is not None and preset_from > arch_from:
+        arch = _arch_of(preset, arch)
     model_class = MODELS.get(arch) if with_model else None
     if model_class is not None:
         words.sections["model"], words.arch = model_class.Config, arch
@@ -226,19 +227,22 @@ def compose(layers: list[Layer], with_model: bool = True) -> Recipe:
     if task is not None:
         words.sections["task"] = task
     final: dict[str, Given] = {}
+    unasked: set[str] = set()
     for number, (layer, given) in enumerate(stacked):
         given = {key: one for key, one in given.items() if number >= reset or not _of_model(key)}
         for key, one in _understood(words, given, with_model, files).items():
             stored = final.get(key)
             if stored is not None and one.value == "auto" and stored.origin == "the run":
                 continue
+            (unasked.add if layer.unasked else unasked.discard)(key)
             final[key] = Given(key, settle(words.sections, one, stored), "the run" if layer.weak else one.origin, False)
     if model_class is not None:
         of_model = {k.partition(".")[2]: v.value for k, v in final.items() if k.startswith("model.")}
         for key, value in model_class.Config.with_preset(preset, **of_model).implied().items():
-            if key == "tokenizer.name" and "tokenizer.vocab_size" in final:
+            if key == "tokenizer.name" and "tokenizer.vocab_size" in final.keys() - unasked:
                 continue  # who asks for a size asks for a tokenizer that is trained
-            final.setdefault(key, Given(key, value, "follows from the model's keys", False))
+            if key not in final or key in unasked:
+                final[key] = Given(key, value, "follows from the model's keys", False)
     sections = {
         name: build_section(name, cls, {k: v for k, v in final.items() if k.startswith(name + ".")})
         for name, cls in SECTIONS.items()
@@ -300,13 +304,13 @@ class ModelFile:
         return ModelFile(path, MODELS.canonical(str(kind)) if kind is not None else None, shape)
 
 
-def _arch_of(preset: str) -> str:
-    """The architecture that has a preset of this name, where nobody chose one: the default's own come first."""
+def _arch_of(preset: str, arch: str) -> str:
+    """The architecture that has a preset of this name, chosen after (or without) an architecture: that one, or another."""
     name = plain(preset)
-    for arch in (DEFAULT_ARCHITECTURE, *MODELS.names()):
-        if name in {plain(one) for one in MODELS.get(arch).Config.presets()}:
-            return arch
-    return DEFAULT_ARCHITECTURE
+    for one in (arch, *MODELS.names()):
+        if name in {plain(known) for known in MODELS.get(one).Config.presets()}:
+            return one
+    return arch
 
 
 Stacked = list[tuple[Layer, dict[str, Given]]]

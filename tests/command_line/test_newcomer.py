@@ -48,7 +48,7 @@ def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         (["evalute", "last"], "'treadle eval'"),
         (["trian", "--max_steps", "3"], "'treadle train'"),
         (["data", "prepar"], "'treadle data prepare'"),
-        (["prepare"], "treadle prepare --help"),
+        (["prepare"], "treadle prepare --help"),  # the same as data prepare
         (["story.txt"], "treadle train story.txt"),
         (["zzzz"], "treadle --help"),
         (["--max_steps", "3"], "treadle train --max"),

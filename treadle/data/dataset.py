@@ -61,9 +61,12 @@ class TokenDataset(IndexedDataset):
         split: str = "train",
         **options: Any,
     ) -> TokenDataset:
-        """The rows of a file or folder; prepared (and cached) on first use. `options` are keys of [data]."""
+        """The rows of a file or folder; prepared (and cached) on first use. `options` are keys of [data], or other
+        words for them."""
+        names = {word: key for key in DataSettings.model_fields for word in DataSettings.key_info(key)["aliases"]}
+        options = {names.get(key, key): value for key, value in options.items()}
         paths = [str(p) for p in path] if isinstance(path, (list, tuple)) else str(path)
-        settings = DataSettings(path=paths, seq_len=seq_len, **options)
+        settings = DataSettings(**{"path": paths, "seq_len": seq_len, **options})
         name = tokenizer if isinstance(tokenizer, str) else "auto"
         given = tokenizer if isinstance(tokenizer, Tokenizer) else None
         splits = load_splits(settings, TokenizerSettings(name=name), tokenizer=given)
@@ -163,7 +166,17 @@ def sources_of(settings: DataSettings) -> list[Source]:
 
 def held_shares(settings: DataSettings) -> Held:
     """Shares of the text that are held out; a text of its own to validate on leaves all but the test's."""
-    return settings.validation_fraction if settings.validation_path is None else 0.0, settings.test_fraction
+    elsewhere = settings.validation_path is not None or settings.validation_split is not None
+    return 0.0 if elsewhere else settings.validation_fraction, settings.test_fraction
+
+
+def _prepared_tokenizer(folder: Path, asked: str) -> Tokenizer:
+    """The tokenizer of prepared text; ConfigError where bytes are asked for (or implied by the architecture) and it has others."""
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    if asked.lower() == "byte" != tokenizer.kind:
+        raise ConfigError(f"{folder} was prepared with a {tokenizer.kind} tokenizer and tokenizer.name = {asked}; prepare it again "
+                          f"(treadle data prepare FILE --tokenizer {asked}), or take its own: --tokenizer.name auto")  # fmt: skip
+    return tokenizer
 
 
 def splits_of(
@@ -199,7 +212,7 @@ def load_splits(
 
     if isinstance(settings.path, str) and is_prepared(settings.path):
         sets = [open_prepared(Path(settings.path))]
-        tokenizer = tokenizer or Tokenizer.load(Path(settings.path) / "tokenizer")
+        tokenizer = tokenizer or _prepared_tokenizer(Path(settings.path), tokenizer_settings.name)
     else:
         sources = sources_of(settings)
         tokenizer = tokenizer or tokenizer_for(
@@ -213,6 +226,9 @@ def load_splits(
     held = [one["validation"] for one in sets if "validation" in one]
     if settings.validation_path is not None:
         source = open_source(settings.validation_path, settings.text_column, settings.document_separator)
+        held = [prepared(source, (0.0, 0.0), tokenizer)["train"]]
+    elif settings.validation_split is not None and settings.dataset_name is not None:
+        source = HuggingFaceSource(settings.dataset_name, settings.dataset_config, settings.validation_split, settings.text_column)
         held = [prepared(source, (0.0, 0.0), tokenizer)["train"]]
 
     def rows(sets: list[TokenSet], weights: list[float] | None) -> TokenDataset:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
@@ -21,7 +22,12 @@ def _pack_sequences(value: Any) -> dict[str, Any]:
 
 
 def _validation_split(value: Any) -> dict[str, Any]:
-    return {"data.validation_fraction" if isinstance(value, (int, float)) else "data.validation_path": value}
+    """A share, a split of a Hugging Face data set, or a text of its own."""
+    if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+        return {} if value is None else {"data.validation_fraction": value}
+    if not isinstance(value, str):
+        raise ValueError
+    return {"data.validation_path" if "/" in value or Path(value).suffix else "data.validation_split": value}
 
 
 class DataSettings(Settings):
@@ -56,6 +62,9 @@ class DataSettings(Settings):
 
     validation_path: str | None = option(None, aliases=("validation_file",), change="guarded")
     """Text to evaluate on; without it a part of the training text is held out."""
+
+    validation_split: str | None = option(None, change="guarded")
+    """The split of a Hugging Face data set to evaluate on (a number is read as validation_fraction)."""
 
     validation_fraction: float = option(0.05, change="guarded", ge=0.0, lt=1.0)
     """Share of the text held out: whole documents when there are 100 or more, else the end of each document."""
@@ -109,6 +118,9 @@ class DataSettings(Settings):
     def _consistent(self) -> DataSettings:
         if self.path is not None and self.dataset_name is not None:
             raise ValueError("path and dataset_name are both given; keep one")
+        if self.validation_split is not None and self.dataset_name is None:
+            raise ValueError(f"validation_split = {self.validation_split!r} names a split of a Hugging Face data set, which "
+                             "dataset_name would name; for a file: validation_path, for a share: validation_fraction")  # fmt: skip
         if (held := self.validation_fraction + self.test_fraction) >= 1:
             raise ValueError(f"validation_fraction and test_fraction hold out {held:g} of the text; leave some to train on")
         if self.weights is not None:

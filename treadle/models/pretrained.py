@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tempfile
 import tomllib
@@ -45,9 +46,13 @@ def locate(run: str, warn: Any = None) -> Checkpoint:
         path = _last_run()
     if path.is_file():
         if path.suffix in PICKLE_SUFFIXES:
-            raise InputError(f"{path} looks like a pickle, which treadle never reads; convert it to safetensors first")
+            raise InputError(f"{path} looks like a pickle, which treadle never reads; "
+                             f"{_instead_of(path) or 'convert it to safetensors first'}")  # fmt: skip
         raise InputError(f"{path} is a file; give a run folder or a checkpoint folder")
     if not path.is_dir():
+        meant = _instead_of(path)
+        if meant:
+            raise InputError(f"{path} does not exist; {meant}")
         known = ", ".join(str(p) for p in sorted(Path("runs").glob("*"))[:10]) if Path("runs").is_dir() else ""
         raise InputError(f"{path} does not exist" + (f"; there is: {known}" if known else "; train one: treadle train"))
     if (path / MANIFEST).is_file():
@@ -67,6 +72,20 @@ def locate(run: str, warn: Any = None) -> Checkpoint:
     if found is None:
         raise InputError(f"{path} holds no checkpoint; train it: treadle train")
     return found
+
+
+def _instead_of(path: Path) -> str:
+    """What a run's checkpoint is called here, for names that other trainers give (best_model, best.pt, step_5000.pt)."""
+    homes = [p for p in path.parents if (p / "config.toml").is_file()]
+    run = str(homes[0]) if homes else "RUN"
+    number = re.fullmatch(r"(?:step|checkpoint|ckpt|model|iter|epoch)[_-]?(\d+)", path.stem)
+    if re.fullmatch(r"best([_-]?(model|checkpoint|ckpt))?|(model|checkpoint|ckpt)[_-]?best", path.stem):
+        return f"the best checkpoint of a run is {run}@best"
+    if number:
+        return f"the checkpoint of a step is {run}@{int(number[1])}"
+    if re.fullmatch(r"(last|latest|final)([_-]?(model|checkpoint|ckpt))?", path.stem) and path.stem != "last":
+        return f"the newest checkpoint of a run is {run}"
+    return ""
 
 
 def _warn(text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from treadle.data.batch import Batch
@@ -28,14 +29,23 @@ class TransformerConfig(DecoderConfig):
     max_position_embeddings: int = option(2048, aliases=("max_seq_len", "block_size", "n_positions"), ge=2)
     """Rows of the learned position table (gpt2); the longest row a generation may reach."""
 
-    activation: Literal["gelu", "gelu_tanh", "relu", "silu"] = option("gelu_tanh", aliases=("hidden_act",))
-    """The MLP's activation in gpt2 style (llama style is SwiGLU)."""
+    activation: Literal["gelu", "gelu_tanh", "relu", "silu"] = option(
+        "gelu_tanh", aliases=("hidden_act",), spellings={"gelu_new": "gelu_tanh", "swish": "silu"}
+    )
+    """The MLP's activation in gpt2 style (llama style is SwiGLU); gelu and relu choose that style where none is given."""
 
     pre_norm: bool = option(True)
     """Norm before each half of a block (off: after it, as in the first transformer)."""
 
     attention_dropout: float = option(0.0, aliases=("attn_pdrop",), ge=0.0, lt=1.0)
     """Share of attention weights dropped while training (takes the slower masked path)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _style_of_activation(cls, keys: Any) -> Any:
+        if isinstance(keys, dict) and "style" not in keys and keys.get("activation") in ("gelu", "gelu_tanh", "relu"):
+            return {**keys, "style": "gpt2"}
+        return keys
 
     @property
     def rotary(self) -> bool:

@@ -59,7 +59,7 @@ class LogSettings(Settings):
     report_to: Annotated[list[Sink], BeforeValidator(_report_to)] = option(DEFAULT_SINKS)
     """Where metrics go: csv, jsonl, tensorboard, wandb (extra; WANDB_MODE=offline works without a network)."""
 
-    project: str = option("treadle", aliases=("wandb_project"))
+    project: str = option("treadle", aliases=("wandb_project",))
     """The Weights & Biases project."""
 
     log_dir: str | None = option(None, aliases=("logging_dir", "tensorboard_dir"))

@@ -16,6 +16,7 @@ from treadle.training.config import DEFAULT_ARCHITECTURE
 
 STATE_BYTES = 16  # of a parameter in training: weight, gradient and two moments in fp32
 GLOBAL_BATCH = 64  # rows of a step; what does not fit at once is accumulated
+USED = 0.95  # of the memory is planned with; the allocator's holes and the estimate's error take the rest
 READING_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -33,7 +34,7 @@ def recommend(
     counts = {preset: parameter_count(cls, cls.Config.with_preset(preset)) for preset in cls.Config.presets()}
     for preset, count in sorted(counts.items(), key=lambda item: -item[1]):
         each = STATE_BYTES if training else READING_BYTES[precision]
-        if count * each / 1e9 + PROCESS_GB["cuda"] > vram_gb:
+        if count * each / 1e9 + PROCESS_GB["cuda"] > USED * vram_gb:
             continue
         base: dict[str, object] = {"model.arch": name, "model.preset": preset, "data.seq_len": seq_len, "train.precision": precision}
         if not training:
@@ -60,7 +61,7 @@ def _training_keys(arch: str, preset: str, vram_gb: float, seq_len: int, precisi
         for rows in (1, 2, 4, 8, 16, 32, 64):
             shape = Shape(rows, seq_len, GLOBAL_BATCH // rows, precision, checkpointing)
             need = per_process(sizes, rows * row, shape, "none", 1, None, kind="cuda")
-            best = rows if need.total_gb <= vram_gb else best
+            best = rows if need.total_gb <= USED * vram_gb else best
         if best:
             return {"train.per_device_train_batch_size": best, "train.gradient_accumulation_steps": GLOBAL_BATCH // best,
                     "train.gradient_checkpointing": checkpointing}  # fmt: skip
