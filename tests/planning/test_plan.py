@@ -62,7 +62,8 @@ def test_traffic_is_what_the_collectives_handle(options: dict[str, Any], precisi
         sizes = Sizes.of(cls(config))
     shape, world = Shape(2, 16, 3, precision, False), 8
     settings = ParallelSettings(mode="fsdp", **options)
-    counted = rehearse(cls, config, NextToken(), OptimSettings(), settings, shape, world)
+    batch = cls.example(config, shape.micro_batch, shape.length)
+    counted = rehearse(cls, config, NextToken(), OptimSettings(), settings, shape, world, batch)
     formula = per_step(
         sizes, shape, "fsdp", world, settings.shard_size, reshard=settings.reshard_after_forward
     )
