@@ -220,7 +220,7 @@ def make_trainer(request: Request, recipe: Recipe, console: Console, world: Worl
     recipe.checkpoint.resume_from_checkpoint = None  # said once; the stored configuration goes on from the newest
     if checkpoint is not None:
         console.say(f"Loading checkpoint: {checkpoint.folder}")
-        trainer.restore(checkpoint)
+        trainer.load_checkpoint(checkpoint)
         _check_data(trainer, splits["train"], request.allow_change)
         console.say(f"Resumed from step {trainer.state.step}")
     elif start_weights is not None:
@@ -365,7 +365,7 @@ def train_in(world: World | None, request: Request, console: Console) -> dict[st
         trainer.run_folder.adopt_lock(lock)
         if trainer.finished:
             early = trainer.state.ended
-            on = trainer.callbacks[trainer.state.ended_by].how_to_go_on() if early else f"--max_steps {trainer.plan.max_steps * 2}"
+            on = trainer.callbacks[trainer.state.ended_by].how_to_go_on() if early and trainer.state.ended_by in trainer.callbacks else f"--max_steps {trainer.plan.max_steps * 2}"
             done = f"{trainer.state.step} of {trainer.plan.max_steps} steps are done" + (f" ({early})" if early else "")
             console.say(f"{folder} is finished: {done}. To go on: {on}")
             return trainer.run_folder.summary("finished")

@@ -54,7 +54,7 @@ def train(text: str, folder: Path, keys: Keys, resume: bool = False) -> str:
     if resume:
         found = made.checkpoints.find_newest()
         assert found is not None
-        made.restore(found)
+        made.load_checkpoint(found)
     summary = made.train()
     assert summary["processes"] == (dist.get_world_size() if dist.is_initialized() else 1)
     return summary["status"]
@@ -224,7 +224,7 @@ def stopped_at(text: str, folder: Path, keys: Keys, step: int, resume: bool) -> 
     if resume:
         found = made.checkpoints.find_newest()
         assert found is not None and found.step == step - 4
-        made.restore(found)
+        made.load_checkpoint(found)
     if step == 24:
         assert made.train()["status"] == "finished"
         return

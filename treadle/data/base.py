@@ -138,14 +138,17 @@ class IndexedDataset(Dataset):
 
     def batches(self, position: Position, plan: BatchPlan) -> Iterator[tuple[list[Batch], Position]]:
         read = self.step_reader(position, plan)
-        numbers = itertools.count(position) if plan.steps is None else range(position, position + plan.steps)
+
+        def numbers() -> Iterator[int]:  # one for whoever reads and one for the positions: a shared count would skip steps
+            return itertools.count(position) if plan.steps is None else iter(range(position, position + plan.steps))
+
         if plan.workers:
             from treadle.data.workers import in_workers
 
-            made: Iterator[list[Batch]] = in_workers(read, numbers, plan.workers, plan.prefetch)
+            made: Iterator[list[Batch]] = in_workers(read, numbers(), plan.workers, plan.prefetch)
         else:
-            made = map(read, numbers)
-        for number, micro_batches in zip(numbers, made):
+            made = map(read, numbers())
+        for number, micro_batches in zip(numbers(), made):
             yield micro_batches, number + 1
 
 

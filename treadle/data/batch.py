@@ -43,7 +43,7 @@ class Batch:
     def from_ids(ids: Any, doc_ids: Any = None, labels: Any = None, extras: dict[str, Any] | None = None) -> Batch:
         """A batch from ids [B, T] or [T] (lists or tensors); without labels nothing is scored. extras: what else a task
         needs, by name, each with the rows as its first dimension."""
-        input_ids = torch.as_tensor(ids, dtype=torch.int64)
+        input_ids = _integers("ids", ids)
         input_ids = input_ids[None] if input_ids.dim() == 1 else input_ids
         if input_ids.dim() != 2:
             raise ConfigError(f"ids must be [B, T] or [T], not {list(input_ids.shape)}")
@@ -51,7 +51,7 @@ class Batch:
         def like(name: str, given: Any) -> Tensor | None:
             if given is None:
                 return None
-            tensor = torch.as_tensor(given, dtype=torch.int64)
+            tensor = _integers(name, given)
             tensor = tensor[None] if tensor.dim() == 1 else tensor
             if tensor.shape != input_ids.shape:
                 raise ConfigError(f"{name} is {list(tensor.shape)}, ids are {list(input_ids.shape)}")
@@ -135,6 +135,13 @@ class Batch:
         part.segments = self.segments[start:stop] if self.segments is not None else None
         part.counts = part._count()
         return part
+
+
+def _integers(name: str, given: Any) -> Tensor:
+    tensor = torch.as_tensor(given)
+    if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex()):
+        raise ConfigError(f"{name} are integers; targets of another kind go into extras, by name")
+    return tensor.to(torch.int64)
 
 
 def _runs(documents: Sequence[int]) -> tuple[int, ...]:

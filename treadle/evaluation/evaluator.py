@@ -12,6 +12,7 @@ from treadle.data.base import Dataset
 from treadle.data.batch import Batch
 from treadle.distributed.base import Strategy
 from treadle.distributed.world import World
+from treadle.errors import InputError
 from treadle.models.base import Model
 from treadle.objectives.base import Objective
 from treadle.objectives.next_token import NextToken
@@ -52,6 +53,8 @@ class Evaluator:
         `rows` takes that many rows spread over the data. None when `should_stop` turned true on the way.
         """
         batches = data.in_sequence(batch_size, rows)
+        if not len(batches):
+            raise InputError("there is no row to evaluate on")
         world = self.strategy.world if self.strategy is not None else World()
         sums: list[dict[str, float]] = []
         was_training = self.model.training

@@ -36,5 +36,7 @@ def as_losses(found: Losses | Tensor, objective: Objective, batch: Batch) -> Los
     if not isinstance(found, Tensor) or found.dim():
         raise ConfigError("compute_loss has to return treadle.Losses or one number (a tensor without dimensions)")
     counts = objective.counts(batch)
-    unit = "labels" if counts.get("labels") else "rows"
-    return Losses({objective.headline: LossTerm(found * counts[unit], unit)})
+    unit = "labels" if batch.labels is not None and "labels" in counts else "rows"
+    # A micro-batch of padding alone has a mean of nothing, which is not a number.
+    total = found * counts[unit] if counts[unit] else found.nan_to_num() * 0
+    return Losses({objective.headline: LossTerm(total, unit)})

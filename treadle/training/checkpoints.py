@@ -72,7 +72,7 @@ class Checkpoints:
     def save(self, context: Context, best: Mapping[str, float] | None, must: bool) -> Saved | None:
         """Saves the current step, after the save before; `best`: marks it as the best, by these metrics. must: waits for
         it, and raises when it fails. Returns how the last save that has ended went, if it was not known yet."""
-        done = self.collect()  # one save at a time
+        done = self.collect()
         self.saved_step = context.step
         self.saver.submit(Saved(context.step, best is not None), self._prepare(context, best))
         if must or not self.saver.asynchronous:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from treadle.data.base import BatchPlan, Dataset
-from treadle.errors import ConfigError, TreadleError
+from treadle.errors import ConfigError, DataError, TreadleError
 from treadle.ops.memory import is_out_of_memory
 from treadle.registry import nearest
 from treadle.training.assembly import Assembly
@@ -12,7 +12,10 @@ from treadle.training.config import Recipe
 
 def mock_step(dataset: Dataset, plan: BatchPlan, assembly: Assembly, recipe: Recipe) -> None:
     """On the first batch. ConfigError for a loss weight of no loss, and where torch.compile does not work."""
-    micro_batches, _ = next(iter(dataset.batches(dataset.start, plan.alone())))
+    first = next(iter(dataset.batches(dataset.start, plan.alone())), None)
+    if first is None:
+        raise DataError("the data holds no batch to train on")
+    micro_batches, _ = first
     try:
         result = assembly.stepper.run(0, micro_batches, 0.0, update=False)
     except Exception as problem:

@@ -22,14 +22,17 @@ class Requests:
     reasons: dict[Kind, str] = field(default_factory=dict)
     exit_code: int = END  # of a stop
     stopped_by: str = ""  # the callback that asked for it
+    failed: bool = False  # it is the end of a callback that failed in one of the processes
     save_ended: bool = False  # a save in the background is done in all processes
     settings: dict[str, Any] = field(default_factory=dict)  # keys to change, asked here
     agreed_settings: dict[str, Any] = field(default_factory=dict)
     _own: dict[Kind, tuple[str, str]] = field(default_factory=dict)  # (reason, who), asked here since the last agreement
     _own_code: int = END
+    _own_failed: bool = False
 
-    def ask(self, kind: Kind, reason: str, exit_code: int = END, by: str = "") -> None:
+    def ask(self, kind: Kind, reason: str, exit_code: int = END, by: str = "", failed: bool = False) -> None:
         """Asked in this process; counts for all from the next agreement on. Of two stops the larger exit code counts."""
+        self._own_failed |= failed
         if kind == "stop" and (kind not in self._own or exit_code > self._own_code):
             self._own[kind], self._own_code = (reason, by), exit_code
         self._own.setdefault(kind, (reason, by))
@@ -39,9 +42,10 @@ class Requests:
         own, code = self._own, self._own_code if "stop" in self._own else END
         self._own, self._own_code = {}, END
         asked = [int(kind in own) for kind in KINDS]
-        *merged, worst, busy, ended, settings = world.all_reduce_max(
-            [*asked, code, int(save_busy), int(save_ended), int(bool(self.settings))]
+        *merged, worst, busy, ended, settings, failed = world.all_reduce_max(
+            [*asked, code, int(save_busy), int(save_ended), int(bool(self.settings)), int(self._own_failed)]
         )
+        self.failed |= bool(failed)
         self.save_ended = bool(ended and not busy)
         for kind, wanted in zip(KINDS, merged):
             if wanted and kind != "stop":

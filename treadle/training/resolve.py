@@ -19,6 +19,7 @@ from treadle.objectives.base import OBJECTIVES, Objective
 from treadle.objectives.settings import DEFAULT_OBJECTIVE
 from treadle.ops import precision
 from treadle.registry import nearest
+from treadle.settings import Settings
 from treadle.training.config import Recipe
 
 SAVES_A_RUN = EVALUATIONS_A_RUN = 10
@@ -139,8 +140,8 @@ def settle(
     if DATASETS.name_of(type(data)) != TEXT:
         recipe.data.dataset_class = DATASETS.name_of(type(data))
     recipe.train.objective = DEFAULT_OBJECTIVE if recipe.distill.stage is not None else OBJECTIVES.name_of(type(objective))
-    for task in (getattr(data, "task", None), objective.task):
-        recipe.task |= task.model_dump() if task is not None else {}
+    for task in (getattr(data, "task", None), getattr(objective, "task", None)):
+        recipe.task |= task.model_dump() if isinstance(task, Settings) else {}
     recipe.train.precision = chosen  # type: ignore[assignment]
     recipe.train.global_batch_size = plan.global_batch
     set_checkpointing(model, recipe.train.gradient_checkpointing)

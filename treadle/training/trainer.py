@@ -79,19 +79,13 @@ class Trainer:
         self.callbacks = Callbacks(make_callbacks(callbacks, recipe.train), context)
         self.checkpoints, self.feed = Checkpoints(context, self.assembly), Feed(context, self.callbacks.stop_asked_alone)
 
-    @property
-    def state(self) -> RunState:
-        return self.context.state
-
-    @property
-    def plan(self) -> resolve.Schedule:
-        return self.context.plan
+    state = property(lambda self: self.context.state)
+    plan = property(lambda self: self.context.plan)
 
     # ---- what a subclass may override ----
 
     def compute_loss(self, model: Model, batch: Batch) -> Losses | Tensor:
-        """The loss of one micro-batch: Losses (sums with their units), or one number that is a mean over the batch's labels
-        (its rows where it has none)."""
+        """The loss of one micro-batch: Losses, or one number, a mean over the batch's labels (its rows without labels)."""
         return self._given_objective(model, batch)
 
     def compute_metrics(self, sums: dict[str, float]) -> dict[str, float]:
@@ -106,13 +100,16 @@ class Trainer:
         try:
             with self.world.watching():
                 if self._goes_on and (found := self.checkpoints.find_newest()) is not None:
-                    self.restore(found)
+                    self.load_checkpoint(found)
                     resolve.check_data(self.state.data_fingerprint, self.dataset)
                 self.world.on_main_first(self.run_folder.write_start)
                 if not self.finished:
                     with on_out_of_memory(self.model, self.assembly.optimizers, self.recipe, self.plan):
                         self._train()
-            return self.run_folder.summary("finished")
+            summary = self.run_folder.summary("finished")
+            self._agree()
+            self.callbacks.raise_problem(self.requests)
+            return summary
         except BaseException as problem:
             self.run_folder.ended_badly(problem)
             raise
@@ -165,7 +162,11 @@ class Trainer:
             self._saved(self.checkpoints.collect())
         if requests.take("evaluate") is not None:
             self._evaluate()
-            self._agree()  # its callbacks may have asked for a save or the end
+            self._agree()  # its callbacks may have asked for a save, the end, or a way back
+            if (reason := requests.take("rollback")) is not None:
+                requests.drop("save")
+                self._roll_back(reason)
+                return False
         stopping = "stop" in requests and state.step < self.plan.max_steps
         last = stopping or state.step >= self.plan.max_steps
         if stopping and requests.exit_code == END:
@@ -174,6 +175,7 @@ class Trainer:
             self._save(must=last)
         if last:
             self._saved(self.checkpoints.collect())
+            self._agree()  # what on_save says counts for all
             self.callbacks.raise_problem(requests)
         if stopping and requests.exit_code != END:
             raise self.run_folder.stopped(requests.reasons["stop"], requests.exit_code)
@@ -196,6 +198,7 @@ class Trainer:
     def _save(self, must: bool) -> None:
         best, self.context.best = self.context.best, None
         if self.checkpoints.saved_step != self.state.step or best is not None:
+            self._saved(self.checkpoints.collect())  # one save at a time
             self._saved(self.checkpoints.save(self.context, best, must))
 
     def _saved(self, saved: Saved | None) -> None:
@@ -207,7 +210,7 @@ class Trainer:
         """Back to the last good checkpoint, past the rows that led here."""
         before = self.state
         self._saved(self.checkpoints.collect())  # a save in flight may be the one to go back to
-        self.restore(found := self.checkpoints.to_go_back_to(before, reason))
+        self.load_checkpoint(found := self.checkpoints.to_go_back_to(before, reason))
         self.state.rollbacks, self.state.position = before.rollbacks + 1, before.position
         self.checkpoints.saved_step = found.step
         self.callbacks.call("on_rollback")
@@ -244,18 +247,15 @@ class Trainer:
     @property
     def finished(self) -> bool:
         """All steps are done, or a callback ended training early and is still there."""
-        return self.state.step >= self.plan.max_steps or bool(self.state.ended and self.state.ended_by in self.callbacks)
+        return self.state.step >= self.plan.max_steps or self.state.ended_by in self.callbacks.ending
 
     def save_checkpoint(self, name: str | Path) -> Path:
         """Writes a checkpoint where `name` says (relative paths from here); it is never rotated away."""
         return Path(self.checkpoints.save_to(Path(name), self.context))
 
-    def load_checkpoint(self, name: str | Path) -> None:
-        """Goes on from a checkpoint folder: weights, optimiser, counters."""
-        self.restore(Checkpoint(name))
-
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """The same for an open checkpoint."""
+    def load_checkpoint(self, checkpoint: str | Path | Checkpoint) -> None:
+        """Goes on from a checkpoint (its folder): weights, optimiser, counters."""
+        checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
         self._goes_on = False
         self.context.state = self.checkpoints.restore(checkpoint, threads=self.state.threads)
         self.context.apply(dict(self.state.settings))

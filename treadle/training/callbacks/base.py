@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
-from treadle.errors import CallbackError, ConfigError, PeerFailed, TreadleError
+from treadle.errors import CallbackError, ConfigError, Diverged, PeerFailed, PeerLost, TreadleError
 from treadle.ops.memory import is_out_of_memory
 from treadle.registry import Registry, nearest
 from treadle.training.context import Context
@@ -53,6 +54,10 @@ class Callback:
     def how_to_go_on(self) -> str:
         """What to type so that a run goes on which this callback has ended."""
         return self.to_go_on or f"leave the callback {self.name} out"
+
+    def may_end(self, context: Context) -> bool:
+        """Whether a run that this callback has ended stays finished."""
+        return True
 
     def wanted(self, context: Context) -> bool:
         """Whether this training needs it; asked once, before anything else."""
@@ -113,10 +118,15 @@ class Callback:
         """Takes up what state_dict gave; {} for a checkpoint that knows nothing of this callback."""
 
 
+def built_in(callback: Callback) -> bool:
+    return type(callback).__module__.startswith(_HERE)
+
+
 class Callbacks:
     """All callbacks of a training in order."""
 
     def __init__(self, callbacks: Sequence[Callback], context: Context) -> None:
+        self.ending = {callback.name for callback in callbacks if callback.may_end(context)}  # the same in all processes
         self.list = [callback for callback in callbacks if callback.wanted(context)]
         self.context, context.tell, context.states = context, self.call, self.state
         self.problem: CallbackError | None = None  # the first hook that failed
@@ -144,10 +154,11 @@ class Callbacks:
             before, context.caller = context.caller, callback.name
             try:
                 found.append(function(context, *arguments))
-            except TreadleError:
+            except (Diverged, PeerLost):
                 raise
             except Exception as problem:
-                if is_out_of_memory(problem):
+                # A built-in behaviour's own error is the same in all processes; a user's may be in one of them.
+                if is_out_of_memory(problem) or (isinstance(problem, TreadleError) and built_in(callback)):
                     raise
                 self._failed(callback, hook, problem)
             finally:
@@ -162,11 +173,15 @@ class Callbacks:
         self.problem = CallbackError(f"the callback {callback.name} failed in {hook}: {type(problem).__name__}: {problem} "
                                      f"({frame.filename}:{frame.lineno})")  # fmt: skip
         self.problem.__cause__ = problem
-        self.context.request("stop", str(self.problem), CallbackError.exit_code)
+        self.context.requests.ask("stop", str(self.problem), CallbackError.exit_code, callback.name, failed=True)
 
     def skip_update(self, loss: float) -> bool:
-        """Whether a callback refuses the update of a step with this loss."""
-        return any(self.call("skip_update", loss))
+        """Whether a callback refuses the update of a step with this loss; where a user's callback is asked, a refusal or a
+        failure in one process counts for all, so that no weights part ways."""
+        refused = any(self.call("skip_update", loss)) or self.problem is not None
+        if all(built_in(callback) for callback, _ in self._hooks["skip_update"]):
+            return refused
+        return bool(self.context.world.all_reduce_max([int(refused)])[0])
 
     def stop_asked_alone(self) -> bool:
         """While a process that trains alone waits for data; with others it waits for the step, at which all agree."""
@@ -179,19 +194,35 @@ class Callbacks:
         """Raises the error of a hook that failed: here as it is, in the other processes as word of it."""
         if self.problem is not None:
             raise self.problem
-        if "stop" in requests and requests.exit_code == CallbackError.exit_code:
+        if "stop" in requests and requests.failed:
             raise PeerFailed(requests.reasons["stop"], requests.exit_code)
 
     def close(self) -> None:
-        for _, close in self._hooks["close"]:
-            close()
+        """All of them, whichever fails; what fails is said and hides no other error."""
+        for callback, close in self._hooks["close"]:
+            try:
+                close()
+            except Exception as problem:
+                self.context.warn(f"the callback {callback.name} failed in close: {type(problem).__name__}: {problem}")
 
     def state(self) -> dict[str, dict[str, Any]]:
-        return {callback.name: function() for callback, function in self._hooks["state_dict"]}
+        """What each remembers; of callbacks that are not here now, what they last did."""
+        found = dict(self.context.state.callbacks)
+        for callback, function in self._hooks["state_dict"]:
+            try:
+                found[callback.name] = function()
+                json.dumps(found[callback.name])
+            except Exception as problem:
+                found.pop(callback.name, None)
+                self._failed(callback, "state_dict", problem)
+        return found
 
     def load_state(self, states: dict[str, dict[str, Any]]) -> None:
         for callback, function in self._hooks["load_state_dict"]:
-            function(states.get(callback.name, {}))
+            try:
+                function(states.get(callback.name, {}))
+            except Exception as problem:
+                raise CallbackError(f"the callback {callback.name} failed in load_state_dict: {type(problem).__name__}: {problem}") from problem
 
 
 def make_callbacks(given: Sequence[Any], settings: TrainSettings) -> list[Callback]:

@@ -21,6 +21,9 @@ class EarlyStopping(Callback):
         self.stale = 0
 
     def wanted(self, context: Context) -> bool:
+        return context.eval_dataset is not None  # what it remembers counts when patience is set later
+
+    def may_end(self, context: Context) -> bool:
         return context.config.eval.early_stopping_patience is not None or context.config.eval.target_loss is not None
 
     def on_evaluate(self, context: Context) -> None:
