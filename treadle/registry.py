@@ -89,8 +89,10 @@ class Registry:
             raise ConfigError(f"unknown {self.kind} {name!r}: {nearest(plain, self.names())}")
         return plain
 
-    def name_of(self, cls: type) -> str:
-        """The name by which `get` finds a class again."""
+    def name_of(self, cls: type, known: str = "") -> str:
+        """The name by which `get` finds a class again; `known` where that is one, as it was typed."""
+        if trusted_code.is_place(known) and self.get(known) is cls:
+            return known
         for name in self.names():
             if self._objects.get(name) is cls or self._places.get(name) == f"{cls.__module__}:{cls.__qualname__}":
                 return name

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
-from treadle.data.base import DATASETS, TEXT, Dataset
+from treadle.data.base import DATASETS, Dataset
 from treadle.distributed.world import World
 from treadle.errors import ConfigError
 from treadle.models.base import Model
 from treadle.models.catalogue import MODELS
 from treadle.monitor.console import Console
 from treadle.objectives.base import OBJECTIVES, Objective
-from treadle.objectives.settings import DEFAULT_OBJECTIVE
 from treadle.ops import precision
 from treadle.registry import nearest
 from treadle.settings import Settings
@@ -135,11 +134,11 @@ def settle(
     """Writes what was resolved into the recipe, so that the run's config.toml says it and a resumed run keeps it; marks the
     blocks that recompute or are compiled. Returns the number format."""
     chosen = world.on_main_first(lambda: resolve_precision(recipe, model, device, console))
-    recipe.arch = MODELS.name_of(type(model))
+    recipe.arch = MODELS.name_of(type(model), recipe.arch)
     recipe.model = model.config.model_dump()
-    if DATASETS.name_of(type(data)) != TEXT:
-        recipe.data.dataset_class = DATASETS.name_of(type(data))
-    recipe.train.objective = DEFAULT_OBJECTIVE if recipe.distill.stage is not None else OBJECTIVES.name_of(type(objective))
+    recipe.data.dataset_class = DATASETS.name_of(type(data), recipe.data.dataset_class)
+    if recipe.distill.stage is None:
+        recipe.train.objective = OBJECTIVES.name_of(type(objective), recipe.train.objective)
     for task in (getattr(data, "task", None), getattr(objective, "task", None)):
         recipe.task |= task.model_dump() if isinstance(task, Settings) else {}
     recipe.train.precision = chosen  # type: ignore[assignment]

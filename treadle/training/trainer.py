@@ -217,8 +217,7 @@ class Trainer:
         self._open_data()
 
     def _open_data(self) -> None:
-        step = self.state.step
-        self.feed.open(self.state.position, self.plan.max_steps - step, self.plan.rows_left(step))
+        self.feed.open(self.state.position, self.plan.max_steps - self.state.step, self.plan.rows_left(self.state.step))
 
     # ---- agreeing ----
 
@@ -240,9 +239,7 @@ class Trainer:
         """Metrics over the whole evaluation data."""
         if self.eval_dataset is None:
             raise ConfigError("there is no evaluation data; give validation_path or a validation_fraction above 0")
-        metrics = self.evaluator.evaluate(self.eval_dataset, self.plan.eval_batch)
-        assert metrics is not None
-        return metrics
+        return self.evaluator.evaluate(self.eval_dataset, self.plan.eval_batch) or {}
 
     @property
     def finished(self) -> bool:
