@@ -78,7 +78,7 @@ def test_compare(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(shown) == 4 and "bits/byte" in shown[0] and sum(" <" in line for line in shown[1:]) == 1
     rows = json.loads(out.read_text())["rows"]
     assert [row["step"] for row in rows] == [10, 5, 10] and [row["architecture"] for row in rows] == ["hgrn_bit", "hnet", "hnet"]
-    assert rows[1]["bpb"] > rows[2]["bpb"] and rows[2]["symbols_seen"] == 2 * rows[1]["symbols_seen"]
+    assert rows[1]["bpb"] > rows[2]["bpb"] and rows[2]["tokens_seen"] == 2 * rows[1]["tokens_seen"]
     assert all(row["parameters"] > 0 and row["flops_per_byte"] > 0 and row["state_bytes"] > 0 for row in rows)
     (experiment / "other.txt").write_text(make_text(300, seed=9), encoding="utf-8")
     ok("train", experiment / "other.txt", "--tokenizer", "byte", "--model.arch", "hgrn_bit", "--hidden_size", 16, "--num_layers", 1,

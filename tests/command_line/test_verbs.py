@@ -51,7 +51,7 @@ def test_the_saved_configuration_is_a_recipe(run: Path, tmp_path: Path) -> None:
 
 def test_eval_and_generate(run: Path) -> None:
     out = ok("eval", "runs/r", "runs/r@6", "--samples", 1, cwd=run)
-    assert "uniform: 8.0000 bits per byte" in out and "runs/r@6" in out
+    assert "uniform: bpb 8.0000" in out and "runs/r@6" in out
     assert (run / "runs" / "r" / "results" / "evaluation_results.json").is_file()
     one = ok("generate", "runs/r", "--prompt", "The house", "--max-tokens", 20, cwd=run)
     assert one.startswith("The house") and one == ok(
