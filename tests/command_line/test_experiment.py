@@ -65,11 +65,11 @@ def test_evaluation_on_the_last_test(experiment: Path) -> None:
     shown = ok("eval", experiment / "deep", "--split", "test", "--samples", 2)
     assert "bigram" in shown and "< 1.5" in shown and "* outside the customary range" in shown
     results = json.loads((experiment / "deep" / "results" / "evaluation_results.json").read_text())
-    assert results["data"] == "test text of the run" and results["baselines"]["uniform"]["bpb"] == pytest.approx(8.0)
+    assert results["data"] == "test split of the run" and results["baselines"]["uniform"]["bpb"] == pytest.approx(8.0)
     assert {"utf8_validity", "distinct_1", "distinct_2"} <= set(results["metrics"])
     assert (experiment / "deep" / "results" / "generations.txt").read_text().count("===") == 2
     done = command("eval", experiment / "deep", "--split", "tset")
-    assert done.returncode == 2 and "held out validation, test and no tset text" in done.stderr
+    assert done.returncode == 2 and "held out validation, test and no tset split" in done.stderr
 
 
 def test_compare(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
