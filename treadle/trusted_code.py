@@ -179,10 +179,7 @@ def load(name: str, kind: str) -> Any:
         module, place = _executed(sources[0], name), f"{sources[0].path}:{attribute}"
     else:
         module, place = _running(lambda: importlib.import_module(where), name, sources[-1].path), name
-    for source in sources:
-        _loaded[source.path] = source.sha256
-        if _frozen is not None:
-            _frozen[source.path] = source.sha256
+    _note(sources)
     thing = getattr(module, attribute, None)
     if thing is None:
         raise ConfigError(f"{where} has no {attribute}")
@@ -191,20 +188,22 @@ def load(name: str, kind: str) -> Any:
     return thing
 
 
+def _note(sources: list[Source]) -> None:
+    """These were executed."""
+    for source in sources:
+        _loaded[source.path] = source.sha256
+        if _frozen is not None:
+            _frozen[source.path] = source.sha256
+
+
 def load_file(path: Path, kind: str) -> ModuleType:
     """A whole trusted file as a module; its classes can be loaded by FILE.py:CLASS afterwards."""
-    name = f"{path}:{path.stem}"
-    source = _source_of_file(str(path))
-    if source.key not in _allowed:
-        raise ConfigError(_refusal(name, kind, source, str(path)))
-    _keep(source)
-    module = _executed(source, str(path))
-    _loaded[source.path] = source.sha256
-    if _frozen is not None:
-        _frozen[source.path] = source.sha256
+    sources = require(f"{path}:{kind}", kind)
+    module = _executed(sources[0], str(path))
+    _note(sources)
     for attribute, thing in vars(module).items():
         if getattr(thing, "__module__", None) == module.__name__:
-            _places[id(thing)] = f"{source.path}:{attribute}"
+            _places[id(thing)] = f"{sources[0].path}:{attribute}"
     return module
 
 

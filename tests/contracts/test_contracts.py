@@ -195,7 +195,7 @@ def test_08_resume_is_bit_equal(case: tuple[str, int], optimizer: str, tmp_path:
     rest.train()
     for (name, a), (_, b) in zip(whole.model.named_parameters(), rest.model.named_parameters()):
         assert torch.equal(a, b), name
-    ours, theirs = whole.optimizers.state_tensors(), rest.optimizers.state_tensors()
+    ours, theirs = whole.assembly.optimizers.state_tensors(), rest.assembly.optimizers.state_tensors()
     assert ours.keys() == theirs.keys() and all(torch.equal(t, theirs[k]) for k, t in ours.items())
 
 

@@ -241,11 +241,12 @@ def test_a_signal_just_after_they_agreed_counts_at_the_next_step(text: str, tmp_
 def told_late(text: str, folder: Path, keys: Keys) -> None:
     made, agree = build(text, folder, keys), Requests.agree
 
-    def late(requests: Requests, *arguments: Any) -> None:
-        agree(requests, *arguments)
+    def late(requests: Requests, *arguments: Any) -> dict[str, Any]:
+        agreed = agree(requests, *arguments)
         if made.state.step == 5 and made.world.rank == 1:
             made.callbacks["commands"].control._on_signal(signal.SIGTERM, None)
             made.callbacks["commands"].control._on_signal(signal.SIGUSR1, None)
+        return agreed
 
     Requests.agree = late  # type: ignore[method-assign]
     try:

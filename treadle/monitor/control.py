@@ -49,7 +49,7 @@ class Command:
 
 
 class Control:
-    """Collects requests; the trainer asks `commands()` and `should_stop()` when it is ready for them."""
+    """Collects requests; whoever is ready for them asks `commands()`, `stop_reason` and `save_requested`."""
 
     def __init__(
         self, folder: Path | None = None, say: Callable[[str], None] = write, read_stdin: bool = False
@@ -94,9 +94,6 @@ class Control:
     def request_stop(self, reason: str, exit_code: int = STOP_COMMAND_CODE) -> None:
         if self.stop_reason is None:
             self.stop_reason, self.exit_code = reason, exit_code
-
-    def should_stop(self) -> bool:
-        return self.stop_reason is not None
 
     # ---- words ----
 

@@ -69,15 +69,11 @@ class Checkpoints:
         )
         return {"model": weights, "optimizer": moments}, files, described
 
-    def save(self, context: Context, best: Mapping[str, float] | None, must: bool) -> Saved | None:
-        """Saves the current step, after the save before; `best`: marks it as the best, by these metrics. must: waits for
-        it, and raises when it fails. Returns how the last save that has ended went, if it was not known yet."""
-        done = self.collect()
+    def save(self, context: Context, best: Mapping[str, float] | None) -> None:
+        """Starts the save of the current step, once the one before is collected; `best`: marks it as the best, by these
+        metrics."""
         self.saved_step = context.step
         self.saver.submit(Saved(context.step, best is not None), self._prepare(context, best))
-        if must or not self.saver.asynchronous:
-            done = self.collect(must) or done
-        return done
 
     def _prepare(self, context: Context, best: Mapping[str, float] | None) -> Callable[[], None]:
         """The save as a function: writes, marks, rotates. For a save in the background the state is copied now, since the

@@ -15,6 +15,7 @@ from treadle.distributed.world import World
 from treadle.models.base import Model
 from treadle.monitor import records
 from treadle.monitor.console import Console
+from treadle.monitor.control import STOP_COMMAND_CODE
 from treadle.objectives.base import Objective
 from treadle.ops.precision import autocast
 from treadle.training.config import Recipe
@@ -23,15 +24,14 @@ from treadle.training.resolve import Schedule, schedule
 from treadle.training.run_state import RunState
 from treadle.training.step import StepResult
 
-STOP = 75  # exit code of a stop on request: the same command continues
-
 
 @dataclass
 class Context:
     """One training as its callbacks see it. All of it is for reading; what a callback wants done it asks for.
 
     config: the resolved configuration. model: the weights as they are (under FSDP this process's shards; with_full_weights
-    gives whole ones). dataset, eval_dataset: what is trained and evaluated on. state: what the run remembers. plan: batch sizes, steps and intervals as resolved now (`set` may change them).
+    gives whole ones). dataset, eval_dataset: what is trained and evaluated on. state: what the run remembers. plan: batch
+    sizes, steps and intervals as resolved now (`set` may change them).
     """
 
     config: Recipe
@@ -136,7 +136,7 @@ class Context:
 
     # ---- asking ----
 
-    def request(self, kind: Kind, reason: str, exit_code: int = STOP) -> None:
+    def request(self, kind: Kind, reason: str, exit_code: int = STOP_COMMAND_CODE) -> None:
         """Asks the loop for a "save", an "evaluate", a "rollback" (to the newest checkpoint, skipping the rows since) or a
         "stop" after this step. All processes carry it out, whichever asked. A stop with exit_code 0 is an end of training:
         the run is finished; any other can be continued by the same command."""

@@ -24,8 +24,7 @@ class Requests:
     stopped_by: str = ""  # the callback that asked for it
     failed: bool = False  # it is the end of a callback that failed in one of the processes
     save_ended: bool = False  # a save in the background is done in all processes
-    settings: dict[str, Any] = field(default_factory=dict)  # keys to change, asked here
-    agreed_settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)  # keys to change, asked here since the last agreement
     _own: dict[Kind, tuple[str, str]] = field(default_factory=dict)  # (reason, who), asked here since the last agreement
     _own_code: int = END
     _own_failed: bool = False
@@ -37,8 +36,8 @@ class Requests:
             self._own[kind], self._own_code = (reason, by), exit_code
         self._own.setdefault(kind, (reason, by))
 
-    def agree(self, world: World, save_busy: bool = False, save_ended: bool = False) -> None:
-        """Merges what all processes asked."""
+    def agree(self, world: World, save_busy: bool = False, save_ended: bool = False) -> dict[str, Any]:
+        """Merges what all processes asked; returns the keys to change now, in all of them."""
         own, code = self._own, self._own_code if "stop" in self._own else END
         self._own, self._own_code = {}, END
         asked = [int(kind in own) for kind in KINDS]
@@ -55,15 +54,12 @@ class Requests:
             said = world.all_gather_object([*own["stop"], code] if "stop" in own else None)
             reason, by, _ = max((one for one in said if one), key=lambda one: one[2])
             self.reasons["stop"], self.stopped_by, self.exit_code = reason, by, worst
+        agreed: dict[str, Any] = {}
         if settings:
             for asked_there in world.all_gather_object(self.settings):
-                self.agreed_settings.update(asked_there)
+                agreed.update(asked_there)
             self.settings = {}
-
-    def settings_agreed(self) -> dict[str, Any]:
-        """Keys to change now, in all processes."""
-        found, self.agreed_settings = self.agreed_settings, {}
-        return found
+        return agreed
 
     def take(self, kind: Kind) -> str | None:
         """The reason of an agreed request, which is then done; None when nobody asked."""

@@ -34,7 +34,6 @@ from treadle.training.mock_step import mock_step
 from treadle.training.requests import END
 from treadle.training.run_files import RunFolder, refuse_used
 from treadle.training.run_state import RunState
-from treadle.training.saving import Saved
 from treadle.training.schedule import learning_rate, warmup_steps
 
 
@@ -42,8 +41,9 @@ class Trainer:
     """Trains one model on one dataset in one run folder.
 
     config: a TrainConfig, or None for defaults. A used folder is refused unless resume=True: then train() goes on from its
-    newest valid checkpoint, or from the one that load_checkpoint was given. objective: what is learned; the next token without one. callbacks: treadle.Callback instances beside the
-    built-in ones. Started by torchrun, or with an initialised process group, it trains as one of several processes.
+    newest valid checkpoint, or from the one that load_checkpoint was given. objective: what is learned; the next token
+    without one. callbacks: treadle.Callback instances beside the built-in ones. Started by torchrun, or with an initialised
+    process group, it trains as one of several processes.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Trainer:
                         self._train()
             summary = self.run_folder.summary("finished")
             self._agree()
-            self.callbacks.raise_problem(self.requests)
+            self.callbacks.raise_problem()
             return summary
         except BaseException as problem:
             self.run_folder.ended_badly(problem)
@@ -154,18 +154,14 @@ class Trainer:
         """Carries out, in this order, what was asked for since the last step; true when training ends here."""
         requests, state = self.requests, self.state
         self._agree()
-        if (reason := requests.take("rollback")) is not None:
-            requests.drop("evaluate", "save")
-            self._roll_back(reason)
+        if self._rolled_back():
             return False
         if requests.save_ended:
-            self._saved(self.checkpoints.collect())
+            self._collect()
         if requests.take("evaluate") is not None:
             self._evaluate()
             self._agree()  # its callbacks may have asked for a save, the end, or a way back
-            if (reason := requests.take("rollback")) is not None:
-                requests.drop("save")
-                self._roll_back(reason)
+            if self._rolled_back():
                 return False
         stopping = "stop" in requests and state.step < self.plan.max_steps
         last = stopping or state.step >= self.plan.max_steps
@@ -174,9 +170,9 @@ class Trainer:
         if requests.take("save") is not None or last:
             self._save(must=last)
         if last:
-            self._saved(self.checkpoints.collect())
+            self._collect()
             self._agree()  # what on_save says counts for all
-            self.callbacks.raise_problem(requests)
+            self.callbacks.raise_problem()
         if stopping and requests.exit_code != END:
             raise self.run_folder.stopped(requests.reasons["stop"], requests.exit_code)
         return last
@@ -190,31 +186,37 @@ class Trainer:
         metrics = self.evaluator.evaluate(data, self.plan.eval_batch, self.recipe.eval.eval_rows, self._stop_asked)
         if metrics is None:  # stopped on the way; the next start evaluates this step first
             return
-        inspected = self.evaluator.inspect(data)
         self.context.metrics = metrics
-        self.context.evaluation_row = {"step": self.state.step, "split": "validation", **metrics, **inspected}
+        self.context.evaluation_row = {"step": self.state.step, "split": "validation", **metrics, **self.evaluator.inspect(data)}
         self.callbacks.call("on_evaluate")
 
     def _save(self, must: bool) -> None:
         best, self.context.best = self.context.best, None
         if self.checkpoints.saved_step != self.state.step or best is not None:
-            self._saved(self.checkpoints.collect())  # one save at a time
-            self._saved(self.checkpoints.save(self.context, best, must))
+            self._collect()  # one save at a time
+            self.checkpoints.save(self.context, best)
+            if must or not self.checkpoints.saver.asynchronous:
+                self._collect(must)
 
-    def _saved(self, saved: Saved | None) -> None:
-        if saved is not None:
+    def _collect(self, must: bool = False) -> None:
+        """Waits for the save in flight, if there is one; `must`: it may not fail."""
+        if (saved := self.checkpoints.collect(must)) is not None:
             self.context.saved_step = saved.step
             self.callbacks.call("on_save")
 
-    def _roll_back(self, reason: str) -> None:
-        """Back to the last good checkpoint, past the rows that led here."""
+    def _rolled_back(self) -> bool:
+        """A rollback takes the place of all else: back to the last good checkpoint, past the rows that led here."""
+        if (reason := self.requests.take("rollback")) is None:
+            return False
+        self.requests.drop("evaluate", "save")
         before = self.state
-        self._saved(self.checkpoints.collect())  # a save in flight may be the one to go back to
+        self._collect()  # a save in flight may be the one to go back to
         self.load_checkpoint(found := self.checkpoints.to_go_back_to(before, reason))
         self.state.rollbacks, self.state.position = before.rollbacks + 1, before.position
         self.checkpoints.saved_step = found.step
         self.callbacks.call("on_rollback")
         self._open_data()
+        return True
 
     def _open_data(self) -> None:
         self.feed.open(self.state.position, self.plan.max_steps - self.state.step, self.plan.rows_left(self.state.step))
@@ -223,9 +225,7 @@ class Trainer:
 
     def _agree(self) -> None:
         """All processes learn what each of them was asked for, and change the keys that were set."""
-        saver = self.checkpoints.saver
-        self.requests.agree(self.world, saver.busy, saver.ended)
-        self.context.apply(self.requests.settings_agreed())
+        self.context.apply(self.requests.agree(self.world, self.checkpoints.saver.busy, self.checkpoints.saver.ended))
 
     def _stop_asked(self) -> bool:
         """Between two batches of an evaluation, in all processes."""
@@ -252,8 +252,8 @@ class Trainer:
 
     def load_checkpoint(self, checkpoint: str | Path | Checkpoint) -> None:
         """Goes on from a checkpoint (its folder): weights, optimiser, counters."""
-        checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
         self._goes_on = False
+        checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
         self.context.state = self.checkpoints.restore(checkpoint, threads=self.state.threads)
         self.context.apply(dict(self.state.settings))
         self.callbacks.load_state(self.state.callbacks)

@@ -11,7 +11,6 @@ from treadle.errors import CallbackError, ConfigError, Diverged, PeerFailed, Pee
 from treadle.ops.memory import is_out_of_memory
 from treadle.registry import Registry, nearest
 from treadle.training.context import Context
-from treadle.training.requests import Requests
 from treadle.training.settings import TrainSettings
 
 _HERE = "treadle.training.callbacks"
@@ -190,10 +189,11 @@ class Callbacks:
         self.call("on_idle")
         return self.context.requests.stop_asked_here
 
-    def raise_problem(self, requests: Requests) -> None:
+    def raise_problem(self) -> None:
         """Raises the error of a hook that failed: here as it is, in the other processes as word of it."""
         if self.problem is not None:
             raise self.problem
+        requests = self.context.requests
         if "stop" in requests and requests.failed:
             raise PeerFailed(requests.reasons["stop"], requests.exit_code)
 
@@ -222,7 +222,8 @@ class Callbacks:
             try:
                 function(states.get(callback.name, {}))
             except Exception as problem:
-                raise CallbackError(f"the callback {callback.name} failed in load_state_dict: {type(problem).__name__}: {problem}") from problem
+                raise CallbackError(f"the callback {callback.name} failed in load_state_dict: {type(problem).__name__}: "
+                                    f"{problem}") from problem  # fmt: skip
 
 
 def make_callbacks(given: Sequence[Any], settings: TrainSettings) -> list[Callback]:
