@@ -50,6 +50,14 @@ def own_trust(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
+@pytest.fixture(autouse=True)
+def own_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run writes down the code that its process has executed; another test's file is not that of this test."""
+    from treadle import trusted_code
+
+    monkeypatch.setattr(trusted_code, "_loaded", dict(trusted_code._loaded))
+
+
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "story.txt"
