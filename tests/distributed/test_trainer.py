@@ -19,6 +19,7 @@ from tests.several import run_in
 from treadle.checkpoint import sharded, writer
 from treadle.checkpoint.layout import checkpoint_name
 from treadle.checkpoint.reader import Checkpoint
+from treadle.distributed.world import World
 from treadle.errors import ConfigError, PeerFailed, SaveError, Stopped
 from treadle.training.callbacks.base import Callback
 from treadle.training.context import Context
@@ -272,6 +273,8 @@ def refusals(text: str, folder: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=words):
             build(text, folder / "r", keys)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="distributed=False, but several processes were started"):
+        World.open(several=False)
 
 
 def test_a_used_folder_is_refused_everywhere(text: str, tmp_path: Path) -> None:

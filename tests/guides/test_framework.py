@@ -29,7 +29,7 @@ def test_load_and_train(in_folder: Path) -> None:
     assert treadle.TrainConfig(fp16=True, bf16=False).train.precision == "fp16"
     with pytest.raises(ConfigError, match=r"train\.precision is given twice"):
         treadle.TrainConfig(fp16=True, bf16=True)
-    assert treadle.Trainer(model, dataset, config=config).train()["step"] == 2
+    assert treadle.Trainer(model, dataset, config=config, distributed=True).train()["step"] == 2
     assert list((in_folder / "kept").glob("step-*"))
     again = treadle.Model.load("run", device="cpu")
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters()))

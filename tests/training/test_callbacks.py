@@ -185,6 +185,35 @@ def test_metrics_decide_in_the_direction_that_the_objective_gives_them(tmp_path:
         trainer(tmp_path / "b", data, early_stopping_metric="acuracy")
 
 
+def test_a_rollback_asked_for_at_an_evaluation_takes_the_place_of_all_else(tmp_path: Path, data: dict) -> None:
+    class Once(Callback):
+        done = False
+
+        def on_evaluate(self, context: Context) -> None:
+            if context.step == 4 and not self.done:
+                self.done = True
+                context.request("save", "not of what is given up")
+                context.request("rollback", "these numbers are bad")
+
+    made = trainer(tmp_path, data, callbacks=[Once()], eval_steps=4, save_steps=2)
+    made.train()
+    back = next(e for e in events(tmp_path) if e["event"] == "rolled_back")
+    assert (back["step"], back["to"], back["reason"]) == (4, 2, "these numbers are bad")
+    assert made.state.step == 6 and made.state.rollbacks == 1
+    assert [e["step"] for e in events(tmp_path) if e["event"] == "saved"] == [2, 4, 6]  # 4 as trained anew
+
+
+def test_patience_that_is_set_later_knows_what_was_before(tmp_path: Path, data: dict) -> None:
+    first = trainer(tmp_path, data, max_steps=3, eval_steps=1)
+    first.train()
+    remembered = first.callbacks["early_stopping"].state_dict()
+    assert remembered["best"] is not None
+    again = trainer(tmp_path, data, resume=True, max_steps=6, eval_steps=1, early_stopping_patience=1, early_stopping_threshold=99.0)
+    summary = again.train()
+    assert summary["step"] == 4 and again.state.ended_by == "early_stopping"
+    assert again.callbacks["early_stopping"].best == remembered["best"]
+
+
 # ---- one that fails ----
 
 
@@ -273,6 +302,26 @@ def _failing_in_the_second(text: str, folder: str) -> None:
     with pytest.raises(CallbackError if torch.distributed.get_rank() == 1 else PeerFailed, match="At failed in after_step") as caught:
         made.train()
     assert caught.value.exit_code == 1
+
+
+@pytest.mark.parametrize("hook", ["skip_update", "on_save"])
+def test_one_that_fails_in_one_process_leaves_equal_weights(text_file: Path, tmp_path: Path, hook: str) -> None:
+    """skip_update: the update of that step is skipped in both. on_save, at the last step: nothing comes after it."""
+    one, two = run_in(2, _failing_hook_in_the_second, str(text_file), str(tmp_path / "r"), hook)
+    assert one == two
+    assert steps_in(tmp_path / "r" / "checkpoints")[0] == one[1] == (3 if hook == "skip_update" else 6)
+
+
+def _failing_hook_in_the_second(text: str, folder: str, hook: str) -> Any:
+    def fail(self: Callback, context: Context, *more: Any) -> bool:
+        assert context.world.rank != 1 or context.step < (2 if hook == "skip_update" else 6), "here"
+        return False
+
+    made = _built(text, folder, [type("Faulty", (Callback,), {hook: fail})()])
+    second = torch.distributed.get_rank() == 1
+    with pytest.raises(CallbackError if second else PeerFailed, match=f"Faulty failed in {hook}"):
+        made.train()
+    return [float(weight.double().sum()) for weight in made.model.parameters()], made.state.step
 
 
 def test_of_two_stops_the_graver_counts() -> None:

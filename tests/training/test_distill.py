@@ -134,7 +134,7 @@ def test_what_cannot_be_distilled_says_so() -> None:
         stage_steps(DistillSettings(mixer_steps=9), 9)
     assert stage_steps(DistillSettings(), 40) == [("mixer", 10), ("logits", 30)]
     for keys in ({"stages": ["logits", "mixer"]}, {"stages": []}, {"alpha_ce": 0, "alpha_kd": 0}):
-        with pytest.raises(ConfigError, match="stages|alpha"):
+        with pytest.raises(ConfigError, match=r"stages|alpha"):
             DistillSettings(**keys)
 
 

@@ -25,8 +25,9 @@ class GeneratedDataset(IndexedDataset):
     """Base of datasets without an end whose rows are made when they are wanted. A subclass writes `generate`.
 
     Row n of a run is row n of its seed, so any number of processes, any worker and any restart see the same rows, and
-    none is seen twice. The validation and test rows come from seeds of their own. version: raise it when the rows change
-    though the source of the class does not (both are part of the fingerprint).
+    none is seen twice. The validation and test rows come from seeds of their own, which the run's seed does not change, so
+    that runs of several seeds can be compared. version: raise it when the rows change though the source of the class does
+    not (both are part of the fingerprint).
     """
 
     seq_len = 1
@@ -36,7 +37,7 @@ class GeneratedDataset(IndexedDataset):
     def __init__(self, task: Any = None, seed: int = 0, split: str = "train", seq_len: int | None = None) -> None:
         self.task = task if task is not None else (self.Config() if self.Config is not None else None)
         self.split = split
-        self.seed = seed if split == "train" else key(seed, SPLITS.index(split)) >> 1
+        self.seed = seed if split == "train" else key(SPLITS.index(split)) >> 1
         if seq_len is not None:
             self.seq_len = seq_len
 

@@ -45,11 +45,15 @@ class World:
     # ---- beginning and end ----
 
     @staticmethod
-    def open(settings: ParallelSettings | None = None, device: str = "auto") -> World:
+    def open(settings: ParallelSettings | None = None, device: str = "auto", several: bool | None = None) -> World:
         """The world this process was started into: an initialised process group is adopted, else one is made when a
-        launcher started several processes. ConfigError when `settings` expects another number of them."""
+        launcher started several processes. ConfigError when `settings` expects another number of them, or when there are
+        several and `several` is False."""
         settings = settings or ParallelSettings()
         launch = detect()
+        if several is False and max(launch.size, dist.get_world_size() if dist.is_initialized() else 1) > 1:
+            raise ConfigError("distributed=False, but several processes were started and would train the same run; start one, "
+                              "or leave distributed out")  # fmt: skip
         if dist.is_initialized():
             here = Launch(dist.get_rank(), dist.get_world_size(), launch.local_rank, launch.local_size, "adopted")
             world = World(here, _host_group(settings))

@@ -81,13 +81,8 @@ def evaluate_run(
         if shown:
             report["samples"], report["metrics"] = shown, {**metrics, **checks}
     report["outside_customary"] = [n for n, v in report["metrics"].items() if not usual(objective.metric(n), v)]
-    report["shown"] = {n: asdict_of(objective.metric(n)) for n in report["metrics"] if objective.metric(n).shown}
+    report["shown"] = objective.shown(report["metrics"])
     return report
-
-
-def asdict_of(metric: Metric) -> dict[str, Any]:
-    """What a table needs of a metric."""
-    return {"format": metric.format, "usual": list(metric.usual) if metric.usual else None}
 
 
 def usual(metric: Metric, value: float) -> bool:

@@ -63,6 +63,10 @@ class Metric:
     def show(self, value: float) -> str:
         return format(value, self.format)
 
+    def described(self) -> dict[str, Any]:
+        """What a table of a report needs of it, for JSON."""
+        return {"format": self.format, "usual": list(self.usual) if self.usual else None}
+
 
 class Objective(ABC):
     """Base of every objective. A subclass names `headline` and writes __call__; everything else has a default.
@@ -112,6 +116,10 @@ class Objective(ABC):
 
     def metric(self, name: str) -> Metric:
         return self.metrics.get(name, Metric())
+
+    def shown(self, metrics: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+        """How tables print these metrics (Metric.described), without those that they leave out."""
+        return {name: self.metric(name).described() for name in metrics if self.metric(name).shown}
 
     def evaluation_text(self, metrics: dict[str, float]) -> str:
         """The console's line of an evaluation."""

@@ -10,10 +10,8 @@ from treadle.checkpoint.layout import checkpoint_name, steps_in
 from treadle.data.base import Dataset
 from treadle.data.dataset import TokenDataset
 from treadle.errors import InputError
-from treadle.evaluation.evaluator import Evaluator
 from treadle.evaluation.report import evaluator_of, held_out
 from treadle.models.pretrained import Loaded, checkpoint_root, load_run, locate, read_config, read_tokenizer
-from treadle.objectives.base import Metric
 from treadle.text.base import Tokenizer
 
 STATE_AT = 1000  # tokens; a constant state shows itself by being small here
@@ -70,7 +68,10 @@ def _row(run: str, loaded: Loaded, held: Dataset, rows: int | None, batch_size: 
     model, evaluator = loaded.model, evaluator_of(loaded)
     evaluator.objective.prepare(model, held, model.device)
     metrics = evaluator.evaluate(held, batch_size, rows) or {}
-    row = {"run": run, "step": loaded.checkpoint.step, "architecture": model.arch, **_shown(evaluator, metrics),
+    objective, ranking = evaluator.objective, evaluator.objective.ranking_metric
+    shown = objective.shown(metrics)
+    row = {"run": run, "step": loaded.checkpoint.step, "architecture": model.arch,
+           **{name: metrics[name] for name in sorted(shown, key=lambda name: name != ranking)},
            "parameters": model.parameter_count()}  # fmt: skip
     forward = model.flops(held.seq_len)
     if (size := held.stats().get("bytes_per_token")) is not None:
@@ -81,20 +82,12 @@ def _row(run: str, loaded: Loaded, held: Dataset, rows: int | None, batch_size: 
         row["state_bytes"] = model.state_bytes(1, STATE_AT)
     if "run_state.json" in loaded.checkpoint.members():
         row["tokens_seen"] = loaded.checkpoint.json("run_state.json").get("tokens")
-    ranking = evaluator.objective.ranking_metric
-    return {**row, "ranking": ranking, "lower_is_better": evaluator.objective.metric(ranking).lower_is_better}
-
-
-def _shown(evaluator: Evaluator, metrics: dict[str, float]) -> dict[str, float]:
-    """The objective's metrics, the one it ranks by first."""
-    objective = evaluator.objective
-    names = [name for name in metrics if objective.metric(name).shown]
-    return {name: metrics[name] for name in sorted(names, key=lambda name: name != objective.ranking_metric)}
+    return {**row, "shown": shown, "ranking": ranking, "lower_is_better": objective.metric(ranking).lower_is_better}
 
 
 HEADINGS = {"bpb": "bits/byte", "top5_accuracy": "top-5", "flops_per_byte": "FLOPs/byte", "flops_per_row": "FLOPs/row",
             "state_bytes": f"state at {STATE_AT}", "tokens_seen": "tokens seen"}  # fmt: skip
-HIDDEN = ("ranking", "lower_is_better", "perplexity")
+HIDDEN = ("shown", "ranking", "lower_is_better", "perplexity")
 
 
 def lines_of(table: list[dict[str, Any]]) -> list[str]:
@@ -107,14 +100,15 @@ def lines_of(table: list[dict[str, Any]]) -> list[str]:
     best = min(ranked, key=lambda row: sign * row[ranking]) if ranked and same and len(table) > 1 else None
     cells = [[HEADINGS.get(name, name) for name in columns]]
     for row in table:
-        cells.append([_cell(name, row.get(name), row is best and name == ranking) for name in columns])
+        cells.append([_cell(row, name, row is best and name == ranking) for name in columns])
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     left = ("run", "architecture")
     return ["  ".join(c.ljust(w) if name in left else c.rjust(w) for c, w, name in zip(line, widths, columns)).rstrip()
             for line in cells]  # fmt: skip
 
 
-def _cell(name: str, value: Any, best: bool) -> str:
+def _cell(row: dict[str, Any], name: str, best: bool) -> str:
+    value = row.get(name)
     if value is None:
         return "-"
     if isinstance(value, str):
@@ -123,4 +117,6 @@ def _cell(name: str, value: Any, best: bool) -> str:
         return f"{value / 1e3:,.0f} kB"
     if name.startswith("flops_per"):
         return f"{value / 1e6:,.2f} M"
-    return f"{value:,}" if isinstance(value, int) else format(value, Metric().format) + (" <" if best else "")
+    if name in row["shown"]:
+        return format(value, row["shown"][name]["format"]) + (" <" if best else "")
+    return f"{value:,}"

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 from treadle.data.base import Position
 from treadle.data.loader import Item, Loader
 from treadle.errors import DataError
+from treadle.training.callbacks.base import Callbacks
 from treadle.training.context import Context
 
 WAIT_STEPS, WAIT_SHARE, AUTO_WORKERS = 50, 0.1, 2  # num_workers = auto looks once, after this many steps
 
 
 class Feed:
-    """The batches of one start of a run. idle: called while a step waits for data; true ends the waiting."""
+    """The batches of one start of a run. While a step waits for them, the callbacks may end the waiting."""
 
-    def __init__(self, context: Context, idle: Callable[[], bool]) -> None:
-        self.dataset, self.idle, self.say = context.dataset, idle, context.say
+    def __init__(self, context: Context, callbacks: Callbacks) -> None:
+        self.dataset, self.callbacks, self.say = context.dataset, callbacks, context.say
         self.pin, wanted = context.device.type == "cuda", context.config.data
         self.automatic = wanted.num_workers == "auto"  # no workers, unless steps wait for data
         self.workers = 0 if wanted.num_workers == "auto" else int(wanted.num_workers)
@@ -32,17 +33,18 @@ class Feed:
         self.close()
         self._position = position
         self.plan = replace(self.plan, steps=steps, rows=rows, workers=self.workers)
-        self.loader = Loader(self.dataset, position, self.plan, pin=self.pin, idle=self.idle)
+        self.loader = Loader(self.dataset, position, self.plan, pin=self.pin, idle=self.callbacks.stop_asked_alone)
         self._items = iter(self.loader)
 
     def next(self) -> Item | None:
-        """(micro-batches, the position after them); None when `idle` ended the waiting."""
+        """(micro-batches, the position after them). None when a stop was asked for meanwhile, or the data has ended, which
+        it does in all processes at the same step: then training ends with an error, saved."""
         assert self.loader is not None
         self._maybe_more_workers()
         item = next(self._items, None)
-        if item is None and not self.idle():
+        if item is None and not self.callbacks.stop_asked_alone():
             left = (self.plan.steps or 0) - self.loader.steps
-            raise DataError(f"the data ended {left} steps before the training; train for fewer: --max_steps")
+            self.callbacks.fail(DataError(f"the data ended {left} steps before the training; train for fewer: --max_steps"))
         if item is not None:
             self._position = item[1]
         return item

@@ -43,16 +43,16 @@ class Trainer:
     config: a TrainConfig, or None for defaults. A used folder is refused unless resume=True: then train() goes on from its
     newest valid checkpoint, or from the one that load_checkpoint was given. objective: what is learned; the next token
     without one. callbacks: treadle.Callback instances beside the built-in ones. Started by torchrun, or with an initialised
-    process group, it trains as one of several processes.
+    process group, it trains as one of several processes, unless distributed=False: then that is an error.
     """
 
     def __init__(
         self, model: Model, dataset: Dataset, eval_dataset: Dataset | None = None, config: Recipe | None = None,
         objective: Objective | None = None, callbacks: Sequence[Any] = (), *, resume: bool = False,
-        console: Console | None = None, listen: bool = False, world: World | None = None,
+        console: Console | None = None, listen: bool = False, world: World | None = None, distributed: bool | None = None,
     ) -> None:  # fmt: skip
         self.recipe = recipe = config or Recipe()
-        self.world = world = world or World.open(recipe.parallel, recipe.run.device)
+        self.world = world = world or World.open(recipe.parallel, recipe.run.device, distributed)
         self.console = console or Console(quiet=True, silent=not world.is_main_process)
         self.device = pick_device(recipe.run.device, world.local_rank if world.size > 1 else None)
         self.model, self.dataset, self.eval_dataset = model, dataset, eval_dataset
@@ -77,7 +77,7 @@ class Trainer:
         )  # fmt: skip
         self.requests, self.run_folder = context.requests, RunFolder(context, parameter_count)
         self.callbacks = Callbacks(make_callbacks(callbacks, recipe.train), context)
-        self.checkpoints, self.feed = Checkpoints(context, self.assembly), Feed(context, self.callbacks.stop_asked_alone)
+        self.checkpoints, self.feed = Checkpoints(context, self.assembly), Feed(context, self.callbacks)
 
     state = property(lambda self: self.context.state)
     plan = property(lambda self: self.context.plan)
@@ -131,7 +131,7 @@ class Trainer:
         ended = self._between_steps()
         while not ended:
             item = self.feed.next()
-            if item is not None:  # None: a stop was asked for while the step waited for data
+            if item is not None:  # None: a stop was asked for while the step waited for data, or there is no more
                 self.callbacks.call("before_step")
                 self._step(*item)
                 self.callbacks.call("after_step")

@@ -128,7 +128,7 @@ class Callbacks:
         self.ending = {callback.name for callback in callbacks if callback.may_end(context)}  # the same in all processes
         self.list = [callback for callback in callbacks if callback.wanted(context)]
         self.context, context.tell, context.states = context, self.call, self.state
-        self.problem: CallbackError | None = None  # the first hook that failed
+        self.problem: TreadleError | None = None  # the first that `fail` was told of
         self._hooks: dict[str, list[tuple[Callback, Callable[..., Any]]]] = {}
         for hook, plain in vars(Callback).items():
             if callable(plain) and not hook.startswith("_"):
@@ -165,14 +165,17 @@ class Callbacks:
         return found
 
     def _failed(self, callback: Callback, hook: str, problem: Exception) -> None:
-        """Asks for a stop instead of raising, so that all processes save and end together."""
-        if self.problem is not None:
-            return
         frame = traceback.extract_tb(problem.__traceback__)[-1]
-        self.problem = CallbackError(f"the callback {callback.name} failed in {hook}: {type(problem).__name__}: {problem} "
-                                     f"({frame.filename}:{frame.lineno})")  # fmt: skip
-        self.problem.__cause__ = problem
-        self.context.requests.ask("stop", str(self.problem), CallbackError.exit_code, callback.name, failed=True)
+        said = CallbackError(f"the callback {callback.name} failed in {hook}: {type(problem).__name__}: {problem} "
+                             f"({frame.filename}:{frame.lineno})")  # fmt: skip
+        said.__cause__ = problem
+        self.fail(said, callback.name)
+
+    def fail(self, problem: TreadleError, by: str = "") -> None:
+        """Asks for a stop instead of raising, so that all processes save and end together; only then it is raised."""
+        if self.problem is None:
+            self.problem = problem
+            self.context.requests.ask("stop", str(problem), problem.exit_code, by, failed=True)
 
     def skip_update(self, loss: float) -> bool:
         """Whether a callback refuses the update of a step with this loss; where a user's callback is asked, a refusal or a
@@ -190,7 +193,7 @@ class Callbacks:
         return self.context.requests.stop_asked_here
 
     def raise_problem(self) -> None:
-        """Raises the error of a hook that failed: here as it is, in the other processes as word of it."""
+        """Raises what `fail` was told: here as it is, in the other processes as word of it."""
         if self.problem is not None:
             raise self.problem
         requests = self.context.requests
