@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from treadle.layers.context import Context
 from treadle.layers.norm import RMSNorm
 from treadle.layers.rope import rotate
-from treadle.layers.state import KeyValueCache, TokenPositions
-from treadle.ops.attention import Segments, cached_attention, causal_attention
+from treadle.layers.state import KeyValueCache, LayerState
+from treadle.layers.token_mixers import TokenMixer
+from treadle.ops.attention import cached_attention, causal_attention
 
 
-@dataclass
-class Context:
-    """What all blocks of one forward pass share."""
-
-    doc_ids: Tensor | None = None  # [B, T], -1 for padding
-    segments: Segments | None = None
-    rotary: tuple[Tensor, Tensor] | None = None  # cos, sin [B, 1, T, E / 2]
-    token_positions: TokenPositions | None = None  # with a decoding state
-    used: int = 0
-    token_mixer_only: bool = False  # a block answers with its mixer alone, for matching it in distillation
-    routed: list[Any] | None = None  # what routers decide is kept here when somebody looks
-
-
-class Attention(nn.Module):
+class Attention(TokenMixer):
     """softmax(q k^T / sqrt(E)) v (Vaswani et al. 2017), keys and values shared by groups of heads (arXiv 2305.13245)."""
 
     def __init__(
@@ -41,6 +29,22 @@ class Attention(nn.Module):
         self.out = linear(heads * head_width, width, bias=out_bias)
         self.query_norm = RMSNorm(head_width, eps) if qk_norm else None
         self.key_norm = RMSNorm(head_width, eps) if qk_norm else None
+
+    @classmethod
+    def from_config(cls, config: Any, layer: int) -> Attention:
+        bias = config.style == "gpt2"
+        return cls(
+            config.hidden_size, config.num_heads, config.groups, config.width_of_head, bias=bias, out_bias=bias,
+            qk_norm=config.qk_norm, eps=config.norm_eps, dropout=config.attention_dropout,
+        )  # fmt: skip
+
+    def new_state(self, rows: int, max_len: int, device: Any, dtype: Any) -> LayerState:
+        return KeyValueCache.empty(rows, self.groups, max_len, self.head_width, device, dtype)
+
+    def flops(self, length: int) -> int:
+        projections = self.query.in_features * self.head_width * (2 * self.heads + 2 * self.groups)
+        scores = 2 * self.heads * self.head_width * length  # q k^T and p v, a multiply-add each
+        return 2 * length * (projections + scores)
 
     def _split(self, x: Tensor, heads: int) -> Tensor:
         rows, length, _ = x.shape

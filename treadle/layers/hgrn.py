@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from treadle.layers.attention import Context
 from treadle.layers.bitlinear import BitLinear
+from treadle.layers.context import Context
 from treadle.layers.reproducible import (
     ReproducibleLinear,
     reproducible_rms_norm,

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from treadle.layers.attention import Attention, Context
+from treadle.layers.attention import Attention
+from treadle.layers.context import Context
 from treadle.layers.rope import rotate, rotation
 from treadle.layers.state import LayerState, TokenPositions
 from treadle.ops.attention import cached_attention, causal_attention

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from treadle.layers.attention import Attention, Context
+from treadle.layers.attention import Attention
+from treadle.layers.context import Context
 from treadle.layers.reproducible import ReproducibleLinear, to_reproducible
 from treadle.layers.rope import rotate
 from treadle.layers.sliding_window_attention import SlidingWindowCache, attend, expanded

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from treadle.data.batch import Batch
-from treadle.layers.attention import Context
+from treadle.layers.context import Context
 from treadle.layers.state import State
 from treadle.models.base import LanguageModelConfig, Model, Output
 

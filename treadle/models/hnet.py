@@ -12,7 +12,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from treadle.data.batch import PAD, Batch
-from treadle.layers.attention import Context
+from treadle.layers.context import Context
 from treadle.layers.hgrn import linear
 from treadle.layers.hierarchy import (
     Boundaries,

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from treadle.layers.attention import Context
+from treadle.layers.context import Context
 from treadle.layers.hgrn import HGRN, GatedMLP
 from treadle.layers.reproducible import ReproducibleRMSNorm, reproducible_sigmoid
 from treadle.layers.sliding_window_attention import SlidingWindowAttention

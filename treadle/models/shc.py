@@ -9,7 +9,8 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from treadle.data.batch import Batch
-from treadle.layers.attention import Attention, Context
+from treadle.layers.attention import Attention
+from treadle.layers.context import Context
 from treadle.layers.latent import LatentAttention, LatentCache
 from treadle.layers.mlp import SwiGLU
 from treadle.layers.norm import RMSNorm

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from treadle.data.batch import Batch
 from treadle.errors import ConfigError
-from treadle.layers.attention import Attention, Context
+from treadle.layers.context import Context
 from treadle.layers.mlp import MLP, SwiGLU
 from treadle.layers.norm import make_norm
 from treadle.layers.rope import rotation
-from treadle.layers.state import KeyValueCache, State
+from treadle.layers.state import State
+from treadle.layers.token_mixers import TOKEN_MIXERS, TokenMixer, layer_types_of
 from treadle.models.backbone import Backbone
+from treadle.models.base import ParameterRule
 from treadle.models.decoder import DecoderConfig
 from treadle.settings import option
 
@@ -25,6 +27,10 @@ class TransformerConfig(DecoderConfig):
 
     style: Literal["llama", "gpt2"] = option("llama")
     """llama: RMSNorm, rotary positions, SwiGLU, no biases; gpt2: LayerNorm, learned positions, GELU, biases."""
+
+    layer_types: list[str] | None = option(None, aliases=("layer_pattern",))
+    """The token mixer of each block, as in ["ssd", "ssd", "ssd", "attention"]; a shorter list is repeated. Default: full
+    attention everywhere."""
 
     max_position_embeddings: int = option(2048, aliases=("max_seq_len", "block_size", "n_positions"), ge=2)
     """Rows of the learned position table (gpt2); the longest row a generation may reach."""
@@ -46,6 +52,15 @@ class TransformerConfig(DecoderConfig):
         if isinstance(keys, dict) and "style" not in keys and keys.get("activation") in ("gelu", "gelu_tanh", "relu"):
             return {**keys, "style": "gpt2"}
         return keys
+
+    @model_validator(mode="after")
+    def _mixers_are_known(self) -> TransformerConfig:
+        layer_types_of(self.layer_types, self.num_layers)
+        return self
+
+    def mixer(self, layer: int) -> type[TokenMixer]:
+        """The class of a block's token mixer."""
+        return TOKEN_MIXERS.get(layer_types_of(self.layer_types, self.num_layers)[layer])
 
     @property
     def rotary(self) -> bool:
@@ -98,27 +113,24 @@ class TransformerConfig(DecoderConfig):
 class Block(nn.Module):
     """Attention and MLP, each added to the residual stream."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
         gpt2 = config.style == "gpt2"
         width, norm = config.hidden_size, "layer" if gpt2 else "rms"
         self.pre_norm = config.pre_norm
         self.attention_norm = make_norm(norm, width, config.norm_eps)
-        self.attention = Attention(
-            width, config.num_heads, config.groups, config.width_of_head, bias=gpt2, out_bias=gpt2,
-            qk_norm=config.qk_norm, eps=config.norm_eps, dropout=config.attention_dropout,
-        )  # fmt: skip
+        self.attention = config.mixer(layer).from_config(config, layer)
         self.mlp_norm = make_norm(norm, width, config.norm_eps)
         self.mlp = MLP(width, config.inner, config.activation) if gpt2 else SwiGLU(width, config.inner)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()  # Dropout(0) still multiplies
 
-    def forward(self, x: Tensor, context: Context, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context, state: Any = None) -> Tensor:
         if context.token_mixer_only:
             return self.attention(x, context)
         if not self.pre_norm:
-            x = self.attention_norm(x + self.dropout(self.attention(x, context, cache)))
+            x = self.attention_norm(x + self.dropout(self.attention(x, context, state)))
             return self.mlp_norm(x + self.dropout(self.mlp(x)))
-        x = x + self.dropout(self.attention(self.attention_norm(x), context, cache))
+        x = x + self.dropout(self.attention(self.attention_norm(x), context, state))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
@@ -138,7 +150,7 @@ class Transformer(Backbone):
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def make_block(self, index: int) -> nn.Module:
-        return Block(self.config)
+        return Block(self.config, index)
 
     def context(self, batch: Batch, state: State | None) -> Context:
         context = super().context(batch, state)
@@ -164,18 +176,28 @@ class Transformer(Backbone):
             x = x + self.positions(self._position_ids(batch, context))
         return self.dropout(x)
 
-    def layer_state(self, index: int, batch_size: int, max_len: int, device: Any, dtype: Any) -> KeyValueCache:
-        return KeyValueCache.empty(batch_size, self.config.groups, max_len, self.config.width_of_head, device, dtype)
+    def layer_state(self, index: int, batch_size: int, max_len: int, device: Any, dtype: Any) -> Any:
+        return self.layers[index].attention.new_state(batch_size, max_len, device, dtype)  # type: ignore[operator, union-attr]
 
     def flops(self, length: int) -> int:
         c = self.config
-        attention = c.hidden_size * c.width_of_head * (2 * c.num_heads + 2 * c.groups)
         mlp = c.hidden_size * c.inner * (2 if c.style == "gpt2" else 3)
-        products = c.num_layers * (attention + mlp) + c.hidden_size * c.vocab_size
-        scores = c.num_layers * 2 * c.num_heads * c.width_of_head * length  # q k^T and p v, a multiply-add each
-        return 2 * length * (products + scores)
+        mixers = sum(block.attention.flops(length) for block in self.layers)  # type: ignore[operator, union-attr]
+        return mixers + 2 * length * (c.num_layers * mlp + c.hidden_size * c.vocab_size)
 
-    def initial(self, name: str, parameter: Tensor) -> float | str:
+    def parameter_rules(self) -> dict[str, ParameterRule]:
+        spared = [name for name, _ in self.named_parameters() if (own := self._of_mixer(name)) and own[0].undecayed(own[1])]
+        return {**super().parameter_rules(), **{name: ParameterRule(weight_decay=False) for name in spared}}
+
+    def _of_mixer(self, name: str) -> tuple[type[TokenMixer], str] | None:
+        """The class of the mixer that a parameter belongs to, and its name there."""
+        first, _, rest = name.partition(".attention.")
+        return (self.config.mixer(int(first.rpartition(".")[2])), rest) if rest else None
+
+    def initial(self, name: str, parameter: Tensor) -> float | str | Tensor:
+        mixer = self._of_mixer(name)
+        if mixer is not None and (own := mixer[0].initial(mixer[1], parameter)) is not None:
+            return own
         if name.endswith(".bias"):
             return "zeros"
         if parameter.dim() == 1:

@@ -1,0 +1,24 @@
+"""What all blocks of one forward pass share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from treadle.layers.state import TokenPositions
+from treadle.ops.attention import Segments
+
+
+@dataclass
+class Context:
+    """Made once by the model; blocks read it."""
+
+    doc_ids: Tensor | None = None  # [B, T], -1 for padding
+    segments: Segments | None = None
+    rotary: tuple[Tensor, Tensor] | None = None  # cos, sin [B, 1, T, E / 2]
+    token_positions: TokenPositions | None = None  # with a decoding state
+    used: int = 0
+    token_mixer_only: bool = False  # a block answers with its mixer alone, for matching it in distillation
+    routed: list[Any] | None = None  # what routers decide is kept here when somebody looks

@@ -1,0 +1,64 @@
+"""What mixes positions in a block: the contract of all such layers, and their names (`layer_types` of a model)."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from treadle.layers.context import Context
+from treadle.layers.state import LayerState
+from treadle.registry import Registry
+
+TOKEN_MIXERS = Registry(
+    "layer type",
+    {"full_attention": "treadle.layers.attention:Attention"},
+    aliases={"attention": "full_attention", "full": "full_attention", "softmax": "full_attention"},
+    base="treadle.layers.token_mixers:TokenMixer",
+)
+
+
+class TokenMixer(nn.Module):
+    """Base of every token mixer: x [B, T, D] -> [B, T, D], position t from positions up to t of its own document
+    (context.doc_ids). With a state (context.token_positions is set) positions go on from it, each row is one document, and
+    padding leaves its row's state as it was."""
+
+    @classmethod
+    def from_config(cls, config: Any, layer: int) -> TokenMixer:
+        """The mixer of block number `layer` in a model with these keys."""
+        raise NotImplementedError(f"{cls.__name__} is made by its model alone")
+
+    @abstractmethod
+    def forward(self, x: Tensor, context: Context, state: Any = None) -> Tensor: ...
+
+    @abstractmethod
+    def new_state(self, rows: int, max_len: int, device: Any, dtype: Any) -> LayerState:
+        """Its decoding state before the first position."""
+
+    @abstractmethod
+    def flops(self, length: int) -> int:
+        """Floating-point operations of one row's forward pass: 2 a multiply-add."""
+
+    @classmethod
+    def initial(cls, name: str, parameter: Tensor) -> float | str | Tensor | None:
+        """How one of its parameters starts (Model.initial); None: as any matrix or vector of the model."""
+        return None
+
+    @classmethod
+    def undecayed(cls, name: str) -> bool:
+        """Whether a matrix of this name is spared weight decay (vectors always are)."""
+        return False
+
+
+def layer_types_of(pattern: Sequence[str] | None, count: int) -> list[str]:
+    """The canonical name of each block's mixer; a shorter pattern is repeated. ValueError for one that does not fit.
+    ConfigError for unknown names."""
+    if pattern is None:
+        return ["full_attention"] * count
+    if not pattern or len(pattern) > count:
+        raise ValueError(f"layer_types names {len(pattern)} layers, and num_layers = {count}; give one name a layer, or a shorter "
+                         "pattern, which is repeated")  # fmt: skip
+    names = [TOKEN_MIXERS.canonical(name) for name in pattern]
+    return [names[index % len(names)] for index in range(count)]
