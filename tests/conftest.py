@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import warm
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; before torch is imported
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -88,10 +89,7 @@ def treadle(
     *arguments: object, cwd: Path | None = None, timeout: float = 120, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Runs the command line in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "treadle", *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=timeout,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+    return warm.run([*map(str, arguments)], cwd, timeout, {**os.environ, "OMP_NUM_THREADS": "1", **environment})
 
 
 @pytest.fixture()

@@ -17,16 +17,16 @@ import pytest
 STACKS = ("frame #", "Exception raised from", "terminate called", "[c10d]", "Fatal Python error", ".cc:", ".cpp:")
 
 PAIRS = r"""
-import json, os, signal, sys, time, traceback
+import json, os, signal, socket, sys, time, traceback
 os.environ.update(RANK="0", WORLD_SIZE="2", TORCH_CPP_LOG_LEVEL=sys.argv[3])
 from treadle import cli
 import torch
 from treadle import start
 from treadle.distributed import heartbeat, world
-from treadle.distributed.launch import free_port
 from treadle.distributed.notes import FOLDER
 from treadle.errors import ConfigError, Stopped
 heartbeat.BEAT_SECONDS = 0.1
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs tests in the background has it ignored
 
 
 def end(how, pids):
@@ -90,11 +90,21 @@ def fork(case, folder, rank, port):
     os._exit(code)
 
 
-folder, cases = sys.argv[1], json.loads(sys.argv[2])
+def ports():  # below those that outgoing connections take, which could be gone before a process opens its own
+    for port in range(10000 + os.getpid() % 20000, 32000):
+        with socket.socket() as found:
+            try:
+                found.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        yield port
+
+
+folder, cases, free = sys.argv[1], json.loads(sys.argv[2]), ports()
 found, running = [{} for _ in cases], {}
 for n, case in enumerate(cases):
     os.mkdir(f"{folder}/{n}")
-    port = free_port()
+    port = next(free)
     running |= {fork(case, f"{folder}/{n}", rank, port): (n, rank) for rank in (0, 1)}
 begun = time.monotonic()
 while running and time.monotonic() - begun < 25:

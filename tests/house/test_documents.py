@@ -42,6 +42,7 @@ SHORT = ["--num_layers", "1", "--hidden_size", "32", "--num_heads", "2", "--batc
          "--eval_rows", "2", "--sample_tokens", "2", "--eval_steps", "100", "--model.head_dim", "16"]  # fmt: skip
 
 
+@pytest.mark.timeout(900)  # two dozen commands of five seconds each, on a machine that may be busy
 def test_the_readmes_commands_run(in_folder: Path) -> None:
     """Every command of the README in its order, training made short."""
     (in_folder / "story.txt").write_text(make_text(2000))
