@@ -47,10 +47,10 @@ BEFORE_IMPORT = ("PYTHON", "OMP_", "MKL_", "TORCH_", "LD_", "CUDA_")  # environm
 def _server(environ: tuple[tuple[str, str], ...]) -> tuple[int, int]:
     """(where to ask, where it answers) of a process that was started with these variables of BEFORE_IMPORT."""
     here, there = os.pipe(), os.pipe()
-    repository = str(Path(__file__).parent.parent)
+    others = {name: value for name, value in os.environ.items() if not name.startswith(BEFORE_IMPORT)}
     process = subprocess.Popen(
         [sys.executable, "-c", SERVER, str(here[0]), str(there[1])], pass_fds=(here[0], there[1]), stdin=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [repository, os.environ.get("PYTHONPATH")]))},
+        env={**others, **dict(environ)},
     )  # fmt: skip
     os.close(here[0]), os.close(there[1])
     atexit.register(process.kill)

@@ -17,12 +17,13 @@ import pytest
 STACKS = ("frame #", "Exception raised from", "terminate called", "[c10d]", "Fatal Python error", ".cc:", ".cpp:")
 
 PAIRS = r"""
-import json, os, signal, socket, sys, time, traceback
+import json, os, signal, sys, time, traceback
 os.environ.update(RANK="0", WORLD_SIZE="2", TORCH_CPP_LOG_LEVEL=sys.argv[3])
 from treadle import cli
 import torch
 from treadle import start
 from treadle.distributed import heartbeat, world
+from treadle.distributed.launch import free_port
 from treadle.distributed.notes import FOLDER
 from treadle.errors import ConfigError, Stopped
 heartbeat.BEAT_SECONDS = 0.1
@@ -90,21 +91,11 @@ def fork(case, folder, rank, port):
     os._exit(code)
 
 
-def ports():  # below those that outgoing connections take, which could be gone before a process opens its own
-    for port in range(10000 + os.getpid() % 20000, 32000):
-        with socket.socket() as found:
-            try:
-                found.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        yield port
-
-
-folder, cases, free = sys.argv[1], json.loads(sys.argv[2]), ports()
+folder, cases = sys.argv[1], json.loads(sys.argv[2])
 found, running = [{} for _ in cases], {}
 for n, case in enumerate(cases):
     os.mkdir(f"{folder}/{n}")
-    port = next(free)
+    port = free_port()
     running |= {fork(case, f"{folder}/{n}", rank, port): (n, rank) for rank in (0, 1)}
 begun = time.monotonic()
 while running and time.monotonic() - begun < 25:

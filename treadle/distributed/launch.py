@@ -8,6 +8,7 @@ runs, or a run and its restart, never meet each other. Machines beyond this one 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -29,10 +30,17 @@ GRACE_SECONDS = 60.0
 MILD = (75, 130, 143)
 
 
+_ports = itertools.count(os.getpid())
+
+
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    """A port that nobody has, another one each time. Below 32768: above are (on Linux) those of outgoing connections, one of
+    which could take it before it is opened."""
+    while True:
+        port = 10000 + next(_ports) % 22000
+        with socket.socket() as found, contextlib.suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
 
 
 def cores() -> int:

@@ -42,7 +42,7 @@ class Attention(TokenMixer):
         return KeyValueCache.empty(rows, self.groups, max_len, self.head_width, device, dtype)
 
     def flops(self, length: int) -> int:
-        projections = self.query.in_features * self.head_width * (2 * self.heads + 2 * self.groups)
+        projections = sum(layer.in_features * layer.out_features for layer in self.children() if isinstance(layer, nn.Linear))
         scores = 2 * self.heads * self.head_width * length  # q k^T and p v, a multiply-add each
         return 2 * length * (projections + scores)
 

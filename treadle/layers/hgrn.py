@@ -89,7 +89,7 @@ class HGRN(nn.Module):
         channels = width if shared_convolution else 2 * inner
         self.convolution = ShortConvolution(channels, convolution) if convolution else None
 
-    def empty(self, rows: int, device: Any, dtype: Any) -> RecurrentState:
+    def new_state(self, rows: int, max_len: int, device: Any, dtype: Any) -> RecurrentState:
         channels, size = self.convolution.weight.shape if self.convolution is not None else (0, 1)
         past = torch.zeros(rows, size - 1, channels, device=device, dtype=dtype)
         return RecurrentState(torch.zeros(rows, self.inner, device=device), past)

@@ -44,6 +44,9 @@ class LatentAttention(Attention):
         self.key = nn.Linear(size, groups * head_width, bias=False)
         self.value = nn.Linear(size, groups * head_width, bias=False)
 
+    def new_state(self, rows: int, max_len: int, device: Any, dtype: Any) -> LatentCache:
+        return LatentCache.empty(rows, max_len, self.down.out_features, device, dtype)
+
     def forward(self, x: Tensor, context: Context, cache: LatentCache | None = None) -> Tensor:  # type: ignore[override]
         rows, length, _ = x.shape
         assert context.rotary is not None

@@ -80,7 +80,7 @@ class SlidingWindowAttention(Attention):
         super().__init__(width, heads, heads, width // heads, linear=linear)
         self.window, self.reproducible = window, reproducible
 
-    def empty(self, rows: int, device: Any, dtype: Any) -> SlidingWindowCache:
+    def new_state(self, rows: int, max_len: int, device: Any, dtype: Any) -> SlidingWindowCache:
         dtype = torch.float64 if self.reproducible else dtype
         return SlidingWindowCache(**SlidingWindowCache.fields(rows, self.groups, self.window, self.head_width, device, dtype))
 

@@ -55,7 +55,7 @@ class SSMMixer(Attention):
         """N, features of a head."""
         return self.head_width * (2 if self.query_features is not None else 1)
 
-    def empty(self, rows: int, device: Any, dtype: Any) -> SSMState:
+    def new_state(self, rows: int, max_len: int, device: Any, dtype: Any) -> SSMState:
         dtype, wide = (torch.float64, torch.float64) if self.reproducible else (dtype, torch.float32)
         memory = torch.zeros(rows, self.heads, self.inner, self.head_width + self.normalizer, device=device, dtype=wide)
         return SSMState(memory=memory, **SlidingWindowCache.fields(rows, self.groups, self.window, self.head_width, device, dtype))

@@ -74,7 +74,7 @@ class HGRNBit(Backbone):
         return Block(self.config, self.config.hidden_size, mixer, bounded=self.config.lower_bound)
 
     def layer_state(self, index: int, batch_size: int, max_len: int, device: Any, dtype: Any) -> RecurrentState:
-        return self.layers[index].empty(batch_size, device, dtype)  # type: ignore[operator]
+        return self.layers[index].new_state(batch_size, max_len, device, dtype)  # type: ignore[operator]
 
     def flops(self, length: int) -> int:
         c = self.config

@@ -177,15 +177,15 @@ class Stage(nn.Module):
         """Entries of `states`."""
         return self.tracks_positions + len(self.own_blocks()) + (0 if self.innermost else 1 + self.inner.memories)
 
-    def states(self, rows: int, device: Any, dtype: Any) -> list[Any]:
+    def states(self, rows: int, max_len: int, device: Any, dtype: Any) -> list[Any]:
         """Decoding states in the order that `forward` takes them."""
         made: list[Any] = [PositionCounter(torch.zeros(rows, dtype=torch.int64, device=device))] if self.tracks_positions else []
-        made += [block.empty(rows, device, dtype) for block in self.encoder]  # type: ignore[operator]
+        made += [block.new_state(rows, max_len, device, dtype) for block in self.encoder]  # type: ignore[operator]
         if not self.innermost:
             inner = self.inner.encoder_norm.weight.shape[0]
             made.append(empty_state(rows, self.encoder_norm.weight.shape[0], inner, device))
-            made += self.inner.states(rows, device, dtype)
-            made += [block.empty(rows, device, dtype) for block in self.decoder]  # type: ignore[operator]
+            made += self.inner.states(rows, max_len, device, dtype)
+            made += [block.new_state(rows, max_len, device, dtype) for block in self.decoder]  # type: ignore[operator]
         return made
 
     def forward(
@@ -318,7 +318,7 @@ class HNet(Model):
 
     def new_state(self, batch_size: int, max_len: int, device: Any = None, dtype: Any = None) -> State:
         device, dtype = device or self.device, dtype or self.dtype
-        layers = self.stage.states(batch_size, device, dtype)
+        layers = self.stage.states(batch_size, max_len, device, dtype)
         return State(torch.zeros(batch_size, dtype=torch.int64, device=device), [0] * batch_size, max_len, layers)
 
     def flops(self, length: int) -> int:

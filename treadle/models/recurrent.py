@@ -137,9 +137,9 @@ class Block(ModuleWithWeightCache):
         x = x + self.attention(self.attention_norm(x), context, state, *bound)
         return x + self.mlp(self.mlp_norm(x))
 
-    def empty(self, rows: int, device: Any, dtype: Any) -> Any:
+    def new_state(self, rows: int, max_len: int, device: Any, dtype: Any) -> Any:
         """The decoding state before the first position."""
-        return self.attention.empty(rows, device, dtype)  # type: ignore[operator]
+        return self.attention.new_state(rows, max_len, device, dtype)  # type: ignore[operator]
 
     def flops(self, length: int) -> int:
         """Of the products of one row's forward pass."""

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from treadle.data.batch import Batch
 from treadle.layers.attention import Attention
 from treadle.layers.context import Context
-from treadle.layers.latent import LatentAttention, LatentCache
+from treadle.layers.latent import LatentAttention
 from treadle.layers.mlp import SwiGLU
 from treadle.layers.norm import RMSNorm
 from treadle.layers.rope import rotation
-from treadle.layers.state import KeyValueCache, State
+from treadle.layers.state import State
 from treadle.layers.streams import GAIN, Routed, Router, composite, statistics
 from treadle.models.backbone import Backbone
 from treadle.models.base import ParameterRule
@@ -179,10 +179,7 @@ class SHC(Backbone):
         return [module for module in self.modules() if isinstance(module, Router) and module.routing != "none"]
 
     def layer_state(self, index: int, batch_size: int, max_len: int, device: Any, dtype: Any) -> Any:
-        c = self.config
-        if c.latent_size is not None:
-            return LatentCache.empty(batch_size, max_len, c.latent_size, device, dtype)
-        return KeyValueCache.empty(batch_size, c.groups, max_len, c.width_of_head, device, dtype)
+        return self.layers[index].attention.new_state(batch_size, max_len, device, dtype)  # type: ignore[operator, union-attr]
 
     # ---- looking at the routing ----
 
@@ -224,15 +221,7 @@ class SHC(Backbone):
         mlp = 3 * 2 * c.hidden_size * c.inner
         routers = sum(module.flops(c.hidden_size) for module in self.modules() if isinstance(module, Router))
         token = c.num_layers * mlp + 2 * c.hidden_size * c.vocab_size + routers
-        return length * token + c.num_layers * self.mixer_flops(length)
-
-    def mixer_flops(self, length: int) -> int:
-        """Of one block's mixer and one row."""
-        c, heads = self.config, self.config.num_heads * self.config.width_of_head
-        keys = 2 * c.groups * c.width_of_head
-        down = c.hidden_size * c.latent_size if c.latent_size is not None else 0
-        products = 2 * c.hidden_size * heads + (c.latent_size or c.hidden_size) * keys + down
-        return 2 * length * (products + 2 * heads * length)
+        return length * token + c.num_layers * self.layers[0].attention.flops(length)  # type: ignore[operator, union-attr]
 
     def parameter_rules(self) -> dict[str, Any]:
         # Zero is no goal for rotations and for what tells the streams apart; a router's rows are decisions, not a map.

@@ -49,12 +49,6 @@ class SSM(SHC):
                         window=config.local_window, features=config.feature_map, normalizer=config.normalizer,
                         qk_norm=config.qk_norm, eps=config.norm_eps)  # fmt: skip
 
-    def layer_state(self, index: int, batch_size: int, max_len: int, device: Any, dtype: Any) -> Any:
-        return self.layers[index].attention.empty(batch_size, device, dtype)  # type: ignore[union-attr, operator]
-
-    def mixer_flops(self, length: int) -> int:
-        return self.layers[0].attention.flops(length)  # type: ignore[union-attr, operator]
-
     def parameter_rules(self) -> dict[str, Any]:
         maps = [n for n, _ in self.named_parameters() if n.endswith(("_features", "decay.weight"))]
         return {**super().parameter_rules(), **{n: ParameterRule(weight_decay=False) for n in maps}}

@@ -29,8 +29,8 @@ class TransformerConfig(DecoderConfig):
     """llama: RMSNorm, rotary positions, SwiGLU, no biases; gpt2: LayerNorm, learned positions, GELU, biases."""
 
     layer_types: list[str] | None = option(None, aliases=("layer_pattern",))
-    """The token mixer of each block, as in ["ssd", "ssd", "ssd", "attention"]; a shorter list is repeated. Default: full
-    attention everywhere."""
+    """The token mixer of each block by name; a shorter list is repeated. There is full_attention, which is the default
+    everywhere."""
 
     max_position_embeddings: int = option(2048, aliases=("max_seq_len", "block_size", "n_positions"), ge=2)
     """Rows of the learned position table (gpt2); the longest row a generation may reach."""
@@ -186,17 +186,17 @@ class Transformer(Backbone):
         return mixers + 2 * length * (c.num_layers * mlp + c.hidden_size * c.vocab_size)
 
     def parameter_rules(self) -> dict[str, ParameterRule]:
-        spared = [name for name, _ in self.named_parameters() if (own := self._of_mixer(name)) and own[0].undecayed(own[1])]
+        spared = [name for name, _ in self.named_parameters() if (own := self._in_mixer(name)) and own[0].undecayed(own[1])]
         return {**super().parameter_rules(), **{name: ParameterRule(weight_decay=False) for name in spared}}
 
-    def _of_mixer(self, name: str) -> tuple[type[TokenMixer], str] | None:
-        """The class of the mixer that a parameter belongs to, and its name there."""
-        first, _, rest = name.partition(".attention.")
-        return (self.config.mixer(int(first.rpartition(".")[2])), rest) if rest else None
+    def _in_mixer(self, name: str) -> tuple[TokenMixer, str] | None:
+        """The mixer that a parameter belongs to, and its name there."""
+        block, _, rest = name.partition(".attention.")
+        return (self.get_submodule(block).attention, rest) if rest else None  # type: ignore[return-value]
 
     def initial(self, name: str, parameter: Tensor) -> float | str | Tensor:
-        mixer = self._of_mixer(name)
-        if mixer is not None and (own := mixer[0].initial(mixer[1], parameter)) is not None:
+        inside = self._in_mixer(name)
+        if inside is not None and (own := inside[0].initial(inside[1], parameter)) is not None:
             return own
         if name.endswith(".bias"):
             return "zeros"
