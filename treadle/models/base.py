@@ -124,6 +124,7 @@ class Model(nn.Module):
     capabilities: Capabilities = Capabilities()
     config: Any  # a Config
     head: nn.Linear  # of models that predict tokens
+    logit_softcap: float | None = None  # the head's logits z are c tanh(z / c) of `linear_head`'s product
     _start: Mapping[str, Tensor] = MappingProxyType({})  # values to start with instead of random ones
 
     def __init_subclass__(cls, abstract: bool = False, **keys: Any) -> None:
@@ -165,6 +166,11 @@ class Model(nn.Module):
             raise ConfigError(f"the model {self.arch} has no head called {LM_HEAD}: it predicts no tokens")
         return int(self.config.vocab_size)
 
+    @property
+    def longest_row(self) -> int | None:
+        """Tokens that a row may have, prompt and continuation together; None: any number."""
+        return None
+
     def token_mixers(self) -> list[nn.Module]:
         """The modules that mix positions (attention and its like), one per block, in order; what distillation matches."""
         return []
@@ -191,7 +197,8 @@ class Model(nn.Module):
         return 0.02 if "embedding" in name else float(parameter[0].numel()) ** -0.5
 
     def linear_head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """(inputs [..., D], weight [V, D]) whose product is the logits, for losses that never hold all of them."""
+        """(inputs [..., D], weight [V, D]) whose product is the logits (before `logit_softcap`), for losses that never hold all
+        of them."""
         return self.head.linear(hidden) if isinstance(self.head, BitLinear) else (hidden, self.head.weight)
 
     def tie(self) -> None:
