@@ -33,7 +33,7 @@ app.add_typer(tokenizer_app, name="tokenizer")
 OPEN = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
 # What several verbs take.
-Run = Annotated[str, typer.Argument(help="A run, a checkpoint, `last`, RUN@best or RUN@STEP.")]
+Run = Annotated[str, typer.Argument(help="A run, a checkpoint, `last`, RUN@best or RUN@STEP; a Hugging Face folder, .gguf or name.")]
 ModelPath = Annotated[str | None, typer.Option("--model-path", "--checkpoint", help="The same as the argument.")]
 Text = Annotated[str | None, typer.Option("--data", "--data-dir", "--data-path", help="Measure on this text instead of the held-out text.")]
 Split = Annotated[str, typer.Option(help="Which held-out text: validation or test (--test_fraction).")]
@@ -159,13 +159,15 @@ def evaluate(
 ) -> None:
     """Loss, bits per byte, accuracy and samples of one or more runs, beside simple baselines."""
     from treadle.evaluation.report import evaluate_run, table_of, write_results
+    from treadle.models.huggingface.reading import is_foreign
     from treadle.models.pretrained import home_of
 
     reports = []
     for run in _runs(runs, model_path):
         reports.append(evaluate_run(run, data, rows, samples, batch_size, device=device, stats=stats, split=split))
-        home = home_of(Path(reports[-1]["checkpoint"]))
-        write_results(Path(output) if output else home / "results", reports[-1])
+        checkpoint = Path(reports[-1]["checkpoint"])
+        if output or not is_foreign(checkpoint):  # nothing is written into a folder of somebody else's
+            write_results(Path(output) if output else home_of(checkpoint) / "results", reports[-1])
     for line in table_of(reports):
         echo(line)
     for report in reports:
@@ -274,13 +276,21 @@ def export(
     output: Annotated[str | None, typer.Option(help="The folder to write; default RUN/export.")] = None,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16: how the weights are stored.")] = "fp32",
     packed: Annotated[bool, typer.Option("--packed", help="Ternary weights in 1.6 bits each; same answers.")] = False,
+    layout: Annotated[str, typer.Option("--format", help="treadle, or huggingface: what transformers loads, in RUN/huggingface.")] = "treadle",
     trust_code: Trust = None,
 ) -> None:
     """The weights of a run as one folder: config.json, model.safetensors and the tokenizer; shards are joined."""
+    from treadle.models.export import FORMATS
     from treadle.models.export import export as write
 
-    folder = write(run, output, precision, packed)
+    folder = write(run, output, precision, packed, layout=layout)
     size = (folder / "model.safetensors").stat().st_size
+    if FORMATS[layout.lower()] == "huggingface":
+        echo(f"{folder}: {size / 1e6:.1f} MB of weights in {precision}, for transformers: AutoModelForCausalLM.from_pretrained({str(folder)!r}); "
+             "treadle reads it too")  # fmt: skip
+        if not (folder / "tokenizer.json").is_file() and not list(folder.glob("*.model")):
+            echo("note: this run's tokenizer has no form in transformers; give it the ids yourself (of bytes: their values)")
+        return
     ternary = ", ternary ones packed" if packed else ""
     echo(f"{folder}: {size / 1e6:.1f} MB of weights in {precision}{ternary}; use it like a run: treadle generate {folder}, "
                f"treadle train --from {folder}")  # fmt: skip

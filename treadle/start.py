@@ -182,7 +182,7 @@ def make_trainer(request: Request, recipe: Recipe, console: Console, world: Worl
     """Everything up to the first step: data, model, trainer, and the checkpoint to go on from."""
     from treadle.distributed.world import World
     from treadle.models.base import count_label
-    from treadle.models.pretrained import locate, read_tokenizer
+    from treadle.models.pretrained import keep_generation_file, locate, read_tokenizer, tokenizer_to_start_with
     from treadle.ops.memory import keep_freed_memory, return_freed_memory
     from treadle.training.trainer import Trainer
 
@@ -193,7 +193,7 @@ def make_trainer(request: Request, recipe: Recipe, console: Console, world: Worl
     tokenizer = Tokenizer.load(folder / "tokenizer") if has_begun(folder) and (folder / "tokenizer").is_dir() else None
     start_weights = request.start_weights
     if start_weights is not None and tokenizer is None:
-        tokenizer = read_tokenizer(start_weights)
+        tokenizer = tokenizer_to_start_with(start_weights, recipe.tokenizer.name)
     if recipe.distill.stage is not None and recipe.distill.teacher is not None and tokenizer is None:
         tokenizer = read_tokenizer(locate(recipe.distill.teacher))
     splits = _shared_data(recipe, console, tokenizer, world)
@@ -225,6 +225,8 @@ def make_trainer(request: Request, recipe: Recipe, console: Console, world: Worl
         console.say(f"Resumed from step {trainer.state.step}")
     elif start_weights is not None:
         trainer.checkpoints.load_weights(start_weights)
+        if world.is_main_process:
+            keep_generation_file(start_weights, folder)
         console.say(f"Weights from {start_weights.folder}")
     return trainer
 

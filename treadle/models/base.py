@@ -359,20 +359,20 @@ def from_pretrained(folder: str | Path, device: Any = "cpu", trust_code: Iterabl
         raise CheckpointError(f"{folder / CONFIG_FILE} is damaged: {problem}") from None
     cls = MODELS.get(str(arch))
     weights = read_tensors(folder / WEIGHTS_FILE)
-    model = allocated(cls, cls.Config.with_preset(None, **described), weights, device)
+    model = allocated(cls, cls.Config.with_preset(None, **described), sum(t.nbytes for t in weights.values()), device)
     model.load_weights(weights)
     return model
 
 
-def allocated(cls: type[Model], config: ModelConfig, weights: dict[str, Tensor], device: Any) -> Model:
-    """A model with memory for its weights, where `weights` can be those: a description from elsewhere may ask for any size.
-    ShapeError when they cannot."""
+def allocated(cls: type[Model], config: ModelConfig, nbytes: int, device: Any) -> Model:
+    """A model with memory for its weights, where files of `nbytes` can hold those: a description from elsewhere may ask for any
+    size. ShapeError when they cannot."""
     try:
         with torch.device("meta"):
             model = cls(config)  # type: ignore[call-arg]
     except (RuntimeError, OverflowError) as problem:  # sizes beyond 64 bits
         raise ShapeError(f"the configuration describes a model that cannot be: {problem}") from None
-    if model.parameter_count() > WEIGHTS_IN_A_BYTE * sum(tensor.nbytes for tensor in weights.values()):
+    if model.parameter_count() > WEIGHTS_IN_A_BYTE * nbytes:
         raise ShapeError(f"the configuration describes a model of {count_label(model.parameter_count())} parameters, and the "
                          "weights are far fewer; they belong to another model")  # fmt: skip
     model.to_empty(device=device)

@@ -161,7 +161,7 @@ def fitting(model: Model, tokenizer: Tokenizer, prompt: str, tokens: int) -> int
     """How many of `tokens` new tokens the model has room for after a prompt; 0 where the prompt alone is too long."""
     if model.longest_row is None:
         return tokens
-    return max(0, min(tokens, model.longest_row - max(1, len(tokenizer.encode(prompt)))))
+    return max(0, min(tokens, model.longest_row - len(tokenizer.prompt_ids(prompt))))
 
 
 def _unit(name: str) -> str:

@@ -113,8 +113,8 @@ def _positions(family: Family, full: Mapping[str, Any], place: str) -> dict[str,
             raise _refused(place, f"rope_parameters.{SLIDING}", theirs, "only its base may differ")
         theta = theirs.get("rope_theta", full.get("rope_local_base_freq"))
         local = {"rope_local_base_freq": float(family.local_theta if theta is None else theta)}
-        if written is full.get("rope_parameters"):
-            written = dict(written.get(FULL) or {})
+        if not full.get("rope_scaling"):
+            written = dict(nested.get(FULL) or {}) if isinstance(nested, dict) else {}
     elif full.get("rope_local_base_freq") is not None:
         raise _refused(place, "rope_local_base_freq", full["rope_local_base_freq"], f"the family {family.model_type} has none")
     scaling = {key: value for key, value in written.items() if value is not None}

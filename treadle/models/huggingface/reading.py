@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from treadle.checkpoint.layout import MANIFEST
 from treadle.checkpoint.reader import Checkpoint
 from treadle.checkpoint.tensors import TensorPlace, tensor_places
 from treadle.errors import CheckpointError, ConfigError, InputError, ShapeError
@@ -35,7 +34,8 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 class Stored(Protocol):
     """A tensor in a file."""
 
-    shape: tuple[int, ...]
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
     def rows(self, first: int, last: int) -> Tensor:
         """Rows [first, last) of it, or these numbers of a vector."""
@@ -63,9 +63,15 @@ class ForeignModel(Checkpoint):
         """Its tensors, by the names that transformers gives them."""
         raise NotImplementedError
 
-    def tokenizer(self) -> Tokenizer:
+    def own_tokenizer(self) -> Tokenizer:
         """InputError says where to put one."""
         raise NotImplementedError
+
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer, which puts before a prompt what the model expects there."""
+        made = self.own_tokenizer()
+        made.prompt_start = () if made.bos_id is None else (made.bos_id,)
+        return made
 
     def text(self, member: str) -> str:
         """The one text member of a checkpoint that this has: its model as config.toml says it."""
@@ -231,7 +237,7 @@ class TransformersFolder(ForeignModel):
                                  ".save_pretrained(OTHER)")  # fmt: skip
             raise InputError(f"{self.folder} holds no {WEIGHTS_FILE} and no {INDEX_FILE}")
 
-    def stored(self) -> dict[str, TensorPlace]:
+    def stored(self) -> Mapping[str, TensorPlace]:
         found: dict[str, TensorPlace] = {}
         for path in self._files():
             if not path.is_file():
@@ -246,7 +252,7 @@ class TransformersFolder(ForeignModel):
     def nbytes(self) -> int:
         return sum(place.nbytes for place in self.stored().values())
 
-    def tokenizer(self) -> Tokenizer:
+    def own_tokenizer(self) -> Tokenizer:
         try:
             return Tokenizer.load(self.folder)
         except InputError as problem:
@@ -260,8 +266,3 @@ def open_foreign(path: Path) -> ForeignModel:
 
         return GGUFFile(path)
     return TransformersFolder(path)
-
-
-def written_by_export(folder: Path) -> bool:
-    """A folder for transformers that an export may replace."""
-    return (folder / MANIFEST).is_file() and (folder / CONFIG_FILE).is_file()

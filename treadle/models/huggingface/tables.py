@@ -94,7 +94,8 @@ ATTENTION = _renamed(self_attn__q_proj="attention.query", self_attn__k_proj="att
                      self_attn__o_proj="attention.out")  # fmt: skip
 GATED = _renamed(mlp__gate_proj="mlp.gate", mlp__up_proj="mlp.up", mlp__down_proj="mlp.down")
 PRE_NORMS = _renamed(input_layernorm="attention_norm", post_attention_layernorm="mlp_norm")
-QK_NORMS = {"self_attn__q_norm": "attention.query_norm", "self_attn__k_norm": "attention.key_norm"}
+QK_NORMS = _renamed(self_attn__q_norm="attention.query_norm", self_attn__k_norm="attention.key_norm")
+GEMMA_QK_NORMS = _renamed(1.0, self_attn__q_norm="attention.query_norm", self_attn__k_norm="attention.key_norm")
 GEMMA_NORMS = _renamed(1.0, input_layernorm="attention_norm", post_attention_layernorm="attention_post_norm",
                        pre_feedforward_layernorm="mlp_norm", post_feedforward_layernorm="mlp_post_norm")  # fmt: skip
 
@@ -127,7 +128,7 @@ QWEN3 = Family(
     "qwen3", "Qwen3ForCausalLM",
     keys={**SHAPE, **BIAS}, defaults={**QWEN_DEFAULTS, "head_dim": 128, "attention_bias": False},
     always={**LLAMA_STYLE, "qk_norm": True},
-    weights=_outside(), layer=(*ATTENTION, *GATED, *PRE_NORMS, *_renamed(**QK_NORMS)), windows="after",
+    weights=_outside(), layer=(*ATTENTION, *GATED, *PRE_NORMS, *QK_NORMS), windows="after",
 )  # fmt: skip
 
 OLMO2 = Family(
@@ -136,7 +137,7 @@ OLMO2 = Family(
     always={"style": "llama", "pre_norm": False, "post_norms": True, "qk_norm": True, "qk_norm_over": "projection"},
     weights=_outside(),
     layer=(*ATTENTION, *GATED, *_renamed(post_attention_layernorm="attention_post_norm", post_feedforward_layernorm="mlp_post_norm"),
-           *_renamed(**QK_NORMS)),
+           *QK_NORMS),
 )  # fmt: skip
 
 GEMMA_KEYS = {**SHAPE, **BIAS, "final_logit_softcapping": "final_logit_softcapping",
@@ -157,7 +158,7 @@ GEMMA3 = Family(
     keys=GEMMA_KEYS,
     defaults={**GEMMA_DEFAULTS, "max_position_embeddings": 131072, "final_logit_softcapping": None, "rope_theta": 1e6},
     always={**LLAMA_STYLE, "post_norms": True, "qk_norm": True},
-    weights=_outside(1.0), layer=(*ATTENTION, *GATED, *GEMMA_NORMS, *_renamed(1.0, **QK_NORMS)),
+    weights=_outside(1.0), layer=(*ATTENTION, *GATED, *GEMMA_NORMS, *GEMMA_QK_NORMS),
     only={"attn_logit_softcapping": (None,)},
     activation="hidden_activation", windows="pattern", pattern=6, local_theta=10000.0, scaled_embedding=True,
 )  # fmt: skip
