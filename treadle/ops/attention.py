@@ -6,15 +6,62 @@ positions of its own document up to its own.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from treadle.errors import ConfigError
 from treadle.ops.sliding_window_attention import sliding_window_attention
 
 QUERY_BLOCK = 128  # measured on CPU at T = 256 and 512: 64 and 256 are 3-10% slower
 
 Segments = tuple[tuple[int, ...], ...]
+
+# torch's kernels by the names that users know; auto leaves the choice to `causal_attention` and to torch.
+BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
+            "math": SDPBackend.MATH}  # fmt: skip
+_backend = "auto"  # of this process, as torch's own switches are
+
+
+@contextmanager
+def attention_backend(name: str) -> Iterator[None]:
+    """Full attention inside runs in this kernel of torch's (auto, or a name of BACKENDS); ConfigError where there is none for
+    what is asked of it. Sliding windows and soft-caps have one way of their own."""
+    global _backend
+    before, _backend = _backend, name
+    try:
+        yield
+    finally:
+        _backend = before
+
+
+def check_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """What attention is computed by, for people; ConfigError when this device has no such kernel."""
+    if name == "auto":
+        return "auto (blocks of queries)" if device.type == "cpu" else "auto (torch chooses)"
+    probe = torch.zeros(1, 1, 8, 16, device=device, dtype=dtype)
+    with attention_backend(name), torch.no_grad():
+        _sdpa(probe, probe, probe, is_causal=True)
+    return name
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+    if _backend == "auto":
+        return F.scaled_dot_product_attention(q, k, v, **how)
+    try:
+        with sdpa_kernel(BACKENDS[_backend]):
+            return F.scaled_dot_product_attention(q, k, v, **how)
+    except RuntimeError as problem:
+        if "kernel" not in str(problem):
+            raise
+        masked = " with a mask (rows of several documents)" if how.get("attn_mask") is not None else ""
+        raise ConfigError(f"attention_backend = {_backend}: torch has no such kernel for {q.dtype} on {q.device.type}{masked}; use auto "
+                          "or math") from None  # fmt: skip
 
 
 def document_mask(doc_ids: Tensor | None, length: int, device: torch.device) -> Tensor:
@@ -36,7 +83,7 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float = 0.0,
     """softcap c: the scores s become c tanh(s / c) before the softmax (Gemma 2, arXiv 2408.00118)."""
     k, v = _expand_groups(q, k, v)
     if softcap is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return _sdpa(q, k, v, attn_mask=mask, dropout_p=dropout)
     scores = softcap * ((q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 / softcap)).tanh()
     weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1)
     return F.dropout(weights, dropout, dropout > 0) @ v
@@ -153,18 +200,18 @@ def causal_attention(
     """The fastest exact path for what is known on the host: whole rows, documents by segments, else the dense mask. window:
     position t sees t - window + 1 .. t; softcap c: the scores s become c tanh(s / c)."""
     whole = all(len(row) == 1 and row[0] > 0 for row in segments) if segments is not None else doc_ids is None
-    blocks = q.device.type == "cpu" and not torch.compiler.is_compiling() and (whole or segments is not None)
+    plain = q.device.type == "cpu" and not torch.compiler.is_compiling() and _backend == "auto"
     if window is not None and window < q.shape[2]:
-        if dropout == 0 and softcap is None and blocks:
+        if dropout == 0 and softcap is None and plain and (whole or segments is not None):
             return block_causal(q, k, v, segments if segments is not None else ((q.shape[2],),) * q.shape[0], window)
         return sliding_window_attention(q, *_expand_groups(q, k, v), window, None if whole else doc_ids, softcap, dropout)
     if softcap is not None:
         return attention_reference(q, k, v, None if whole else doc_ids, dropout, softcap)
     if dropout > 0 or (segments is None and not whole):
         return attention_reference(q, k, v, None if whole else doc_ids, dropout)
-    if q.device.type != "cpu" or torch.compiler.is_compiling():
+    if not plain:
         if whole:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+            return _sdpa(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         return attention_reference(q, k, v, doc_ids)
     return block_causal(q, k, v, segments if segments is not None else ((q.shape[2],),) * q.shape[0])
 
