@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +16,31 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 import treadle
 from tests.conftest import make_text
-from tests.conftest import treadle as command
 from tests.models.huggingface.families import CASES, ids, their_logits, written
 from tests.models.huggingface.test_loading import small, write_gguf
+from treadle import cli
 from treadle.models.pretrained import load_run
+
+
+@dataclass
+class Ended:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture()
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Ended]:
+    """Runs a line in this process: a process of its own spends 5 s of CPU time on imports for each."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*line: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["treadle", *map(str, line)])
+        capsys.readouterr()
+        code = cli._run()
+        return Ended(code, *capsys.readouterr())
+
+    return run
 
 
 def write_theirs(folder: Path, text: str) -> None:
@@ -34,13 +58,13 @@ def write_theirs(folder: Path, text: str) -> None:
     model.save_pretrained(folder)
 
 
-def test_train_from_a_folder_of_transformers_and_back(tmp_path: Path) -> None:
+def test_train_from_a_folder_of_transformers_and_back(tmp_path: Path, command: Callable[..., Ended]) -> None:
     text = make_text(200)
     (tmp_path / "mydata.txt").write_text(text)
     write_theirs(tmp_path / "theirs", text)
 
     def ok(*line: object) -> str:
-        out = command(*line, cwd=tmp_path)
+        out = command(*line)
         assert out.returncode == 0, out.stderr + out.stdout
         return out.stdout
 
@@ -51,7 +75,7 @@ def test_train_from_a_folder_of_transformers_and_back(tmp_path: Path) -> None:
     new = theirs.generate(prompt, eos_token_id=1)[0, prompt.shape[1] :]
     assert shown.strip("\n") == ("The wheel" + tokens.decode(new, skip_special_tokens=True)).rstrip("\ufffd").strip("\n")
     assert "loss" in ok("eval", "theirs", "--data", "mydata.txt", "--rows", 2, "--samples", 0)
-    out = command("eval", "theirs", cwd=tmp_path)
+    out = command("eval", "theirs")
     assert out.returncode == 2 and "--data FILE" in out.stderr
     assert not (tmp_path / "theirs" / "results").exists() and not (tmp_path / "results").exists()
     assert "parameters" in ok("plan", "mydata.txt", "--from", "theirs")
@@ -80,14 +104,14 @@ def their_logits_of_ours(model: treadle.Model, rows: torch.Tensor) -> torch.Tens
     return logits
 
 
-def test_a_gguf_file_with_a_tokenizer_beside_it(tmp_path: Path) -> None:
+def test_a_gguf_file_with_a_tokenizer_beside_it(tmp_path: Path, command: Callable[..., Ended]) -> None:
     write_theirs(tmp_path, make_text(50))
     for name in ("config.json", "model.safetensors", "generation_config.json"):
         (tmp_path / name).unlink()
     write_gguf(tmp_path / "small.gguf", small("Llama", vocab_size=320))
-    out = command("generate", "small.gguf", "--prompt", "The", "--max-tokens", 3, "--greedy", cwd=tmp_path)
+    out = command("generate", "small.gguf", "--prompt", "The", "--max-tokens", 3, "--greedy")
     assert out.returncode == 0 and out.stdout.startswith("The"), out.stderr
-    out = command("export", "small.gguf", "--format", "hf", "--output", "folder", cwd=tmp_path)
+    out = command("export", "small.gguf", "--format", "hf", "--output", "folder")
     assert out.returncode == 0, out.stderr
     assert T.AutoModelForCausalLM.from_pretrained(tmp_path / "folder").config.model_type == "llama"
 
@@ -106,11 +130,11 @@ def test_samples_of_a_model_of_short_rows_are_shortened(tmp_path: Path) -> None:
     assert evaluate_run(str(tmp_path / "run"), samples=2, rows=2)["samples"]
 
 
-def test_a_folder_without_a_tokenizer_says_what_to_do(tmp_path: Path) -> None:
+def test_a_folder_without_a_tokenizer_says_what_to_do(tmp_path: Path, command: Callable[..., Ended]) -> None:
     (tmp_path / "text.txt").write_text(make_text(60))
     folder = written("llama")[1]
     for line in (("generate", folder, "--prompt", "x"), ("train", "text.txt", "--from", folder, "--max_steps", 1)):
-        out = command(*line, cwd=tmp_path)
+        out = command(*line)
         assert out.returncode == 2 and "tokenizer" in out.stderr and len(out.stderr.splitlines()) == 1, out.stderr
 
 
