@@ -38,7 +38,7 @@ _PLACES = {
     "count_params": "treadle.library:count_params",
     "enable_checkpointing": "treadle.library:enable_checkpointing",
     "estimate_memory": "treadle.library:estimate_memory",
-    "from_pretrained": "treadle.models.base:from_pretrained",
+    "from_pretrained": "treadle.models.pretrained:from_pretrained",
     "load": "treadle.library:load",
     "loss": "treadle.library:loss",
     "memory_usage": "treadle.library:memory_usage",
@@ -73,8 +73,9 @@ if TYPE_CHECKING:
         recommend_config,
         train,
     )
-    from treadle.models.base import Capabilities, ModelConfig, Output, build, from_pretrained
+    from treadle.models.base import Capabilities, ModelConfig, Output, build
     from treadle.models.compress import compress_cache
+    from treadle.models.pretrained import from_pretrained
     from treadle.objectives.base import Losses, LossTerm, Metric, Objective
     from treadle.objectives.next_token import NextToken
     from treadle.recipe import from_leaf_names as TrainConfig

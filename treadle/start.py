@@ -182,8 +182,10 @@ def make_trainer(request: Request, recipe: Recipe, console: Console, world: Worl
     """Everything up to the first step: data, model, trainer, and the checkpoint to go on from."""
     from treadle.distributed.world import World
     from treadle.models.base import count_label
-    from treadle.models.pretrained import locate, read_tokenizer
+    from treadle.models.pretrained import keep_generation_file, locate, read_tokenizer, tokenizer_to_start_with
+    from treadle.ops.attention import check_backend
     from treadle.ops.memory import keep_freed_memory, return_freed_memory
+    from treadle.ops.precision import DTYPES
     from treadle.training.trainer import Trainer
 
     return_freed_memory() if recipe.parallel.mode == "fsdp" else keep_freed_memory()
@@ -193,7 +195,7 @@ def make_trainer(request: Request, recipe: Recipe, console: Console, world: Worl
     tokenizer = Tokenizer.load(folder / "tokenizer") if has_begun(folder) and (folder / "tokenizer").is_dir() else None
     start_weights = request.start_weights
     if start_weights is not None and tokenizer is None:
-        tokenizer = read_tokenizer(start_weights)
+        tokenizer = tokenizer_to_start_with(start_weights, recipe.tokenizer.name)
     if recipe.distill.stage is not None and recipe.distill.teacher is not None and tokenizer is None:
         tokenizer = read_tokenizer(locate(recipe.distill.teacher))
     splits = _shared_data(recipe, console, tokenizer, world)
@@ -207,10 +209,11 @@ def make_trainer(request: Request, recipe: Recipe, console: Console, world: Worl
         model, splits["train"], splits.get("validation"), recipe, objective, resume=True, console=console,
         listen=not console.quiet, world=world,
     )  # fmt: skip
+    attention = check_backend(recipe.train.attention_backend, trainer.device, DTYPES[trainer.context.precision])
     shared = f", {world.size} processes ({trainer.context.strategy.mode})" if world.size > 1 else ""
     console.say(f"{model.arch}: {count_label(trainer.run_folder.parameter_count)} parameters, {trainer.plan.max_steps} steps of "
-                f"{trainer.plan.global_batch} rows x {splits['train'].seq_len}, {trainer.context.precision} on {trainer.device}"
-                f"{shared}")  # fmt: skip
+                f"{trainer.plan.global_batch} rows x {splits['train'].seq_len}, {trainer.context.precision} on {trainer.device}, "
+                f"attention {attention}{shared}")  # fmt: skip
     if recipe.checkpoint.resume_from_checkpoint is not None:
         chosen = locate(recipe.checkpoint.resume_from_checkpoint, console.warn)
         world.on_main_first(lambda: _take_up(trainer, chosen))
@@ -225,6 +228,8 @@ def make_trainer(request: Request, recipe: Recipe, console: Console, world: Worl
         console.say(f"Resumed from step {trainer.state.step}")
     elif start_weights is not None:
         trainer.checkpoints.load_weights(start_weights)
+        if world.is_main_process:
+            keep_generation_file(start_weights, folder)
         console.say(f"Weights from {start_weights.folder}")
     return trainer
 

@@ -19,7 +19,7 @@ from treadle.training.config import SECTIONS
 PACKAGE = Path(treadle.__file__).parent
 # From the top of the house to the bottom; a room imports only rooms further down.
 ROOMS = [
-    "__init__", "__main__", "cli", "library", "help", "examine", "distillation", "start", "recipe", "task_file", "reporting", "planning", "training",
+    "__init__", "__main__", "cli", "cli_text", "library", "help", "examine", "distillation", "start", "recipe", "task_file", "reporting", "planning", "training",
     "evaluation", "objectives", "monitor", "distributed", "models", "generation", "data", "layers", "text", "checkpoint",
     "ops", "collatz", "naming", "settings", "registry", "trusted_code", "terminal", "processes", "files", "errors",
 ]  # fmt: skip
@@ -151,6 +151,7 @@ def test_every_model_key_is_read(name: str) -> None:
     files = [Path(sys.modules[home].__file__ or "") for home in homes if home.startswith("treadle.models.")]
     if "layer_types" in cls.Config.model_fields:
         files += [path for path in FILES if room_of(path) == "layers" and "def from_config(" in path.read_text()]
+        files += list((PACKAGE / "models" / "huggingface").glob("*.py"))  # the family that an export writes
     read = _attributes(files)
     for key in cls.Config.model_fields:
         assert key in read, f"model.{key} of {name} is read by no code"

@@ -11,6 +11,7 @@ import json
 import math
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -77,24 +78,77 @@ def parse_tensors(data: np.ndarray, name: str) -> dict[str, Tensor]:
 
 
 def _parse_body(header: dict, body: np.ndarray) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, dtype, shape, start, stop in _entries(header, len(body)):
+        # A copy: the slice may be unaligned for its type, and the buffer of the whole file must not stay alive.
+        part = torch.from_numpy(body[start:stop].copy())
+        tensors[name] = part.view(dtype).reshape(shape) if stop > start else torch.empty(shape, dtype=dtype)
+    return tensors
+
+
+def _entries(header: dict, size: int) -> Iterator[tuple[str, torch.dtype, list[int], int, int]]:
+    """Name, type, shape and place of each tensor, in order; ValueError and its like unless they fill `size` bytes exactly."""
     entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
     entries.sort(key=lambda item: (item[1]["data_offsets"][0], item[1]["data_offsets"][1]))
-    tensors: dict[str, Tensor] = {}
     position = 0
     for name, entry in entries:
         dtype, shape = BY_NAME[entry["dtype"]], entry["shape"]
         start, stop = entry["data_offsets"]
         if not all(type(n) is int and 0 <= n < 2**48 for n in (*shape, start, stop)):
             raise ValueError(f"{name}: shape or offsets")
-        if start != position or stop - start != math.prod(shape) * dtype.itemsize or stop > len(body):
+        if start != position or stop - start != math.prod(shape) * dtype.itemsize or stop > size:
             raise ValueError(f"{name}: offsets do not fit")
         position = stop
-        # A copy: the slice may be unaligned for its type, and the buffer of the whole file must not stay alive.
-        part = torch.from_numpy(body[start:stop].copy())
-        tensors[name] = part.view(dtype).reshape(shape) if stop > start else torch.empty(shape, dtype=dtype)
-    if position != len(body):
+        yield name, dtype, shape, start, stop
+    if position != size:
         raise ValueError("bytes are left over")
-    return tensors
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """Where a tensor lies in a safetensors file, to be read in parts."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int  # byte of the file
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Rows [first, last), or these numbers of a vector; InputError when the file cannot be read."""
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        try:
+            with self.path.open("rb") as stream:
+                stream.seek(self.start + first * row)
+                data = np.fromfile(stream, dtype=np.uint8, count=(last - first) * row)
+        except OSError as problem:
+            raise InputError(f"{self.path} cannot be read: {problem}") from None
+        if len(data) != (last - first) * row:
+            raise CheckpointError(f"{self.path} became shorter while it was read")
+        return torch.from_numpy(data).view(self.dtype).reshape(last - first, *self.shape[1:])
+
+
+def tensor_places(path: Path) -> dict[str, TensorPlace]:
+    """The tensors of a safetensors file, unread; CheckpointError when its header is not sound."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > min(size - 8, LONGEST_HEADER):
+                raise ValueError("the header is longer than the file")
+            header = json.loads(stream.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("the header is no table")
+        body = 8 + length
+        return {name: TensorPlace(path, dtype, tuple(shape), body + start)
+                for name, dtype, shape, start, _ in _entries(header, size - body)}  # fmt: skip
+    except OSError as problem:
+        raise InputError(f"{path} cannot be read: {problem}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError, struct.error) as problem:
+        raise CheckpointError(f"{path} is not a sound safetensors file ({problem})") from None
 
 
 def parse_offsets(data: np.ndarray, name: str) -> dict[str, list[int]]:

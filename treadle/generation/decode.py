@@ -149,7 +149,7 @@ def generate_text(
     Ends at the end-of-document token, after max_new_tokens, or before the text `stop`. A character cut at the end is
     left out.
     """
-    ids = tokenizer.encode(prompt).tolist() or [tokenizer.start_id]
+    ids = tokenizer.prompt_ids(prompt)
     fresh: list[int] = []
     shown = ""
 

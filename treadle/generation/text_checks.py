@@ -53,7 +53,7 @@ def sample_texts(
     """Continuations of prompts, and utf8_validity, distinct_1 and distinct_2 over them."""
     found, validity, texts = [], [], []
     for number, prompt in enumerate(prompts):
-        ids = tokenizer.encode(prompt).tolist() or [tokenizer.start_id]
+        ids = tokenizer.prompt_ids(prompt)
         out = model.generate(ids, tokens, eos_id=tokenizer.eos_id, seed=seed + number, **sampling)[
             0, len(ids) :
         ].tolist()

@@ -9,60 +9,103 @@ from torch import Tensor, nn
 from treadle.layers.context import Context
 from treadle.layers.norm import RMSNorm
 from treadle.layers.rope import rotate
-from treadle.layers.state import KeyValueCache, LayerState
+from treadle.layers.state import KeyValueCache, LayerState, SlidingWindowCache
 from treadle.layers.token_mixers import TokenMixer
-from treadle.ops.attention import cached_attention, causal_attention
+from treadle.ops.attention import cached_attention, causal_attention, scores_computed
+from treadle.ops.sliding_window_attention import sliding_window_flops
 
 
 class Attention(TokenMixer):
-    """softmax(q k^T / sqrt(E)) v (Vaswani et al. 2017), keys and values shared by groups of heads (arXiv 2305.13245)."""
+    """softmax(q k^T / sqrt(E)) v (Vaswani et al. 2017), keys and values shared by groups of heads (arXiv 2305.13245).
+
+    whole_norm: qk_norm over all heads together instead of each; sliding_window w: position t sees t - w + 1 .. t; softcap c:
+    scores s become c tanh(s / c); scale: scores are multiplied by it instead of 1 / sqrt(E).
+    """
 
     def __init__(
         self, width: int, heads: int, groups: int, head_width: int, *, bias: bool = False, out_bias: bool = False,
-        qk_norm: bool = False, eps: float = 1e-6, dropout: float = 0.0, linear: type[nn.Linear] = nn.Linear,
+        qk_norm: bool = False, whole_norm: bool = False, eps: float = 1e-6, dropout: float = 0.0,
+        sliding_window: int | None = None, softcap: float | None = None, scale: float | None = None,
+        linear: type[nn.Linear] = nn.Linear,
     ) -> None:  # fmt: skip
         super().__init__()
+        self.sliding_window, self.softcap, self.whole_norm = sliding_window, softcap, whole_norm
+        self.query_factor = None if scale is None else scale * head_width**0.5  # what the kernels' own scale leaves to do
         self.heads, self.groups, self.head_width, self.dropout = heads, groups, head_width, dropout
         self.query = linear(width, heads * head_width, bias=bias)
         self.key = linear(width, groups * head_width, bias=bias)
         self.value = linear(width, groups * head_width, bias=bias)
         self.out = linear(heads * head_width, width, bias=out_bias)
-        self.query_norm = RMSNorm(head_width, eps) if qk_norm else None
-        self.key_norm = RMSNorm(head_width, eps) if qk_norm else None
+        self.query_norm = RMSNorm(head_width * (heads if whole_norm else 1), eps) if qk_norm else None
+        self.key_norm = RMSNorm(head_width * (groups if whole_norm else 1), eps) if qk_norm else None
 
     @classmethod
     def from_config(cls, config: Any, layer: int) -> Attention:
-        bias = config.style == "gpt2"
+        biases = config.attention_biases
+        scalar = config.query_pre_attn_scalar
         return cls(
-            config.hidden_size, config.num_heads, config.groups, config.width_of_head, bias=bias, out_bias=bias,
-            qk_norm=config.qk_norm, eps=config.norm_eps, dropout=config.attention_dropout,
+            config.hidden_size, config.num_heads, config.groups, config.width_of_head, bias=biases[0], out_bias=biases[1],
+            qk_norm=config.qk_norm, whole_norm=config.qk_norm_over == "projection", eps=config.norm_eps,
+            dropout=config.attention_dropout, sliding_window=cls.window_of(config), softcap=config.attn_logit_softcapping,
+            scale=None if scalar is None else scalar**-0.5,
         )  # fmt: skip
 
+    @classmethod
+    def window_of(cls, config: Any) -> int | None:
+        """Positions that a query of this layer sees; None: all before it."""
+        return None
+
     def new_state(self, rows: int, max_len: int, device: Any, dtype: Any) -> LayerState:
+        if self.sliding_window is not None:
+            ring = min(self.sliding_window, max_len)
+            return SlidingWindowCache(**SlidingWindowCache.fields(rows, self.groups, ring, self.head_width, device, dtype))
         return KeyValueCache.empty(rows, self.groups, max_len, self.head_width, device, dtype)
 
     def flops(self, length: int) -> int:
         projections = sum(layer.in_features * layer.out_features for layer in self.children() if isinstance(layer, nn.Linear))
-        scores = 2 * self.heads * self.head_width * length  # q k^T and p v, a multiply-add each
-        return 2 * length * (projections + scores)
+        if self.sliding_window is not None and self.sliding_window < length and self.softcap is not None:
+            return 2 * length * projections + sliding_window_flops(length, self.heads, self.head_width, self.sliding_window)
+        scores = 2 * self.heads * self.head_width * scores_computed(length, self.sliding_window)  # q k^T and p v
+        return 2 * (length * projections + scores)
 
     def _split(self, x: Tensor, heads: int) -> Tensor:
         rows, length, _ = x.shape
         return x.view(rows, length, heads, self.head_width).transpose(1, 2)  # [B, H, T, E]
 
-    def forward(self, x: Tensor, context: Context, cache: KeyValueCache | None = None) -> Tensor:
-        rows, length, _ = x.shape
-        q, k = self._split(self.query(x), self.heads), self._split(self.key(x), self.groups)
-        v = self._split(self.value(x), self.groups)
-        if self.query_norm is not None and self.key_norm is not None:
+    def _queries_and_keys(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """q [B, H, T, E] and k [B, G, T, E], normalised, turned and scaled."""
+        q, k = self.query(x), self.key(x)
+        if self.whole_norm and self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
-        if context.rotary is not None:
-            q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
-        if cache is not None:
-            assert context.token_positions is not None
-            keys, values = cache.append(k, v, context.token_positions, context.used)
-            y = cached_attention(q, keys.to(q.dtype), values.to(q.dtype), context.token_positions.position_ids)
-        else:
+        q, k = self._split(q, self.heads), self._split(k, self.groups)
+        if not self.whole_norm and self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        rotary = context.rotary if self.sliding_window is None else context.local_rotary or context.rotary
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        return q if self.query_factor is None else q * self.query_factor, k
+
+    def forward(self, x: Tensor, context: Context, cache: Any = None) -> Tensor:
+        rows, length, _ = x.shape
+        q, k = self._queries_and_keys(x, context)
+        v, softcap, positions = self._split(self.value(x), self.groups), self.softcap, context.token_positions
+        if cache is None:
             dropout = self.dropout if self.training else 0.0
-            y = causal_attention(q, k, v, doc_ids=context.doc_ids, segments=context.segments, dropout=dropout)
+            y = causal_attention(q, k, v, doc_ids=context.doc_ids, segments=context.segments, dropout=dropout,
+                                 window=self.sliding_window, softcap=softcap)  # fmt: skip
+        elif self.sliding_window is not None:
+            assert positions is not None
+            y = cache.attend(q, k, v, positions, cache.keys.shape[2] - 1, softcap)
+        else:
+            assert positions is not None
+            keys, values = cache.append(k, v, positions, context.used)
+            y = cached_attention(q, keys.to(q.dtype), values.to(q.dtype), positions.position_ids, softcap)
         return self.out(y.transpose(1, 2).reshape(rows, length, self.heads * self.head_width))
+
+
+class SlidingAttention(Attention):
+    """Attention over the last `sliding_window` positions of a document: time and memory grow with T, the cache does not."""
+
+    @classmethod
+    def window_of(cls, config: Any) -> int | None:
+        return int(config.sliding_window)

@@ -18,6 +18,7 @@ class Context:
     doc_ids: Tensor | None = None  # [B, T], -1 for padding
     segments: Segments | None = None
     rotary: tuple[Tensor, Tensor] | None = None  # cos, sin [B, 1, T, E / 2]
+    local_rotary: tuple[Tensor, Tensor] | None = None  # the same of sliding windows, where it differs
     token_positions: TokenPositions | None = None  # with a decoding state
     used: int = 0
     token_mixer_only: bool = False  # a block answers with its mixer alone, for matching it in distillation

@@ -14,16 +14,17 @@ ACTIVATIONS = {
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate x) * up x) (Shazeer 2020, arXiv 2002.05202, eq. 6)."""
+    """down(silu(gate x) * up x) (Shazeer 2020, arXiv 2002.05202, eq. 6); other activations give its other kinds (GeGLU)."""
 
-    def __init__(self, width: int, inner: int, bias: bool = False) -> None:
+    def __init__(self, width: int, inner: int, bias: bool = False, activation: str = "silu") -> None:
         super().__init__()
         self.gate = nn.Linear(width, inner, bias=bias)
         self.up = nn.Linear(width, inner, bias=bias)
         self.down = nn.Linear(inner, width, bias=bias)
+        self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
 class MLP(nn.Module):

@@ -19,7 +19,8 @@ from treadle.layers.attention import Attention
 from treadle.layers.context import Context
 from treadle.layers.reproducible import ReproducibleLinear, to_reproducible
 from treadle.layers.rope import rotate
-from treadle.layers.sliding_window_attention import SlidingWindowCache, attend, expanded
+from treadle.layers.sliding_window_attention import attend
+from treadle.layers.state import SlidingWindowCache, expanded
 from treadle.ops.precision import without_autocast
 from treadle.ops.sliding_window_attention import sliding_window_flops
 from treadle.ops.ssd import ssd, ssd_flops, step

@@ -125,3 +125,52 @@ class KeyValueCache(LayerState):
             new = new.detach().transpose(1, 2) * token_positions.token_mask[:, :, None, None]
             cache.transpose(1, 2)[rows, token_positions.cache_slots] = new.to(cache.dtype)
         return self.keys[:, :, :used], self.values[:, :, :used]
+
+
+@dataclass
+class SlidingWindowCache(LayerState):
+    """The last w rotated keys and values [B, G, w + 1, E], the last slot taking padding; count [B], tokens seen."""
+
+    keys: Tensor
+    values: Tensor
+    count: Tensor
+
+    @staticmethod
+    def fields(rows: int, groups: int, window: int, width: int, device: Any, dtype: Any) -> dict[str, Tensor]:
+        made = (torch.zeros(rows, groups, window + 1, width, device=device, dtype=dtype) for _ in range(2))
+        return {**dict(zip(("keys", "values"), made)), "count": torch.zeros(rows, dtype=torch.int64, device=device)}
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, token_positions: TokenPositions, window: int, softcap: float | None = None
+    ) -> Tensor:
+        """Softmax over the ring and the new tokens, q [B, H, T, E], k and v [B, G, T, E]; then the ring takes the newest.
+        softcap c: the scores s become c tanh(s / c)."""
+        w, count = window, self.count[:, None]
+        slots = torch.arange(w, device=q.device)
+        old = count - 1 - (count - 1 - slots) % w  # [B, w]: the position that a slot holds, negative where it is empty
+        new = torch.where(token_positions.token_mask, token_positions.position_ids, -1)
+        held = torch.cat([old, new], 1)[:, None]  # [B, 1, w + T]
+        now = token_positions.position_ids[:, :, None]
+        seen = (held >= 0) & (held <= now) & (held > now - w)
+        repeat = q.shape[1] // k.shape[1]
+        keys, values = (
+            expanded(torch.cat([ring[:, :, :w].to(t.dtype), t], 2), repeat) for ring, t in ((self.keys, k), (self.values, v))
+        )
+        scores = (q @ keys.transpose(-1, -2)) * q.shape[-1] ** -0.5
+        if softcap is not None:
+            scores = softcap * (scores / softcap).tanh()
+        weights = scores.masked_fill(~seen[:, None], torch.finfo(scores.dtype).min).softmax(-1)
+        after = self.count + token_positions.token_mask.sum(1)
+        stored = token_positions.token_mask & (token_positions.position_ids >= (after - w)[:, None])
+        slots = torch.where(stored, token_positions.position_ids % w, w)
+        rows = torch.arange(q.shape[0], device=q.device)[:, None]
+        for ring, t in ((self.keys, k), (self.values, v)):
+            new = t.detach().transpose(1, 2) * stored[:, :, None, None]
+            ring.transpose(1, 2)[rows, slots] = new.to(ring.dtype)
+        self.count = after
+        return weights @ values
+
+
+def expanded(t: Tensor, repeat: int) -> Tensor:
+    """Groups [B, G, ...] repeated for their heads."""
+    return t if repeat == 1 else t.repeat_interleave(repeat, dim=1)

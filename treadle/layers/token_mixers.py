@@ -14,8 +14,11 @@ from treadle.registry import Registry
 
 TOKEN_MIXERS = Registry(
     "layer type",
-    {"full_attention": "treadle.layers.attention:Attention"},
-    aliases={"attention": "full_attention", "full": "full_attention", "softmax": "full_attention"},
+    {"full_attention": "treadle.layers.attention:Attention",
+     "sliding_attention": "treadle.layers.attention:SlidingAttention"},
+    aliases={"attention": "full_attention", "full": "full_attention", "softmax": "full_attention",
+             "sliding_window": "sliding_attention", "sliding_window_attention": "sliding_attention",
+             "local": "sliding_attention", "local_attention": "sliding_attention"},
     base="treadle.layers.token_mixers:TokenMixer",
 )
 

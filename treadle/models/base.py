@@ -124,6 +124,7 @@ class Model(nn.Module):
     capabilities: Capabilities = Capabilities()
     config: Any  # a Config
     head: nn.Linear  # of models that predict tokens
+    logit_softcap: float | None = None  # the head's logits z are c tanh(z / c) of `linear_head`'s product
     _start: Mapping[str, Tensor] = MappingProxyType({})  # values to start with instead of random ones
 
     def __init_subclass__(cls, abstract: bool = False, **keys: Any) -> None:
@@ -165,6 +166,11 @@ class Model(nn.Module):
             raise ConfigError(f"the model {self.arch} has no head called {LM_HEAD}: it predicts no tokens")
         return int(self.config.vocab_size)
 
+    @property
+    def longest_row(self) -> int | None:
+        """Tokens that a row may have, prompt and continuation together; None: any number."""
+        return None
+
     def token_mixers(self) -> list[nn.Module]:
         """The modules that mix positions (attention and its like), one per block, in order; what distillation matches."""
         return []
@@ -191,7 +197,8 @@ class Model(nn.Module):
         return 0.02 if "embedding" in name else float(parameter[0].numel()) ** -0.5
 
     def linear_head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """(inputs [..., D], weight [V, D]) whose product is the logits, for losses that never hold all of them."""
+        """(inputs [..., D], weight [V, D]) whose product is the logits (before `logit_softcap`), for losses that never hold all
+        of them."""
         return self.head.linear(hidden) if isinstance(self.head, BitLinear) else (hidden, self.head.weight)
 
     def tie(self) -> None:
@@ -352,20 +359,20 @@ def from_pretrained(folder: str | Path, device: Any = "cpu", trust_code: Iterabl
         raise CheckpointError(f"{folder / CONFIG_FILE} is damaged: {problem}") from None
     cls = MODELS.get(str(arch))
     weights = read_tensors(folder / WEIGHTS_FILE)
-    model = allocated(cls, cls.Config.with_preset(None, **described), weights, device)
+    model = allocated(cls, cls.Config.with_preset(None, **described), sum(t.nbytes for t in weights.values()), device)
     model.load_weights(weights)
     return model
 
 
-def allocated(cls: type[Model], config: ModelConfig, weights: dict[str, Tensor], device: Any) -> Model:
-    """A model with memory for its weights, where `weights` can be those: a description from elsewhere may ask for any size.
-    ShapeError when they cannot."""
+def allocated(cls: type[Model], config: ModelConfig, nbytes: int, device: Any) -> Model:
+    """A model with memory for its weights, where files of `nbytes` can hold those: a description from elsewhere may ask for any
+    size. ShapeError when they cannot."""
     try:
         with torch.device("meta"):
             model = cls(config)  # type: ignore[call-arg]
     except (RuntimeError, OverflowError) as problem:  # sizes beyond 64 bits
         raise ShapeError(f"the configuration describes a model that cannot be: {problem}") from None
-    if model.parameter_count() > WEIGHTS_IN_A_BYTE * sum(tensor.nbytes for tensor in weights.values()):
+    if model.parameter_count() > WEIGHTS_IN_A_BYTE * nbytes:
         raise ShapeError(f"the configuration describes a model of {count_label(model.parameter_count())} parameters, and the "
                          "weights are far fewer; they belong to another model")  # fmt: skip
     model.to_empty(device=device)

@@ -3,36 +3,61 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from treadle.checkpoint import writer
 from treadle.checkpoint.layout import MANIFEST
 from treadle.checkpoint.reader import Checkpoint
-from treadle.errors import CheckpointError, InputError
+from treadle.checkpoint.tensors import write_tensors
+from treadle.errors import CheckpointError, ConfigError, InputError
 from treadle.layers import packed_weights
-from treadle.models.base import CONFIG_FILE, describe
-from treadle.models.pretrained import GENERATION_FILE, generation_defaults, home_of, locate, read_config, read_shape
+from treadle.models.base import CONFIG_FILE, WEIGHTS_FILE, Model, ModelConfig, describe
+from treadle.models.huggingface.reading import ForeignModel
+from treadle.models.huggingface.writing import TOKEN_KEYS, for_transformers
+from treadle.models.pretrained import (
+    GENERATION_FILE,
+    generation_defaults,
+    generation_file,
+    home_of,
+    locate,
+    read_config,
+    read_shape,
+    read_tokenizer,
+)
+from treadle.models.transformer import TransformerConfig
+from treadle.text.base import Tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FORMATS = {"treadle": "treadle", "huggingface": "huggingface", "hf": "huggingface", "transformers": "huggingface"}
 
 
 def export(
-    run: str, output: str | None = None, precision: str = "fp32", packed: bool = False, warn: Any = None
-) -> Path:
+    run: str, output: str | None = None, precision: str = "fp32", packed: bool = False, warn: Any = None, layout: str = "treadle",
+) -> Path:  # fmt: skip
     """Writes config.json, model.safetensors and the tokenizer of a run (or checkpoint) and returns the folder, by default
     RUN/export. Shards are joined. `packed` stores ternary layers in 1.6 bits a weight; with fp32 for the rest, answers stay the
     same bit for bit. The folder is checked like a checkpoint and serves wherever a run is asked for; `from_pretrained` reads it
-    too. InputError when the folder is in use for something else, or nothing in it is ternary.
+    too. layout "huggingface" (by default in RUN/huggingface): as transformers and what builds on it read it. InputError when the
+    folder is in use for something else, or nothing in it is ternary; ConfigError for a model that transformers has none of.
     """
+    if layout.lower() not in FORMATS:
+        raise InputError(f"--format {layout!r}: use treadle, or huggingface for transformers")
+    layout = FORMATS[layout.lower()]
+    if packed and layout == "huggingface":
+        raise InputError("--packed is a format of treadle's own; leave it out, or leave --format huggingface out")
     if precision not in DTYPES:
         raise InputError(f"--precision {precision!r}: use {', '.join(DTYPES)}")
     checkpoint = locate(run, warn)
     config = read_config(checkpoint)
     cls, shape = read_shape(checkpoint, config)
-    folder = Path(output) if output is not None else home_of(checkpoint.folder) / "export"
+    if output is None and isinstance(checkpoint, ForeignModel):
+        raise InputError(f"{run} was not trained here, so say where the export goes: --output FOLDER")
+    folder = Path(output) if output is not None else home_of(checkpoint.folder) / ("export" if layout == "treadle" else layout)
     _refuse_foreign(folder)
     with torch.device("meta"):
         model = cls(shape)  # type: ignore[call-arg]
@@ -45,15 +70,54 @@ def export(
         for name, (_, scale) in quantized.items():  # of an export that is packed already: the scale as it is
             weights[name + packed_weights.SCALE] = scale
     weights = {n: t if n.endswith(packed_weights.SCALE) or not t.is_floating_point() else t.to(DTYPES[precision]) for n, t in weights.items()}
-    members = ["config.toml", *checkpoint.members("tokenizer/")]
-    files = {name: checkpoint.raw(name) for name in members}
-    files[CONFIG_FILE] = describe(cls, shape).encode()
-    told = generation_defaults(checkpoint.folder)
-    if told:
-        files[GENERATION_FILE] = (json.dumps(told, indent=1) + "\n").encode()
+    tokenizer = read_tokenizer(checkpoint)
+    text = {Path(name).name: checkpoint.raw(name) for name in checkpoint.members("tokenizer/")}
+    if tokenizer is not None and not text:
+        text = _files_of(tokenizer)
+    if layout == "huggingface":
+        weights, files = _for_transformers(shape, weights, DTYPES[precision], tokenizer, generation_file(checkpoint.folder)[1])
+        files.update(text)
+    else:
+        files = {"config.toml": checkpoint.raw("config.toml"), CONFIG_FILE: describe(cls, shape).encode()}
+        files.update({f"tokenizer/{name}": data for name, data in text.items()})
+        if told := generation_defaults(checkpoint.folder):
+            files[GENERATION_FILE] = (json.dumps(told, indent=1) + "\n").encode()
     described = {"weights_only": True, "source": str(checkpoint.folder), "precision": precision, "packed": packed}
     writer.save(folder.parent, checkpoint.step, {"model": weights}, files, described, name=folder.name)
     return folder
+
+
+def save_for_transformers(model: Model, folder: str | Path, tokenizer: Tokenizer | None = None, precision: str = "fp32") -> None:
+    """Writes a model (and its tokenizer) as `AutoModelForCausalLM.from_pretrained` reads it. ConfigError for a model that
+    transformers has none of."""
+    weights, files = _for_transformers(model.config, model.named_weights(), DTYPES[precision], tokenizer, {})
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in {**files, **(_files_of(tokenizer) if tokenizer is not None else {})}.items():
+        (folder / name).write_bytes(data)
+    write_tensors(folder / WEIGHTS_FILE, weights, {"format": "pt"})
+
+
+def _files_of(tokenizer: Tokenizer) -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory(prefix="treadle-") as scratch:
+        tokenizer.save(scratch)
+        return {path.name: path.read_bytes() for path in sorted(Path(scratch).iterdir())}
+
+
+def _for_transformers(
+    shape: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype, tokenizer: Tokenizer | None, told: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, bytes]]:
+    """(weights by transformers' names, config.json and generation_config.json)."""
+    if not isinstance(shape, TransformerConfig):
+        raise ConfigError("transformers has no such model; of treadle's architectures it reads the transformer alone")
+    tokens: dict[str, Any] = dict.fromkeys(TOKEN_KEYS)  # a family's own would be written otherwise, whatever the vocabulary
+    if tokenizer is not None:
+        tokens |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    tokens |= {key: told[key] for key in TOKEN_KEYS if key in told}
+    table, renamed = for_transformers(shape, weights, dtype, tokens)
+    defaults = {**{key: value for key, value in tokens.items() if value is not None}, **told}
+    return renamed, {CONFIG_FILE: (json.dumps(table, indent=1) + "\n").encode(),
+                     GENERATION_FILE: (json.dumps(defaults, indent=1) + "\n").encode()}  # fmt: skip
 
 
 def _refuse_foreign(folder: Path) -> None:

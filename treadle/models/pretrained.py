@@ -1,4 +1,4 @@
-"""Finding and loading what was trained: a run, one of its checkpoints, or a saved model folder."""
+"""Finding and loading what was trained: a run, one of its checkpoints, a saved model folder, or a model of Hugging Face's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import sys
 import tempfile
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,13 @@ from treadle.checkpoint.layout import MANIFEST, checkpoint_name, steps_in
 from treadle.checkpoint.reader import Checkpoint, newest_valid
 from treadle.checkpoint.retention import best_step
 from treadle.errors import CheckpointError, ConfigError, InputError
+from treadle.files import write_atomically
 from treadle.generation.sampling import stored_defaults
-from treadle.models.base import CONFIG_FILE, Model, ModelConfig, allocated, build, from_pretrained
+from treadle.models import base
+from treadle.models.base import CONFIG_FILE, Model, ModelConfig, allocated, build
 from treadle.models.catalogue import MODELS
+from treadle.models.huggingface import hub
+from treadle.models.huggingface.reading import ForeignModel, TransformersFolder, is_foreign
 from treadle.text.base import Tokenizer
 
 GENERATION_FILE = "generation_config.json"  # the name and keys that Hugging Face folders have
@@ -36,12 +41,24 @@ class Loaded:
     checkpoint: Checkpoint
     config: dict[str, Any]  # the checkpoint's config.toml
 
+    @property
+    def foreign(self) -> bool:
+        """Not trained here: there is no run, no step and no data of its own."""
+        return isinstance(self.checkpoint, ForeignModel)
+
 
 def locate(run: str, warn: Any = None) -> Checkpoint:
     """RUN (a run folder, a checkpoint folder, `last`, RUN@best, RUN@STEP) -> its checkpoint, verified when it is the
-    newest of a run. InputError when there is nothing there."""
+    newest of a run; also a folder of transformers, a .gguf file, or a name of the Hugging Face hub (NAME@REVISION). InputError
+    when there is nothing there."""
     name, _, choice = run.partition("@")
     path = Path(name)
+    if is_foreign(path):
+        if choice:
+            raise InputError(f"{path} holds one set of weights, so @{choice} means nothing; leave it out")
+        return open_foreign(path)
+    if not path.exists() and hub.is_hub_name(name) and not _instead_of(path):
+        return open_foreign(hub.fetched(name, choice or None))
     if name == "last" and not path.exists():
         path = _last_run()
     if path.is_file():
@@ -72,6 +89,15 @@ def locate(run: str, warn: Any = None) -> Checkpoint:
     if found is None:
         raise InputError(f"{path} holds no checkpoint; train it: treadle train")
     return found
+
+
+def open_foreign(path: Path) -> ForeignModel:
+    """What `is_foreign` found."""
+    if path.suffix.lower() == ".gguf":
+        from treadle.models.huggingface.gguf_file import GGUFFile  # here, since most never need its package
+
+        return GGUFFile(path)
+    return TransformersFolder(path)
 
 
 def _instead_of(path: Path) -> str:
@@ -127,12 +153,21 @@ def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     """The tokenizer inside a checkpoint, from its verified bytes; None for a model that reads no text."""
+    if isinstance(checkpoint, ForeignModel):
+        return checkpoint.tokenizer()
     if not checkpoint.members("tokenizer/"):
         return None
     with tempfile.TemporaryDirectory(prefix="treadle-") as folder:
         for member in checkpoint.members("tokenizer/"):
             Path(folder, Path(member).name).write_bytes(checkpoint.raw(member))
         return Tokenizer.load(folder)
+
+
+def tokenizer_to_start_with(checkpoint: Checkpoint, chosen: str) -> Tokenizer | None:
+    """The tokenizer of the weights that a run starts from; of a model of somebody else's, only where none is chosen."""
+    if isinstance(checkpoint, ForeignModel):  # rows of training begin without the token that a prompt begins with
+        return checkpoint.own_tokenizer() if chosen == "auto" else None
+    return read_tokenizer(checkpoint)
 
 
 def read_shape(checkpoint: Checkpoint, config: dict[str, Any]) -> tuple[type[Model], ModelConfig]:
@@ -147,6 +182,12 @@ def read_shape(checkpoint: Checkpoint, config: dict[str, Any]) -> tuple[type[Mod
 
 def generation_defaults(folder: Path) -> dict[str, Any]:
     """What the generation_config.json of a checkpoint's folder, or of its run, says; {} when there is none."""
+    path, table = generation_file(folder)
+    return stored_defaults(table, str(path))
+
+
+def generation_file(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The generation_config.json of a checkpoint's folder or of its run, as it is; {} when there is none."""
     for place in (folder, home_of(folder)):
         path = place / GENERATION_FILE
         if path.is_file():
@@ -156,19 +197,48 @@ def generation_defaults(folder: Path) -> dict[str, Any]:
                 raise ConfigError(f"{path} is not JSON: {problem}") from None
             if not isinstance(table, dict):
                 raise ConfigError(f"{path} holds no table")
-            return stored_defaults(table, str(path))
-    return {}
+            return path, table
+    return folder / GENERATION_FILE, {}
 
 
-def load_run(run: str, device: Any = None, warn: Any = None) -> Loaded:
-    """The model (in evaluation mode) and tokenizer of a run."""
+def keep_generation_file(checkpoint: Checkpoint, run: Path) -> None:
+    """A run that starts from a model of somebody else's takes its generation_config.json along, for its exports too."""
+    if isinstance(checkpoint, ForeignModel) and not (run / GENERATION_FILE).exists():
+        _, table = generation_file(checkpoint.folder)
+        if table:
+            write_atomically(run / GENERATION_FILE, json.dumps(table, indent=1) + "\n")
+
+
+def load_run(run: str, device: Any = None, warn: Any = None, tokenizer: bool = True) -> Loaded:
+    """The model (in evaluation mode) and tokenizer of a run. tokenizer: whether a model of somebody else's has to have one."""
     checkpoint = locate(run, warn)
     config = read_config(checkpoint)
     cls, shape = read_shape(checkpoint, config)
+    if isinstance(checkpoint, ForeignModel):
+        model = _foreign_model(checkpoint, device)
+        return Loaded(model.eval(), checkpoint.tokenizer() if tokenizer else None, checkpoint, config)
     weights = checkpoint.tensors("model")
-    model = allocated(cls, shape, weights, pick_device(device or "auto"))
+    model = allocated(cls, shape, sum(tensor.nbytes for tensor in weights.values()), pick_device(device or "auto"))
     model.load_weights(weights)
     return Loaded(model.eval(), read_tokenizer(checkpoint), checkpoint, config)
+
+
+def _foreign_model(checkpoint: ForeignModel, device: Any) -> Model:
+    model = allocated(MODELS.get("transformer"), checkpoint.config, checkpoint.nbytes, pick_device(device or "auto"))
+    checkpoint.load_into(model)
+    return model
+
+
+def from_pretrained(folder: str | Path, device: Any = "cpu", trust_code: Iterable[str] = ()) -> Model:
+    """A model from a folder that `save_pretrained` or transformers wrote, a .gguf file, or a name of the Hugging Face hub, in
+    fp32. Raises InputError or CheckpointError with the reason, and ConfigError where the folder names code that `trust_code`
+    does not, or where a model's config.json asks for what is not computed."""
+    path = Path(folder)
+    if is_foreign(path) or (not path.exists() and hub.is_hub_name(str(folder).partition("@")[0])):
+        checkpoint = locate(str(folder))
+        assert isinstance(checkpoint, ForeignModel)
+        return _foreign_model(checkpoint, device)
+    return base.from_pretrained(folder, device, trust_code)
 
 
 def tokenizer_of(loaded: Loaded) -> Tokenizer:
@@ -188,9 +258,9 @@ def load_model(source: str, device: Any = None, pretrained: bool = True) -> Mode
             raise ConfigError(f"{source!r} is a preset, a shape without weights: give a run or a model folder for trained "
                               "weights, or say pretrained=False for random ones")  # fmt: skip
         return build(presets[plain], plain, device=pick_device(device or "auto"))
-    if (Path(source) / CONFIG_FILE).is_file() and not (Path(source) / MANIFEST).is_file():
-        return from_pretrained(source, pick_device(device or "auto"))
-    return load_run(source, device).model
+    if (Path(source) / CONFIG_FILE).is_file() and not (Path(source) / MANIFEST).is_file() and not is_foreign(Path(source)):
+        return base.from_pretrained(source, pick_device(device or "auto"))
+    return load_run(source, device, tokenizer=False).model
 
 
 def pick_device(name: Any, number: int | None = None) -> torch.device:

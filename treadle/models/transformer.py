@@ -11,22 +11,20 @@ from torch import Tensor, nn
 from treadle.data.batch import Batch
 from treadle.errors import ConfigError
 from treadle.layers.context import Context
+from treadle.layers.head import SoftcappedHead
 from treadle.layers.mlp import MLP, SwiGLU
 from treadle.layers.norm import make_norm
-from treadle.layers.rope import rotation
+from treadle.layers.rope import rotation, scaled_rotation
 from treadle.layers.state import State
 from treadle.layers.token_mixers import TOKEN_MIXERS, TokenMixer, layer_types_of
 from treadle.models.backbone import Backbone
 from treadle.models.base import ParameterRule
-from treadle.models.decoder import DecoderConfig
+from treadle.models.dense_keys import DenseConfig
 from treadle.settings import option
 
 
-class TransformerConfig(DecoderConfig):
+class TransformerConfig(DenseConfig):
     """The dense transformer's keys."""
-
-    style: Literal["llama", "gpt2"] = option("llama")
-    """llama: RMSNorm, rotary positions, SwiGLU, no biases; gpt2: LayerNorm, learned positions, GELU, biases."""
 
     layer_types: list[str] | None = option(None, aliases=("layer_pattern",))
     """The token mixer of each block by name; a shorter list is repeated. There is full_attention, which is the default
@@ -40,9 +38,6 @@ class TransformerConfig(DecoderConfig):
     )
     """The MLP's activation in gpt2 style (llama style is SwiGLU); gelu and relu choose that style where none is given."""
 
-    pre_norm: bool = option(True)
-    """Norm before each half of a block (off: after it, as in the first transformer)."""
-
     attention_dropout: float = option(0.0, aliases=("attn_pdrop",), ge=0.0, lt=1.0)
     """Share of attention weights dropped while training (takes the slower masked path)."""
 
@@ -55,22 +50,13 @@ class TransformerConfig(DecoderConfig):
 
     @model_validator(mode="after")
     def _mixers_are_known(self) -> TransformerConfig:
-        layer_types_of(self.layer_types, self.num_layers)
+        if "sliding_attention" in layer_types_of(self.layer_types, self.num_layers) and self.sliding_window is None:
+            raise ValueError("layer_types has sliding_attention, which needs sliding_window: the positions that a query sees")
         return self
 
     def mixer(self, layer: int) -> type[TokenMixer]:
         """The class of a block's token mixer."""
         return TOKEN_MIXERS.get(layer_types_of(self.layer_types, self.num_layers)[layer])
-
-    @property
-    def rotary(self) -> bool:
-        return self.style == "llama"
-
-    @property
-    def inner(self) -> int:
-        if self.style == "gpt2":
-            return self.intermediate_size or 4 * self.hidden_size
-        return super().inner
 
     @classmethod
     def presets(cls) -> dict[str, dict[str, Any]]:
@@ -115,23 +101,28 @@ class Block(nn.Module):
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
-        gpt2 = config.style == "gpt2"
-        width, norm = config.hidden_size, "layer" if gpt2 else "rms"
-        self.pre_norm = config.pre_norm
-        self.attention_norm = make_norm(norm, width, config.norm_eps)
+        gpt2, width, inner, bias = config.style == "gpt2", config.hidden_size, config.inner, config.mlp_biases
+
+        def norm(wanted: bool) -> nn.Module:
+            return make_norm("layer" if gpt2 else "rms", width, config.norm_eps) if wanted else nn.Identity()
+
+        self.norms_sums = not config.ends_normalised
+        self.attention_norm = norm(config.pre_norm or self.norms_sums)
         self.attention = config.mixer(layer).from_config(config, layer)
-        self.mlp_norm = make_norm(norm, width, config.norm_eps)
-        self.mlp = MLP(width, config.inner, config.activation) if gpt2 else SwiGLU(width, config.inner)
+        self.attention_post_norm = norm(config.post_norms)
+        self.mlp_norm = norm(config.pre_norm or self.norms_sums)
+        self.mlp = MLP(width, inner, config.activation, bias) if gpt2 else SwiGLU(width, inner, bias, config.gated_activation)
+        self.mlp_post_norm = norm(config.post_norms)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()  # Dropout(0) still multiplies
 
     def forward(self, x: Tensor, context: Context, state: Any = None) -> Tensor:
         if context.token_mixer_only:
             return self.attention(x, context)
-        if not self.pre_norm:
+        if self.norms_sums:
             x = self.attention_norm(x + self.dropout(self.attention(x, context, state)))
             return self.mlp_norm(x + self.dropout(self.mlp(x)))
-        x = x + self.dropout(self.attention(self.attention_norm(x), context, state))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        x = x + self.dropout(self.attention_post_norm(self.attention(self.attention_norm(x), context, state)))
+        return x + self.dropout(self.mlp_post_norm(self.mlp(self.mlp_norm(x))))
 
 
 class Transformer(Backbone):
@@ -143,8 +134,12 @@ class Transformer(Backbone):
 
     def __init__(self, config: TransformerConfig) -> None:
         norm = make_norm("layer" if config.style == "gpt2" else "rms", config.hidden_size, config.norm_eps)
-        norm = norm if config.pre_norm else nn.Identity()
+        norm = norm if config.ends_normalised else nn.Identity()
         super().__init__(config, config.hidden_size, config.num_layers, norm, config.tie_embeddings)
+        self.logit_softcap = config.final_logit_softcapping
+        if self.logit_softcap is not None:
+            self.head = SoftcappedHead(config.hidden_size, config.vocab_size, self.logit_softcap)
+            self.tie()
         learned = config.style == "gpt2"
         self.positions = nn.Embedding(config.max_position_embeddings, config.hidden_size) if learned else None
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
@@ -155,9 +150,13 @@ class Transformer(Backbone):
     def context(self, batch: Batch, state: State | None) -> Context:
         context = super().context(batch, state)
         if self.positions is None:
-            context.rotary = rotation(
-                self._position_ids(batch, context), self.config.width_of_head, self.config.rope_theta
-            )
+            c, ids = self.config, self._position_ids(batch, context)
+            if c.rope_scaling is None:
+                context.rotary = rotation(ids, c.rotary_width, c.rope_theta)
+            else:
+                context.rotary = scaled_rotation(ids, c.rotary_width, c.rope_theta, c.rope_scaling, c.max_position_embeddings)
+            if c.rope_local_base_freq is not None:
+                context.local_rotary = rotation(ids, c.rotary_width, c.rope_local_base_freq)
         return context
 
     def _position_ids(self, batch: Batch, context: Context) -> Tensor:
@@ -168,6 +167,8 @@ class Transformer(Backbone):
 
     def embed(self, batch: Batch, context: Context) -> Tensor:
         x = super().embed(batch, context)
+        if self.config.embedding_multiplier != 1:
+            x = x * self.config.embedding_multiplier
         if self.positions is not None:
             longest = context.used if context.token_positions is not None else batch.shape[1]
             if longest > self.config.max_position_embeddings:
@@ -175,6 +176,10 @@ class Transformer(Backbone):
                                   f"{self.config.max_position_embeddings}; use shorter rows (--seq_len)")  # fmt: skip
             x = x + self.positions(self._position_ids(batch, context))
         return self.dropout(x)
+
+    @property
+    def longest_row(self) -> int | None:
+        return self.config.max_position_embeddings if self.positions is not None else None
 
     def layer_state(self, index: int, batch_size: int, max_len: int, device: Any, dtype: Any) -> Any:
         return self.layers[index].attention.new_state(batch_size, max_len, device, dtype)  # type: ignore[operator, union-attr]

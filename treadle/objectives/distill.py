@@ -143,6 +143,9 @@ class MatchLogits(Distillation):
         if batch.labels is None:
             raise ConfigError("the batch has no labels; make it with Batch.for_training(ids)")
         s = self.settings
+        if model.logit_softcap is not None or self.teacher.logit_softcap is not None:
+            raise ConfigError("logits are not matched where final_logit_softcapping bounds them; use a teacher and a student without it, "
+                              "or --stages without logits")  # fmt: skip
         with torch.no_grad():
             hidden = self.teacher.hidden(batch).hidden
             assert hidden is not None

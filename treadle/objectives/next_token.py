@@ -78,7 +78,7 @@ class NextToken(Objective):
             raise ConfigError("the batch has no labels; make it with Batch.for_training(ids)")
         out = model.hidden(batch)
         assert out.hidden is not None
-        losses = {self.headline: LossTerm(linear_cross_entropy(*model.linear_head(out.hidden), batch.labels), "labels")}
+        losses = {self.headline: LossTerm(linear_cross_entropy(*model.linear_head(out.hidden), batch.labels, model.logit_softcap), "labels")}
         for name, (total, unit) in out.losses.items():
             losses[name] = LossTerm(total, _unit(unit))
         return Losses(losses, out.stats)
@@ -138,6 +138,7 @@ class NextToken(Objective):
     def sample(self, model: Model, dataset: Dataset, prompt: str, tokens: int, seed: int) -> str:
         if not model.capabilities.decodes or dataset.tokenizer is None or tokens == 0:
             return ""
+        tokens = fitting(model, dataset.tokenizer, prompt or "\n", tokens)
         text = generate_text(model, dataset.tokenizer, prompt or "\n", tokens, seed=seed, temperature=SAMPLE_TEMPERATURE)
         return prompt + text
 
@@ -145,7 +146,8 @@ class NextToken(Objective):
         if not model.capabilities.decodes or dataset.tokenizer is None:
             return super().samples(model, dataset, count)
         prompts = [PROMPTS[i % len(PROMPTS)] for i in range(count)]
-        return sample_texts(model, dataset.tokenizer, prompts, SAMPLE_TOKENS, temperature=SAMPLE_TEMPERATURE)
+        tokens = min(fitting(model, dataset.tokenizer, prompt, SAMPLE_TOKENS) for prompt in prompts)
+        return sample_texts(model, dataset.tokenizer, prompts, tokens, temperature=SAMPLE_TEMPERATURE)
 
     def baselines(self, train: Dataset, held_out: Dataset) -> dict[str, dict[str, float]]:
         """uniform, unigram and bigram predictors, on the same labels in the same unit."""
@@ -153,6 +155,13 @@ class NextToken(Objective):
             return {}
         found = {name: self.compute_metrics(sums) for name, sums in baseline_sums(train, held_out).items()}
         return {name: {k: v for k, v in metrics.items() if k in ("loss", "bpb")} for name, metrics in found.items()}
+
+
+def fitting(model: Model, tokenizer: Tokenizer, prompt: str, tokens: int) -> int:
+    """How many of `tokens` new tokens the model has room for after a prompt; 0 where the prompt alone is too long."""
+    if model.longest_row is None:
+        return tokens
+    return max(0, min(tokens, model.longest_row - len(tokenizer.prompt_ids(prompt))))
 
 
 def _unit(name: str) -> str:

@@ -6,13 +6,62 @@ positions of its own document up to its own.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from treadle.errors import ConfigError
+from treadle.ops.sliding_window_attention import sliding_window_attention
 
 QUERY_BLOCK = 128  # measured on CPU at T = 256 and 512: 64 and 256 are 3-10% slower
 
 Segments = tuple[tuple[int, ...], ...]
+
+# torch's kernels by the names that users know; auto leaves the choice to `causal_attention` and to torch.
+BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
+            "math": SDPBackend.MATH}  # fmt: skip
+_backend = "auto"  # of this process, as torch's own switches are
+
+
+@contextmanager
+def attention_backend(name: str) -> Iterator[None]:
+    """Full attention inside runs in this kernel of torch's (auto, or a name of BACKENDS); ConfigError where there is none for
+    what is asked of it. Sliding windows and soft-caps have one way of their own."""
+    global _backend
+    before, _backend = _backend, name
+    try:
+        yield
+    finally:
+        _backend = before
+
+
+def check_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """What attention is computed by, for people; ConfigError when this device has no such kernel."""
+    if name == "auto":
+        return "auto (blocks of queries)" if device.type == "cpu" else "auto (torch chooses)"
+    probe = torch.zeros(1, 1, 8, 16, device=device, dtype=dtype)
+    with attention_backend(name), torch.no_grad():
+        _sdpa(probe, probe, probe, is_causal=True)
+    return name
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+    if _backend == "auto":
+        return F.scaled_dot_product_attention(q, k, v, **how)
+    try:
+        with sdpa_kernel(BACKENDS[_backend]):
+            return F.scaled_dot_product_attention(q, k, v, **how)
+    except RuntimeError as problem:
+        if "kernel" not in str(problem):
+            raise
+        masked = " with a mask (rows of several documents)" if how.get("attn_mask") is not None else ""
+        raise ConfigError(f"attention_backend = {_backend}: torch has no such kernel for {q.dtype} on {q.device.type}{masked}; use auto "
+                          "or math") from None  # fmt: skip
 
 
 def document_mask(doc_ids: Tensor | None, length: int, device: torch.device) -> Tensor:
@@ -23,11 +72,21 @@ def document_mask(doc_ids: Tensor | None, length: int, device: torch.device) -> 
     return (causal & (doc_ids[:, :, None] == doc_ids[:, None, :]))[:, None]
 
 
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+def attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None = None, dropout: float = 0.0, softcap: float | None = None
+) -> Tensor:
     """Masked dense attention: softmax(q k^T / sqrt(E)) v over the visible positions."""
+    return _masked(q, k, v, document_mask(doc_ids, q.shape[2], q.device), dropout, softcap)
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float = 0.0, softcap: float | None = None) -> Tensor:
+    """softcap c: the scores s become c tanh(s / c) before the softmax (Gemma 2, arXiv 2408.00118)."""
     k, v = _expand_groups(q, k, v)
-    mask = document_mask(doc_ids, q.shape[2], q.device)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    if softcap is None:
+        return _sdpa(q, k, v, attn_mask=mask, dropout_p=dropout)
+    scores = softcap * ((q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 / softcap)).tanh()
+    weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1)
+    return F.dropout(weights, dropout, dropout > 0) @ v
 
 
 def _expand_groups(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,29 +101,33 @@ Span = tuple[int, int, int, int]
 
 
 class _BlockCausal(torch.autograd.Function):
-    """Causal attention inside each span, in blocks of queries, skipping the keys after each block; q, k, v [N, T, E].
+    """Causal attention inside each span, in blocks of queries, skipping the keys after each block, and before the window of
+    its first query where there is one; q, k, v [N, T, E].
 
     On CPU, forward and backward, this takes .3 (bf16) to .6 (fp32) of the CPU time of scaled_dot_product_attention at
-    T = 512, at the price of saving the probabilities: about N T (T + 128) / 2 numbers for whole rows.
+    T = 512, at the price of saving the probabilities: about N T (T + 128) / 2 numbers for whole rows, N T (window + 128)
+    with a window.
     """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, spans: tuple[Span, ...]) -> Tensor:  # type: ignore[override]
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, spans: tuple[Span, ...], window: int | None) -> Tensor:  # type: ignore[override]
         scale = q.shape[2] ** -0.5
         out = torch.zeros_like(q)  # padding belongs to no span
         kept, masks = [], {}
         for first, last, begin, end in spans:
             for start in range(begin, end, QUERY_BLOCK):
-                stop = min(start + QUERY_BLOCK, end)
-                shape = (stop - start, stop - begin)
-                if shape not in masks:
-                    masks[shape] = q.new_full((1, *shape), float("-inf")).triu_(start - begin + 1)
-                keys = k[first:last, begin:stop].transpose(1, 2)
+                stop, low = min(start + QUERY_BLOCK, end), _first_key(begin, start, window)
+                shape = (stop - start, stop - low)
+                if shape not in masks:  # equal shapes have equal masks: their first key is the span's, or `window` before
+                    masks[shape] = q.new_full((1, *shape), float("-inf")).triu_(start - low + 1)
+                    if window is not None:
+                        masks[shape] += q.new_full((1, *shape), float("-inf")).tril_(start - low - window)
+                keys = k[first:last, low:stop].transpose(1, 2)
                 share = torch.softmax(torch.baddbmm(masks[shape], q[first:last, start:stop], keys, alpha=scale), -1)
-                out[first:last, start:stop] = torch.bmm(share, v[first:last, begin:stop])
+                out[first:last, start:stop] = torch.bmm(share, v[first:last, low:stop])
                 kept.append(share)
         ctx.save_for_backward(q, k, v, *kept)
-        ctx.spans = spans
+        ctx.spans, ctx.window = spans, window
         return out
 
     @staticmethod
@@ -76,13 +139,26 @@ class _BlockCausal(torch.autograd.Function):
         for first, last, begin, end in ctx.spans:
             for start in range(begin, end, QUERY_BLOCK):
                 stop, share = min(start + QUERY_BLOCK, end), next(shares)
-                rows, part = slice(first, last), grad[first:last, start:stop]
-                grad_v[rows, begin:stop].baddbmm_(share.transpose(1, 2), part)
-                slope = torch.bmm(part, v[rows, begin:stop].transpose(1, 2))
+                rows, part, low = slice(first, last), grad[first:last, start:stop], _first_key(begin, start, ctx.window)
+                grad_v[rows, low:stop].baddbmm_(share.transpose(1, 2), part)
+                slope = torch.bmm(part, v[rows, low:stop].transpose(1, 2))
                 slope = torch._softmax_backward_data(slope, share, -1, share.dtype)
-                grad_q[rows, start:stop] = torch.bmm(slope, k[rows, begin:stop]).mul_(scale)
-                grad_k[rows, begin:stop].baddbmm_(slope.transpose(1, 2), q[rows, start:stop], alpha=scale)
-        return grad_q, grad_k, grad_v, None
+                grad_q[rows, start:stop] = torch.bmm(slope, k[rows, low:stop]).mul_(scale)
+                grad_k[rows, low:stop].baddbmm_(slope.transpose(1, 2), q[rows, start:stop], alpha=scale)
+        return grad_q, grad_k, grad_v, None, None
+
+
+def _first_key(begin: int, start: int, window: int | None) -> int:
+    """The first key that a block of queries from `start` on may see."""
+    return begin if window is None else max(begin, start - window + 1)
+
+
+def scores_computed(length: int, window: int | None) -> int:
+    """Query-key pairs of one head over one row; without a window all are counted, as is customary."""
+    if window is None or window >= length:
+        return length * length
+    blocks = [(start, min(start + QUERY_BLOCK, length)) for start in range(0, length, QUERY_BLOCK)]
+    return sum((stop - start) * (stop - _first_key(0, start, window)) for start, stop in blocks)
 
 
 def spans_of(segments: Segments, heads: int) -> tuple[Span, ...]:
@@ -102,12 +178,12 @@ def spans_of(segments: Segments, heads: int) -> tuple[Span, ...]:
     return tuple(spans)
 
 
-def block_causal(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """Causal attention inside each document, by query blocks; padding comes out as zero."""
+def block_causal(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | None = None) -> Tensor:
+    """Causal attention inside each document (over its last `window` positions), by query blocks; padding comes out as zero."""
     rows, heads, length, width = q.shape
     k, v = _expand_groups(q, k, v)
     flat = [x.reshape(rows * heads, length, width) for x in (q, k, v)]
-    return _BlockCausal.apply(*flat, spans_of(segments, heads)).view(rows, heads, length, width)  # type: ignore[no-untyped-call]
+    return _BlockCausal.apply(*flat, spans_of(segments, heads), window).view(rows, heads, length, width)  # type: ignore[no-untyped-call]
 
 
 def causal_attention(
@@ -118,20 +194,29 @@ def causal_attention(
     doc_ids: Tensor | None = None,
     segments: Segments | None = None,
     dropout: float = 0.0,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
-    """The fastest exact path for what is known on the host: whole rows, documents by segments, else the dense mask."""
+    """The fastest exact path for what is known on the host: whole rows, documents by segments, else the dense mask. window:
+    position t sees t - window + 1 .. t; softcap c: the scores s become c tanh(s / c)."""
     whole = all(len(row) == 1 and row[0] > 0 for row in segments) if segments is not None else doc_ids is None
+    plain = q.device.type == "cpu" and not torch.compiler.is_compiling() and _backend == "auto"
+    if window is not None and window < q.shape[2]:
+        if dropout == 0 and softcap is None and plain and (whole or segments is not None):
+            return block_causal(q, k, v, segments if segments is not None else ((q.shape[2],),) * q.shape[0], window)
+        return sliding_window_attention(q, *_expand_groups(q, k, v), window, None if whole else doc_ids, softcap, dropout)
+    if softcap is not None:
+        return attention_reference(q, k, v, None if whole else doc_ids, dropout, softcap)
     if dropout > 0 or (segments is None and not whole):
         return attention_reference(q, k, v, None if whole else doc_ids, dropout)
-    if q.device.type != "cpu" or torch.compiler.is_compiling():
+    if not plain:
         if whole:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+            return _sdpa(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         return attention_reference(q, k, v, doc_ids)
     return block_causal(q, k, v, segments if segments is not None else ((q.shape[2],),) * q.shape[0])
 
 
-def cached_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+def cached_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, softcap: float | None = None) -> Tensor:
     """q [B, H, T, E] at positions [B, T] over a cache k, v [B, G, S, E]: key s is seen by positions >= s."""
     mask = positions[:, None, :, None] >= torch.arange(k.shape[2], device=q.device)
-    k, v = _expand_groups(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return _masked(q, k, v, mask, softcap=softcap)

@@ -23,14 +23,20 @@ def block_size(window: int) -> int:
     return max(window, BLOCK)
 
 
-def sliding_window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, doc_ids: Tensor | None = None) -> Tensor:
-    """q, k, v [B, H, T, E] -> [B, H, T, E]: position t sees t - window + 1 .. t of its own document."""
+def sliding_window_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: int, doc_ids: Tensor | None = None, softcap: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """q, k, v [B, H, T, E] -> [B, H, T, E]: position t sees t - window + 1 .. t of its own document. softcap c: the scores s
+    become c tanh(s / c); dropout: the share of weights dropped."""
     length, width = q.shape[2:]
     size = block_size(window)
     spare = -length % size
     q = F.pad(q, (0, 0, 0, spare)).unflatten(2, (-1, size))  # [B, H, C, S, E]
     k, v = (F.pad(t, (0, 0, window, spare)).unfold(2, size + window, size) for t in (k, v))  # [B, H, C, E, S + W]
     scores = (q @ k) * width**-0.5
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
     positions = torch.arange(length + spare, device=q.device).view(-1, size)
     keys = F.pad(torch.arange(length + spare, device=q.device), (window, 0), value=-1).unfold(0, size + window, size)
     gap = positions[:, :, None] - keys[:, None, :]
@@ -40,6 +46,8 @@ def sliding_window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, doc_i
         theirs = F.pad(doc_ids, (window, spare), value=-1).unfold(1, size + window, size)
         seen = seen & (own[..., :, None] == theirs[..., None, :])[:, None]
     weights = scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1)
+    if dropout > 0:
+        weights = F.dropout(weights, dropout)
     return (weights @ v.transpose(-1, -2)).flatten(2, 3)[:, :, :length]
 
 

@@ -37,6 +37,7 @@ class Tokenizer(ABC):
     """Text <-> ids. Special tokens are never read from text and never shown in it."""
 
     kind: str
+    prompt_start: tuple[int, ...] = ()  # what a model from elsewhere expects before every prompt
 
     @property
     @abstractmethod
@@ -57,6 +58,10 @@ class Tokenizer(ABC):
     def start_id(self) -> int:
         """The token generation starts from without a prompt: a document follows the end of the one before."""
         return self.eos_id
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """What generation starts from: the prompt's tokens, or the token before any text."""
+        return [*self.prompt_start, *self.encode(text).tolist()] or [self.start_id]
 
     @property
     @abstractmethod

@@ -19,6 +19,7 @@ from treadle.errors import ConfigError, InputError
 from treadle.text.base import Tokenizer, read_table, write_meta
 
 EOS_TOKEN = "<|endoftext|>"
+CONFIG_FILE, CHAT_FILE = "tokenizer_config.json", "chat_template.jinja"  # as transformers calls them
 MOST_TOKENS = 1 << 24  # fifty times the largest vocabulary in use
 # What other projects call the token that ends a document, in order of preference.
 EOS_NAMES = (EOS_TOKEN, "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>", "[SEP]", "<|eot_id|>")
@@ -45,6 +46,8 @@ class LibraryTokenizer(Tokenizer):
         inner.no_padding()
         inner.no_truncation()
         self.eos_token = eos_token
+        self.config: dict[str, Any] = {}  # tokenizer_config.json, where there is one
+        self.chat_template: str | None = None
         found = inner.token_to_id(eos_token)
         if found is None:
             raise ConfigError(f"the tokenizer has no token {eos_token!r} to end documents with")
@@ -67,12 +70,23 @@ class LibraryTokenizer(Tokenizer):
     @classmethod
     def from_folder(cls, folder: Path) -> LibraryTokenizer:
         eos_token = None
-        for name in ("treadle_tokenizer.json", "tokenizer_config.json"):
+        for name in ("treadle_tokenizer.json", CONFIG_FILE):
             if eos_token is None and (folder / name).is_file():
                 found = read_table(folder / name).get("eos_token")
                 found = found.get("content") if isinstance(found, dict) else found
                 eos_token = found if isinstance(found, str) else None
-        return cls.from_file(folder / "tokenizer.json", eos_token)
+        made = cls.from_file(folder / "tokenizer.json", eos_token)
+        if (folder / CONFIG_FILE).is_file():
+            made.config = {key: value for key, value in read_table(folder / CONFIG_FILE).items() if key != "auto_map"}
+        if (folder / CHAT_FILE).is_file():
+            made.chat_template = (folder / CHAT_FILE).read_text(encoding="utf-8", errors="replace")
+        return made
+
+    @property
+    def bos_id(self) -> int | None:
+        """The one token that the tokenizer itself puts before a text, where it puts one."""
+        ids = self.inner.encode("", add_special_tokens=True).ids
+        return ids[0] if len(ids) == 1 and ids[0] in self._special_ids and ids[0] != self._eos_id else None
 
     @functools.cached_property
     def vocab_size(self) -> int:  # type: ignore[override]
@@ -144,8 +158,12 @@ class LibraryTokenizer(Tokenizer):
         folder = Path(folder)
         write_meta(folder, self.kind, eos_token=self.eos_token)
         (folder / "tokenizer.json").write_text(self.inner.to_str(), encoding="utf-8")
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos_token}
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.config, "eos_token": self.eos_token}
+        if config["tokenizer_class"] == "TokenizersBackend":  # version 5's name for it, which 4 does not know
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        if self.chat_template is not None:
+            (folder / CHAT_FILE).write_text(self.chat_template, encoding="utf-8")
 
     def canonical(self) -> str:
         # Scores lose their last digits each time the library writes and reads them; nine digits stay.

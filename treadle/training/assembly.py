@@ -37,7 +37,7 @@ def assemble(
     strategy.attach_optimizers(optimizers.inner)
     stepper = Stepper(
         module, optimizers, seed=recipe.run.seed, precision=precision, max_grad_norm=recipe.optim.max_grad_norm,
-        loss_weights=recipe.train.loss_weights, strategy=strategy,
+        loss_weights=recipe.train.loss_weights, strategy=strategy, attention=recipe.train.attention_backend,
     )  # fmt: skip
     return Assembly(model, strategy, optimizers, stepper)
 

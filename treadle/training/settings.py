@@ -51,6 +51,10 @@ class TrainSettings(Settings):
     )
     """auto picks bf16 (autocast over fp32 weights) where it is known to pay, else fp32; fp16 scales the loss."""
 
+    attention_backend: Literal["auto", "flash", "efficient", "cudnn", "math"] = option("auto", aliases=("attn_implementation", "sdpa_backend"))
+    """The kernel of full attention while training: auto (the fastest known), or one of torch's by name, where the device has
+    it. Sliding windows and soft-caps have a way of their own."""
+
     gradient_checkpointing: Annotated[bool | int | list[int], BeforeValidator(_every_n)] = option(
         False, aliases=("use_gradient_checkpointing", "activation_checkpointing")
     )

@@ -21,6 +21,7 @@ from treadle.distributed.world import World
 from treadle.errors import ConfigError
 from treadle.models.base import merged_stats
 from treadle.objectives.base import ModelWithObjective
+from treadle.ops.attention import attention_backend
 from treadle.ops.precision import autocast
 from treadle.ops.sharding import local
 from treadle.training.optim import Optimizers
@@ -69,7 +70,9 @@ class Stepper:
         max_grad_norm: float,
         loss_weights: dict[str, float],
         strategy: Strategy | None = None,
+        attention: str = "auto",
     ) -> None:
+        self.attention = attention  # attention_backend
         self.optimizers, self.objective = optimizers, module.objective
         self.strategy = strategy or Strategy(module, World())
         self.seed, self.precision = seed, precision
@@ -99,7 +102,7 @@ class Stepper:
         for micro, batch in enumerate(micro_batches):
             torch.manual_seed(model_seed(self.seed, step, micro, rank))
             last = micro + 1 == len(micro_batches)
-            with self.strategy.no_sync(unless=last):
+            with attention_backend(self.attention), self.strategy.no_sync(unless=last):
                 with autocast(self.precision, self.device):
                     parts = module(batch.to(self.device, non_blocking=True))
                 objective = torch.zeros((), device=self.device)

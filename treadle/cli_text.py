@@ -1,0 +1,134 @@
+"""The verbs of text: `treadle data ...` and `treadle tokenizer ...`. Everything heavy is imported inside the verb."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from treadle import trusted_code
+from treadle.terminal import write as echo
+
+data_app = typer.Typer(help="Prepare text and look at it.", no_args_is_help=True, rich_markup_mode=None)
+tokenizer_app = typer.Typer(help="Train tokenizers and look at them.", no_args_is_help=True, rich_markup_mode=None)
+
+# Of every verb that may load a file of code.
+Trust = Annotated[
+    list[str] | None,
+    typer.Option("--trust-code", "--trust_code", metavar="FILE.py", callback=lambda files: trusted_code.allow(files or ()),
+                 help="Code that a run from elsewhere may execute, where it names some."),
+]  # fmt: skip
+
+
+@data_app.command("prepare")
+def data_prepare(
+    path: Annotated[
+        str,
+        typer.Argument(help="A text, JSONL or parquet file, or a folder of them; `austen` ships along, `tinystories` is fetched."),
+    ],
+    output: Annotated[str | None, typer.Option("--output", "--output-dir", help="Where the shards go; default the cache.")] = None,
+    tokenizer: Annotated[str, typer.Option(help="auto, byte, bpe, wordpiece, unigram, char, or a path.")] = "auto",
+    vocab_size: Annotated[int, typer.Option(help="Size of a tokenizer trained here.")] = 2048,
+    text_column: Annotated[str, typer.Option(help="The column that holds the text.")] = "text",
+    document_separator: Annotated[str | None, typer.Option(help="A line that ends a document in .txt.")] = None,
+    validation_fraction: Annotated[float, typer.Option(min=0, max=0.99, help="Share of the text held out.")] = 0.05,
+    test_fraction: Annotated[float, typer.Option(min=0, max=0.99, help="Share held out for a last test.")] = 0.05,
+    max_samples: Annotated[int | None, typer.Option(min=1, help="Read this many documents at most.")] = None,
+    seq_len: Annotated[int, typer.Option("--seq-len", "--max-seq-length", min=2, help="Tokens in a row, for counting them.")] = 256,
+    min_length: Annotated[int, typer.Option(min=0, help="Leave out documents with fewer tokens.")] = 0,
+    on_bad: Annotated[str, typer.Option(help="skip or error: what a malformed line does.")] = "skip",
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0 is one for each core.")] = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Prepare again, whatever is there.")] = False,
+    shard: Annotated[str | None, typer.Option(help="I/N: only the pieces of process I (from 0) of N.")] = None,
+    trust_code: Trust = None,
+) -> None:
+    """Tokenise text once, in parallel; run it again to continue where it stopped. Prints statistics.
+
+    Several machines share the work with --shard 0/4 to --shard 3/4 and one --output that all see; the same command
+    without --shard then verifies the pieces and joins them.
+    """
+    from treadle.data import summary
+    from treadle.errors import ConfigError
+
+    settings = summary.settings(
+        path, text_column=text_column, document_separator=document_separator, validation_fraction=validation_fraction,
+        test_fraction=test_fraction, max_samples=max_samples, seq_len=seq_len, min_length=min_length, on_bad=on_bad,
+        preparation_workers=workers or "auto",
+    )  # fmt: skip
+    if shard is not None and fresh:
+        raise ConfigError("--fresh would delete what the other shards have made; delete the folder before the first shard")
+    if shard is not None:
+        lines = summary.prepare_part(settings, tokenizer, vocab_size, output, shard, echo)
+    else:
+        lines = summary.prepare_text(settings, tokenizer, vocab_size, output, fresh, echo)
+    for line in lines:
+        echo(line)
+
+
+@data_app.command("stats")
+def data_stats(
+    path: Annotated[str, typer.Argument(help="Text, or a folder that `data prepare` wrote.")],
+    tokenizer: Annotated[str, typer.Option(help="auto, byte, bpe, ..., or a path.")] = "auto",
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a row.")] = 256,
+    trust_code: Trust = None,
+) -> None:
+    """Documents, bytes, tokens, lengths, and how well each packing fills rows."""
+    from treadle.data import summary
+
+    for line in summary.statistics(path, tokenizer, seq_len):
+        echo(line)
+
+
+@data_app.command("show")
+def data_show(
+    path: Annotated[str, typer.Argument(help="Text, or a folder that `data prepare` wrote.")],
+    row: Annotated[int, typer.Option(min=0, help="Which row.")] = 0,
+    packing: Annotated[str, typer.Option(help="concat, next_fit, first_fit, best_fit or none.")] = "concat",
+    tokenizer: Annotated[str, typer.Option(help="auto, byte, bpe, ..., or a path.")] = "auto",
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a row.")] = 64,
+    trust_code: Trust = None,
+) -> None:
+    """One training row as it reaches the model: each document's tokens and text."""
+    from treadle.data import summary
+
+    for line in summary.show_row(path, row, packing, tokenizer, seq_len):
+        echo(line)
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    path: Annotated[str, typer.Argument(help="A text, JSONL or parquet file, or a folder of them.")],
+    output: Annotated[str, typer.Option(help="The folder to write.")] = "tokenizer",
+    kind: Annotated[str, typer.Option(help="bpe, wordpiece, unigram or char.")] = "bpe",
+    vocab_size: Annotated[int, typer.Option(min=257, help="Number of tokens.")] = 2048,
+    text_column: Annotated[str, typer.Option(help="The column that holds the text.")] = "text",
+    train_bytes: Annotated[int, typer.Option(min=1, help="Read at most this much text.")] = 20_000_000,
+) -> None:
+    """Train a tokenizer on text."""
+    from treadle.data.prepare import training_texts
+    from treadle.data.sources import open_source
+    from treadle.text.base import Tokenizer
+
+    made = Tokenizer.train(kind, training_texts(open_source(path, text_column), (0.0, 0.0), train_bytes), vocab_size)
+    made.save(output)
+    echo(f"{made.kind} tokenizer of {made.vocab_size} tokens written to {output}; "
+               f"use it with --tokenizer.name {output}")  # fmt: skip
+
+
+@tokenizer_app.command("show")
+def tokenizer_show(
+    tokenizer: Annotated[str, typer.Argument(help="byte, a tokenizer folder or file, or a run folder.")],
+    text: Annotated[str, typer.Option(help="Text to split.")] = "The treadle turned; she smiled.",
+    trust_code: Trust = None,
+) -> None:
+    """What a tokenizer makes of a text."""
+    from treadle.text.base import Tokenizer
+
+    inside = Path(tokenizer) / "tokenizer"
+    made = Tokenizer.load(inside if inside.is_dir() else tokenizer)
+    ids = made.encode(text)
+    echo(f"{made.kind}, {made.vocab_size} tokens, end of document {made.eos_id}")
+    echo(f"{len(text.encode())} bytes -> {len(ids)} tokens")
+    for token in ids.tolist():
+        echo(f"{token:>8}  {made.decode([token])!r}")
