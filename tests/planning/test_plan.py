@@ -75,6 +75,7 @@ def test_traffic_is_what_the_collectives_handle(options: dict[str, Any], precisi
         assert counted["reduce"] == pytest.approx(formula.reduce / (2 * ring(world // parts)), rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_7b_recipe_on_paper_and_rehearsed() -> None:
     """A preset of seven billion parameters on 8 processes: numbers without memory, and one step over fake tensors."""
     found = treadle.plan(
