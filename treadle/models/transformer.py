@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
 from treadle.data.batch import Batch
 from treadle.errors import ConfigError
 from treadle.layers.context import Context
+from treadle.layers.dynamics import INLDynamics, Steered, statistics
 from treadle.layers.mlp import MLP, SwiGLU
 from treadle.layers.norm import make_norm
 from treadle.layers.rope import rotation
@@ -19,10 +21,11 @@ from treadle.layers.token_mixers import TOKEN_MIXERS, TokenMixer, layer_types_of
 from treadle.models.backbone import Backbone
 from treadle.models.base import ParameterRule
 from treadle.models.decoder import DecoderConfig
+from treadle.models.dynamics_keys import DynamicsKeys
 from treadle.settings import option
 
 
-class TransformerConfig(DecoderConfig):
+class TransformerConfig(DynamicsKeys, DecoderConfig):
     """The dense transformer's keys."""
 
     style: Literal["llama", "gpt2"] = option("llama")
@@ -111,7 +114,7 @@ class TransformerConfig(DecoderConfig):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each added to the residual stream."""
+    """Attention and MLP, each added to the residual stream. With dynamics x is [B, T, 2, D]: the stream and its velocity."""
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
@@ -123,15 +126,27 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(norm, width, config.norm_eps)
         self.mlp = MLP(width, config.inner, config.activation) if gpt2 else SwiGLU(width, config.inner)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()  # Dropout(0) still multiplies
+        self.dynamics = config.make_dynamics()
+        self.steers_attention = config.dynamics_placement == "attention"
 
     def forward(self, x: Tensor, context: Context, state: Any = None) -> Tensor:
         if context.token_mixer_only:
             return self.attention(x, context)
-        if not self.pre_norm:
-            x = self.attention_norm(x + self.dropout(self.attention(x, context, state)))
-            return self.mlp_norm(x + self.dropout(self.mlp(x)))
-        x = x + self.dropout(self.attention(self.attention_norm(x), context, state))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        x, velocity = (x, None) if self.dynamics is None else x.unbind(2)
+        y = self.attention(self.attention_norm(x) if self.pre_norm else x, context, state)
+        if self.dynamics is not None and self.steers_attention:
+            y, velocity = self.dynamics(y, velocity, context.steered)
+        x = x + self.dropout(y)
+        if self.pre_norm:
+            x = x + self.dropout(self.mlp(self.mlp_norm(x)))
+        else:
+            x = self.attention_norm(x)
+            x = self.mlp_norm(x + self.dropout(self.mlp(x)))
+        if velocity is None:
+            return x
+        if self.dynamics is not None and not self.steers_attention:
+            x, velocity = self.dynamics(x, velocity, context.steered)
+        return torch.stack((x, velocity), 2)
 
 
 class Transformer(Backbone):
@@ -144,6 +159,7 @@ class Transformer(Backbone):
     def __init__(self, config: TransformerConfig) -> None:
         norm = make_norm("layer" if config.style == "gpt2" else "rms", config.hidden_size, config.norm_eps)
         norm = norm if config.pre_norm else nn.Identity()
+        self._steered: list[Steered] | None = None
         super().__init__(config, config.hidden_size, config.num_layers, norm, config.tie_embeddings)
         learned = config.style == "gpt2"
         self.positions = nn.Embedding(config.max_position_embeddings, config.hidden_size) if learned else None
@@ -154,6 +170,7 @@ class Transformer(Backbone):
 
     def context(self, batch: Batch, state: State | None) -> Context:
         context = super().context(batch, state)
+        context.steered = self._steered
         if self.positions is None:
             context.rotary = rotation(
                 self._position_ids(batch, context), self.config.width_of_head, self.config.rope_theta
@@ -174,7 +191,11 @@ class Transformer(Backbone):
                 raise ConfigError(f"{longest} positions, but the model has max_position_embeddings = "
                                   f"{self.config.max_position_embeddings}; use shorter rows (--seq_len)")  # fmt: skip
             x = x + self.positions(self._position_ids(batch, context))
-        return self.dropout(x)
+        x = self.dropout(x)
+        return x if self.config.dynamics == "none" else torch.stack((x, torch.zeros_like(x)), 2)
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        return self.norm(x if self.config.dynamics == "none" else x[:, :, 0])
 
     def layer_state(self, index: int, batch_size: int, max_len: int, device: Any, dtype: Any) -> Any:
         return self.layers[index].attention.new_state(batch_size, max_len, device, dtype)  # type: ignore[operator, union-attr]
@@ -183,7 +204,26 @@ class Transformer(Backbone):
         c = self.config
         mlp = c.hidden_size * c.inner * (2 if c.style == "gpt2" else 3)
         mixers = sum(block.attention.flops(length) for block in self.layers)  # type: ignore[operator, union-attr]
+        mixers += length * sum(layer.flops() for layer in self._dynamics())
         return mixers + 2 * length * (c.num_layers * mlp + c.hidden_size * c.vocab_size)
+
+    def _dynamics(self) -> list[INLDynamics]:
+        return [module for module in self.modules() if isinstance(module, INLDynamics)]
+
+    def full_precision_modules(self) -> list[nn.Module]:
+        return [*super().full_precision_modules(), *self._dynamics()]
+
+    def inspect(self, batch: Batch) -> dict[str, float]:
+        """What dynamics do with a batch (layers/dynamics.py `statistics`); nothing without them."""
+        if self.config.dynamics == "none":
+            return {}
+        self._steered = []
+        try:
+            with torch.no_grad():
+                self.hidden(batch)
+            return statistics(self._steered)
+        finally:
+            self._steered = None
 
     def parameter_rules(self) -> dict[str, ParameterRule]:
         spared = [name for name, _ in self.named_parameters() if (own := self._of_mixer(name)) and own[0].undecayed(own[1])]
@@ -198,6 +238,9 @@ class Transformer(Backbone):
         mixer = self._of_mixer(name)
         if mixer is not None and (own := mixer[0].initial(mixer[1], parameter)) is not None:
             return own
+        layer, _, rest = name.partition(".dynamics.")
+        if rest and (own_start := self.get_submodule(f"{layer}.dynamics").initial(rest)) is not None:  # type: ignore[operator]
+            return own_start
         if name.endswith(".bias"):
             return "zeros"
         if parameter.dim() == 1:
