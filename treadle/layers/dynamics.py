@@ -85,9 +85,9 @@ class INLDynamics(nn.Module):
             one, two = self.controller_in, self.controller_out
             moved, velocity = dynamics(h, v, self.mu, one.weight, one.bias, two.weight, two.bias, limits)
         if record is not None:
-            beta = self.gains(h, v)[1]
-            equilibrium = self.mu.clamp(limits.mu_min, limits.mu_max).float()
-            record.append(Steered(equilibrium, beta.max(), velocity.float().square().mean()))
+            with torch.no_grad():
+                equilibrium = self.mu.clamp(limits.mu_min, limits.mu_max).float()
+                record.append(Steered(equilibrium, self.gains(h, v)[1].max(), velocity.float().square().mean()))
         return moved, velocity
 
     def gains(self, h: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

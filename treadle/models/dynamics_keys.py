@@ -21,7 +21,7 @@ class DynamicsKeys(Settings):
     """INL dynamics in every block: full (each token chooses its gains), lite (constant gains, only mu is learned)."""
 
     dynamics_placement: Literal["attention", "post"] = option(
-        "attention", aliases=("inl_placement",), spellings={"attn": "attention", "after_attention": "attention", "mlp": "post"}
+        "attention", aliases=("inl_placement",), spellings={"attn": "attention", "mlp": "post"}
     )
     """What the dynamics move: the mixer's output before it is added (attention), or the residual stream after the MLP."""
 

@@ -17,6 +17,12 @@ class INLConfig(TransformerConfig):
     )
     """INL dynamics in every block: full (each token chooses its gains), lite (constant gains, only mu is learned)."""
 
+    @classmethod
+    def presets(cls) -> dict[str, dict[str, Any]]:
+        """The transformer's. The smallest would be 9% larger than its name with its controllers: its MLP is narrower."""
+        found = super().presets()
+        return {**found, "nano": {**found["nano"], "intermediate_size": 768}}
+
 
 class INL(Transformer):
     """Transformer whose blocks carry a velocity over depth (layers/dynamics.py)."""

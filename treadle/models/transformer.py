@@ -217,13 +217,15 @@ class Transformer(Backbone):
         """What dynamics do with a batch (layers/dynamics.py `statistics`); nothing without them."""
         if self.config.dynamics == "none":
             return {}
-        self._steered = []
+        self._steered, was_training = [], self.training
+        self.eval()
         try:
             with torch.no_grad():
                 self.hidden(batch)
             return statistics(self._steered)
         finally:
             self._steered = None
+            self.train(was_training)
 
     def parameter_rules(self) -> dict[str, ParameterRule]:
         spared = [name for name, _ in self.named_parameters() if (own := self._of_mixer(name)) and own[0].undecayed(own[1])]
