@@ -45,19 +45,21 @@ def gains(
     h: Tensor, v: Tensor, w1: Tensor, c1: Tensor, w2: Tensor, c2: Tensor, beta_max: float, products: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(alpha, beta, gate), each [N, D], of h, v [N, D]; the two products are computed in `products`."""
-    _, a, b, g = _logits(h, v, w1, c1, w2, c2, products)
-    return torch.sigmoid(a), F.softplus(b).clamp(max=beta_max), torch.sigmoid(g)
+    _, logits = _controller(h, v, w1, c1, w2, c2, products)
+    width = h.shape[-1]
+    beta = F.softplus(logits[:, width : 2 * width]).clamp(max=beta_max)
+    shares = torch.sigmoid(logits)  # of b too: one pass over neighbouring numbers takes less than two over every third
+    return shares[:, :width], beta, shares[:, 2 * width :]
 
 
-def _logits(
+def _controller(
     h: Tensor, v: Tensor, w1: Tensor, c1: Tensor, w2: Tensor, c2: Tensor, products: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(what silu reads [N, C], a, b, g [N, D]); without a copy of h and v side by side."""
+) -> tuple[Tensor, Tensor]:
+    """(what silu reads [N, C], [a, b, g] [N, 3D]); without a copy of h and v side by side."""
     of_h, of_v = w1.to(products).split(h.shape[-1], 1)
     inner = torch.addmm(c1.to(products), h.to(products), of_h.t())
     inner = torch.addmm(inner, v.to(products), of_v.t())
-    out = torch.addmm(c2.to(products), F.silu(inner), w2.to(products).t())
-    return inner, *_wide(out).chunk(3, -1)  # type: ignore[return-value]
+    return inner, _wide(torch.addmm(c2.to(products), F.silu(inner), w2.to(products).t()))
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -83,21 +85,21 @@ class _Dynamics(torch.autograd.Function):
         h, v, mu, w1, c1, w2, c2 = ctx.saved_tensors
         limits, products = ctx.limits, ctx.products
         rows, velocities, width = h.flatten(0, -2), v.flatten(0, -2), h.shape[-1]
-        inner, a, b, g = _logits(rows, velocities, w1, c1, w2, c2, products)
-        alpha, gate, soft = torch.sigmoid(a), torch.sigmoid(g), F.softplus(b)
+        inner, logits = _controller(rows, velocities, w1, c1, w2, c2, products)
+        alpha, slope, gate = torch.sigmoid(logits).chunk(3, 1)  # slope: the derivative of softplus
+        soft = F.softplus(logits[:, width : 2 * width])
         beta = soft.clamp(max=limits.beta_max)
         gap = _wide(rows) - mu.clamp(limits.mu_min, limits.mu_max)
-        pull = alpha * velocities - beta * gap
+        pull = (alpha * velocities).addcmul_(beta, gap, value=-1.0)
         grad_h, grad_v = _wide(grad_h.flatten(0, -2)), _wide(grad_v.flatten(0, -2))
 
         kept = pull.abs() <= limits.velocity_max  # the clamps pass what lies on their bounds, as torch's do
         grad_pull = torch.addcmul(grad_v, grad_h, gate, value=limits.step).mul_(kept)
         velocity = pull.clamp_(-limits.velocity_max, limits.velocity_max)
-        grad_logits = torch.cat((
-            grad_pull * velocities * (alpha * (1.0 - alpha)),
-            (grad_pull * gap).neg_().mul_(torch.sigmoid(b)).mul_(soft <= limits.beta_max),
-            (grad_h * velocity).mul_(limits.step).mul_(gate * (1.0 - gate)),
-        ), 1)  # fmt: skip
+        grad_logits, (grad_a, grad_b, grad_g) = logits, logits.chunk(3, 1)  # they are read no more
+        torch.ops.aten.sigmoid_backward.grad_input(grad_pull * velocities, alpha, grad_input=grad_a)
+        torch.mul(slope, gap.mul_(grad_pull).mul_(soft <= limits.beta_max), out=grad_b).neg_()
+        torch.ops.aten.sigmoid_backward.grad_input(velocity.mul_(grad_h).mul_(limits.step), gate, grad_input=grad_g)
         pulled = grad_pull * beta
         inside = (mu >= limits.mu_min) & (mu <= limits.mu_max)
         grad_mu = pulled.sum(0) * inside
