@@ -17,6 +17,7 @@ _PLACES = {
     "DistillationTrainer": "treadle.distillation:DistillationTrainer",
     "Evaluator": "treadle.evaluation.evaluator:Evaluator",
     "GeneratedDataset": "treadle.data.generated:GeneratedDataset",
+    "INLDynamics": "treadle.layers.dynamics:INLDynamics",
     "LayerState": "treadle.layers.state:LayerState",
     "LossTerm": "treadle.objectives.base:LossTerm",
     "Losses": "treadle.objectives.base:Losses",
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from treadle.data.generated import GeneratedDataset
     from treadle.distillation import DistillationTrainer, student_of
     from treadle.evaluation.evaluator import Evaluator
+    from treadle.layers.dynamics import INLDynamics
     from treadle.layers.state import LayerState, State
     from treadle.library import (
         Model,

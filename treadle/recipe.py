@@ -307,7 +307,7 @@ class ModelFile:
 def _arch_of(preset: str, arch: str) -> str:
     """The architecture that has a preset of this name, chosen after (or without) an architecture: that one, or another."""
     name = plain(preset)
-    for one in (arch, *MODELS.names()):
+    for one in (arch, DEFAULT_ARCHITECTURE, *MODELS.names()):
         if name in {plain(known) for known in MODELS.get(one).Config.presets()}:
             return one
     return arch

@@ -52,6 +52,11 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
         {"hidden_sizes": [24, 32], "num_blocks": [[1, 0, 1], [2]], "token_mixers": [["attention", "hgrn"], "ssm"], "ternary": False,
          "initializer_range": 0.1},
     ],
+    "inl": [
+        {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "dynamics_controller_size": 16},
+        {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "style": "gpt2", "max_position_embeddings": 64, "dynamics": "lite",
+         "dynamics_placement": "post"},
+    ],
     "ssm": [
         {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "local_window": 5},
         {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "local_window": 0, "num_streams": 1, "qk_norm": True},

@@ -127,7 +127,7 @@ def test_no_architecture_is_named_outside_models() -> None:
     """The trainer and its neighbours know no model's name."""
     for path in FILES:
         if room_of(path) in ("training", "evaluation", "generation", "data", "objectives", "monitor", "checkpoint"):
-            words = re.findall(r'"(transformer|shc|ssm|hgrn_bit|hnet)"', path.read_text())
+            words = re.findall(r'"(transformer|shc|ssm|hgrn_bit|hnet|inl)"', path.read_text())
             assert (path.name == "config.py" and words == ["transformer"]) or not words, f"{path} names {words}"
 
 

@@ -23,3 +23,4 @@ class Context:
     used: int = 0
     token_mixer_only: bool = False  # a block answers with its mixer alone, for matching it in distillation
     routed: list[Any] | None = None  # what routers decide is kept here when somebody looks
+    steered: list[Any] | None = None  # and what dynamics do

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
 from treadle.data.batch import Batch
 from treadle.errors import ConfigError
 from treadle.layers.context import Context
+from treadle.layers.dynamics import INLDynamics, Steered, statistics
 from treadle.layers.head import SoftcappedHead
 from treadle.layers.mlp import MLP, SwiGLU
 from treadle.layers.norm import make_norm
@@ -20,10 +22,11 @@ from treadle.layers.token_mixers import TOKEN_MIXERS, TokenMixer, layer_types_of
 from treadle.models.backbone import Backbone
 from treadle.models.base import ParameterRule
 from treadle.models.dense_keys import DenseConfig
+from treadle.models.dynamics_keys import DynamicsKeys
 from treadle.settings import option
 
 
-class TransformerConfig(DenseConfig):
+class TransformerConfig(DynamicsKeys, DenseConfig):
     """The dense transformer's keys."""
 
     layer_types: list[str] | None = option(None, aliases=("layer_pattern",))
@@ -97,7 +100,7 @@ class TransformerConfig(DenseConfig):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each added to the residual stream."""
+    """Attention and MLP, each added to the residual stream. With dynamics x is [B, T, 2, D]: the stream and its velocity."""
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
@@ -114,15 +117,27 @@ class Block(nn.Module):
         self.mlp = MLP(width, inner, config.activation, bias) if gpt2 else SwiGLU(width, inner, bias, config.gated_activation)
         self.mlp_post_norm = norm(config.post_norms)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()  # Dropout(0) still multiplies
+        self.dynamics = config.make_dynamics()
+        self.steers_attention = config.dynamics_placement == "attention"
 
     def forward(self, x: Tensor, context: Context, state: Any = None) -> Tensor:
         if context.token_mixer_only:
             return self.attention(x, context)
+        x, velocity = (x, None) if self.dynamics is None else x.unbind(2)
+        y = self.attention_post_norm(self.attention(x if self.norms_sums else self.attention_norm(x), context, state))
+        if self.dynamics is not None and self.steers_attention:
+            y, velocity = self.dynamics(y, velocity, context.steered)
+        x = x + self.dropout(y)
         if self.norms_sums:
-            x = self.attention_norm(x + self.dropout(self.attention(x, context, state)))
-            return self.mlp_norm(x + self.dropout(self.mlp(x)))
-        x = x + self.dropout(self.attention_post_norm(self.attention(self.attention_norm(x), context, state)))
-        return x + self.dropout(self.mlp_post_norm(self.mlp(self.mlp_norm(x))))
+            x = self.attention_norm(x)
+            x = self.mlp_norm(x + self.dropout(self.mlp(x)))
+        else:
+            x = x + self.dropout(self.mlp_post_norm(self.mlp(self.mlp_norm(x))))
+        if velocity is None:
+            return x
+        if self.dynamics is not None and not self.steers_attention:
+            x, velocity = self.dynamics(x, velocity, context.steered)
+        return torch.stack((x, velocity), 2)
 
 
 class Transformer(Backbone):
@@ -135,6 +150,7 @@ class Transformer(Backbone):
     def __init__(self, config: TransformerConfig) -> None:
         norm = make_norm("layer" if config.style == "gpt2" else "rms", config.hidden_size, config.norm_eps)
         norm = norm if config.ends_normalised else nn.Identity()
+        self._steered: list[Steered] | None = None
         super().__init__(config, config.hidden_size, config.num_layers, norm, config.tie_embeddings)
         self.logit_softcap = config.final_logit_softcapping
         if self.logit_softcap is not None:
@@ -149,6 +165,7 @@ class Transformer(Backbone):
 
     def context(self, batch: Batch, state: State | None) -> Context:
         context = super().context(batch, state)
+        context.steered = self._steered
         if self.positions is None:
             c, ids = self.config, self._position_ids(batch, context)
             if c.rope_scaling is None:
@@ -175,7 +192,11 @@ class Transformer(Backbone):
                 raise ConfigError(f"{longest} positions, but the model has max_position_embeddings = "
                                   f"{self.config.max_position_embeddings}; use shorter rows (--seq_len)")  # fmt: skip
             x = x + self.positions(self._position_ids(batch, context))
-        return self.dropout(x)
+        x = self.dropout(x)
+        return x if self.config.dynamics == "none" else torch.stack((x, torch.zeros_like(x)), 2)
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        return self.norm(x if self.config.dynamics == "none" else x[:, :, 0])
 
     @property
     def longest_row(self) -> int | None:
@@ -188,7 +209,28 @@ class Transformer(Backbone):
         c = self.config
         mlp = c.hidden_size * c.inner * (2 if c.style == "gpt2" else 3)
         mixers = sum(block.attention.flops(length) for block in self.layers)  # type: ignore[operator, union-attr]
+        mixers += length * sum(layer.flops() for layer in self._dynamics())
         return mixers + 2 * length * (c.num_layers * mlp + c.hidden_size * c.vocab_size)
+
+    def _dynamics(self) -> list[INLDynamics]:
+        return [module for module in self.modules() if isinstance(module, INLDynamics)]
+
+    def full_precision_modules(self) -> list[nn.Module]:
+        return [*super().full_precision_modules(), *self._dynamics()]
+
+    def inspect(self, batch: Batch) -> dict[str, float]:
+        """What dynamics do with a batch (layers/dynamics.py `statistics`); nothing without them."""
+        if self.config.dynamics == "none":
+            return {}
+        self._steered, was_training = [], self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                self.hidden(batch)
+            return statistics(self._steered)
+        finally:
+            self._steered = None
+            self.train(was_training)
 
     def parameter_rules(self) -> dict[str, ParameterRule]:
         spared = [name for name, _ in self.named_parameters() if (own := self._in_mixer(name)) and own[0].undecayed(own[1])]
@@ -203,6 +245,9 @@ class Transformer(Backbone):
         inside = self._in_mixer(name)
         if inside is not None and (own := inside[0].initial(inside[1], parameter)) is not None:
             return own
+        layer, _, rest = name.partition(".dynamics.")
+        if rest and (own_start := self.get_submodule(f"{layer}.dynamics").initial(rest)) is not None:  # type: ignore[operator]
+            return own_start
         if name.endswith(".bias"):
             return "zeros"
         if parameter.dim() == 1:
