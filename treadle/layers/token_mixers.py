@@ -14,8 +14,25 @@ from treadle.registry import Registry
 
 TOKEN_MIXERS = Registry(
     "layer type",
-    {"full_attention": "treadle.layers.attention:Attention"},
-    aliases={"attention": "full_attention", "full": "full_attention", "softmax": "full_attention"},
+    {
+        "full_attention": "treadle.layers.attention:Attention",
+        "block_sparse_attention": "treadle.layers.mixers.block_sparse_attention:BlockSparseAttention",
+        "linear_attention": "treadle.layers.mixers.linear_attention:LinearAttention",
+        "ssd": "treadle.layers.mixers.ssd:SSD",
+        "hgrn": "treadle.layers.mixers.hgrn:HGRNMixer",
+        "retnet": "treadle.layers.mixers.retnet:RetNet",
+        "rwkv": "treadle.layers.mixers.rwkv:RWKV",
+        "gated_deltanet": "treadle.layers.mixers.gated_deltanet:GatedDeltaNet",
+    },
+    aliases={
+        **dict.fromkeys(("attention", "full", "softmax"), "full_attention"),
+        **dict.fromkeys(("block_sparse", "sparse", "sparse_attention"), "block_sparse_attention"),
+        **dict.fromkeys(("linear", "linear_transformer"), "linear_attention"),
+        **dict.fromkeys(("mamba2", "mamba_2"), "ssd"),
+        **dict.fromkeys(("retention", "ret_net"), "retnet"),
+        **dict.fromkeys(("rwkv6", "rwkv_6"), "rwkv"),
+        **dict.fromkeys(("deltanet", "gated_delta_net", "gdn"), "gated_deltanet"),
+    },
     base="treadle.layers.token_mixers:TokenMixer",
 )
 
@@ -49,6 +66,12 @@ class TokenMixer(nn.Module):
     @classmethod
     def undecayed(cls, name: str) -> bool:
         """Whether a matrix of this name is spared weight decay (vectors always are)."""
+        return False
+
+    @classmethod
+    def elementwise(cls, name: str) -> bool:
+        """Whether a matrix of this name multiplies element by element (a short convolution): spared weight decay, and no
+        matrix to Muon."""
         return False
 
 

@@ -19,10 +19,11 @@ from treadle.layers.token_mixers import TOKEN_MIXERS, TokenMixer, layer_types_of
 from treadle.models.backbone import Backbone
 from treadle.models.base import ParameterRule
 from treadle.models.decoder import DecoderConfig
+from treadle.models.mixer_keys import MixerKeys
 from treadle.settings import option
 
 
-class TransformerConfig(DecoderConfig):
+class TransformerConfig(MixerKeys, DecoderConfig):
     """The dense transformer's keys."""
 
     style: Literal["llama", "gpt2"] = option("llama")
@@ -55,7 +56,7 @@ class TransformerConfig(DecoderConfig):
 
     @model_validator(mode="after")
     def _mixers_are_known(self) -> TransformerConfig:
-        layer_types_of(self.layer_types, self.num_layers)
+        self.check_mixers(layer_types_of(self.layer_types, self.num_layers))
         return self
 
     def mixer(self, layer: int) -> type[TokenMixer]:
@@ -186,8 +187,10 @@ class Transformer(Backbone):
         return mixers + 2 * length * (c.num_layers * mlp + c.hidden_size * c.vocab_size)
 
     def parameter_rules(self) -> dict[str, ParameterRule]:
-        spared = [name for name, _ in self.named_parameters() if (own := self._of_mixer(name)) and own[0].undecayed(own[1])]
-        return {**super().parameter_rules(), **{name: ParameterRule(weight_decay=False) for name in spared}}
+        of_mixers = [(name, own) for name, _ in self.named_parameters() if (own := self._of_mixer(name))]
+        spared = {n: ParameterRule(weight_decay=False) for n, (mixer, own) in of_mixers if mixer.undecayed(own)}
+        single = {n: ParameterRule(weight_decay=False, matrix=False) for n, (mixer, own) in of_mixers if mixer.elementwise(own)}
+        return {**super().parameter_rules(), **spared, **single}
 
     def _of_mixer(self, name: str) -> tuple[type[TokenMixer], str] | None:
         """The class of the mixer that a parameter belongs to, and its name there."""
