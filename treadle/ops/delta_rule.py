@@ -50,7 +50,7 @@ def delta_rule(
     """
     length, size = k.shape[2], chunk or chunk_size(k.shape[2])
     q, k, v, decay, beta, documents = in_chunks(size, q, k, v, log_decay, beta, documents)
-    weights, left, right, keep = chunk_decays(decay, documents)
+    weights, left, right, keep = chunk_decays(decay, documents, precise=True)
     keys = k.transpose(-1, -2)
     mixing = ((beta[..., None] * k) @ keys * weights).tril(-1)
     width = v.shape[-1]

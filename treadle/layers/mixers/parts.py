@@ -99,7 +99,7 @@ def decayed(
 ) -> Tensor:
     """ops.ssd over documents, or going on from the memory called `name` in `state`: [B, H, T, P]."""
     if state is None:
-        return ssd(x, log_decay, b, c, context.doc_ids)[0]
+        return ssd(x, log_decay, b, c, context.doc_ids, precise=True)[0]
     mask = token_mask(context)[:, None].to(x.dtype)  # padding: no decay, no input
     log_decay, b = log_decay * mask, b * mask[..., None]
     memory = getattr(state, name)
@@ -107,7 +107,7 @@ def decayed(
         memory = step(memory, x[:, :, 0], log_decay[:, :, 0], b[:, :, 0])
         y = c @ memory
     else:
-        y, memory = ssd(x, log_decay, b, c, initial=memory)
+        y, memory = ssd(x, log_decay, b, c, initial=memory, precise=True)
     setattr(state, name, memory.detach())
     return y
 
