@@ -35,7 +35,7 @@ PATTERNS = {
     "hybrid": ["ssd", "ssd", "ssd", "full_attention"],
     **{name: [name] for name in ("block_sparse_attention", "linear_attention", "ssd", "hgrn", "retnet", "rwkv", "gated_deltanet")},
 }
-ROWS, LENGTH, TOKENS = 8, 256, 1000  # tokens: at which the decoding state is weighed
+ROWS, TOKENS = 8, 1000  # tokens: at which the decoding state is weighed
 SHAPE: dict[str, Any] = {"hidden_size": 96, "num_layers": 4, "num_heads": 3, "low_rank_size": 16, "attention_block_size": 32}
 
 
@@ -56,12 +56,13 @@ def built(name: str) -> Model:
     return treadle.build("transformer", vocab_size=256, **keys_of(name))
 
 
-def trained(name: str, source: str, seed: int, steps: int, rate: float, eval_rows: str, output: Path) -> float:
+def trained(name: str, source: str, seed: int, given: argparse.Namespace) -> float:
     """Bits per byte on the held-out text, from the run if it is there."""
-    folder = output / f"{Path(source).stem}-{name}-{steps}-{rate:g}-{seed}"
+    steps, rate, length = given.steps, given.rate, given.length
+    folder = Path(given.output) / f"{Path(source).stem}-{name}-{steps}-{length}-{rate:g}-{seed}"
     if not _result(folder, steps):
-        wanted = {"max_steps": steps, "seq_len": LENGTH, "per_device_train_batch_size": ROWS, "warmup_steps": min(25, steps // 4), "lr": rate,
-                  "precision": "fp32", "tokenizer": "byte", "seed": seed, "eval_rows": eval_rows, "eval_steps": steps,
+        wanted = {"max_steps": steps, "seq_len": length, "per_device_train_batch_size": ROWS, "warmup_steps": min(25, steps // 4), "lr": rate,
+                  "precision": "fp32", "tokenizer": "byte", "seed": seed, "eval_rows": given.eval_rows, "eval_steps": steps,
                   "save_steps": steps, "output_dir": folder, "model.arch": "transformer", **keys_of(name)}  # fmt: skip
         flags = [part for key, value in wanted.items() for part in (f"--{key}", _typed(value).replace("'", '"'))]
         done = subprocess.run([sys.executable, "-m", "treadle", "train", source, *flags], capture_output=True, text=True)
@@ -78,15 +79,15 @@ def _result(folder: Path, steps: int) -> dict[str, str]:
         return next((row for row in reversed(list(csv.DictReader(rows))) if int(row["step"]) == steps), {})
 
 
-def step_of(name: str) -> Callable[[], Any]:
+def step_of(name: str, length: int) -> Callable[[], Any]:
     model, generator = built(name).train(), torch.Generator().manual_seed(0)
-    batch = Batch.for_training(torch.randint(0, 256, (ROWS, LENGTH), generator=generator))
+    batch = Batch.for_training(torch.randint(0, 256, (ROWS, length), generator=generator))
     return lambda: NextToken()(model, batch).losses["next_token"].total.backward()
 
 
-def relative_cost(name: str, rounds: int) -> float:
+def relative_cost(name: str, length: int, rounds: int) -> float:
     """CPU seconds of a forward and backward pass, full attention's being 1: A B A B, the median of the ratios of neighbours."""
-    ways, ratios = [step_of(REFERENCE), step_of(name)], []
+    ways, ratios = [step_of(REFERENCE, length), step_of(name, length)], []
     for number in range(rounds + 1):
         taken = []
         for way in ways:
@@ -103,6 +104,7 @@ def main() -> None:
     parser.add_argument("text", nargs="?", default="austen")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--length", type=int, default=256, help="bytes of a row")
     parser.add_argument("--rate", type=float, default=4e-3, help="learning rate of all")
     parser.add_argument("--eval-rows", default="null", help="held-out rows that are evaluated; null: all")
     parser.add_argument("--only", nargs="*", choices=list(PATTERNS), help="some of the models")
@@ -114,15 +116,15 @@ def main() -> None:
     found: dict[str, list[float]] = {name: [] for name in given.only or PATTERNS}
     for seed in range(given.seeds):
         for name, values in found.items():
-            values.append(trained(name, given.text, seed, given.steps, given.rate, given.eval_rows, Path(given.output)))
+            values.append(trained(name, given.text, seed, given))
             print(f"{name}, seed {seed}: {values[-1]:.4f} bits per byte", flush=True)
-    print(f"\n{given.steps} steps of {ROWS} rows x {LENGTH} bytes of {given.text}, learning rate {given.rate:g}, {given.seeds} seeds; "
+    print(f"\n{given.steps} steps of {ROWS} rows x {given.length} bytes of {given.text}, learning rate {given.rate:g}, {given.seeds} seeds; "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}")  # fmt: skip
     print(f"{'':<24}{'bits per byte':>20}{'parameters':>12}{'CPU time a step':>18}{f'state at {TOKENS}':>16}")
     for name, values in found.items():
         model = built(name)
         deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-        cost = "" if given.no_timing else f"{relative_cost(name, given.rounds):.2f}"
+        cost = "" if given.no_timing else f"{relative_cost(name, given.length, given.rounds):.2f}"
         print(f"{name:<24}{f'{statistics.mean(values):.3f} +- {deviation:.3f}' if values else '':>20}{model.parameter_count():>12,}{cost:>18}"
               f"{model.state_bytes(1, TOKENS):>16,}", flush=True)  # fmt: skip
 
