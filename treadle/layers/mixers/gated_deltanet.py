@@ -26,6 +26,7 @@ from treadle.layers.mixers.ssd import decay_start
 from treadle.layers.state import LayerState
 from treadle.layers.token_mixers import TokenMixer
 from treadle.ops.delta_rule import delta_rule, delta_rule_flops, step
+from treadle.ops.flash_linear_attention import flash
 from treadle.ops.precision import without_autocast
 
 
@@ -75,15 +76,17 @@ class GatedDeltaNet(TokenMixer):
             q, k = (t * torch.rsqrt(t.square().sum(-1, keepdim=True) + 1e-6) for t in (q, k))
             log_decay = (-wide(self.rate).exp() * F.softplus(wide_linear(self.step, x))).transpose(1, 2)  # [B, H, T]
             beta = torch.sigmoid(wide_linear(self.beta, x)).transpose(1, 2)
-            y = self._recur(q, k, v, log_decay, beta, context, state)
+            y = self._recur(q, k, v, log_decay, beta, context, state, gate.dtype)
             y = self.norm(joined(y)) * F.silu(wide(gate))
         return self.out(y.to(x.dtype))
 
     def _recur(
-        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, context: Context, state: MatrixState | None
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, context: Context, state: MatrixState | None,
+        dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
         if state is None:
-            return delta_rule(q, k, v, log_decay, beta, context.doc_ids)[0]
+            y = flash("delta_rule", dtype, context.doc_ids, context.segments, q, k, v, log_decay, beta)
+            return y if y is not None else delta_rule(q, k, v, log_decay, beta, context.doc_ids)[0]
         mask = token_mask(context)[:, None].to(v.dtype)  # padding: no decay, nothing replaced
         log_decay, beta = log_decay * mask, beta * mask
         if v.shape[2] == 1:

@@ -56,6 +56,7 @@ class LinearAttention(TokenMixer):
 
     def forward(self, x: Tensor, context: Context, state: LinearAttentionState | None = None) -> Tensor:
         q, k, v = self.query(x), self.key(x), self.value(x)
+        dtype = v.dtype
         with without_autocast(x):
             q, k, v = heads_of(wide(q), self.heads), heads_of(wide(k), self.groups), heads_of(wide(v), self.groups)
             q, k = (F.elu(t) + 1.0 for t in (q, k))
@@ -63,6 +64,6 @@ class LinearAttention(TokenMixer):
             turned_q, turned_k = (q, k) if context.rotary is None else (rotate(q, *context.rotary), rotate(k, *context.rotary))
             k, turned_k = (expanded(t, self.heads // self.groups) for t in (k, turned_k))
             no_decay = q.new_zeros(1, 1, q.shape[2])
-            y = decayed(v, no_decay, turned_k, turned_q, context, state)
+            y = decayed(v, no_decay, turned_k, turned_q, context, state, dtype=dtype)
             y = y / (decayed(torch.ones_like(v[..., :1]), no_decay, k, q, context, state, "weights") + 1e-6)
         return self.out(joined(y).to(x.dtype))

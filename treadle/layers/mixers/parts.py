@@ -13,6 +13,7 @@ from treadle.layers.context import Context
 from treadle.layers.hgrn import ShortConvolution
 from treadle.layers.state import LayerState
 from treadle.ops.documents import document_starts
+from treadle.ops.flash_linear_attention import flash
 from treadle.ops.ssd import ssd, step
 
 
@@ -95,10 +96,15 @@ def shifted(layer: ShortConvolution | None, x: Tensor, context: Context, state: 
 
 
 def decayed(
-    x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, context: Context, state: Any = None, name: str = "memory"
-) -> Tensor:
-    """ops.ssd over documents, or going on from the memory called `name` in `state`: [B, H, T, P]."""
+    x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, context: Context, state: Any = None, name: str = "memory",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:  # fmt: skip
+    """ops.ssd over documents, or going on from the memory called `name` in `state`: [B, H, T, P]. `dtype`: what the products
+    around it are in, 16 bits being where kernels of a GPU may take over."""
     if state is None:
+        y = flash("ssd", dtype, context.doc_ids, context.segments, x, log_decay, b, c)
+        if y is not None:
+            return y
         return ssd(x, log_decay, b, c, context.doc_ids, precise=True)[0]
     mask = token_mask(context)[:, None].to(x.dtype)  # padding: no decay, no input
     log_decay, b = log_decay * mask, b * mask[..., None]

@@ -46,11 +46,13 @@ class RetNet(TokenMixer):
 
     def forward(self, x: Tensor, context: Context, state: MatrixState | None = None) -> Tensor:
         q, k, v, gate = self.query(x), self.key(x), self.value(x), self.gate(x)
+        dtype = v.dtype
         with without_autocast(x):
             q, k, v = (heads_of(wide(t), self.heads) for t in (q, k * self.head_width**-0.5, v))
             if context.rotary is not None:
                 q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
             lost = torch.linspace(math.log(2.0**-5), math.log(2.0**-9), self.heads, device=x.device, dtype=q.dtype)
             log_decay = torch.log1p(-lost.exp())[None, :, None].expand(1, -1, x.shape[1])
-            y = self.norm(joined(decayed(v, log_decay, k, q, context, state))) * F.silu(wide(gate))
+            y = decayed(v, log_decay, k, q, context, state, dtype=dtype)
+            y = self.norm(joined(y)) * F.silu(wide(gate))
         return self.out(y.to(x.dtype))

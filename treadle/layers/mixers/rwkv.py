@@ -22,6 +22,7 @@ from treadle.layers.mixers.parts import (
 )
 from treadle.layers.state import LayerState
 from treadle.layers.token_mixers import TokenMixer
+from treadle.ops.flash_linear_attention import flash
 from treadle.ops.precision import without_autocast
 from treadle.ops.wkv import step, wkv, wkv_flops
 
@@ -79,15 +80,17 @@ class RWKV(TokenMixer):
             decay = wide_linear(self.decay_up, torch.tanh(wide_linear(self.decay_down, for_decay)))
             log_decay = heads_of(-decay.clamp(max=LARGEST_DECAY).exp(), self.heads)
             r, k, v = (heads_of(wide(t), self.heads) for t in (r, k, v))
-            y = self._recur(r, k, v, log_decay, wide(self.bonus).view(self.heads, -1), context, state)
+            y = self._recur(r, k, v, log_decay, wide(self.bonus).view(self.heads, -1), context, state, gate.dtype)
             y = self.norm(joined(y)) * F.silu(wide(gate))
         return self.out(y.to(x.dtype))
 
     def _recur(
-        self, r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, bonus: Tensor, context: Context, state: MatrixState | None
-    ) -> Tensor:
+        self, r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, bonus: Tensor, context: Context, state: MatrixState | None,
+        dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
         if state is None:
-            return wkv(r, k, v, log_decay, bonus, context.doc_ids)[0]
+            y = flash("wkv", dtype, context.doc_ids, context.segments, r, k, v, log_decay, bonus)
+            return y if y is not None else wkv(r, k, v, log_decay, bonus, context.doc_ids)[0]
         mask = token_mask(context)[:, None, :, None].to(v.dtype)  # padding: no decay, no input
         log_decay, k = log_decay * mask, k * mask
         if v.shape[2] == 1:

@@ -68,7 +68,7 @@ class SSD(TokenMixer):
             inputs, b, c = heads_of(inputs, self.heads), heads_of(b, 1), heads_of(c, 1)
             dt = F.softplus(wide_linear(self.step, x)).transpose(1, 2)  # [B, H, T]
             log_decay = -wide(self.rate).exp()[:, None] * dt
-            y = decayed(inputs * dt[..., None], log_decay, b, c, context, state)
+            y = decayed(inputs * dt[..., None], log_decay, b, c, context, state, dtype=gate.dtype)
             y = joined(y + wide(self.skip)[:, None, None] * inputs)
             y = self.norm(y * F.silu(wide(gate)))
         return self.out(y.to(x.dtype))
