@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -224,14 +225,14 @@ def test_many_documents_over_several_chunks_stay_apart(name: str) -> None:
     ids = torch.randint(0, 61, (1, 200), generator=torch.Generator().manual_seed(0))
     ends = [0, 30, 31, 64, 130, 190]
     doc_ids = torch.full((1, 200), -1)
-    for number, (start, stop) in enumerate(zip(ends, ends[1:])):
+    for number, (start, stop) in enumerate(itertools.pairwise(ends)):
         doc_ids[0, start:stop] = number
     changed = ids.clone()
     changed[0, 64:130] = (changed[0, 64:130] + 3) % 61
     with torch.no_grad():
         packed, other = (model(Batch.from_ids(t, doc_ids=doc_ids)).logits[0] for t in (ids, changed))
         assert torch.equal(packed[:64], other[:64]) and torch.equal(packed[130:190], other[130:190])
-        for start, stop in zip(ends, ends[1:]):
+        for start, stop in itertools.pairwise(ends):
             alone = model(Batch.from_ids(ids[:, start:stop])).logits[0]
             torch.testing.assert_close(packed[start:stop], alone, atol=1e-5, rtol=1e-4)
 

@@ -90,8 +90,11 @@ class BlockSparseAttention(TokenMixer):
         """In pieces of one window, so that a long prompt makes no T x T matrix."""
         assert context.token_positions is not None
         mask, positions = context.token_positions.token_mask, context.token_positions.position_ids
-        pieces = zip(*(t.split(self.window, 2) for t in (q, k, v)), *(t.split(self.window, 1) for t in (mask, positions)))
-        return torch.cat([self._piece(*piece, state) for piece in pieces], 2)
+        parts = []
+        for start in range(0, q.shape[2], self.window):
+            at = slice(start, start + self.window)
+            parts.append(self._piece(q[:, :, at], k[:, :, at], v[:, :, at], mask[:, at], positions[:, at], state))
+        return torch.cat(parts, 2)
 
     def _piece(self, q: Tensor, k: Tensor, v: Tensor, token_mask: Tensor, positions: Tensor, state: BlockSparseCache) -> Tensor:
         """Softmax over the first keys, the ring and the new keys; each position is held by one of them. Then they are kept."""
