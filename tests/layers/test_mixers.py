@@ -270,6 +270,21 @@ def test_gates_at_their_limits_stay_finite(name: str) -> None:
         made.zero_grad()
 
 
+@pytest.mark.parametrize("gate", [-100.0, -30.0, 30.0, 100.0])
+@pytest.mark.parametrize("name, bias", [("ssd", "step"), ("gated_deltanet", "step"), ("rwkv", "decay_up")])
+def test_decays_at_their_limits(name: str, bias: str, gate: float) -> None:
+    """A bias that shuts or opens every decay, as far as exp(100), which fp32 does not hold: the equations all the same."""
+    made = mixer(name)
+    with torch.no_grad():
+        getattr(made, bias).bias.fill_(gate)
+    x = torch.randn(1, 70, WIDTH, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    rotary = rotation(torch.arange(70)[None], 8)
+    y = made(x, Context(rotary=rotary))
+    y.square().sum().backward()
+    assert x.grad is not None and all(bool(t.isfinite().all()) for t in (x.grad, *(p.grad for p in made.parameters())))
+    torch.testing.assert_close(y[0], LOOPS[name](made, x[0], (rotary[0][0, 0], rotary[1][0, 0])), atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", LOOPS)
 def test_decoding_under_autocast(name: str) -> None:
     """As the trainer's samples are made: states in fp32, products in bf16, near the full forward pass."""
