@@ -10,6 +10,10 @@ import torch
 from treadle.models.base import Model, build_from
 from treadle.models.catalogue import MODELS
 
+KINDS = ["block_sparse_attention", "linear_attention", "ssd", "hgrn", "retnet", "rwkv", "gated_deltanet"]
+MIXER = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "state_size": 8, "low_rank_size": 4, "attention_block_size": 4,
+         "global_tokens": 2}  # fmt: skip
+
 # The small shapes under test; an architecture without one here fails, it is not left out. A list holds variants.
 SHAPES: dict[str, list[dict[str, Any]]] = {
     "transformer": [
@@ -29,6 +33,8 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
         {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 1, "layer_types": ["local", "full"], "sliding_window": 6,
          "qk_norm": True, "qk_norm_over": "projection", "pre_norm": False, "post_norms": True, "attention_bias": True, "mlp_bias": True,
          "partial_rotary_factor": 0.5, "initializer_range": 0.2, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
+        {**MIXER, "num_layers": 8, "num_kv_heads": 2, "layer_types": [*KINDS, "full_attention"]},
+        *({**MIXER, "layer_types": [kind], "style": "gpt2" if index % 2 else "llama"} for index, kind in enumerate(KINDS)),
     ],
     "shc": [
         {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2},
@@ -64,6 +70,12 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
     ],
 }
 CASES = [(name, number) for name in MODELS.names() for number in range(len(SHAPES.get(name, [{}])))]
+# Models of one mixer alone; what takes seconds a case (several processes, resuming) sees each of them in the hybrid.
+PURE = [("transformer", number) for number, shape in enumerate(SHAPES["transformer"]) if len(shape.get("layer_types", [])) == 1]
+# For tests that are written with it, instead of the fixture's cases.
+every_model_but_pure_mixers = pytest.mark.parametrize(
+    "case", [case for case in CASES if case not in PURE], ids=lambda case: f"{case[0]}-{case[1]}", indirect=True
+)
 
 
 def make(name: str, number: int = 0, seed: int = 0, **more: Any) -> Model:

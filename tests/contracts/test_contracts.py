@@ -19,7 +19,7 @@ from treadle.training.optim import Optimizers
 from treadle.training.settings import OptimSettings
 from treadle.training.step import Stepper
 
-from .conftest import make, needs, random_ids
+from .conftest import every_model_but_pure_mixers, make, needs, random_ids
 
 
 def logits(model: Model, batch: Batch) -> torch.Tensor:
@@ -167,6 +167,7 @@ def test_06_meta_initialisation_is_direct_initialisation(case: tuple[str, int]) 
     assert differ
 
 
+@every_model_but_pure_mixers
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_08_resume_is_bit_equal(case: tuple[str, int], optimizer: str, tmp_path: Path) -> None:
     """Six steps in one go, and three and three over a checkpoint, with packing and accumulation: equal bits."""
@@ -363,6 +364,7 @@ def test_labels_are_shifted_exactly_once(model: Model) -> None:
     torch.testing.assert_close(got, by_hand, atol=1e-4, rtol=1e-5)
 
 
+@every_model_but_pure_mixers
 def test_presets_build_on_the_meta_device(case: tuple[str, int]) -> None:
     cls = type(make(*case))
     for preset in cls.Config.presets():

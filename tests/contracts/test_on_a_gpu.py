@@ -118,3 +118,11 @@ def test_ternary_products_are_exact(rows: int, width: int, out: int) -> None:
     x = torch.randn(rows, width)
     layers = [ternary.PackedLayer(matrix.to(d), torch.tensor(0.5, device=d), torch.ones(width, device=d), 1e-8) for d in ("cpu", DEVICE)]
     torch.testing.assert_close(layers[1](x.to(DEVICE)).cpu(), layers[0](x), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["ssd", "delta_rule", "wkv"])
+def test_kernels_of_flash_linear_attention(kind: str) -> None:
+    pytest.importorskip("fla", reason="flash-linear-attention is not installed")
+    from treadle.ops.flash_linear_attention import agrees
+
+    assert agrees(kind, torch.bfloat16, "cuda:0")

@@ -21,7 +21,7 @@ from treadle.training.optim import Optimizers
 from treadle.training.settings import OptimSettings
 from treadle.training.step import Stepper
 
-from .conftest import make, random_ids
+from .conftest import every_model_but_pure_mixers, make, random_ids
 
 ROWS, LENGTH, STEPS = 4, 16, 4
 MODES: dict[str, dict[str, Any]] = {
@@ -94,12 +94,14 @@ def agree(
             assert got[2] == pytest.approx(got[3], rel=1e-5), (mode, step)
 
 
+@every_model_but_pure_mixers
 def test_07_one_process_is_ddp_is_fsdp(case: tuple[str, int]) -> None:
     alone = trace(case, "adamw", "none")
     for modes in run_in(2, traces, case, "adamw", list(MODES)):
         agree(case, modes, alone, 1e-5, 1e-5)
 
 
+@every_model_but_pure_mixers
 def test_07_with_muon(case: tuple[str, int]) -> None:
     alone = trace(case, "muon", "none")
     for modes in run_in(2, traces, case, "muon", ["ddp", "fsdp"]):

@@ -57,7 +57,8 @@ class ShortConvolution(nn.Module):
         order = (~token_mask).to(torch.int8).argsort(dim=1, stable=True)
         index = order[..., None].expand_as(x)
         whole = torch.cat([before.to(x.dtype), x.gather(1, index)], 1)
-        y = torch.zeros_like(x).scatter(1, index, self._sum(whole, None)[:, self.size - 1 :])
+        summed = self._sum(whole, None)[:, self.size - 1 :]  # fp32 where x has come in 16 bits
+        y = torch.zeros_like(summed).scatter(1, index, summed)
         last = token_mask.sum(1)[:, None] + torch.arange(self.size - 1, device=x.device)
         kept = whole.gather(1, last[..., None].expand(-1, -1, x.shape[2]))
         return y, kept.detach().to(before.dtype)

@@ -14,11 +14,27 @@ from treadle.registry import Registry
 
 TOKEN_MIXERS = Registry(
     "layer type",
-    {"full_attention": "treadle.layers.attention:Attention",
-     "sliding_attention": "treadle.layers.attention:SlidingAttention"},
-    aliases={"attention": "full_attention", "full": "full_attention", "softmax": "full_attention",
-             "sliding_window": "sliding_attention", "sliding_window_attention": "sliding_attention",
-             "local": "sliding_attention", "local_attention": "sliding_attention"},
+    {
+        "full_attention": "treadle.layers.attention:Attention",
+        "sliding_attention": "treadle.layers.attention:SlidingAttention",
+        "block_sparse_attention": "treadle.layers.mixers.block_sparse_attention:BlockSparseAttention",
+        "linear_attention": "treadle.layers.mixers.linear_attention:LinearAttention",
+        "ssd": "treadle.layers.mixers.ssd:SSD",
+        "hgrn": "treadle.layers.mixers.hgrn:HGRNMixer",
+        "retnet": "treadle.layers.mixers.retnet:RetNet",
+        "rwkv": "treadle.layers.mixers.rwkv:RWKV",
+        "gated_deltanet": "treadle.layers.mixers.gated_deltanet:GatedDeltaNet",
+    },
+    aliases={
+        **dict.fromkeys(("attention", "full", "softmax"), "full_attention"),
+        **dict.fromkeys(("sliding_window", "sliding_window_attention", "local", "local_attention"), "sliding_attention"),
+        **dict.fromkeys(("block_sparse", "sparse", "sparse_attention"), "block_sparse_attention"),
+        **dict.fromkeys(("linear", "linear_transformer"), "linear_attention"),
+        **dict.fromkeys(("mamba2", "mamba_2"), "ssd"),
+        **dict.fromkeys(("retention", "ret_net"), "retnet"),
+        **dict.fromkeys(("rwkv6", "rwkv_6"), "rwkv"),
+        **dict.fromkeys(("deltanet", "gated_delta_net", "gdn"), "gated_deltanet"),
+    },
     base="treadle.layers.token_mixers:TokenMixer",
 )
 
@@ -52,6 +68,12 @@ class TokenMixer(nn.Module):
     @classmethod
     def undecayed(cls, name: str) -> bool:
         """Whether a matrix of this name is spared weight decay (vectors always are)."""
+        return False
+
+    @classmethod
+    def elementwise(cls, name: str) -> bool:
+        """Whether a matrix of this name multiplies element by element (a short convolution): spared weight decay, and no
+        matrix to Muon."""
         return False
 
 

@@ -23,15 +23,16 @@ from treadle.models.backbone import Backbone
 from treadle.models.base import ParameterRule
 from treadle.models.dense_keys import DenseConfig
 from treadle.models.dynamics_keys import DynamicsKeys
+from treadle.models.mixer_keys import MixerKeys
 from treadle.settings import option
 
 
-class TransformerConfig(DynamicsKeys, DenseConfig):
+class TransformerConfig(DynamicsKeys, MixerKeys, DenseConfig):
     """The dense transformer's keys."""
 
     layer_types: list[str] | None = option(None, aliases=("layer_pattern",))
-    """The token mixer of each block by name; a shorter list is repeated. There is full_attention, which is the default
-    everywhere."""
+    """The token mixer of each block, as in ["ssd", "ssd", "ssd", "attention"]; a shorter list is repeated. Default: full
+    attention everywhere."""
 
     max_position_embeddings: int = option(2048, aliases=("max_seq_len", "block_size", "n_positions"), ge=2)
     """Rows of the learned position table (gpt2); the longest row a generation may reach."""
@@ -53,8 +54,10 @@ class TransformerConfig(DynamicsKeys, DenseConfig):
 
     @model_validator(mode="after")
     def _mixers_are_known(self) -> TransformerConfig:
-        if "sliding_attention" in layer_types_of(self.layer_types, self.num_layers) and self.sliding_window is None:
+        types = layer_types_of(self.layer_types, self.num_layers)
+        if "sliding_attention" in types and self.sliding_window is None:
             raise ValueError("layer_types has sliding_attention, which needs sliding_window: the positions that a query sees")
+        self.check_mixers(types)
         return self
 
     def mixer(self, layer: int) -> type[TokenMixer]:
@@ -233,8 +236,10 @@ class Transformer(Backbone):
             self.train(was_training)
 
     def parameter_rules(self) -> dict[str, ParameterRule]:
-        spared = [name for name, _ in self.named_parameters() if (own := self._in_mixer(name)) and own[0].undecayed(own[1])]
-        return {**super().parameter_rules(), **{name: ParameterRule(weight_decay=False) for name in spared}}
+        of_mixers = [(name, own) for name, _ in self.named_parameters() if (own := self._in_mixer(name))]
+        spared = {n: ParameterRule(weight_decay=False) for n, (mixer, own) in of_mixers if mixer.undecayed(own)}
+        single = {n: ParameterRule(weight_decay=False, matrix=False) for n, (mixer, own) in of_mixers if mixer.elementwise(own)}
+        return {**super().parameter_rules(), **spared, **single}
 
     def _in_mixer(self, name: str) -> tuple[TokenMixer, str] | None:
         """The mixer that a parameter belongs to, and its name there."""

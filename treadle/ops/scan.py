@@ -88,12 +88,13 @@ def _flash_linear_attention() -> Any:
 
 
 def scan(gate: Tensor, value: Tensor, start: Tensor | None = None, backend: Backend = "auto") -> Tensor:
-    """gate, value [B, T, D], start [B, D] (the state before the first position; default zeros) -> h [B, T, D], in fp32."""
-    gate, value = gate.float(), value.float()
-    start = start.float() if start is not None else None
-    fake = value.device.type == "meta" or type(value) is not Tensor
-    if value.device.type == "cuda" and backend in ("auto", "triton") and not fake and _flash_linear_attention() is not None:
+    """gate, value [B, T, D], start [B, D] (the state before the first position; default zeros) -> h [B, T, D], in fp32 (fp64 stays)."""
+    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+    gate, value = gate.to(dtype), value.to(dtype)
+    start = start.to(dtype) if start is not None else None
+    plain = value.device.type == "meta" or type(value) is not Tensor or dtype == torch.float64  # no kernel takes these
+    if value.device.type == "cuda" and backend in ("auto", "triton") and not plain and _flash_linear_attention() is not None:
         # It takes the gate's logarithm and adds the input as given.
         return _flash_linear_attention()(value, gate.clamp_min(1e-30).log(), initial_state=start)[0]
-    native = value.device.type == "cpu" and backend in ("auto", "native") and not fake and library("scan") is not None
+    native = value.device.type == "cpu" and backend in ("auto", "native") and not plain and library("scan") is not None
     return _Scan.apply(gate, value, start, native)  # type: ignore[no-untyped-call]

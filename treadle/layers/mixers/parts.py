@@ -1,0 +1,139 @@
+"""What the mixers with a matrix for a memory share: its decoding state, their types, norms and shifted inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from treadle.layers.context import Context
+from treadle.layers.hgrn import ShortConvolution
+from treadle.layers.state import LayerState
+from treadle.ops.documents import document_starts
+from treadle.ops.flash_linear_attention import flash
+from treadle.ops.ssd import ssd, step
+
+
+@dataclass
+class MatrixState(LayerState):
+    """memory [B, H, N, P] in fp32 (fp64 for a model in fp64); before [B, size - 1, channels], the last inputs of a short
+    convolution or a token shift, oldest first."""
+
+    memory: Tensor
+    before: Tensor
+
+    @staticmethod
+    def empty(shape: tuple[int, ...], past: tuple[int, int, int], device: Any, dtype: Any) -> MatrixState:
+        return MatrixState(torch.zeros(shape, device=device, dtype=wide_dtype(dtype)), torch.zeros(past, device=device, dtype=dtype))
+
+
+def wide_dtype(dtype: Any) -> torch.dtype:
+    """What a memory is kept and computed in: fp32, where 16 bits forget small additions; fp64 stays."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def wide(t: Tensor) -> Tensor:
+    return t.to(wide_dtype(t.dtype))
+
+
+def wide_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The layer in fp32 whatever its weights were gathered in: for gates, whose exponentials 16 bits would spoil. Outside
+    of autocast."""
+    x = wide(x)
+    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype) if layer.bias is not None else None)
+
+
+def heads_of(t: Tensor, heads: int) -> Tensor:
+    """[B, T, H E] -> [B, H, T, E]."""
+    return t.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def joined(t: Tensor) -> Tensor:
+    """[B, H, T, E] -> [B, T, H E]."""
+    return t.transpose(1, 2).flatten(2)
+
+
+class HeadNorm(nn.Module):
+    """Norm of each of `parts` equal parts of the last dimension, with one weight a channel: RMS, or `centred` on the mean of
+    the part with a bias (a group norm at each position)."""
+
+    def __init__(self, width: int, parts: int, eps: float, centred: bool = False) -> None:
+        super().__init__()
+        self.parts, self.eps = parts, eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if centred else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.unflatten(-1, (self.parts, -1))
+        if self.bias is not None:
+            return F.layer_norm(x, x.shape[-1:], eps=self.eps).flatten(-2) * self.weight.to(x.dtype) + self.bias.to(x.dtype)
+        return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)).flatten(-2) * self.weight.to(x.dtype)
+
+
+class TokenShift(ShortConvolution):
+    """y_t = x_{t-1}, zero for the first position of a document: a short convolution with nothing to learn."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.size = 2
+
+    def _sum(self, x: Tensor, doc_ids: Tensor | None) -> Tensor:
+        shifted = F.pad(x, (0, 0, 1, 0))[:, : x.shape[1]]
+        return shifted if doc_ids is None else shifted.masked_fill(document_starts(doc_ids)[..., None], 0.0)
+
+
+def shifted(layer: ShortConvolution | None, x: Tensor, context: Context, state: MatrixState | None) -> Tensor:
+    """`layer`'s output for x [B, T, C], its last inputs kept in `state`; x itself without a layer."""
+    if layer is None:
+        return x
+    y, kept = layer(x, context, state.before if state is not None else None)
+    if state is not None and kept is not None:
+        state.before = kept
+    return y
+
+
+def decayed(
+    x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, context: Context, state: Any = None, name: str = "memory",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:  # fmt: skip
+    """ops.ssd over documents, or going on from the memory called `name` in `state`: [B, H, T, P]. `dtype`: what the products
+    around it are in, 16 bits being where kernels of a GPU may take over."""
+    if state is None:
+        y = flash("ssd", dtype, context.doc_ids, context.segments, x, log_decay, b, c)
+        if y is not None:
+            return y
+        return ssd(x, log_decay, b, c, context.doc_ids, precise=True)[0]
+    mask = token_mask(context)[:, None].to(x.dtype)  # padding: no decay, no input
+    log_decay, b = log_decay * mask, b * mask[..., None]
+    memory = getattr(state, name)
+    if x.shape[2] == 1:
+        memory = step(memory, x[:, :, 0], log_decay[:, :, 0], b[:, :, 0])
+        y = c @ memory
+    else:
+        y, memory = ssd(x, log_decay, b, c, initial=memory, precise=True)
+    setattr(state, name, memory.detach())
+    return y
+
+
+def token_mask(context: Context) -> Tensor:
+    assert context.token_positions is not None
+    return context.token_positions.token_mask
+
+
+def short_convolution(channels: int, size: int) -> ShortConvolution | None:
+    return ShortConvolution(channels, size) if size else None
+
+
+def past_of(convolution: ShortConvolution | None, rows: int, channels: int) -> tuple[int, int, int]:
+    """The shape of a state's `before`."""
+    return (rows, convolution.size - 1, channels) if convolution is not None else (rows, 0, 0)
+
+
+def convolution_start(weight: Tensor) -> float:
+    """The deviation of a uniform distribution over +- 1 / sqrt(size), as torch starts a convolution of each channel alone."""
+    return float(3 * weight.shape[1]) ** -0.5
+
+
