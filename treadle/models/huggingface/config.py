@@ -38,10 +38,10 @@ def family_of(table: Mapping[str, Any], place: str) -> Family:
         raise ConfigError(f"{place}: quantization_config = {shown(table['quantization_config'])} is not computed; use the folder "
                           "with the weights in bf16 or fp32, or a .gguf file")  # fmt: skip
     name = table.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         text = "; of Gemma-3, the text model alone (Gemma3ForCausalLM)" if name == "gemma3" else ""
         raise ConfigError(f"{place}: model_type = {shown(name)} is not computed{text}; there is: {', '.join(FAMILIES)}")
-    return FAMILIES[str(name)]
+    return FAMILIES[name]
 
 
 def keys_of(table: Mapping[str, Any], place: str) -> dict[str, Any]:
