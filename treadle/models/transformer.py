@@ -28,7 +28,7 @@ class TransformerConfig(DenseConfig):
 
     layer_types: list[str] | None = option(None, aliases=("layer_pattern",))
     """The token mixer of each block by name; a shorter list is repeated. There is full_attention, which is the default
-    everywhere."""
+    everywhere, and sliding_attention, which takes sliding_window."""
 
     max_position_embeddings: int = option(2048, aliases=("max_seq_len", "block_size", "n_positions"), ge=2)
     """Rows of the learned position table (gpt2); the longest row a generation may reach."""
