@@ -41,11 +41,6 @@ class Loaded:
     checkpoint: Checkpoint
     config: dict[str, Any]  # the checkpoint's config.toml
 
-    @property
-    def foreign(self) -> bool:
-        """Not trained here: there is no run, no step and no data of its own."""
-        return isinstance(self.checkpoint, ForeignModel)
-
 
 def locate(run: str, warn: Any = None) -> Checkpoint:
     """RUN (a run folder, a checkpoint folder, `last`, RUN@best, RUN@STEP) -> its checkpoint, verified when it is the
