@@ -6,11 +6,29 @@ positions of its own document up to its own.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 QUERY_BLOCK = 128  # measured on CPU at T = 256 and 512: 64 and 256 are 3-10% slower
+
+# Memory is planned here for a GPU: its kernel keeps no probabilities, and neither does torch's for whole rows on a CPU.
+_GPU_PLANNED: ContextVar[bool] = ContextVar("gpu_planned", default=False)
+
+
+@contextmanager
+def planned_for_gpu() -> Iterator[None]:
+    """Inside, attention of tensors on the CPU takes the way that it takes on a GPU."""
+    token = _GPU_PLANNED.set(True)
+    try:
+        yield
+    finally:
+        _GPU_PLANNED.reset(token)
+
 
 Segments = tuple[tuple[int, ...], ...]
 
@@ -123,7 +141,7 @@ def causal_attention(
     whole = all(len(row) == 1 and row[0] > 0 for row in segments) if segments is not None else doc_ids is None
     if dropout > 0 or (segments is None and not whole):
         return attention_reference(q, k, v, None if whole else doc_ids, dropout)
-    if q.device.type != "cpu" or torch.compiler.is_compiling():
+    if q.device.type != "cpu" or torch.compiler.is_compiling() or _GPU_PLANNED.get():
         if whole:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         return attention_reference(q, k, v, doc_ids)
