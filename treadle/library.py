@@ -136,13 +136,14 @@ def count_params(model: BaseModel, trainable_only: bool = False) -> int:
 
 
 def memory_usage(model: BaseModel | None = None) -> dict[str, float]:
-    """Gigabytes (1e9 bytes) now: of the process, its peak, what torch holds on the current GPU (0 without one), and of the
-    model's parameters, gradients and buffers where one is given."""
+    """Gigabytes (1e9 bytes) now: of the process, its peak, what torch holds on the current GPU (0 without one), allocated_gb
+    (of the two the one that runs out first: the GPU's, or the process's without one), and of the model's parameters, gradients and buffers where one is given."""
     import torch
 
     on_gpu = torch.cuda.is_available()
     sizes = {"process_gb": float(resident_bytes()), "peak_gb": float(peak_resident_bytes()),
              "gpu_gb": float(torch.cuda.memory_allocated()) if on_gpu else 0.0}  # fmt: skip
+    sizes["allocated_gb"] = sizes["gpu_gb"] if on_gpu else sizes["process_gb"]
     if model is not None:
         sizes["parameters_gb"] = float(sum(p.nbytes for p in model.parameters()))
         sizes["gradients_gb"] = float(sum(p.grad.nbytes for p in model.parameters() if p.grad is not None))
@@ -171,7 +172,7 @@ def estimate_memory(
         return dict(to_read(Sizes.of(model), model.state_bytes(batch_size, seq_len), read, kind))
     again = _recomputing(model) if gradient_checkpointing is None else gradient_checkpointing
     shape = Shape(batch_size, seq_len, 1, precision, again)
-    trace = trace_step(type(model), model.config, NextToken(), shape, batch, optim=OptimSettings(name=optimizer), exact=exact, kind=kind)
+    trace = trace_step(type(model), model.config, NextToken(), shape, batch, optim=OptimSettings.model_validate({"name": optimizer}), exact=exact, kind=kind)
     return per_process(Sizes.of(model), trace, shape, "none", 1, None, kind=kind).to_dict()
 
 

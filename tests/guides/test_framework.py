@@ -53,7 +53,7 @@ def test_counts_and_sizes(model: treadle.Model, capsys: pytest.CaptureFixture[st
     model.blocks()[0].requires_grad_(True)
     used = treadle.memory_usage(model)
     assert used["parameters_gb"] == pytest.approx(4 * count / 1e9) and 0 < used["process_gb"] <= used["peak_gb"] * 1.01
-    assert treadle.memory_usage().keys() == {"process_gb", "peak_gb", "gpu_gb"}
+    assert treadle.memory_usage().keys() == {"process_gb", "peak_gb", "gpu_gb", "allocated_gb"}
     found = treadle.print_summary(model)
     shown = capsys.readouterr().out
     assert found["parameters"] == count == found["outside_blocks"] + sum(found["blocks"]) and len(found["blocks"]) == 3

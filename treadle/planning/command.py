@@ -41,8 +41,8 @@ def answer(recipe: Recipe, given: Mapping[str, Any], target: str | None = None) 
     if switched.get("recommend"):
         return _recommended(recipe, own.get("memory"), not switched.get("inference"), target)
     device = "cpu" if recipe.run.device == "auto" and "flops" not in own else recipe.run.device
-    result = make_plan(recipe, device="cuda" if device == "auto" else device,
-                       **{name: switched.get(name, False) for name in ("rehearse", "exact", "inference", "measure")}, **own)  # fmt: skip
+    own.update({name: switched.get(name, False) for name in ("rehearse", "exact", "inference", "measure")})
+    result = make_plan(recipe, device="cuda" if device == "auto" else device, **own)
     return result, tables.lines(result)
 
 

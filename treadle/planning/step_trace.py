@@ -7,6 +7,7 @@ Nothing here knows an architecture: blocks are told apart by their parameters' s
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -26,7 +27,6 @@ from treadle.planning.ledger import Ledger, Moment, Watch, leaf_of, storages
 from treadle.training import resolve
 from treadle.training.optim import Optimizers
 from treadle.training.settings import OptimSettings
-
 
 NUMBERING = ("layer", "index", "layer_index", "layer_idx", "number")  # attributes that only number a block
 
@@ -76,6 +76,16 @@ def trace_step(
 
 def period_of(cls: type[Model], config: ModelConfig) -> tuple[int, int]:
     """(blocks after which the pattern repeats, blocks); (0, blocks) where a shorter model cannot be had by `num_layers`."""
+    key = f"{cls.__module__}.{cls.__qualname__} {config.model_dump_json()}"
+    if key not in _periods:
+        _periods[key] = _period_of(cls, config)
+    return _periods[key]
+
+
+_periods: dict[str, tuple[int, int]] = {}  # making a deep model takes longer than tracing two blocks of it
+
+
+def _period_of(cls: type[Model], config: ModelConfig) -> tuple[int, int]:
     with torch.device("meta"):
         blocks = cls(config).blocks()  # type: ignore[call-arg]
     if getattr(config, "num_layers", None) != len(blocks):
@@ -188,7 +198,7 @@ def _trace(
     moments = [m for m in ledger.moments() if m.part != "first optimiser step"]
     count = len(model.blocks())
     entered = [ledger.entered.get(("forward", i), 0) for i in range(count)] + [ledger.entered.get(("loss", 0), 0)]
-    blocks = tuple(float(max(0, b - a)) for a, b in zip(entered, entered[1:]))
+    blocks = tuple(float(max(0, b - a)) for a, b in itertools.pairwise(entered))
     logits = max((m.activations for m in moments if m.part == "loss"), default=0) - entered[-1]
     return StepTrace(tuple(moments), state, gradients, blocks, max(0.0, logits), True)
 

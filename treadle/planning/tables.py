@@ -9,7 +9,7 @@ from typing import Any
 from treadle.models.base import count_label
 from treadle.models.catalogue import MODELS
 from treadle.planning.plan import UNITS
-from treadle.planning.recommend import ROWS, USED, Preset, presets_of
+from treadle.planning.recommend import ROWS, STATE_BYTES, USED, Preset, presets_of
 
 BANDS = (8, 12, 16, 24, 40, 80)  # gigabytes of common GPUs
 
@@ -105,7 +105,7 @@ def size_table(arch: str, length: int, bands: Sequence[float] = BANDS, kind: str
     rows = []
     for name, count in reversed(presets_of(arch)):
         preset = Preset(MODELS.canonical(arch), name, kind)
-        fits = length <= preset.longest()
+        fits = length <= preset.longest() and count * STATE_BYTES / 1e9 <= max(bands)
         needs = {again: {r: preset.training_gb(r, length, "bf16", again) for r in ROWS} for again in (False, True)} if fits else {}
         one, two = (preset.reading_gb(n, min(length, preset.longest())) for n in (1, 2))
         reads = {r: one + (r - 1) * (two - one) for r in ROWS}
