@@ -34,7 +34,7 @@ def test_what_is_recommended_trains_in_the_memory(tmp_path: Path) -> None:
 
 def test_a_fit_is_a_configuration() -> None:
     fit = Fit("transformer", "nano", 10, 64, "bf16", True, 16, 1.0)
-    config = treadle.TrainConfig(**{key: value for key, value in fit.keys.items()})
+    config = treadle.TrainConfig(**fit.keys)
     assert (config.preset, config.train.per_device_train_batch_size, config.train.gradient_accumulation_steps) == ("nano", 16, 4)
     assert "--train.gradient_checkpointing true" in fit.command("a.txt") and fit.command("a.txt").startswith("treadle train a.txt ")
 
