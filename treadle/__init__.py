@@ -37,6 +37,7 @@ _PLACES = {
     "build": "treadle.models.base:build",
     "compress_cache": "treadle.models.compress:compress_cache",
     "count_params": "treadle.library:count_params",
+    "create_dataloader": "treadle.data.base:create_dataloader",
     "enable_checkpointing": "treadle.library:enable_checkpointing",
     "estimate_memory": "treadle.library:estimate_memory",
     "from_pretrained": "treadle.models.pretrained:from_pretrained",
@@ -48,12 +49,13 @@ _PLACES = {
     "print_summary": "treadle.library:print_summary",
     "recommend_config": "treadle.library:recommend_config",
     "student_of": "treadle.distillation:student_of",
+    "summary": "treadle.library:summary",
     "train": "treadle.library:train",
 }
 __all__ = [*_PLACES]
 
 if TYPE_CHECKING:
-    from treadle.data.base import Dataset
+    from treadle.data.base import Dataset, create_dataloader
     from treadle.data.batch import Batch
     from treadle.data.generated import GeneratedDataset
     from treadle.distillation import DistillationTrainer, student_of
@@ -73,6 +75,7 @@ if TYPE_CHECKING:
         plan,
         print_summary,
         recommend_config,
+        summary,
         train,
     )
     from treadle.models.base import Capabilities, ModelConfig, Output, build

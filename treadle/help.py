@@ -29,10 +29,20 @@ A key works without its section where it is unambiguous: --max_steps 100 is --tr
 """,
     "plan": """treadle plan [RECIPE.toml | FILE.txt | DIR] [--world N] [--parallel ddp | fsdp] [--key value ...]
 
-Memory of one process by kind, bytes it sends in a step, and estimated scaling, before anything is started.
+Memory of one process by kind, bytes it sends in a step, time, and estimated scaling, before anything is started.
+
+  treadle plan --memory 12GiB --recommend      the largest preset that trains there, and the command to type
+  treadle plan --table                         sizes against memories of 8 to 80 GB, training and generating
 
   --world N           processes (default parallel.world_size, run.devices, or 1)
   --memory SIZE       say whether it fits in this much for one process, as in 80GiB
+  --exact             trace the whole model instead of one and two of its repeating blocks
+  --recommend         search presets, row length, precision, checkpointing and rows for --memory (what is typed stays)
+  --table             the presets of --model.arch against common memories
+  --inference         plan generating instead of training
+  --tokens N          hours that so many tokens take; --hours N: tokens in so many hours
+  --gpu NAME          take a GPU's data sheet, as in H100, times --utilisation (default 0.4)
+  --measure           run a micro-batch of one and two blocks here and take its speed
   --flops N           operations a second that one device reaches (default: measured on this machine's CPU)
   --bandwidth N       bytes a second between processes (default 10e9)
   --overlap SHARE     share of the computing that communication hides behind (default 0.5)

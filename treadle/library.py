@@ -29,7 +29,8 @@ from treadle.text.base import Tokenizer
 from treadle.training.config import DEFAULT_ARCHITECTURE, Recipe
 from treadle.training.resolve import set_checkpointing
 
-PLAN_KEYS = ("flops", "bandwidth", "overlap", "memory", "device", "rehearse")
+PLAN_KEYS = ("flops", "bandwidth", "overlap", "memory", "device", "rehearse", "exact", "inference", "gpu", "utilisation", "measure",
+             "tokens", "hours")  # fmt: skip
 
 
 class Model(BaseModel, abstract=True):
@@ -91,17 +92,30 @@ def train(
 
 
 def plan(
-    recipe: str | Path | Recipe | Mapping[str, Any] | None = None, world: int | None = None, *,
+    recipe: str | Path | Recipe | Mapping[str, Any] | BaseModel | None = None, world: int | None = None, *,
     trust_code: Sequence[str] = (), **keys: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """What `treadle plan` says, as numbers; prints nothing. recipe: what `train` takes; keys: of the configuration, or
-    flops, bandwidth, overlap, memory, device and rehearse of planning/plan.py."""
+    """What `treadle plan` says, as numbers; prints nothing. recipe: what `train` takes, or a model; keys: of the
+    configuration (batch_size, seq_len, ...), or flops, bandwidth, overlap, memory, device, rehearse, exact, inference, gpu,
+    utilisation, measure, tokens and hours of planning/plan.py."""
     trusted_code.allow(trust_code)
     own = {name: keys.pop(name) for name in PLAN_KEYS if name in keys}
+    if isinstance(recipe, BaseModel):
+        own["model_class"] = (type(recipe), recipe.config)
+        own.setdefault("device", recipe.device.type if recipe.device.type == "cuda" else "cpu")
+        marked = _recomputing(recipe)
+        recipe = {"gradient_checkpointing": marked} if marked is not False else {}
     if not isinstance(recipe, Recipe) or keys:
         request = Request(_target(recipe), keys, flags_are_text=False, other_flags=("world", "trust_code", *PLAN_KEYS))
         recipe = compose(request.layers())
     return make_plan(recipe, world, **own)
+
+
+def _recomputing(model: BaseModel) -> bool | list[int]:
+    """Which blocks are marked to recompute, as the key gradient_checkpointing says it."""
+    blocks = model.blocks()
+    marked = [n for n, block in enumerate(blocks) if getattr(block, "gradient_checkpointing", False)]
+    return len(marked) == len(blocks) or marked if marked else False
 
 
 def loss(out: Output, batch: Batch) -> tuple[Tensor, int]:
@@ -122,13 +136,14 @@ def count_params(model: BaseModel, trainable_only: bool = False) -> int:
 
 
 def memory_usage(model: BaseModel | None = None) -> dict[str, float]:
-    """Gigabytes (1e9 bytes) now: of the process, its peak, what torch holds on the current GPU (0 without one), and of the
-    model's parameters, gradients and buffers where one is given."""
+    """Gigabytes (1e9 bytes) now: of the process, its peak, what torch holds on the current GPU (0 without one), allocated_gb
+    (of the two the one that runs out first: the GPU's, or the process's without one), and of the model's parameters, gradients and buffers where one is given."""
     import torch
 
     on_gpu = torch.cuda.is_available()
     sizes = {"process_gb": float(resident_bytes()), "peak_gb": float(peak_resident_bytes()),
              "gpu_gb": float(torch.cuda.memory_allocated()) if on_gpu else 0.0}  # fmt: skip
+    sizes["allocated_gb"] = sizes["gpu_gb"] if on_gpu else sizes["process_gb"]
     if model is not None:
         sizes["parameters_gb"] = float(sum(p.nbytes for p in model.parameters()))
         sizes["gradients_gb"] = float(sum(p.grad.nbytes for p in model.parameters() if p.grad is not None))
@@ -138,29 +153,27 @@ def memory_usage(model: BaseModel | None = None) -> dict[str, float]:
 
 def estimate_memory(
     model: BaseModel, batch_size: int, seq_len: int, *, precision: str = "fp32", optimizer: str = "adamw",
-    training: bool = True, gradient_checkpointing: bool | int | list[int] | None = None,
+    training: bool = True, gradient_checkpointing: bool | int | list[int] | None = None, exact: bool = False,
 ) -> dict[str, float | str]:  # fmt: skip
     """Gigabytes (1e9 bytes) that one process needs by kind, `total_gb` at the peak, traced on tensors without contents.
 
     gradient_checkpointing: what the model's blocks say when left out. training=False: weights and a decoding state of
-    `batch_size` rows of `seq_len` tokens.
+    `batch_size` rows of `seq_len` tokens. exact: the whole model is traced, not one and two of its repeating blocks.
     """
     from treadle.objectives.next_token import NextToken
-    from treadle.planning.memory import PROCESS_GB, Shape, Sizes, per_process, trace_activations
+    from treadle.planning.memory import Sizes, per_process, to_read
+    from treadle.planning.step_trace import Shape, trace_reading, trace_step
+    from treadle.training.settings import OptimSettings
 
-    kind = next(model.parameters()).device.type
-    kind = "cuda" if kind == "cuda" else "cpu"
-    if not training:
-        weights = sum(p.nbytes for p in model.parameters()) / 1e9
-        state = model.state_bytes(batch_size, seq_len) / 1e9
-        return {"params_gb": weights, "state_gb": state, "process_gb": PROCESS_GB[kind],
-                "total_gb": weights + state + PROCESS_GB[kind]}  # fmt: skip
-    if gradient_checkpointing is None:
-        gradient_checkpointing = [n for n, b in enumerate(model.blocks()) if getattr(b, "gradient_checkpointing", False)] or False
-    shape = Shape(batch_size, seq_len, 1, precision, gradient_checkpointing)
+    kind = "cuda" if model.device.type == "cuda" else "cpu"
     batch = model.example(model.config, batch_size, seq_len)
-    activations = trace_activations(type(model), model.config, NextToken(), shape, batch)
-    return per_process(Sizes.of(model), activations, shape, "none", 1, None, optimizer=optimizer, kind=kind).to_dict()
+    if not training:
+        read = trace_reading(type(model), model.config, batch, kind)
+        return dict(to_read(Sizes.of(model), model.state_bytes(batch_size, seq_len), read, kind))
+    again = _recomputing(model) if gradient_checkpointing is None else gradient_checkpointing
+    shape = Shape(batch_size, seq_len, 1, precision, again)
+    trace = trace_step(type(model), model.config, NextToken(), shape, batch, optim=OptimSettings.model_validate({"name": optimizer}), exact=exact, kind=kind)
+    return per_process(Sizes.of(model), trace, shape, "none", 1, None, kind=kind).to_dict()
 
 
 def recommend_config(

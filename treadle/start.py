@@ -385,25 +385,19 @@ def train_in(world: World | None, request: Request, console: Console) -> dict[st
     return summary
 
 
-PLAN_FLAGS = ("world", "memory", "flops", "bandwidth", "overlap", "rehearse", "json")
-
-
 def plan(request: Request, console: Console | None = None) -> dict[str, Any]:
-    """What a recipe needs on `--world` processes; reads no data and starts nothing."""
+    """What a recipe needs on `--world` processes, what fits, or the table of sizes; reads no text and starts nothing."""
     import json
 
-    from treadle.planning.plan import lines
-    from treadle.planning.plan import plan as make_plan
+    from treadle.planning.command import FLAGS, answer
 
     console = console or Console()
     flags = dict(request.flags or {})
-    own = {name: flags.pop(name) for name in PLAN_FLAGS if name in flags}
-    request = replace(request, flags=flags, other_flags=("from", "help", *PLAN_FLAGS))
-    recipe = compose(request.layers())
-    device = "cpu" if recipe.run.device == "auto" and "flops" not in own else recipe.run.device
-    numbers = {name: own[name] for name in ("world", "memory", "flops", "bandwidth", "overlap") if name in own}
-    result = make_plan(recipe, device="cuda" if device == "auto" else device, rehearse="rehearse" in own, **numbers)
-    for line in [json.dumps(result, indent=1)] if "json" in own else lines(result):
+    own = {name: flags.pop(name) for name in FLAGS if name in flags}
+    request = replace(request, flags=flags, other_flags=("from", "help", *FLAGS))
+    target = request.target if isinstance(request.target, str) else None
+    result, text = answer(compose(request.layers()), own, target)
+    for line in [json.dumps(result, indent=1)] if own.get("json", "false") != "false" else text:
         console.say(line)
     return result
 

@@ -53,7 +53,7 @@ def test_counts_and_sizes(model: treadle.Model, capsys: pytest.CaptureFixture[st
     model.blocks()[0].requires_grad_(True)
     used = treadle.memory_usage(model)
     assert used["parameters_gb"] == pytest.approx(4 * count / 1e9) and 0 < used["process_gb"] <= used["peak_gb"] * 1.01
-    assert treadle.memory_usage().keys() == {"process_gb", "peak_gb", "gpu_gb"}
+    assert treadle.memory_usage().keys() == {"process_gb", "peak_gb", "gpu_gb", "allocated_gb"}
     found = treadle.print_summary(model)
     shown = capsys.readouterr().out
     assert found["parameters"] == count == found["outside_blocks"] + sum(found["blocks"]) and len(found["blocks"]) == 3
@@ -64,7 +64,8 @@ def test_estimated_memory(model: treadle.Model) -> None:
     """It grows with rows and positions, and gradient checkpointing lowers it, given or marked on the blocks."""
     count = treadle.count_params(model)
     plain = treadle.estimate_memory(model, batch_size=4, seq_len=64)
-    assert plain["params_gb"] == plain["grads_gb"] == pytest.approx(4 * count / 1e9) == plain["optimizer_gb"] / 2  # type: ignore[operator]
+    assert plain["params_gb"] == plain["grads_gb"] == pytest.approx(4 * count / 1e9)
+    assert plain["optimizer_gb"] == pytest.approx(8 * count / 1e9, rel=1e-3)  # and the step that AdamW counts for each parameter
     wide = treadle.estimate_memory(model, batch_size=8, seq_len=64)
     assert 1.8 < wide["activations_gb"] / plain["activations_gb"] < 2.2  # type: ignore[operator]
     asked = treadle.estimate_memory(model, 4, 64, gradient_checkpointing=True)

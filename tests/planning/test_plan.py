@@ -13,9 +13,10 @@ from tests.conftest import treadle as command
 from treadle.distributed.settings import ParallelSettings
 from treadle.errors import ConfigError
 from treadle.objectives.next_token import NextToken
-from treadle.planning.memory import Shape, Sizes
+from treadle.planning.memory import Sizes
 from treadle.planning.plan import model_of, parse_bytes
 from treadle.planning.rehearsal import rehearse
+from treadle.planning.step_trace import Shape
 from treadle.planning.traffic import curve, per_step, ring
 from treadle.recipe import from_leaf_names
 from treadle.training.settings import OptimSettings
@@ -88,7 +89,7 @@ def test_a_7b_recipe_on_paper_and_rehearsed() -> None:
     memory = found["memory"]
     assert memory["params_gb"] == pytest.approx(weights / 8, rel=0.01)
     assert memory["optimizer_gb"] == pytest.approx(2 * weights / 8, rel=0.01)
-    assert weights / 2 < memory["total_gb"] < weights and memory["phase"] == "forward and backward"
+    assert weights / 2 < memory["total_gb"] < weights and memory["phase"] in ("loss", "backward")
     assert found["layouts"]["one process"] > 4 * weights
     assert set(found["rehearsal_bytes"]) == {"gather", "scatter"}
     assert [row["world"] for row in found["scaling"]] == [1, 2, 4, 8]

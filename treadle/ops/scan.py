@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from treadle.ops.native import library
 
@@ -30,7 +31,7 @@ def scan_reference(gate: Tensor, value: Tensor, start: Tensor | None = None) -> 
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate: Tensor, value: Tensor, start: Tensor | None, native: bool) -> Tensor:  # type: ignore[override]
+    def forward(ctx, gate: Tensor, value: Tensor, start: Tensor | None, native: bool, shapes: bool) -> Tensor:  # type: ignore[override]
         gate, value = gate.contiguous(), value.contiguous()
         start = start.contiguous() if start is not None else None
         out = torch.empty_like(value)
@@ -38,12 +39,12 @@ class _Scan(torch.autograd.Function):
             library("scan").scan_forward(  # type: ignore[union-attr]
                 *_pointers(gate, value, start, out), *_sizes(value), torch.get_num_threads()
             )
-        else:
+        elif not shapes:  # tensors without contents (memory is planned): no loop over positions
             state = start if start is not None else torch.zeros_like(value[:, 0])
             for f, i, h in zip(gate.unbind(1), value.unbind(1), out.unbind(1)):
                 state = torch.mul(f, state, out=h).add_(i)  # not addcmul, which rounds once: every way has to give the same bits
         ctx.save_for_backward(gate, out, start)
-        ctx.native = native
+        ctx.native, ctx.shapes = native, shapes
         return out
 
     @staticmethod
@@ -56,14 +57,16 @@ class _Scan(torch.autograd.Function):
             library("scan").scan_backward(  # type: ignore[union-attr]
                 *_pointers(gate, start, out, grad, grad_gate, grad_value, grad_start), *_sizes(gate), torch.get_num_threads()
             )
-            return grad_gate, grad_value, grad_start, None
+            return grad_gate, grad_value, grad_start, None, None
+        if ctx.shapes:
+            return grad_gate, grad_value, grad_start, None, None
         carried = torch.zeros_like(grad[:, 0])
         for f, slope, total in reversed(list(zip(gate.unbind(1), grad.unbind(1), grad_value.unbind(1)))):
             torch.add(slope, carried, out=total)
             torch.mul(total, f, out=carried)
         before = torch.cat([(start if start is not None else torch.zeros_like(carried))[:, None], out[:, :-1]], 1)
         torch.mul(grad_value, before, out=grad_gate)
-        return grad_gate, grad_value, carried if start is not None else None, None
+        return grad_gate, grad_value, carried if start is not None else None, None, None
 
 
 def _pointers(*tensors: Tensor | None) -> list[Any]:
@@ -97,4 +100,5 @@ def scan(gate: Tensor, value: Tensor, start: Tensor | None = None, backend: Back
         # It takes the gate's logarithm and adds the input as given.
         return _flash_linear_attention()(value, gate.clamp_min(1e-30).log(), initial_state=start)[0]
     native = value.device.type == "cpu" and backend in ("auto", "native") and not plain and library("scan") is not None
-    return _Scan.apply(gate, value, start, native)  # type: ignore[no-untyped-call]
+    shapes = value.device.type == "meta" or isinstance(value, FakeTensor)
+    return _Scan.apply(gate, value, start, native, shapes)  # type: ignore[no-untyped-call]

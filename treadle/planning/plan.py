@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict
 from typing import Any
 
@@ -14,13 +13,15 @@ from treadle.data.dataset import splits_of
 from treadle.distributed.settings import ParallelSettings
 from treadle.errors import ConfigError
 from treadle.evaluation.report import objective_of
-from treadle.models.base import Model, ModelConfig, count_label
+from treadle.models.base import Model, ModelConfig
 from treadle.models.catalogue import MODELS
 from treadle.objectives.base import Objective
 from treadle.objectives.task import task_settings
 from treadle.ops import precision as number_formats
 from treadle.planning import traffic
-from treadle.planning.memory import Memory, Shape, Sizes, per_process, trace_activations
+from treadle.planning.duration import UTILISATION, duration, flops_of_gpu, measured_flops, measured_seconds
+from treadle.planning.memory import Memory, Sizes, per_process, to_read
+from treadle.planning.step_trace import Shape, trace_reading, trace_step
 from treadle.training import resolve
 from treadle.training.config import Recipe
 
@@ -31,6 +32,7 @@ LAYOUTS = {
     "one process": ("none", False),
     "ddp": ("ddp", False),
     "ddp, optimiser in shards": ("ddp", True),
+    "deepspeed, zero stage 2": ("deepspeed", False),
     "fsdp": ("fsdp", False),
 }
 
@@ -61,18 +63,6 @@ def checked_number(name: str, value: Any, kind: type = float, zero: bool = False
         raise ConfigError(f"{given}: give a {whole} above 0") from None
 
 
-def measured_flops(width: int, precision: str) -> float:
-    """Floating-point operations a second of a product of the model's width on this machine, in about .1 s."""
-    dtype = number_formats.DTYPES[precision]
-    left, right = torch.ones(2048, width, dtype=dtype), torch.ones(width, width, dtype=dtype)
-    left @ right
-    rounds, begun = 0, time.perf_counter()
-    while time.perf_counter() - begun < 0.1:
-        left @ right
-        rounds += 1
-    return 2.0 * 2048 * width * width * rounds / (time.perf_counter() - begun)
-
-
 def model_of(recipe: Recipe, data: Dataset | None = None) -> tuple[type[Model], ModelConfig]:
     """The recipe's architecture and its keys. data: None for text, which is not read; the vocabulary is then the preset's or
     the size asked of the tokenizer."""
@@ -98,15 +88,28 @@ def work_of(recipe: Recipe, data: Dataset | None, model: Model, micro: int) -> t
 def plan(
     recipe: Recipe, world: int | None = None, *, flops: float | None = None, bandwidth: float = BANDWIDTH,
     overlap: float = OVERLAP, memory: str | float | None = None, device: str = "cpu", rehearse: bool = False,
+    exact: bool = False, inference: bool = False, gpu: str | None = None, utilisation: float = UTILISATION,
+    measure: bool = False, tokens: float | None = None, hours: float | None = None,
+    model_class: tuple[type[Model], ModelConfig] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Memory of one process by kind, bytes it sends in a step, and the estimated scaling: numbers, not strings.
 
     world: processes, default parallel.world_size, run.devices or 1; flops: operations a second that one device reaches
     (measured on this machine's CPU when left out); bandwidth: bytes a second between processes; overlap: the share of
     computing that communication hides behind; memory: what one process may take ("80GiB", or bytes), which "asked" then
-    answers. rehearse runs a step of one of `world` processes over fake tensors. ConfigError for sizes that do not fit
-    together.
+    answers. rehearse runs a step of one of `world` processes over fake tensors. exact traces the whole model instead of one
+    and two periods of its blocks; inference plans generating `micro-batch` texts of the row's length instead of training.
+    gpu: a GPU of ops/peak.py, which reaches `utilisation` of its data sheet; measure: run a micro-batch of one and two
+    periods here and take its time. tokens or hours: a budget, from which "time" has the other. model_class: instead of the
+    recipe's architecture. ConfigError for sizes that do not fit together.
     """
+    if gpu is not None and (flops is not None or measure):
+        raise ConfigError("--gpu, --flops and --measure each say how fast a device is; keep one")
+    utilisation = checked_number("utilisation", utilisation)
+    tokens = checked_number("tokens", tokens) if tokens is not None else None
+    hours = checked_number("hours", hours) if hours is not None else None
+    if gpu is not None:
+        flops, device = flops_of_gpu(gpu, utilisation), "cuda"
     if world is None:
         world = recipe.parallel.world_size or recipe.run.devices or 1
     world = checked_number("world", world, int)
@@ -116,7 +119,7 @@ def plan(
     data = None
     if recipe.data.dataset_class != TEXT:
         data = splits_of(recipe.data, recipe.tokenizer, task_settings(recipe.tables()), recipe.run.seed)["train"]
-    cls, config = model_of(recipe, data)
+    cls, config = model_class or model_of(recipe, data)
     with torch.device("meta"):
         model = cls(config)  # type: ignore[call-arg]
     sizes = Sizes.of(model)
@@ -135,15 +138,13 @@ def plan(
     if mode != "none" and world == 1:
         mode = "none"
     shard_size = _checked_shard_size(settings, world)
-    activations = trace_activations(cls, config, objective, shape, batch)
-    options: dict[str, Any] = {
-        "optimizer": recipe.optim.name, "reshard": settings.reshard_after_forward, "kind": kind,
-        "asynchronous": recipe.checkpoint.asynchronous,
-    }  # fmt: skip
+    trace = trace_step(cls, config, objective, shape, batch, optim=recipe.optim, exact=exact, kind=kind)
+    options: dict[str, Any] = {"reshard": settings.reshard_after_forward, "kind": kind,
+                               "asynchronous": recipe.checkpoint.asynchronous}  # fmt: skip
 
     def needs_of(mode: str, shard_optimizer: bool) -> Memory:
         count = 1 if mode == "none" else world
-        return per_process(sizes, activations, shape, mode, count, shard_size, shard_optimizer=shard_optimizer,
+        return per_process(sizes, trace, shape, mode, count, shard_size, shard_optimizer=shard_optimizer,
                            offload=settings.cpu_offload, **options)  # fmt: skip
 
     def volume(count: int) -> traffic.Traffic:
@@ -154,15 +155,23 @@ def plan(
     rows_flops = 3.0 * model.flops(shape.length) * micro * accumulation
     if shape.gradient_checkpointing is not False:
         rows_flops *= 4 / 3  # one more forward pass
-    reached = flops or measured_flops(width, asked if kind == "cpu" else "fp32")
+    if measure:
+        flops_of_pass = rows_flops / accumulation
+        reached = flops_of_pass / measured_seconds(cls, config, objective, shape, batch)
+    else:
+        reached = flops or measured_flops(width, asked if kind == "cpu" else "fp32")
     worlds = sorted({*(2**n for n in range(12) if 2**n <= world), world})
     curve = traffic.curve(worlds, rows_flops, micro * accumulation * shape.length, {w: volume(w).total for w in worlds},
                           reached, bandwidth, overlap)  # fmt: skip
+    layouts = {name: needs_of(*layout) for name, layout in LAYOUTS.items()}
+    every_token = 3.0 * model.flops(shape.length) / shape.length
+    own_row = next(row for row in curve if row.world == world)
+    time = duration(every_token, total * shape.length, own_row.step_seconds, tokens=tokens, hours=hours)
     result: dict[str, Any] = {
         "architecture": cls.arch,
         "preset": recipe.preset,
         "parameters": sizes.parameters,
-        "flops_per_token": 3.0 * model.flops(shape.length) / shape.length,
+        "flops_per_token": every_token,
         "world": world,
         "mode": mode,
         "precision": asked,
@@ -171,15 +180,25 @@ def plan(
         "gradient_accumulation_steps": accumulation,
         "seq_len": shape.length,
         "memory": needs_of(mode, settings.shard_optimizer).to_dict(),
-        "layouts": {name: needs_of(*layout).total_gb for name, layout in LAYOUTS.items()},
+        "layouts": {name: layout.total_gb for name, layout in layouts.items()},
+        "ranks": {name: layout.to_dict() for name, layout in layouts.items()},
+        "blocks": [{"parameters": own, "activations_gb": kept / 1e9} for own, kept in zip(sizes.blocks, trace.blocks)],
+        "outside_blocks": sizes.root,
+        "exact": trace.exact,
+        "device": kind,
+        "time": time.to_dict(),
         "traffic_gb": {**{k: v / 1e9 for k, v in asdict(volume(world)).items()}, "total": volume(world).total / 1e9},
         "scaling": [asdict(row) for row in curve],
-        "assumptions": {"flops_per_second": reached, "flops_measured_here": flops is None,
+        "assumptions": {"flops_per_second": reached, "flops_measured_here": flops is None, "step_measured_here": measure, "gpu": gpu,
+                        "utilisation": utilisation if gpu is not None else None,
                         "bandwidth_bytes_per_second": bandwidth, "overlap": overlap},
     }  # fmt: skip
+    if inference:
+        read = trace_reading(cls, config, cls.example(config, micro, length), kind)
+        result["inference"] = to_read(sizes, model.state_bytes(micro, length), read, kind)
     if asked_for is not None:
         room, unit = asked_for
-        need = result["memory"]["total_gb"] * 1e9
+        need = result["inference" if inference else "memory"]["total_gb"] * 1e9
         result["asked"] = {"unit": unit, "memory": room / UNITS[unit.lower()], "needs": need / UNITS[unit.lower()],
                            "fits": need <= room}  # fmt: skip
     if rehearse:
@@ -203,48 +222,3 @@ def _checked_shard_size(settings: ParallelSettings, world: int) -> int | None:
     return size
 
 
-def lines(result: dict[str, Any]) -> list[str]:
-    """The plan for people."""
-    m, name = result["memory"], " ".join(filter(None, (result["architecture"], result["preset"])))
-    passes = result["gradient_accumulation_steps"]
-    each = f"{result['per_device_train_batch_size']} x {result['seq_len']} tokens" + (f" x {passes}" if passes > 1 else "")
-    text = [
-        f"{name}: {count_label(result['parameters'])} parameters; {result['world']} process(es), {result['mode']}, "
-        f"{each} each, {result['precision']}",
-        f"memory of one process: {m['total_gb']:.2f} GB at the peak ({m['phase']})",
-        f"  weights {m['params_gb']:.2f}, gradients {m['grads_gb']:.2f}, optimiser {m['optimizer_gb']:.2f}, activations "
-        f"{m['activations_gb']:.2f}, gathered {m['gathered_gb']:.2f}, copies while saving {m['saving_gb']:.2f}, the process "
-        f"itself {m['process_gb']:.2f}" + (f", kept by the allocator {m['kept_gb']:.2f}" if m["kept_gb"] else ""),
-    ]
-    if result["world"] > 1:
-        text.append("  as " + ", ".join(f"{layout} {size:.2f} GB" for layout, size in result["layouts"].items()))
-        t = result["traffic_gb"]
-        text.append(f"communication of one process in a step: {t['total']:.3f} GB sent (gathered {t['gather']:.3f}, "
-                    f"scattered {t['scatter']:.3f}, reduced {t['reduce']:.3f})")  # fmt: skip
-        text.append("processes  seconds a step    tokens/s  efficiency (estimated, rows of one process kept)")
-        text += [f"{row['world']:>9}  {row['step_seconds']:>14.3f}  {row['tokens_per_second']:>10.0f}  {row['efficiency']:>10.0%}"
-                 for row in result["scaling"]]  # fmt: skip
-    a = result["assumptions"]
-    source = "measured on this machine's CPU; --flops" if a["flops_measured_here"] else "given by --flops"
-    text.append(f"assumed: {a['flops_per_second'] / 1e12:.3f} TFLOP/s a process ({source}), "
-                f"{a['bandwidth_bytes_per_second'] / 1e9:.0f} GB/s between processes (--bandwidth), communication hides "
-                f"behind {a['overlap']:.0%} of the computing (--overlap); activations are those of the CPU's kernels")  # fmt: skip
-    if "rehearsal_bytes" in result:
-        counted = ", ".join(f"{kind} {size / 1e9:.3f} GB" for kind, size in sorted(result["rehearsal_bytes"].items()))
-        text.append(f"rehearsed: one step of process 0 of {result['world']} under fsdp runs; its collectives handle {counted}")
-    if "asked" in result:
-        text.append(_verdict(result, **result["asked"]))
-    return text
-
-
-def _verdict(result: dict[str, Any], unit: str, memory: float, needs: float, fits: bool) -> str:
-    digits = 2 if max(memory, needs) < 100 else 0
-    compared = f"needs {needs:.{digits}f} {unit} of the {memory:.10g} {unit} asked for ({needs / memory:.0%})"
-    if fits:
-        return f"{compared}: it fits"
-    room = memory * UNITS[unit.lower()] / 1e9
-    tries = [f"--parallel {layout}" for layout in ("fsdp",) if result["layouts"][layout] <= room and result["world"] > 1]
-    if result["per_device_train_batch_size"] > 1:
-        tries.append(f"--batch_size {result['per_device_train_batch_size'] // 2}")
-    tries += ["--gradient_checkpointing true", f"--world {result['world'] * 2} --parallel fsdp"]
-    return f"{compared}: it does not fit; try {' or '.join(tries)}"

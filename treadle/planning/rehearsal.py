@@ -24,7 +24,7 @@ from treadle.errors import ConfigError
 from treadle.models.base import Model, ModelConfig
 from treadle.objectives.base import ModelWithObjective, Objective
 from treadle.ops.precision import autocast
-from treadle.planning.memory import Shape
+from treadle.planning.step_trace import Shape
 from treadle.training import resolve
 from treadle.training.optim import Optimizers
 from treadle.training.settings import OptimSettings

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from treadle.planning.memory import FP32, Shape, Sizes
+from treadle.planning.memory import FP32, Sizes
+from treadle.planning.step_trace import Shape
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,122 @@
+"""What is recommended trains as it stands; sizes against memories; time to a budget."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+import treadle
+from tests.conftest import make_text
+from tests.conftest import treadle as command
+from treadle.errors import ConfigError
+from treadle.planning import tables
+from treadle.planning.duration import duration, flops_of_gpu
+from treadle.planning.recommend import Fit, Preset
+
+
+def test_what_is_recommended_trains_in_the_memory(tmp_path: Path) -> None:
+    """The line that is printed, typed as it stands: two steps, and the peak stays below."""
+    (tmp_path / "FILE.txt").write_text(make_text(2000))
+    asked = command("plan", "--memory", "0.8GB", "--recommend", "--seq-len", 16, "--device", "cpu")
+    assert asked.returncode == 0, asked.stderr
+    line = next(line for line in asked.stdout.splitlines() if line.startswith("type: "))
+    words = shlex.split(line.removeprefix("type: "))[1:]
+    assert "nano" in words and words[:2] == ["train", "FILE.txt"]
+    short = ["--max_steps", 2, "--eval_rows", 2, "--sample_tokens", 0, "--device", "cpu", "--output_dir", tmp_path / "run"]
+    done = command(*words, *short, cwd=tmp_path, timeout=400)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["step"] == 2 and 0.4 < summary["peak_memory_gb"] < 0.8
+
+
+def test_a_fit_is_a_configuration() -> None:
+    fit = Fit("transformer", "nano", 10, 64, "bf16", True, 16, 1.0)
+    config = treadle.TrainConfig(**fit.keys)
+    assert (config.preset, config.train.per_device_train_batch_size, config.train.gradient_accumulation_steps) == ("nano", 16, 4)
+    assert "--train.gradient_checkpointing true" in fit.command("a.txt") and fit.command("a.txt").startswith("treadle train a.txt ")
+
+
+def test_smaller_memory_fewer_rows_then_recomputing_then_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    preset = Preset("transformer", "nano", "cuda")
+    monkeypatch.setattr(preset, "training_gb", lambda rows, length, precision, again: 1.0 + rows * (0.05 if again else 0.2))
+    found = [preset.fit(gb / 0.95, 64, ("bf16",)) for gb in (4.3, 1.9, 1.1, 1.04)]
+    assert [(f.rows, f.gradient_checkpointing) if f else None for f in found] == [(16, False), (4, False), (2, True), None]
+
+
+def test_the_table_of_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "presets_of", lambda arch: [("nano", 10_244_160)])
+    table = tables.size_table("transformer", 128, bands=(0.6, 1, 80))
+    row = table["presets"][0]
+    assert row["trains"][0.6] == 0 and 1 <= row["trains"][1] <= row["trains_with_checkpointing"][1] < 64 == row["trains"][80]
+    assert row["generates"][80] == 64
+    text = "\n".join(tables.table_lines(table))
+    assert "nano" in text and "generating" in text and "-" in text and "assumed" in text
+
+
+def test_time_to_a_budget() -> None:
+    found = duration(6e6, 1000, 0.5, tokens=7.2e6)
+    assert (found.tokens_per_second, found.hours, found.steps) == (2000.0, 1.0, 7200)
+    assert duration(6e6, 1000, 0.5, hours=1.0).tokens == 7.2e6
+    assert flops_of_gpu("rtx_4090", 0.5) == 82.5e12
+    with pytest.raises(ConfigError, match="keep one"):
+        duration(6e6, 1000, 0.5, tokens=1, hours=1)
+    with pytest.raises(ConfigError, match="H100"):
+        flops_of_gpu("H10", 0.4)
+
+
+KEYS = {"hidden_size": 32, "num_layers": 3, "num_heads": 2, "vocab_size": 256}
+
+
+def test_a_live_model() -> None:
+    """plan(model, batch_size=, seq_len=) is the plan of its configuration, block by block and for generating."""
+    model = treadle.build("transformer", **KEYS)
+    found = treadle.plan(model, batch_size=2, seq_len=64, precision="fp32", flops=1e12, hours=1, inference=True)  # type: ignore[arg-type]
+    assert found["parameters"] == treadle.count_params(model) and (found["per_device_train_batch_size"], found["seq_len"]) == (2, 64)
+    estimated = treadle.estimate_memory(model, 2, 64)
+    assert found["memory"]["activations_gb"] == pytest.approx(estimated["activations_gb"])  # type: ignore[arg-type]
+    assert {"total_gb", "params_gb", "grads_gb", "optimizer_gb", "activations_gb", "logits_gb", "phase"} <= found["memory"].keys()
+    assert sum(block["parameters"] for block in found["blocks"]) + found["outside_blocks"] == found["parameters"]
+    assert len(found["blocks"]) == 3 and all(block["activations_gb"] > 0 for block in found["blocks"])
+    assert found["inference"]["total_gb"] < found["memory"]["total_gb"]
+    assert found["time"]["tokens"] == pytest.approx(found["time"]["tokens_per_second"] * 3600)
+    treadle.enable_checkpointing(model)
+    again = treadle.plan(model, batch_size=2, seq_len=64, precision="fp32", flops=1e12)["memory"]
+    assert again["activations_gb"] < found["memory"]["activations_gb"]
+
+
+def test_shares_of_a_rank() -> None:
+    """Weights, gradients and optimiser state by layout: whole, state in shards, gradients and state, all three."""
+    found = treadle.plan({"model": KEYS}, world=4, batch_size=2, seq_len=32, precision="fp32", flops=1e12)
+    whole = 4 * found["parameters"] / 1e9
+    parts = {"one process": (1, 1, 2), "ddp": (1, 1, 2), "ddp, optimiser in shards": (1, 1, 0.5),
+             "deepspeed, zero stage 2": (1, 0.25, 0.5), "fsdp": (0.25, 0.25, 0.5)}  # fmt: skip
+    for name, shares in parts.items():
+        rank = found["ranks"][name]
+        kinds = [rank["params_gb"], rank["grads_gb"], rank["optimizer_gb"]]
+        assert kinds == pytest.approx([share * whole for share in shares], rel=0.01), name
+    assert found["ranks"]["fsdp"]["gathered_gb"] > 0
+
+
+def test_a_measured_step() -> None:
+    found = treadle.plan({"model": KEYS}, batch_size=2, seq_len=32, precision="fp32", measure=True)
+    assert found["assumptions"]["step_measured_here"] and 1e-4 < found["time"]["step_seconds"] < 30
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--recommend"], "treadle plan --memory 12GiB --recommend"), (["--recommend", "--memory", "0.4GB"], "use shorter rows"),
+        (["--gpu", "H10"], "'H100'"), (["--tokens", "1e9", "--hours", "2"], "keep one"), (["--exact", "maybe"], "--exact stands alone"),
+        (["--utilisation", "0.5"], "--gpu H100"), (["--tokens", "-3"], "above 0"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_bad_questions(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from treadle.cli import app
+
+    with pytest.raises(ConfigError) as caught:
+        app(["plan", *flags], prog_name="treadle", standalone_mode=False)
+    assert words in str(caught.value)
