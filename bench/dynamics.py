@@ -1,6 +1,6 @@
 """INL dynamics beside the same transformer without them: what they cost, and whether they help at equal steps and data.
 
-    python -m bench.dynamics [--rounds 7] [--only cost | quality] [--seeds 3] [--steps 300]
+    python -m bench.dynamics [--rounds 7] [--only cost | quality] [--seeds 3] [--steps 300] [--device cuda]
 
 cost: CPU seconds of a training step taken in turns (A B A B), and bytes that autograd keeps, each against the plain model.
 quality: bits per byte of held-out text after training on the bundled text as bytes; every variant sees the same rows.
@@ -93,32 +93,32 @@ def cost(rounds: int) -> None:
             print(f"{name:<22}time {found[name] / found['none']:.2f}   kept {saved[name] / saved['none']:.2f}", flush=True)
 
 
-def trained(name: str, seed: int, steps: int, data: np.ndarray) -> float:
+def trained(name: str, seed: int, steps: int, data: np.ndarray, device: str) -> float:
     """Bits per byte on text after the part that is trained on."""
     task, held = SMALL, HELD_OUT * SMALL.length + 1
-    model = built(task, VARIANTS[name], seed)
+    model = built(task, VARIANTS[name], seed).to(device)
     stepper, generator = stepper_of(model, task, seed), np.random.default_rng(seed)
     for step in range(steps):
         starts = generator.integers(0, len(data) - held - task.length, task.rows)
         rows = np.stack([data[s : s + task.length] for s in starts]).astype(np.int64)
         rate = task.learning_rate * min((step + 1) / WARMUP, 0.5 + 0.5 * np.cos(np.pi * step / steps))
-        stepper.run(step, [Batch.for_training(torch.from_numpy(rows))], float(rate))
+        stepper.run(step, [Batch.for_training(torch.from_numpy(rows)).to(device)], float(rate))
     rows = data[-held:-1].reshape(HELD_OUT, task.length).astype(np.int64)
     nats = labels = 0.0
     model.eval()
     with torch.no_grad():
         for part in torch.from_numpy(rows).split(64):
-            sums = NextToken().evaluation_sums(model, Batch.for_training(part))
+            sums = NextToken().evaluation_sums(model, Batch.for_training(part).to(device))
             nats, labels = nats + float(sums["nats"]), labels + sums["labels"]
     return nats / labels / float(np.log(2))
 
 
-def quality(seeds: int, steps: int) -> None:
+def quality(seeds: int, steps: int, device: str) -> None:
     data = SMALL.data()
     found: dict[str, list[float]] = {name: [] for name in VARIANTS}
     for seed in range(seeds):
         for name, values in found.items():
-            values.append(trained(name, seed, steps, data))
+            values.append(trained(name, seed, steps, data, device))
             print(f"seed {seed}, {name}: {values[-1]:.4f} bits per byte", flush=True)
     print(f"\n{SMALL.layers} blocks of width {SMALL.width}, {steps} steps of {SMALL.rows} rows x {SMALL.length} bytes, {seeds} seeds")
     print(f"{'':<22}{'parameters':>12}{'bits per byte':>20}{'against none, same seed':>28}")
@@ -138,13 +138,14 @@ def main() -> None:
     parser.add_argument("--only", choices=["cost", "quality"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--device", default="cpu", help="of the quality; the cost is a CPU's")
     given = parser.parse_args()
     keep_freed_memory()
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     if given.only in (None, "cost"):
         cost(given.rounds)
     if given.only in (None, "quality"):
-        quality(given.seeds, given.steps)
+        quality(given.seeds, given.steps, given.device)
 
 
 if __name__ == "__main__":

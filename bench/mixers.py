@@ -1,6 +1,7 @@
 """Token mixers side by side: quality at equal parameters and equal bytes, the cost of a step, and the decoding state.
 
     python -m bench.mixers [austen] [--seeds 3] [--steps 600] [--only ssd hybrid] [--output runs/mixers] [--no-timing]
+                           [--device cuda --jobs 9]
 
 Every cell is an ordinary run of the command line in a folder of its own, evaluated on held-out text: an interrupted table goes on
 where it was, and a finished cell is only read. The MLP of each model is as wide as makes its parameters those of full attention.
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,8 @@ def trained(name: str, source: str, seed: int, given: argparse.Namespace) -> flo
     if not _result(folder, steps):
         wanted = {"max_steps": steps, "seq_len": length, "per_device_train_batch_size": ROWS, "warmup_steps": min(25, steps // 4), "lr": rate,
                   "precision": "fp32", "tokenizer": "byte", "seed": seed, "eval_rows": given.eval_rows, "eval_steps": steps,
-                  "save_steps": steps, "output_dir": folder, "model.arch": "transformer", **keys_of(name)}  # fmt: skip
+                  "save_steps": steps, "output_dir": folder, "device": given.device, "model.arch": "transformer",
+                  **keys_of(name)}  # fmt: skip
         flags = [part for key, value in wanted.items() for part in (f"--{key}", _typed(value).replace("'", '"'))]
         done = subprocess.run([sys.executable, "-m", "treadle", "train", source, *flags], capture_output=True, text=True)
         if done.returncode:
@@ -110,14 +113,17 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=list(PATTERNS), help="some of the models")
     parser.add_argument("--rounds", type=int, default=7, help="of the timing")
     parser.add_argument("--no-timing", action="store_true", help="train alone")
+    parser.add_argument("--device", default="auto", help="that trains")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--output", default="runs/mixers")
     given = parser.parse_args()
     keep_freed_memory()
     found: dict[str, list[float]] = {name: [] for name in given.only or PATTERNS}
-    for seed in range(given.seeds):
-        for name, values in found.items():
-            values.append(trained(name, given.text, seed, given))
-            print(f"{name}, seed {seed}: {values[-1]:.4f} bits per byte", flush=True)
+    cells = [(name, seed) for seed in range(given.seeds) for name in found]
+    with ThreadPoolExecutor(given.jobs) as several:
+        for (name, seed), value in zip(cells, several.map(lambda cell: trained(cell[0], given.text, cell[1], given), cells)):
+            found[name].append(value)
+            print(f"{name}, seed {seed}: {value:.4f} bits per byte", flush=True)
     print(f"\n{given.steps} steps of {ROWS} rows x {given.length} bytes of {given.text}, learning rate {given.rate:g}, {given.seeds} seeds; "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}")  # fmt: skip
     print(f"{'':<24}{'bits per byte':>20}{'parameters':>12}{'CPU time a step':>18}{f'state at {TOKENS}':>16}")

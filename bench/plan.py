@@ -3,9 +3,11 @@
     python -m bench.plan                  # all cases, about 15 minutes on two slow cores
     python -m bench.plan --only ssm       # cases whose name contains this
     python -m bench.plan --kept           # also with the allocator as `treadle train` sets it: the holes that it keeps
+    python -m bench.plan --device cuda    # on a GPU, with larger cases as well
 
 Measured: the growth of a process's resident memory (VmHWM) from before the model is made to the end of the second optimiser
 step, after a tiny model of the same kind has loaded all code. Freed memory goes back at once, so that it is the tensors' own.
+On a GPU: the most that torch's allocator held in tensors.
 """
 
 from __future__ import annotations
@@ -56,6 +58,9 @@ CASES = [
     Case("llama, muon", "transformer", 8, 256, optimizer="muon"),
     Case("llama, 32k tokens", "transformer", 4, 128, {**DENSE, "vocab_size": 32000}),
     Case("gpt2", "transformer", 8, 256, GPT2),
+    Case("inl", "inl", 8, 256),
+    *(Case(name, "transformer", 8, 256, {**DENSE, "layer_types": [name]}) for name in ("ssd", "hgrn", "retnet", "rwkv", "gated_deltanet")),
+    Case("hybrid, bf16", "transformer", 8, 256, {**DENSE, "layer_types": ["ssd", "ssd", "ssd", "full_attention"]}, precision="bf16"),
     Case("shc", "shc", 4, 256),
     Case("shc, bf16, recomputing", "shc", 8, 256, precision="bf16", checkpointing=True),
     Case("ssm", "ssm", 4, 256),
@@ -66,8 +71,16 @@ CASES = [
     Case("hnet, bf16", "hnet", 8, 256, HNET, precision="bf16"),
 ]
 
+WIDE = {"hidden_size": 1024, "num_layers": 12, "num_heads": 16, "vocab_size": 32000}
+GPU_CASES = [
+    Case("llama, wide, bf16", "transformer", 8, 2048, WIDE, precision="bf16"),
+    Case("llama, wide, bf16, recomputing", "transformer", 16, 2048, WIDE, precision="bf16", checkpointing=True),
+    Case("gpt2, wide, bf16", "transformer", 8, 1024, {**WIDE, "style": "gpt2", "dropout": 0.0}, precision="bf16"),
+    Case("shc, wide, bf16", "shc", 4, 1024, {**WIDE, "num_layers": 6}, precision="bf16"),
+]
 
-def predicted_bytes(case: Case, exact: bool) -> float:
+
+def predicted_bytes(case: Case, exact: bool, device: str = "cpu") -> float:
     """The peak of one process beyond what it takes without a model."""
     import torch
 
@@ -81,16 +94,17 @@ def predicted_bytes(case: Case, exact: bool) -> float:
     config = cls.Config.with_preset(None, **case.keys)
     shape = Shape(case.rows, case.length, 1, case.precision, case.checkpointing)
     trace = trace_step(cls, config, NextToken(), shape, cls.example(config, case.rows, case.length),
-                       optim=OptimSettings(name=case.optimizer), exact=exact)  # fmt: skip
+                       optim=OptimSettings(name=case.optimizer), exact=exact, kind=device)  # fmt: skip
     with torch.device("meta"):
         sizes = Sizes.of(cls(config))  # type: ignore[call-arg]
-    memory = per_process(sizes, trace, shape, "none", 1, None)
+    memory = per_process(sizes, trace, shape, "none", 1, None, kind=device)
     return (memory.total_gb - memory.process_gb - memory.kept_gb) * 1e9
 
 
-def measured_bytes(case: Case, kept: bool = False) -> float:
+def measured_bytes(case: Case, kept: bool = False, device: str = "cpu") -> float:
     """The same of real steps, in a process of its own."""
-    command = [sys.executable, "-m", "bench.plan", "--step", json.dumps(asdict(case)), *(["--kept"] if kept else [])]
+    command = [sys.executable, "-m", "bench.plan", "--step", json.dumps(asdict(case)), "--device", device,
+               *(["--kept"] if kept else [])]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
                           cwd=Path(__file__).parents[1])  # fmt: skip
     if done.returncode:
@@ -98,8 +112,10 @@ def measured_bytes(case: Case, kept: bool = False) -> float:
     return float(done.stdout.split()[-1])
 
 
-def take_steps(case: Case, kept: bool) -> int:
+def take_steps(case: Case, kept: bool, device: str) -> int:
     """Growth of this process's memory in two steps."""
+    import torch
+
     from treadle.models.base import build_from
     from treadle.models.catalogue import MODELS
     from treadle.objectives.base import ModelWithObjective
@@ -115,16 +131,21 @@ def take_steps(case: Case, kept: bool) -> int:
 
     def steps(keys: dict[str, Any], rows: int, length: int) -> None:
         config = cls.Config.with_preset(None, **keys)
-        model = build_from(cls, config)
+        model = build_from(cls, config).to(device)
         resolve.set_checkpointing(model, case.checkpointing)
         module = ModelWithObjective(model, NextToken())
         optimizers = Optimizers(model, OptimSettings(name=case.optimizer))
         stepper = Stepper(module, optimizers, seed=0, precision=case.precision, max_grad_norm=1.0, loss_weights={})
         for step in range(2):
-            stepper.run(step, [cls.example(config, rows, length, seed=step)], 1e-4)
+            stepper.run(step, [cls.example(config, rows, length, seed=step).to(device)], 1e-4)
 
     steps(case.tiny, 1, 64)
     gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        steps(case.keys, case.rows, case.length)
+        return torch.cuda.max_memory_allocated() - held
     before = resident_bytes()
     steps(case.keys, case.rows, case.length)
     return peak_resident_bytes() - before
@@ -134,16 +155,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.plan", description=__doc__)
     parser.add_argument("--only", default="")
     parser.add_argument("--kept", action="store_true")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--step", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.step:
-        print(take_steps(Case(**json.loads(given.step)), given.kept))
+        print(take_steps(Case(**json.loads(given.step)), given.kept, given.device))
         return
     print("| case | rows x tokens | quick | exact | measured | quick is | exact is |" + (" with holes |" if given.kept else ""))
-    for case in CASES:
+    for case in CASES + (GPU_CASES if given.device == "cuda" else []):
         if given.only not in case.name:
             continue
-        quick, exact, real = predicted_bytes(case, False), predicted_bytes(case, True), measured_bytes(case)
+        quick, exact, real = (*(predicted_bytes(case, how, given.device) for how in (False, True)), measured_bytes(case, device=given.device))
         row = f"| {case.name} | {case.rows} x {case.length} | {quick / 1e6:.0f} | {exact / 1e6:.0f} | {real / 1e6:.0f} MB "
         row += f"| {quick / real - 1:+.1%} | {exact / real - 1:+.1%} |"
         if given.kept:
