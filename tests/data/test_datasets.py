@@ -80,4 +80,7 @@ def test_numbers_with_a_fraction_are_no_labels() -> None:
             Batch.from_ids([[1, 2]], **keys)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="ids are integers"):
         Batch.from_ids([0.5, 1.0])
+    away = torch.zeros(2, 3, dtype=torch.int64, device="meta")
+    made = Batch.from_ids(away, extras={"targets": [0.5, 1.0]})  # all of it is where the ids are
+    assert made.position_ids is not None and {made.position_ids.device.type, made.extras["targets"].device.type} == {"meta"}
     assert Batch.from_ids([[1, 2]], extras={"targets": [0.5]}).extras["targets"].dtype == torch.float32

@@ -41,8 +41,8 @@ class Batch:
 
     @staticmethod
     def from_ids(ids: Any, doc_ids: Any = None, labels: Any = None, extras: dict[str, Any] | None = None) -> Batch:
-        """A batch from ids [B, T] or [T] (lists or tensors); without labels nothing is scored. extras: what else a task
-        needs, by name, each with the rows as its first dimension."""
+        """A batch from ids [B, T] or [T] (lists or tensors), where they are; without labels nothing is scored. extras: what else
+        a task needs, by name, each with the rows as its first dimension."""
         input_ids = _integers("ids", ids)
         input_ids = input_ids[None] if input_ids.dim() == 1 else input_ids
         if input_ids.dim() != 2:
@@ -55,17 +55,17 @@ class Batch:
             tensor = tensor[None] if tensor.dim() == 1 else tensor
             if tensor.shape != input_ids.shape:
                 raise ConfigError(f"{name} is {list(tensor.shape)}, ids are {list(input_ids.shape)}")
-            return tensor
+            return tensor.to(input_ids.device)
 
         documents, aligned = like("doc_ids", doc_ids), like("labels", labels)
         rows, length = input_ids.shape
         if documents is None:
-            positions = torch.arange(length).expand(rows, length)
+            positions = torch.arange(length, device=input_ids.device).expand(rows, length)
             segments: tuple[tuple[int, ...], ...] = tuple((length,) for _ in range(rows))
         else:
             segments = tuple(_runs(row) for row in documents.tolist())
             positions = _positions(documents)
-        named = {name: torch.as_tensor(value) for name, value in (extras or {}).items()}
+        named = {name: torch.as_tensor(value, device=input_ids.device) for name, value in (extras or {}).items()}
         for name, tensor in named.items():
             if tensor.dim() == 0 or tensor.shape[0] != rows:
                 raise ConfigError(f"extras[{name!r}] is {list(tensor.shape)}; its first dimension must be the {rows} rows")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from treadle.ops.precision import compute_dtype
+from treadle.ops.precision import compute_dtype, without_autocast
 
 IGNORE = -100
 CHUNK_NUMBERS = 1 << 20  # logits held at a time: 512 positions at V = 2048, never fewer than 64
@@ -80,4 +80,6 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, softcap
     flat, target = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     chunk = max(64, CHUNK_NUMBERS // weight.shape[0])
     train = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _LinearCrossEntropy.apply(flat, weight, target, compute_dtype(hidden), chunk, train, softcap)  # type: ignore[no-untyped-call]
+    dtype = compute_dtype(hidden)
+    with without_autocast(hidden):  # on a GPU it would make a softmax in bf16 fp32
+        return _LinearCrossEntropy.apply(flat, weight, target, dtype, chunk, train, softcap)  # type: ignore[no-untyped-call]
