@@ -1,6 +1,7 @@
 """INL dynamics beside the same transformer without them: what they cost, and whether they help at equal steps and data.
 
-    python -m bench.dynamics [--rounds 7] [--only cost | quality] [--seeds 3] [--steps 300] [--device cuda]
+    python -m bench.dynamics [--rounds 7] [--only cost | quality] [--seeds 3] [--steps 300] [--rate 4e-3]
+                             [--device cuda]
 
 cost: CPU seconds of a training step taken in turns (A B A B), and bytes that autograd keeps, each against the plain model.
 quality: bits per byte of held-out text after training on the bundled text as bytes; every variant sees the same rows.
@@ -93,7 +94,7 @@ def cost(rounds: int) -> None:
             print(f"{name:<22}time {found[name] / found['none']:.2f}   kept {saved[name] / saved['none']:.2f}", flush=True)
 
 
-def trained(name: str, seed: int, steps: int, data: np.ndarray, device: str) -> float:
+def trained(name: str, seed: int, steps: int, highest: float, data: np.ndarray, device: str) -> float:
     """Bits per byte on text after the part that is trained on."""
     task, held = SMALL, HELD_OUT * SMALL.length + 1
     model = built(task, VARIANTS[name], seed).to(device)
@@ -101,7 +102,7 @@ def trained(name: str, seed: int, steps: int, data: np.ndarray, device: str) -> 
     for step in range(steps):
         starts = generator.integers(0, len(data) - held - task.length, task.rows)
         rows = np.stack([data[s : s + task.length] for s in starts]).astype(np.int64)
-        rate = task.learning_rate * min((step + 1) / WARMUP, 0.5 + 0.5 * np.cos(np.pi * step / steps))
+        rate = highest * min((step + 1) / WARMUP, 0.5 + 0.5 * np.cos(np.pi * step / steps))
         stepper.run(step, [Batch.for_training(torch.from_numpy(rows)).to(device)], float(rate))
     rows = data[-held:-1].reshape(HELD_OUT, task.length).astype(np.int64)
     nats = labels = 0.0
@@ -113,14 +114,15 @@ def trained(name: str, seed: int, steps: int, data: np.ndarray, device: str) -> 
     return nats / labels / float(np.log(2))
 
 
-def quality(seeds: int, steps: int, device: str) -> None:
+def quality(seeds: int, steps: int, rate: float, device: str) -> None:
     data = SMALL.data()
     found: dict[str, list[float]] = {name: [] for name in VARIANTS}
     for seed in range(seeds):
         for name, values in found.items():
-            values.append(trained(name, seed, steps, data, device))
+            values.append(trained(name, seed, steps, rate, data, device))
             print(f"seed {seed}, {name}: {values[-1]:.4f} bits per byte", flush=True)
-    print(f"\n{SMALL.layers} blocks of width {SMALL.width}, {steps} steps of {SMALL.rows} rows x {SMALL.length} bytes, {seeds} seeds")
+    print(f"\n{SMALL.layers} blocks of width {SMALL.width}, {steps} steps of {SMALL.rows} rows x {SMALL.length} bytes, learning rate {rate:g}, "
+          f"{seeds} seeds")
     print(f"{'':<22}{'parameters':>12}{'bits per byte':>20}{'against none, same seed':>28}")
     for name, values in found.items():
         gaps = [value - plain for value, plain in zip(values, found["none"])]
@@ -138,6 +140,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["cost", "quality"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--rate", type=float, default=SMALL.learning_rate, help="highest learning rate of the quality")
     parser.add_argument("--device", default="cpu", help="of the quality; the cost is a CPU's")
     given = parser.parse_args()
     keep_freed_memory()
@@ -145,7 +148,7 @@ def main() -> None:
     if given.only in (None, "cost"):
         cost(given.rounds)
     if given.only in (None, "quality"):
-        quality(given.seeds, given.steps, given.device)
+        quality(given.seeds, given.steps, given.rate, given.device)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ Memory of one process by kind, bytes it sends in a step, time, and estimated sca
   --table             the presets of --model.arch against common memories
   --inference         plan generating instead of training
   --tokens N          hours that so many tokens take; --hours N: tokens in so many hours
-  --gpu NAME          take a GPU's data sheet, as in H100, times --utilisation (default 0.4)
+  --gpu H100          take that GPU's data sheet, times --utilisation (default 0.4)
   --measure           run a micro-batch of one and two blocks here and take its speed
   --flops N           operations a second that one device reaches (default: measured on this machine's CPU)
   --bandwidth N       bytes a second between processes (default 10e9)

@@ -259,7 +259,8 @@ def test_a_plan_of_a_table_and_of_a_configuration_is_the_same(capsys: pytest.Cap
     ("memory", "unit", "amount"), [("8GiB", "GiB", 8.0), ("600 mb", "MB", 600.0), (2.5e9, "GB", 2.5), ("64mib", "MiB", 64.0)]
 )
 def test_the_budget_is_answered_in_the_unit_it_was_asked_in(memory: Any, unit: str, amount: float) -> None:
-    from treadle.planning.plan import UNITS, lines
+    from treadle.planning.plan import UNITS
+    from treadle.planning.tables import lines
 
     found = treadle.plan({"hidden_size": 64, "num_layers": 2, "num_heads": 2, "model.vocab_size": 300}, memory=memory, flops=1e12)
     asked = found["asked"]

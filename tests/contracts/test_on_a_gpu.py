@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -125,4 +126,11 @@ def test_kernels_of_flash_linear_attention(kind: str) -> None:
     pytest.importorskip("fla", reason="flash-linear-attention is not installed")
     from treadle.ops.flash_linear_attention import agrees
 
-    assert agrees(kind, torch.bfloat16, "cuda:0")
+    agrees.cache_clear()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = agrees(kind, torch.bfloat16, "cuda:0")
+    why = " ".join(str(warning.message) for warning in said)
+    if not found and "differs from the loop" not in why:  # the package itself refuses some GPUs with some versions of Triton
+        pytest.skip(why or "there is no such kernel in this version")
+    assert found, why

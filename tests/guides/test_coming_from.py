@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import treadle
+from treadle.models.catalogue import MODELS
 from treadle.recipe import vocabulary
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "coming_from.md").read_text()
@@ -44,6 +45,7 @@ def test_its_tables_name_what_there_is() -> None:
     words = vocabulary()
     known = {name for section in words.sections for name in words.names_of(section)} | set(words.sections)
     known |= {"model.arch", "model.preset", "model.config_file", "model_config", "config", "train_config", "model_size"}
+    known |= set(MODELS.get("transformer").Config.model_fields)
     rows = [line for line in DOCUMENT.splitlines() if line.startswith("|")]
     flags = {flag for row in rows for flag in re.findall(r"--([\w.]+)", row)}
     assert len(flags) > 12 and flags <= known, flags - known
