@@ -84,6 +84,7 @@ def test_preparing_as_an_array(text_file: Path, tmp_path: Path, cluster: dict[st
         assert made.read_bytes() == (tmp_path / "many" / made.relative_to(tmp_path / "one")).read_bytes()
 
 
+@pytest.mark.slow
 def test_kubernetes_and_a_process_that_dies(text_file: Path, tmp_path: Path) -> None:
     """The container's own command, on one machine: torchrun starts the processes again when one is killed."""
     service, job = yaml.safe_load_all((FILES / "kubernetes.yaml").read_text())

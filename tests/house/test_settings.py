@@ -167,12 +167,12 @@ def test_the_resolved_configuration_runs_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", list(builtin_recipes()))
 def test_every_built_in_recipe_works(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every recipe is composed, built and run for real: two steps, written nowhere but here."""
+    """Every recipe is composed, built and run for real: two steps of two rows, written nowhere but here."""
     from treadle.monitor.console import Console
     from treadle.start import train
 
     monkeypatch.chdir(tmp_path)
-    shorter = {"max_steps": "2", "eval_rows": "2", "sample_tokens": "2", "report_to": "jsonl"}
+    shorter = {"max_steps": "2", "per_device_train_batch_size": "2", "eval_rows": "2", "sample_tokens": "2", "report_to": "jsonl"}
     assert train(Request(name, shorter), Console(quiet=True))["step"] == 2
     assert (tmp_path / "runs" / name / "metrics.jsonl").is_file()
 

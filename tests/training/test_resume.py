@@ -64,9 +64,9 @@ def same_end(one: Path, other: Path, step: int = 20) -> None:
     "keys",
     [
         {"packing": "best_fit", "num_workers": 2, "document_separator": ""},
-        {"packing": "concat", "num_workers": 0, "precision": "bf16"},
+        pytest.param({"packing": "concat", "num_workers": 0, "precision": "bf16"}, marks=pytest.mark.slow),
         {"packing": "next_fit", "optim.name": "muon", "gradient_checkpointing": "true", "document_separator": ""},
-        {"precision": "fp16", "max_steps": 20, "tokenizer.name": "bpe", "vocab_size": 300},
+        pytest.param({"precision": "fp16", "max_steps": 20, "tokenizer.name": "bpe", "vocab_size": 300}, marks=pytest.mark.slow),
     ],
     ids=["packed-workers", "bf16", "muon-checkpointing", "fp16-bpe"],
 )
