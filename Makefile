@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONSTRAINT := $(if $(GPU),,-c constraints-cpu.txt)
 WORKERS ?= 2
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow contracts lint bench clean
 
 $(VENV)/ready: pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,9 @@ test: $(VENV)/ready
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -m slow
+
+contracts: $(VENV)/ready
+	$(BIN)/python -m tools.contract_board
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
