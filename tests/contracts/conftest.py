@@ -78,6 +78,11 @@ PURE = [("transformer", number) for number, shape in enumerate(SHAPES["transform
 every_model_but_pure_mixers = pytest.mark.parametrize(
     "case", [case for case in CASES if case not in PURE], ids=lambda case: f"{case[0]}-{case[1]}", indirect=True
 )
+# The same, but with `make test-slow` and on the contract board each of them too.
+pure_mixers_are_slow = pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case in PURE else case for case in CASES],
+    ids=[f"{name}-{number}" for name, number in CASES], indirect=True,
+)  # fmt: skip
 
 
 def make(name: str, number: int = 0, seed: int = 0, **more: Any) -> Model:
