@@ -105,6 +105,7 @@ def plan(
         own.setdefault("device", recipe.device.type if recipe.device.type == "cuda" else "cpu")
         marked = _recomputing(recipe)
         recipe = {"gradient_checkpointing": marked} if marked is not False else {}
+    own["text_named"] = isinstance(recipe, (str, Path))
     if not isinstance(recipe, Recipe) or keys:
         request = Request(_target(recipe), keys, flags_are_text=False, other_flags=("world", "trust_code", *PLAN_KEYS))
         recipe = compose(request.layers())

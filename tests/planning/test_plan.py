@@ -139,3 +139,11 @@ def test_amounts() -> None:
     for text in ("", "GB", "-1GB", "3XB"):
         with pytest.raises(ConfigError):
             parse_bytes(text)
+
+
+def test_the_vocabulary_is_the_one_that_training_would_have(text_file: Path, in_folder: Path) -> None:
+    """A preset alone has its own; on a text, the tokenizer's counts, as `treadle train` makes the model."""
+    keys = {"preset": "nano", "flops": 1e12}
+    own = treadle.plan(None, **keys)["parameters"]
+    on_text, on_bytes = (treadle.plan(str(text_file), **keys, **more)["parameters"] for more in ({"tokenizer.vocab_size": 2048}, {"tokenizer": "byte"}))
+    assert own - on_text == (8192 - 2048) * 320 and on_text - on_bytes == (2048 - 256) * 320

@@ -42,7 +42,7 @@ def answer(recipe: Recipe, given: Mapping[str, Any], target: str | None = None) 
         return _recommended(recipe, own.get("memory"), not switched.get("inference"), target)
     device = "cpu" if recipe.run.device == "auto" and "flops" not in own else recipe.run.device
     own.update({name: switched.get(name, False) for name in ("rehearse", "exact", "inference", "measure")})
-    result = make_plan(recipe, device="cuda" if device == "auto" else device, **own)
+    result = make_plan(recipe, device="cuda" if device == "auto" else device, text_named=target is not None, **own)
     return result, tables.lines(result)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from treadle.planning import traffic
 from treadle.planning.duration import UTILISATION, duration, flops_of_gpu, measured_flops, measured_seconds
 from treadle.planning.memory import Memory, Sizes, per_process, to_read
 from treadle.planning.step_trace import Shape, trace_reading, trace_step
+from treadle.text.base import Tokenizer
 from treadle.training import resolve
 from treadle.training.config import Recipe
 
@@ -63,16 +65,24 @@ def checked_number(name: str, value: Any, kind: type = float, zero: bool = False
         raise ConfigError(f"{given}: give a {whole} above 0") from None
 
 
-def model_of(recipe: Recipe, data: Dataset | None = None) -> tuple[type[Model], ModelConfig]:
-    """The recipe's architecture and its keys. data: None for text, which is not read; the vocabulary is then the preset's or
-    the size asked of the tokenizer."""
+def model_of(recipe: Recipe, data: Dataset | None = None, text_named: bool = False) -> tuple[type[Model], ModelConfig]:
+    """The recipe's architecture and its keys. data: None for text, which is not read. The vocabulary is then the tokenizer's,
+    as training would have it; a preset alone (text_named = False) keeps its own."""
     cls = MODELS.get(recipe.arch)
     follow = data.model_keys() if data is not None else {}
     keys = {key: value for key, value in follow.items() if key in cls.Config.model_fields} | recipe.model
     preset = cls.Config.presets().get((recipe.preset or "").lower().replace("-", "_"), {})
-    if "vocab_size" in cls.Config.model_fields and "vocab_size" not in keys and "vocab_size" not in preset:
-        keys["vocab_size"] = 256 if recipe.tokenizer.name == "byte" else recipe.tokenizer.vocab_size
+    if "vocab_size" in cls.Config.model_fields and "vocab_size" not in keys and (text_named or "vocab_size" not in preset):
+        keys["vocab_size"] = _vocabulary(recipe)
     return cls, cls.Config.with_preset(recipe.preset, **keys)
+
+
+def _vocabulary(recipe: Recipe) -> int:
+    """Tokens of the tokenizer that is named, or at most of one that is to be made."""
+    name = recipe.tokenizer.name
+    if name == "byte" or Path(name).exists():
+        return Tokenizer.load(name).vocab_size
+    return recipe.tokenizer.vocab_size
 
 
 def work_of(recipe: Recipe, data: Dataset | None, model: Model, micro: int) -> tuple[Objective, Batch, int]:
@@ -90,7 +100,7 @@ def plan(
     overlap: float = OVERLAP, memory: str | float | None = None, device: str = "cpu", rehearse: bool = False,
     exact: bool = False, inference: bool = False, gpu: str | None = None, utilisation: float = UTILISATION,
     measure: bool = False, tokens: float | None = None, hours: float | None = None,
-    model_class: tuple[type[Model], ModelConfig] | None = None,
+    model_class: tuple[type[Model], ModelConfig] | None = None, text_named: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Memory of one process by kind, bytes it sends in a step, and the estimated scaling: numbers, not strings.
 
@@ -101,7 +111,7 @@ def plan(
     and two periods of its blocks; inference plans generating `micro-batch` texts of the row's length instead of training.
     gpu: a GPU of ops/peak.py, which reaches `utilisation` of its data sheet; measure: run a micro-batch of one and two
     periods here and take its time. tokens or hours: a budget, from which "time" has the other. model_class: instead of the
-    recipe's architecture. ConfigError for sizes that do not fit together.
+    recipe's architecture. text_named: the vocabulary is the tokenizer's of that text, not a preset's. ConfigError for sizes that do not fit together.
     """
     if gpu is not None and (flops is not None or measure):
         raise ConfigError("--gpu, --flops and --measure each say how fast a device is; keep one")
@@ -119,7 +129,7 @@ def plan(
     data = None
     if recipe.data.dataset_class != TEXT:
         data = splits_of(recipe.data, recipe.tokenizer, task_settings(recipe.tables()), recipe.run.seed)["train"]
-    cls, config = model_class or model_of(recipe, data)
+    cls, config = model_class or model_of(recipe, data, text_named)
     with torch.device("meta"):
         model = cls(config)  # type: ignore[call-arg]
     sizes = Sizes.of(model)
