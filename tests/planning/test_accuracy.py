@@ -11,6 +11,7 @@ from bench.plan import CASES, Case, measured_bytes, predicted_bytes
 from treadle.models.catalogue import MODELS
 from treadle.objectives.next_token import NextToken
 from treadle.planning.ledger import Ledger, Watch
+from treadle.planning.memory import Sizes, per_process
 from treadle.planning.step_trace import Shape, period_of, trace_step, with_rows
 
 EXACT, QUICK = 0.05, 0.15
@@ -43,7 +44,7 @@ def test_the_ledger_counts_what_is_alive() -> None:
     with FakeTensorMode():
         first, second = nn.Linear(8, 16, bias=False), nn.Linear(16, 8, bias=False)
         ledger.sort([first.weight, second.weight], "kept")
-        assert ledger.alive == {"activations": 0, "gradients": 0, "kept": 2 * 8 * 16 * 4}
+        assert ledger.alive == {"activations": 0, "gradients": 0, "casts": 0, "kept": 2 * 8 * 16 * 4}
         for weight in (first.weight, second.weight):
             weight.register_post_accumulate_grad_hook(lambda p: ledger.sort([p.grad], "gradients"))  # type: ignore[list-item]
         with Watch(ledger):
@@ -61,10 +62,25 @@ def test_the_ledger_counts_what_is_alive() -> None:
     assert fullest == 4 * (4 * 8 + 2 * 4 * 16)  # x, and relu's argument and result at once
 
 
-def trace(arch: str, rows: int, exact: bool, checkpointing: bool = False, **keys: object):  # type: ignore[no-untyped-def]
+def test_weights_in_sixteen_bits_are_told_apart() -> None:
+    """Autocast holds a copy of every weight it has used, but none of a block that recomputes; fsdp holds none of them."""
+    whole, again = (trace("transformer", 2, True, checkpointing, "bf16", **SMALL) for checkpointing in (False, True))
+    most = [max(m.casts for m in found.moments if m.part == "loss") for found in (whole, again)]
+    config = MODELS.get("transformer").Config.with_preset(None, **SMALL)
+    with torch.device("meta"):
+        sizes = Sizes.of(MODELS.get("transformer")(config))  # type: ignore[call-arg]
+    vectors = 2 * 5 * 32  # norms stay fp32
+    head = 2 * 64 * 32  # of the loss, in both
+    assert most[0] == 2 * (sum(sizes.blocks) - vectors) + head and most[1] == head
+    shape = Shape(2, 32, 1, "bf16", False)
+    alone, sharded = (per_process(sizes, whole, shape, mode, world, None) for mode, world in (("none", 1), ("fsdp", 2)))
+    assert alone.casts_gb == pytest.approx(most[0] / 1e9) and sharded.casts_gb == 0.0
+
+
+def trace(arch: str, rows: int, exact: bool, checkpointing: bool = False, precision: str = "fp32", **keys: object):  # type: ignore[no-untyped-def]
     cls = MODELS.get(arch)
     config = cls.Config.with_preset(None, **keys)
-    shape = Shape(rows, 32, 1, "fp32", checkpointing)
+    shape = Shape(rows, 32, 1, precision, checkpointing)
     return trace_step(cls, config, NextToken(), shape, cls.example(config, rows, 32), exact=exact)
 
 

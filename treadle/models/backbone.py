@@ -17,6 +17,7 @@ from treadle.data.batch import Batch
 from treadle.layers.context import Context
 from treadle.layers.state import State
 from treadle.models.base import LanguageModelConfig, Model, Output
+from treadle.ops.precision import without_kept_casts
 
 
 def run_blocks(blocks: Iterable[nn.Module], x: Tensor, context: Context, states: Iterator[Any] | None) -> Tensor:
@@ -24,7 +25,8 @@ def run_blocks(blocks: Iterable[nn.Module], x: Tensor, context: Context, states:
     for block in blocks:
         state = next(states) if states is not None else None
         if block.training and torch.is_grad_enabled() and getattr(block, "gradient_checkpointing", False):
-            x = checkpoint(block, x, context, state, use_reentrant=False)
+            with without_kept_casts(x):  # the block's weights are cast again anyway when it runs again
+                x = checkpoint(block, x, context, state, use_reentrant=False)
         else:
             x = block(x, context, state)
     return x

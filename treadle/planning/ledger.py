@@ -16,25 +16,26 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-Kind = Literal["activations", "gradients", "kept"]
+Kind = Literal["activations", "gradients", "casts", "kept"]
 
 
 @dataclass(frozen=True)
 class Moment:
     """A point of the step and the bytes that are alive there beyond weights and the optimiser's state. part: "embedding",
-    "forward", "loss", "backward" or "optimiser step"; block: which, inside forward and backward."""
+    "forward", "loss", "backward" or "optimiser step"; block: which, inside forward and backward. casts: weights in 16 bits."""
 
     part: str
     block: int
     activations: float
     gradients: float
+    casts: float = 0.0
 
 
 @dataclass
 class Ledger:
     """Bytes alive by kind ("kept": weights and state, which are always there), and the fullest moments of each part."""
 
-    alive: dict[str, int] = field(default_factory=lambda: {"activations": 0, "gradients": 0, "kept": 0})
+    alive: dict[str, int] = field(default_factory=lambda: {"activations": 0, "gradients": 0, "casts": 0, "kept": 0})
     entered: dict[tuple[str, int], int] = field(default_factory=dict)  # part -> activations when it began
     _fullest: dict[tuple[str, int], list[Moment]] = field(default_factory=dict)
     _known: dict[int, list[Any]] = field(default_factory=dict)  # id of a storage -> its weak reference, bytes, kind
@@ -53,15 +54,21 @@ class Ledger:
     def sort(self, tensors: Iterable[Tensor], kind: Kind) -> None:
         """Says what these are; they may be known already."""
         for tensor in tensors:
-            self.add(tensor)
+            self.add(tensor, kind)
             entry = self._known.get(id(tensor.untyped_storage()))
             if entry is not None:
                 self.alive[entry[2]] -= entry[1]
                 self.alive[kind] += entry[1]
                 entry[2] = kind
+        self._look()
 
-    def add(self, tensor: Tensor) -> None:
-        """Counts a tensor's storage if it is new, as activations."""
+    def is_weight(self, tensor: Tensor) -> bool:
+        """It was sorted as what is always there."""
+        entry = self._known.get(id(tensor.untyped_storage()))
+        return entry is not None and entry[2] == "kept"
+
+    def add(self, tensor: Tensor, kind: Kind = "activations") -> None:
+        """Counts a tensor's storage if it is new."""
         storage = tensor.untyped_storage()
         key, size = id(storage), storage.nbytes()
         if key in self._known or not size:
@@ -71,22 +78,22 @@ class Ledger:
             _, size, kind = self._known.pop(key)
             self.alive[kind] -= size
 
-        self._known[key] = [weakref.ref(storage, released), size, "activations"]
-        self.alive["activations"] += size
+        self._known[key] = [weakref.ref(storage, released), size, kind]
+        self.alive[kind] += size
         self._look()
 
     def _look(self) -> None:
-        activations, gradients = self.alive["activations"], self.alive["gradients"]
-        now = Moment(*self._here, activations, gradients)
+        activations, gradients, casts = self.alive["activations"], self.alive["gradients"], self.alive["casts"]
+        now = Moment(*self._here, activations, gradients, casts)
         found = self._fullest.setdefault(self._here, [now, now])
-        if activations + gradients > found[0].activations + found[0].gradients:
+        if activations + gradients + casts > found[0].activations + found[0].gradients + found[0].casts:
             found[0] = now
         if (activations, gradients) > (found[1].activations, found[1].gradients):
             found[1] = now
 
 
 class Watch(TorchDispatchMode):
-    """Enters what operations make into a ledger."""
+    """Enters what operations make into a ledger; a weight in fewer bits is a cast."""
 
     def __init__(self, ledger: Ledger) -> None:
         super().__init__()
@@ -94,6 +101,9 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
         made = operation(*arguments, **(named or {}))
+        if operation is torch.ops.aten._to_copy.default and self.ledger.is_weight(arguments[0]) and made.itemsize < arguments[0].itemsize:
+            self.ledger.sort([made], "casts")
+            return made
         for leaf in (made,) if isinstance(made, Tensor) else pytree.tree_leaves(made):
             if isinstance(leaf, Tensor):
                 self.ledger.add(leaf)

@@ -42,13 +42,14 @@ class Sizes:
 class Memory:
     """Gigabytes of one process. total_gb is the peak, and phase where in the step it is; the kinds are each one's own size,
     and not all of them exist at the peak. activations_gb: beyond weights, gradients and state at the peak, without what the
-    loss holds (logits_gb) where the peak is there."""
+    loss holds (logits_gb) where the peak is there. casts_gb: weights in 16 bits, as autocast keeps them, at the peak."""
 
     params_gb: float
     grads_gb: float
     optimizer_gb: float
     activations_gb: float
     logits_gb: float
+    casts_gb: float
     gathered_gb: float
     saving_gb: float
     process_gb: float
@@ -91,15 +92,17 @@ def per_process(
         last = moment.part == "optimiser step"
         own = 0.0 if offload else grads if early or last else moment.gradients / parts
         extra = gathered + (after if last or offload else 0.0)
-        needs.append((kept_all + moment.activations + own + extra, moment.part, moment.activations))
+        casts = 0.0 if mode == "fsdp" else moment.casts  # there weights are gathered in 16 bits: `gathered`
+        needs.append((kept_all + moment.activations + own + extra + casts, moment.part, moment.activations, casts))
     if not offload:
-        needs.append((kept_all + grads + saving, "saving", 0.0))
-    peak, phase, activations = max(needs)
+        needs.append((kept_all + grads + saving, "saving", 0.0, 0.0))
+    peak, phase, activations, casts = max(needs)
     logits = trace.logits if phase == "loss" else 0.0
     process = PROCESS_GB[kind]
     kept = KEPT_SHARE * peak / 1e9 if kind == "cpu" and mode != "fsdp" else 0.0
     return Memory(
-        params / 1e9, grads / 1e9, state / 1e9, (activations - logits) / 1e9, trace.logits / 1e9, gathered / 1e9, saving / 1e9,
+        params / 1e9, grads / 1e9, state / 1e9, (activations - logits) / 1e9, trace.logits / 1e9, casts / 1e9, gathered / 1e9,
+        saving / 1e9,
         process, kept, peak / 1e9 + process + kept, phase,
     )  # fmt: skip
 

@@ -122,7 +122,8 @@ def _deeper(one: StepTrace, two: StepTrace, period: int, count: int) -> StepTrac
     moments = []
     for first, second in zip(_ends(one, period), _ends(two, 2 * period), strict=True):
         block = count - 1 if second.block == 2 * period - 1 else second.block
-        moments.append(Moment(second.part, block, along(first.activations, second.activations), along(first.gradients, second.gradients)))
+        moments.append(Moment(second.part, block, along(first.activations, second.activations), along(first.gradients, second.gradients),
+                              along(first.casts, second.casts)))  # fmt: skip
     blocks = tuple(two.blocks[period + i % period] if i else two.blocks[0] for i in range(count))
     return StepTrace(tuple(moments), along(one.state, two.state), along(one.gradients, two.gradients), blocks, two.logits, False)
 
@@ -141,14 +142,14 @@ def _ends(trace: StepTrace, count: int) -> list[Moment]:
 
 
 def with_rows(one: StepTrace, two: StepTrace, rows: int) -> StepTrace:
-    """A step of `rows` rows, from traces of one and of two: activations along a straight line, moment by moment; gradients have
-    the parameters' sizes."""
+    """A step of `rows` rows, from traces of one and of two: activations along a straight line, moment by moment; gradients and
+    casts have the parameters' sizes."""
 
     def along(a: float, b: float) -> float:
         return a + (rows - 1) * (b - a)
 
     moments = tuple(
-        replace(a, activations=along(a.activations, b.activations), gradients=max(a.gradients, b.gradients))
+        replace(a, activations=along(a.activations, b.activations), gradients=max(a.gradients, b.gradients), casts=max(a.casts, b.casts))
         for a, b in zip(one.moments, two.moments, strict=True)
     )
     blocks = tuple(along(a, b) for a, b in zip(one.blocks, two.blocks, strict=True))

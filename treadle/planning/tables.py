@@ -24,7 +24,7 @@ def lines(result: dict[str, Any]) -> list[str]:
         f"{each} each, {result['precision']}",
         f"memory of one process: {m['total_gb']:.2f} GB at the peak ({m['phase']})",
         f"  weights {m['params_gb']:.2f}, gradients {m['grads_gb']:.2f}, optimiser {m['optimizer_gb']:.2f}, activations "
-        f"{m['activations_gb']:.2f}, loss {m['logits_gb']:.2f}, gathered {m['gathered_gb']:.2f}, copies while saving {m['saving_gb']:.2f}, the process "
+        f"{m['activations_gb']:.2f}, loss {m['logits_gb']:.2f}, weights in 16 bits {m['casts_gb']:.2f}, gathered {m['gathered_gb']:.2f}, copies while saving {m['saving_gb']:.2f}, the process "
         f"itself {m['process_gb']:.2f}" + (f", kept by the allocator {m['kept_gb']:.2f}" if m["kept_gb"] else ""),
     ]
     text += _block_lines(result)
