@@ -43,11 +43,11 @@ def test_its_commands_run(in_folder: Path, typed: Callable[..., str]) -> None:
 def test_a_trainers_arguments_are_keys_here() -> None:
     words = vocabulary()
     known = {name for section in words.sections for name in words.names_of(section)}
-    known |= set(MODELS.get("transformer").Config.model_fields)
+    known |= set(MODELS.get("transformer").Config.model_fields) | set(words.sections)
     rows = [line.split(" | ") for line in DOCUMENT.split("line by line")[1].split("As a program")[0].splitlines() if line.startswith("| `")]
     same = {name for theirs, here in rows if "the same names" in here for name in re.findall(r"(\w+)=", theirs)}
     assert len(same) > 15 and same <= known, same - known
     flags = set(re.findall(r"--([\w.]+)", DOCUMENT))
     own = {"format", "output", "from", "prompt", "data", "vocab", "text", "row", "memory", "recommend", "table", "max", "fresh", "allow",
-           "num_processes", "temperature", "top_p", "repetition_penalty", "devices"}  # fmt: skip
+           "num_processes", "temperature", "top_p", "repetition_penalty", "devices", "preset"}  # fmt: skip
     assert not {flag for flag in flags if flag.split(".")[-1] not in known | own}
