@@ -34,6 +34,7 @@ from treadle.training.step import Stepper
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "none": {"dynamics": "none"},
+    "none, with biases": {"dynamics": "none", "attention_bias": True, "mlp_bias": True},  # what mu alone could be
     "lite, attention": {"dynamics": "lite"},
     "full, attention": {"dynamics": "full"},
     "full, post": {"dynamics": "full", "dynamics_placement": "post"},
