@@ -389,7 +389,7 @@ def plan(request: Request, console: Console | None = None) -> dict[str, Any]:
     """What a recipe needs on `--world` processes, what fits, or the table of sizes; reads no text and starts nothing."""
     import json
 
-    from treadle.planning.command import FLAGS, answer
+    from treadle.planning.command import FLAGS, answer, switch
 
     console = console or Console()
     flags = dict(request.flags or {})
@@ -397,7 +397,7 @@ def plan(request: Request, console: Console | None = None) -> dict[str, Any]:
     request = replace(request, flags=flags, other_flags=("from", "help", *FLAGS))
     target = request.target if isinstance(request.target, str) else None
     result, text = answer(compose(request.layers()), own, target)
-    for line in [json.dumps(result, indent=1)] if own.get("json", "false") != "false" else text:
+    for line in [json.dumps(result, indent=1)] if switch("json", own.get("json", False)) else text:
         console.say(line)
     return result
 

@@ -201,3 +201,25 @@ def test_usable_alone() -> None:
 def test_constants_that_contradict_each_other(keys: dict[str, float], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         INLDynamics(4, **keys)  # type: ignore[arg-type]
+
+
+def test_what_a_compiler_gets_is_what_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plain form has the types of the memory-saving one under autocast: in fp16 too, with numbers above its range."""
+    torch.manual_seed(0)
+    layer = INLDynamics(16, controller_size=8)
+    for precision, size in (("bf16", 1.0), ("fp16", 1e5)):
+        h, v = torch.randn(2, 5, 16) * size, torch.randn(2, 5, 16)
+        found = []
+        for compiling in (False, True):
+            monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+            with treadle.autocast(precision):
+                found.append(layer(h, v))
+        for own, plain in zip(*found):
+            assert bool(own.isfinite().all())
+            torch.testing.assert_close(plain, own, atol=1e-5, rtol=1e-5)
+
+
+def test_names_in_messages_are_those_that_are_typed() -> None:
+    with pytest.raises(ConfigError, match="lower dynamics_beta or raise beta_max"):
+        treadle.build("inl", vocab_size=16, hidden_size=16, num_layers=1, num_heads=1, dynamics_beta=3.0)
+    assert math.isfinite(float(INLDynamics(8, step=1e-3, beta_max=1900.0, beta=1000.0).controller_out.bias.detach().sum()))  # type: ignore[union-attr]

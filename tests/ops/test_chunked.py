@@ -154,3 +154,12 @@ def test_the_recurrence_in_fp64() -> None:
     torch.manual_seed(0)
     given = [torch.sigmoid(gates(2, 60, 7)).double(), torch.randn(2, 60, 7).double(), torch.randn(2, 7).double()]
     agree(results(scan, given), results(scan_reference, given), 1e-9)
+
+
+def test_documents_with_large_ids_stay_apart() -> None:
+    """A last chunk is filled with the last position's document, whatever its number (fp32 knows no odd one above 2^24)."""
+    torch.manual_seed(0)
+    x, b, c = (torch.randn(1, 2, 70, 8, dtype=torch.float64) for _ in range(3))
+    decay = -torch.rand(1, 2, 70, dtype=torch.float64)
+    documents = (2**24 + (torch.arange(70) >= 35).long())[None]
+    torch.testing.assert_close(ssd(x, decay, b, c, documents)[0], ssd_reference(x, decay, b, c, documents)[0], atol=1e-9, rtol=0)

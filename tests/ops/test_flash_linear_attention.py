@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 from treadle.ops import flash_linear_attention as fla
@@ -62,3 +63,22 @@ def test_nothing_is_used_on_a_cpu_or_in_fp32(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(fla, "_kernel", stand_in)
     for dtype in (torch.float32, torch.bfloat16):
         assert fla.flash("ssd", dtype, None, None, *fla.sample("ssd", "cpu")) is None
+
+
+@pytest.mark.parametrize("where", ["a block that recomputes", "inference mode"])
+def test_it_may_be_asked_anywhere(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trial has gradients of its own, which a block's recomputation must not count nor inference mode forbid."""
+    monkeypatch.setattr(fla, "_kernel", stand_in)
+    if where == "inference mode":
+        with torch.inference_mode():
+            assert fla.agrees("ssd", torch.bfloat16, "cpu")
+        return
+    weight = torch.ones(4, requires_grad=True)
+
+    def block(x: Tensor) -> Tensor:
+        y = (x * weight).sin()
+        assert fla.agrees("ssd", torch.bfloat16, "cpu")
+        return (y * weight).cos()
+
+    torch.utils.checkpoint.checkpoint(block, torch.ones(4), use_reentrant=False).sum().backward()
+    assert weight.grad is not None and bool(weight.grad.isfinite().all())

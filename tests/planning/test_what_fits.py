@@ -14,7 +14,7 @@ from tests.conftest import treadle as command
 from treadle.errors import ConfigError
 from treadle.planning import tables
 from treadle.planning.duration import duration, flops_of_gpu
-from treadle.planning.recommend import Fit, Preset
+from treadle.planning.recommend import Fit, Preset, what_fits
 
 
 def test_what_is_recommended_trains_in_the_memory(tmp_path: Path) -> None:
@@ -120,3 +120,11 @@ def test_bad_questions(flags: list[str], words: str, capsys: pytest.CaptureFixtu
     with pytest.raises(ConfigError) as caught:
         app(["plan", *flags], prog_name="treadle", standalone_mode=False)
     assert words in str(caught.value)
+
+
+def test_generating_is_recommended_for_the_length_that_was_asked() -> None:
+    """A preset that was made for shorter rows is none; an unknown one is named with those there are."""
+    with pytest.raises(ConfigError, match="no preset of transformer runs in 1 GB with rows of 100000"):
+        treadle.recommend_config(1.0, training=False, seq_len=100_000)
+    with pytest.raises(ConfigError, match=r"has no preset 'nope'; give one of .*nano"):
+        what_fits(1.0, preset="nope")

@@ -64,7 +64,7 @@ class INLDynamics(nn.Module):
         if name == "controller_out.weight":
             return 0.01
         if name == "controller_out.bias":
-            logits = (_logit(self.alpha), math.log(math.expm1(self.beta)), _logit(self.gate))
+            logits = (_logit(self.alpha), self.beta + math.log(-math.expm1(-self.beta)), _logit(self.gate))
             return torch.tensor(logits).repeat_interleave(len(self.mu))
         return None
 
@@ -104,18 +104,18 @@ class INLDynamics(nn.Module):
 
 def contradiction(
     alpha: float, beta: float, gate: float, step: float, beta_max: float, velocity_max: float, mu_min: float, mu_max: float,
-    mu_initial: float,
+    mu_initial: float, prefix: str = "",
 ) -> str | None:  # fmt: skip
-    """What is wrong with constants, in one line that says what to type; None where nothing is. With step beta_max < 2 the
-    bound of stability, step gate beta < 2 (1 + alpha), holds for every gain that a controller can choose."""
+    """What is wrong with constants, in one line that says what to type; None where nothing is. prefix: of the names as
+    they are typed. With step beta_max < 2 the bound of stability, step gate beta < 2 (1 + alpha), holds for every gain that a controller can choose."""
     if not 0.0 < alpha < 1.0 or not 0.0 < gate < 1.0:
-        return f"alpha = {alpha} and gate = {gate} must lie between 0 and 1, as .9 and .5 do"
+        return f"{prefix}alpha = {alpha} and {prefix}gate = {gate} must lie between 0 and 1, as .9 and .5 do"
     if not 0.0 < beta <= beta_max:
-        return f"beta = {beta} must be above 0 and not above beta_max = {beta_max}; lower beta or raise beta_max"
+        return f"{prefix}beta = {beta} must be above 0 and not above beta_max = {beta_max}; lower {prefix}beta or raise beta_max"
     if step <= 0.0 or velocity_max <= 0.0:
-        return f"the step ({step}) and velocity_max ({velocity_max}) must be above 0, as .1 and 10 are"
+        return f"{prefix}step ({step}) and velocity_max ({velocity_max}) must be above 0, as .1 and 10 are"
     if step * beta_max >= 2.0:
-        return f"a step of {step} with beta_max = {beta_max} may swing itself up; use a step below {2.0 / beta_max:.3g}"
+        return f"{prefix}step = {step} with beta_max = {beta_max} may swing itself up; use a {prefix}step below {2.0 / beta_max:.3g}"
     if not mu_min <= mu_initial <= mu_max:
         return f"mu_initial = {mu_initial} must lie between mu_min = {mu_min} and mu_max = {mu_max}; give one that does"
     return None

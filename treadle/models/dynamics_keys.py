@@ -58,7 +58,7 @@ class DynamicsKeys(Settings):
     @model_validator(mode="after")
     def _dynamics_fit(self) -> DynamicsKeys:
         if problem := contradiction(self.dynamics_alpha, self.dynamics_beta, self.dynamics_gate, self.dynamics_step,
-                                    self.beta_max, self.velocity_max, self.mu_min, self.mu_max, self.mu_initial):  # fmt: skip
+                                    self.beta_max, self.velocity_max, self.mu_min, self.mu_max, self.mu_initial, prefix="dynamics_"):  # fmt: skip
             raise ValueError(problem)
         return self
 

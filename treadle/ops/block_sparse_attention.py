@@ -51,7 +51,7 @@ def block_sparse_attention(
     positions = document_positions(own)
     own, at = own.unflatten(1, (-1, size)), positions.unflatten(1, (-1, size))  # [B or 1, C, S]
     row = torch.arange(length + spare, device=q.device).view(-1, size)
-    q = F.pad(q, (0, 0, 0, spare)).unflatten(2, (-1, size))  # [B, H, C, S, E]
+    q = F.pad(q * width**-0.5, (0, 0, 0, spare)).unflatten(2, (-1, size))  # [B, H, C, S, E]; scaled first, for fp16's range
     near_k, near_v = (F.pad(t, (0, 0, back, spare)).unfold(2, size + back, size).transpose(-1, -2) for t in (k, v))
     place = F.pad(row.flatten(), (back, 0), value=-1).unfold(0, size + back, size)  # [C, S + W], a key's place in the row
     theirs = F.pad(own.flatten(1), (back, 0), value=-2).unfold(1, size + back, size)
@@ -70,7 +70,7 @@ def block_sparse_attention(
         seen = torch.cat([further, seen], -1)
         scores = torch.cat([q @ far_k.transpose(-1, -2), scores], -1)
         near_v = torch.cat([far_v, near_v], 3)
-    scores = (scores * width**-0.5).masked_fill(~seen[:, None], torch.finfo(scores.dtype).min)
+    scores = scores.masked_fill(~seen[:, None], torch.finfo(scores.dtype).min)
     return (scores.softmax(-1) @ near_v).flatten(2, 3)[:, :, :length]
 
 

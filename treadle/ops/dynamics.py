@@ -118,6 +118,18 @@ class _Dynamics(torch.autograd.Function):
         )  # fmt: skip
 
 
+def _plain(
+    h: Tensor, v: Tensor, mu: Tensor, w1: Tensor, c1: Tensor, w2: Tensor, c2: Tensor, limits: Limits, products: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """What `_Dynamics` computes, left to autograd."""
+    rows, velocities = _wide(h.flatten(0, -2)), v.flatten(0, -2)
+    alpha, beta, gate = gains(h.flatten(0, -2), velocities, w1, c1, w2, c2, limits.beta_max, products)
+    pull = alpha * velocities - beta * (rows - mu.clamp(limits.mu_min, limits.mu_max))
+    velocity = pull.clamp(-limits.velocity_max, limits.velocity_max)
+    out = torch.promote_types(h.dtype, v.dtype)
+    return (rows + limits.step * gate * velocity).to(out).view(h.shape), velocity.to(out).view(h.shape)
+
+
 def products_dtype(like: Tensor) -> torch.dtype:
     """What the controller multiplies in: autocast's type, but fp32 instead of fp16, where a residual stream above 65504 is
     infinite and its gains are NaN."""
@@ -130,9 +142,9 @@ def dynamics(
 ) -> tuple[Tensor, Tensor]:
     """`dynamics_reference` that keeps only h and v for backward. Products in autocast's type, all else in fp32 (fp64 for fp64),
     h' and v' in the wider of the types of h and v. A compiler recomputes the gains by itself, so that compiled blocks take
-    the plain form."""
-    if torch.compiler.is_compiling():
-        return dynamics_reference(h, v, mu, w1, c1, w2, c2, limits)
+    the plain form, in the same types."""
     products = products_dtype(h if h.dtype == v.dtype else v)
     with without_autocast(h):
+        if torch.compiler.is_compiling():
+            return _plain(h, v, mu, w1, c1, w2, c2, limits, products)
         return _Dynamics.apply(h, v, mu, w1, c1, w2, c2, limits, products)  # type: ignore[no-untyped-call]

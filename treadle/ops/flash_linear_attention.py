@@ -32,7 +32,7 @@ PLACES = {
 REFERENCES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "ssd": ssd_reference, "delta_rule": delta_rule_reference, "wkv": wkv_reference,
 }  # fmt: skip
-SMALLEST_WIDTH = 16  # of a tile in a Triton product
+SMALLEST_WIDTH, LARGEST_WIDTH = 16, 256  # of a tile in a Triton product; what the kernels assert
 BOUND = 3e-2  # relative error of bf16 products over 80 positions, forward and backward; a wrong layout is off by 1
 
 
@@ -43,7 +43,8 @@ def flash(kind: str, dtype: torch.dtype, doc_ids: Tensor | None, segments: Segme
         return None
     if type(first) is not Tensor or torch.compiler.is_compiling() or (doc_ids is not None and segments is None):
         return None
-    if min(t.shape[-1] for t in given if t.dim() == 4) < SMALLEST_WIDTH or not agrees(kind, dtype, str(first.device)):
+    widths = [t.shape[-1] for t in given if t.dim() == 4]
+    if min(widths) < SMALLEST_WIDTH or max(widths) > LARGEST_WIDTH or not agrees(kind, dtype, str(first.device)):
         return None
     ends = None
     if doc_ids is not None and segments is not None:
@@ -58,6 +59,9 @@ def _kernel(kind: str) -> Callable[..., Any] | None:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError):
+        return None
+    except Exception as problem:  # whatever another package raises, training goes on without it
+        warnings.warn(f"{module} cannot be imported: {problem}", stacklevel=2)
         return None
 
 
@@ -99,7 +103,13 @@ def sample(kind: str, device: str) -> Arguments:
 
 @functools.cache
 def agrees(kind: str, dtype: torch.dtype, device: str) -> bool:
-    """Whether the kernel is there and gives the loop's values and gradients, with and without documents."""
+    """Whether the kernel is there and gives the loop's values and gradients, with and without documents. It may be asked inside
+    a block that recomputes, or where nothing has gradients: neither's rules hold for what is tried here."""
+    with torch.inference_mode(False), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        return _agrees(kind, dtype, device)
+
+
+def _agrees(kind: str, dtype: torch.dtype, device: str) -> bool:
     if _kernel(kind) is None:
         return False
     documents = (torch.arange(80, device=device) >= 50).long().expand(2, -1)

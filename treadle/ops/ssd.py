@@ -79,7 +79,7 @@ def in_chunks(size: int, *tensors: Tensor | None) -> tuple[Any, ...]:
     if documents is not None:
         spare = -documents.shape[1] % size
         if spare:
-            documents = F.pad(documents[:, None].float(), (0, spare), mode="replicate")[:, 0]
+            documents = torch.cat([documents, documents[:, -1:].expand(-1, spare)], 1)
         documents = documents.unflatten(1, (-1, size))[:, None]
     return (*cut, documents)
 

@@ -26,7 +26,7 @@ LENGTHS = (1024, 512, 256, 128, 64)  # tried in this order where none was asked 
 def answer(recipe: Recipe, given: Mapping[str, Any], target: str | None = None) -> tuple[dict[str, Any], list[str]]:
     """The numbers and the same for people. given: the verb's own flags, as typed."""
     own = dict(given)
-    switched = {name: _switch(name, own.pop(name)) for name in SWITCHES if name in own}
+    switched = {name: switch(name, own.pop(name)) for name in SWITCHES if name in own}
     own.pop("json", None)
     if "utilization" in own:
         own["utilisation"] = own.pop("utilization")
@@ -46,7 +46,7 @@ def answer(recipe: Recipe, given: Mapping[str, Any], target: str | None = None) 
     return result, tables.lines(result)
 
 
-def _switch(name: str, value: Any) -> bool:
+def switch(name: str, value: Any) -> bool:
     text = str(value).lower()
     if text not in ("true", "false", "1", "0", "yes", "no"):
         raise ConfigError(f"--{name} {value}: --{name} stands alone, or with true or false")

@@ -68,7 +68,7 @@ def per_process(
     """The memory of one of `world` processes. mode: none, ddp, fsdp or deepspeed (ZeRO stage 2: weights whole, gradients and
     state in shards)."""
     weights = FP32 * sizes.parameters
-    parts = (shard_size or world) if mode in ("fsdp", "deepspeed") else 1
+    parts = {"fsdp": shard_size or world, "deepspeed": world}.get(mode, 1)
     params = weights if mode == "deepspeed" else weights / parts
     grads, state = trace.gradients / parts, trace.state / parts
     if mode == "ddp" and shard_optimizer:

@@ -117,8 +117,7 @@ class Preset:
 
     def reads(self, memory_gb: float, length: int) -> Fit | None:
         """Texts of `length` tokens that are generated at once in this memory."""
-        length = min(length, self.longest())
-        if self.sizes.parameters * FP32 / 1e9 + PROCESS_GB[self.kind] > USED * memory_gb:
+        if length > self.longest() or self.sizes.parameters * FP32 / 1e9 + PROCESS_GB[self.kind] > USED * memory_gb:
             return None
         for rows in ROWS:
             need = self.reading_gb(rows, length)
@@ -142,7 +141,11 @@ def what_fits(
     it takes, in the first of `precisions` that fits. ConfigError, with what to type next, where none does."""
     name = MODELS.canonical(arch)
     known = presets_of(arch)
+    if not known:
+        raise ConfigError(f"{name} has no presets to recommend; give the shape yourself: --num_layers, --hidden_size")
     chosen = [(p, n) for p, n in known if preset is None or p == preset]
+    if not chosen:
+        raise ConfigError(f"{name} has no preset {preset!r}; give one of {', '.join(p for p, _ in known)}")
     for each, count in chosen:
         least = STATE_BYTES if training else FP32
         if count * least / 1e9 + PROCESS_GB[kind] > USED * memory_gb:
@@ -152,10 +155,9 @@ def what_fits(
             found = tried.fit(memory_gb, length, precisions, checkpointing) if training else tried.reads(memory_gb, length)
             if found is not None:
                 return found
-    smallest = known[-1][0] if known else "none has presets"
     said = f"{preset} of {name}" if preset else f"no preset of {name}"
     verb = ("trains" if training else "runs") if preset is None else ("does not train" if training else "does not run")
-    raise ConfigError(f"{said} {verb} in {memory_gb:g} GB with rows of {lengths[-1]} tokens (the smallest is {smallest}); "
+    raise ConfigError(f"{said} {verb} in {memory_gb:g} GB with rows of {lengths[-1]} tokens (the smallest is {known[-1][0]}); "
                       f"use shorter rows (--seq_len {max(16, lengths[-1] // 4)}), or give the shape yourself: --num_layers, "
                       "--hidden_size")  # fmt: skip
 
@@ -170,4 +172,4 @@ def recommend(
     if precision not in PRECISIONS:
         raise ConfigError(f"precision = {precision!r}: give one of {', '.join(PRECISIONS)}")
     found = what_fits(vram_gb, arch, (seq_len,), (precision,), training=training).keys
-    return {**found, "train.precision": precision, "data.seq_len": seq_len}
+    return {**found, "train.precision": precision}

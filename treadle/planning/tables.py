@@ -107,8 +107,8 @@ def size_table(arch: str, length: int, bands: Sequence[float] = BANDS, kind: str
         preset = Preset(MODELS.canonical(arch), name, kind)
         fits = length <= preset.longest() and count * STATE_BYTES / 1e9 <= max(bands)
         needs = {again: {r: preset.training_gb(r, length, "bf16", again) for r in ROWS} for again in (False, True)} if fits else {}
-        one, two = (preset.reading_gb(n, min(length, preset.longest())) for n in (1, 2))
-        reads = {r: one + (r - 1) * (two - one) for r in ROWS}
+        one, two = (preset.reading_gb(n, length) for n in (1, 2)) if length <= preset.longest() else (0.0, 0.0)
+        reads = {r: one + (r - 1) * (two - one) for r in ROWS} if one else {}
         rows.append({
             "preset": name, "parameters": count,
             "trains": {band: _most(needs.get(False, {}), band) for band in bands},

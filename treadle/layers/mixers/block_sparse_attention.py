@@ -114,7 +114,7 @@ class BlockSparseAttention(TokenMixer):
         keys, values = (
             expanded(torch.cat([a[:, :, :g].to(t.dtype), b[:, :, :w].to(t.dtype), t], 2), repeat) for a, b, t in held
         )
-        scores = (q @ keys.transpose(-1, -2)) * self.head_width**-0.5
+        scores = (q * self.head_width**-0.5) @ keys.transpose(-1, -2)
         weights = scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1)
         y = weights.to(values.dtype) @ values
         state.count = state.count + token_mask.sum(1)
