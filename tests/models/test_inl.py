@@ -180,7 +180,7 @@ def test_names_that_users_bring() -> None:
     for arch in ("inl", "inl_transformer", "dynamics"):
         recipe = compose([Layer({"model.arch": arch}, "test", True)])
         assert recipe.arch == "inl" and INLConfig.with_preset(None, **recipe.model).dynamics == "full"
-    with pytest.raises(ConfigError, match=r"use a step below 1"):
+    with pytest.raises(ConfigError, match=r"use a dynamics_step below 1"):
         model(dynamics="full", dynamics_step="1.5")
 
 
