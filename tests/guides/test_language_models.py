@@ -32,12 +32,12 @@ def test_its_commands_run(in_folder: Path, typed: Callable[..., str]) -> None:
     assert len(said) == len(COMMANDS) == 16
     again = next(text for line, text in said.items() if line.endswith("--max_steps 30"))
     assert "Resumed from step 20" in again and "Finished at step 30" in again
-    theirs, ours = transformers.AutoModelForCausalLM.from_pretrained("exported"), treadle.load("runs/first")
+    theirs, (ours, tokenizer) = transformers.AutoModelForCausalLM.from_pretrained("exported"), treadle.load("runs/first")
     text = "She had been told"
-    ids = torch.tensor([ours.tokenizer.encode(text)])
+    ids = torch.tensor([tokenizer.encode(text)])
     assert transformers.AutoTokenizer.from_pretrained("exported")(text)["input_ids"] == ids[0].tolist()
     with torch.no_grad():
-        torch.testing.assert_close(theirs(ids).logits, ours.model(treadle.Batch.from_ids(ids)).logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(theirs(ids).logits, ours(treadle.Batch.from_ids(ids)).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_a_trainers_arguments_are_keys_here() -> None:
