@@ -34,7 +34,7 @@ def test_its_commands_run(in_folder: Path, typed: Callable[..., str]) -> None:
     assert "Resumed from step 20" in again and "Finished at step 30" in again
     theirs, (ours, tokenizer) = transformers.AutoModelForCausalLM.from_pretrained("exported"), treadle.load("runs/first")
     text = "She had been told"
-    ids = torch.tensor([tokenizer.encode(text)])
+    ids = torch.as_tensor(tokenizer.encode(text)).long()[None]
     assert transformers.AutoTokenizer.from_pretrained("exported")(text)["input_ids"] == ids[0].tolist()
     with torch.no_grad():
         torch.testing.assert_close(theirs(ids).logits, ours(treadle.Batch.from_ids(ids)).logits, atol=1e-4, rtol=1e-4)
