@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.contracts.conftest import CASES, SHAPES
+from tests.contracts.conftest import CASES, KINDS, SHAPES
 
 CONTRACTS = {
     "01": "causal: a later token changes nothing before it",
@@ -62,7 +62,7 @@ def rows() -> dict[tuple[str, int], str]:
     """Each case's row: its architecture, and for a transformer of other token mixers which they are."""
     named = {}
     for name, number in CASES:
-        kinds = [k for k in SHAPES[name][number].get("layer_types", []) if k.split("_")[0] not in ("sliding", "full", "local")]
+        kinds = [kind for kind in SHAPES[name][number].get("layer_types", []) if kind in KINDS]
         named[name, number] = name if not kinds else f"{name}, {kinds[0]}" if len(kinds) == 1 else f"{name}, hybrid of all"
     return named
 

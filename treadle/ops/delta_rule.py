@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from treadle.ops.ssd import chunk_decays, chunk_size, in_chunks
+from treadle.ops.ssd import chunk_decays, chunk_size, in_chunks, one_by_one
 
 
 def delta_rule_reference(
@@ -21,14 +21,12 @@ def delta_rule_reference(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One position after the other: (y [B, H, T, P], last state [B, H, N, P])."""
     state = initial if initial is not None else v.new_zeros(*k.shape[:2], k.shape[3], v.shape[3])
-    out = []
-    for t in range(k.shape[2]):
-        if documents is not None and t > 0:
-            goes_on = (documents[:, t] == documents[:, t - 1]).to(v.dtype)
-            state = state * goes_on[:, None, None, None]
+
+    def at(t: int, state: Tensor) -> tuple[Tensor, Tensor]:
         state = step(state, k[:, :, t], v[:, :, t], log_decay[:, :, t], beta[:, :, t])
-        out.append(torch.einsum("bhn,bhnp->bhp", q[:, :, t], state))
-    return torch.stack(out, 2), state
+        return torch.einsum("bhn,bhnp->bhp", q[:, :, t], state), state
+
+    return one_by_one(at, k.shape[2], state, documents)
 
 
 def step(state: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor) -> Tensor:

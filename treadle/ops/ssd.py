@@ -11,6 +11,7 @@ log_decay, and H of b and c together, may be 1 where all share them. Documents p
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,13 +31,26 @@ def ssd_reference(
 ) -> tuple[Tensor, Tensor]:
     """The recurrence, one position after the other: (y [B, H, T, P], last state [B, H, N, P])."""
     state = initial if initial is not None else x.new_zeros(*b.shape[:2], b.shape[3], x.shape[3])
-    out = []
-    for t in range(x.shape[2]):
-        if documents is not None and t > 0:
-            goes_on = (documents[:, t] == documents[:, t - 1]).to(x.dtype)
-            state = state * goes_on[:, None, None, None]
+
+    def at(t: int, state: Tensor) -> tuple[Tensor, Tensor]:
         state = step(state, x[:, :, t], log_decay[:, :, t], b[:, :, t])
-        out.append(torch.einsum("bhn,bhnp->bhp", c[:, :, t], state))
+        return torch.einsum("bhn,bhnp->bhp", c[:, :, t], state), state
+
+    return one_by_one(at, x.shape[2], state, documents)
+
+
+def one_by_one(
+    at: Callable[[int, Tensor], tuple[Tensor, Tensor]], length: int, state: Tensor, documents: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """A recurrence as it stands: at(t, state [B, H, N, P]) gives (y [B, H, P], the state after position t), the state being
+    zero where a document begins. (y [B, H, T, P], last state)."""
+    out = []
+    for t in range(length):
+        if documents is not None and t > 0:
+            goes_on = (documents[:, t] == documents[:, t - 1]).to(state.dtype)
+            state = state * goes_on[:, None, None, None]
+        y, state = at(t, state)
+        out.append(y)
     return torch.stack(out, 2), state
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from treadle.ops.ssd import CHUNK, chunk_documents, in_chunks
+from treadle.ops.ssd import CHUNK, chunk_documents, in_chunks, one_by_one
 
 
 def wkv_reference(
@@ -27,14 +27,11 @@ def wkv_reference(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One position after the other: (y [B, H, T, P], last state [B, H, N, P])."""
     state = initial if initial is not None else v.new_zeros(*k.shape[:2], k.shape[3], v.shape[3])
-    out = []
-    for t in range(k.shape[2]):
-        if documents is not None and t > 0:
-            goes_on = (documents[:, t] == documents[:, t - 1]).to(v.dtype)
-            state = state * goes_on[:, None, None, None]
-        y, state = step(state, r[:, :, t], k[:, :, t], v[:, :, t], log_decay[:, :, t], bonus)
-        out.append(y)
-    return torch.stack(out, 2), state
+
+    def at(t: int, state: Tensor) -> tuple[Tensor, Tensor]:
+        return step(state, r[:, :, t], k[:, :, t], v[:, :, t], log_decay[:, :, t], bonus)
+
+    return one_by_one(at, k.shape[2], state, documents)
 
 
 def step(state: Tensor, r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, bonus: Tensor) -> tuple[Tensor, Tensor]:

@@ -127,9 +127,11 @@ class Tokenizer(ABC):
         return TOKENIZERS.get(kind).trained_on(texts, vocab_size)
 
 
-def read_table(path: Path) -> dict[str, Any]:
-    """A JSON file of a tokenizer folder; InputError when it is no table."""
+def read_table(path: Path, largest: int | None = None) -> dict[str, Any]:
+    """A JSON file of a tokenizer's or a model's folder; InputError when it is no table, or has more bytes than `largest`."""
     try:
+        if largest is not None and path.stat().st_size > largest:
+            raise ValueError(f"it has {path.stat().st_size} bytes")
         table = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as problem:
         raise InputError(f"{path} cannot be read: {problem}") from None

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from treadle.layers.context import Context
 from treadle.layers.mixers.parts import (
+    DecayMixer,
     HeadNorm,
     MatrixState,
-    convolution_start,
     heads_of,
     joined,
     past_of,
@@ -22,15 +22,13 @@ from treadle.layers.mixers.parts import (
     wide,
     wide_linear,
 )
-from treadle.layers.mixers.ssd import decay_start
 from treadle.layers.state import LayerState
-from treadle.layers.token_mixers import TokenMixer
 from treadle.ops.delta_rule import delta_rule, delta_rule_flops, step
 from treadle.ops.flash_linear_attention import flash
 from treadle.ops.precision import without_autocast
 
 
-class GatedDeltaNet(TokenMixer):
+class GatedDeltaNet(DecayMixer):
     """[q, k, v] = silu(convolution(x)), q and k of length 1, a = exp(-exp(A) softplus(S x)), beta = sigmoid(B x),
     H_t = a (I - beta k k^T) H_{t-1} + beta k (x) v, y = O (norm(q . H_t) * silu(G x)), the norm of each head alone."""
 
@@ -96,13 +94,3 @@ class GatedDeltaNet(TokenMixer):
             y, memory = delta_rule(q, k, v, log_decay, beta, initial=state.memory)
         state.memory = memory.detach()
         return y
-
-    @classmethod
-    def initial(cls, name: str, parameter: Tensor) -> float | str | Tensor | None:
-        if name == "convolution.weight":
-            return convolution_start(parameter)
-        return decay_start(name, parameter)
-
-    @classmethod
-    def elementwise(cls, name: str) -> bool:
-        return name == "convolution.weight"

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from treadle.layers.hgrn import HGRN
-from treadle.layers.mixers.parts import convolution_start
-from treadle.layers.token_mixers import TokenMixer
+from treadle.layers.mixers.parts import ConvolvedMixer
 
 
-class HGRNMixer(HGRN, TokenMixer):
+class HGRNMixer(HGRN, ConvolvedMixer):
     """f = sigmoid(F x), i = silu(I x) (1 - f), h_t = f_t h_{t-1} + i_t for each channel, y = O (norm(h) * silu(G x)), in full
     precision, with a short convolution of F x and I x where the model asks for one."""
 
@@ -21,11 +18,3 @@ class HGRNMixer(HGRN, TokenMixer):
             config.hidden_size, config.expanded(1) * config.hidden_size, heads=config.num_heads, ternary=False, gate="hgrn",
             convolution=config.convolution_size, eps=config.norm_eps,
         )  # fmt: skip
-
-    @classmethod
-    def initial(cls, name: str, parameter: Tensor) -> float | str | Tensor | None:
-        return convolution_start(parameter) if name == "convolution.weight" else None
-
-    @classmethod
-    def elementwise(cls, name: str) -> bool:
-        return name == "convolution.weight"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from treadle.layers.context import Context
 from treadle.layers.hgrn import ShortConvolution
 from treadle.layers.state import LayerState
+from treadle.layers.token_mixers import TokenMixer
 from treadle.ops.documents import document_starts
 from treadle.ops.flash_linear_attention import flash
 from treadle.ops.ssd import ssd, step
@@ -132,8 +134,28 @@ def past_of(convolution: ShortConvolution | None, rows: int, channels: int) -> t
     return (rows, convolution.size - 1, channels) if convolution is not None else (rows, 0, 0)
 
 
-def convolution_start(weight: Tensor) -> float:
-    """The deviation of a uniform distribution over +- 1 / sqrt(size), as torch starts a convolution of each channel alone."""
-    return float(3 * weight.shape[1]) ** -0.5
+class ConvolvedMixer(TokenMixer):
+    """A mixer whose short convolution, `convolution`, starts as torch starts a convolution of each channel alone: uniform over
+    +- 1 / sqrt(size)."""
+
+    @classmethod
+    def initial(cls, name: str, parameter: Tensor) -> float | str | Tensor | None:
+        return float(3 * parameter.shape[1]) ** -0.5 if name == "convolution.weight" else None
+
+    @classmethod
+    def elementwise(cls, name: str) -> bool:
+        return name == "convolution.weight"
 
 
+class DecayMixer(ConvolvedMixer):
+    """With Mamba-2's decay: `rate` (its logarithm) from 1 to 16, the steps softplus(`step.bias`) from .001 to .1, here in one
+    order: memories from 1000 positions to less than one."""
+
+    @classmethod
+    def initial(cls, name: str, parameter: Tensor) -> float | str | Tensor | None:
+        if name == "rate":
+            return torch.linspace(1.0, 16.0, parameter.shape[0]).log()
+        if name == "step.bias":
+            step = torch.linspace(math.log(1e-3), math.log(1e-1), parameter.shape[0]).exp()
+            return step + torch.log(-torch.expm1(-step))  # the inverse of softplus
+        return super().initial(name, parameter)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -11,9 +10,9 @@ from torch import Tensor, nn
 
 from treadle.layers.context import Context
 from treadle.layers.mixers.parts import (
+    DecayMixer,
     HeadNorm,
     MatrixState,
-    convolution_start,
     decayed,
     heads_of,
     joined,
@@ -24,12 +23,11 @@ from treadle.layers.mixers.parts import (
     wide_linear,
 )
 from treadle.layers.state import LayerState
-from treadle.layers.token_mixers import TokenMixer
 from treadle.ops.precision import without_autocast
 from treadle.ops.ssd import ssd_flops
 
 
-class SSD(TokenMixer):
+class SSD(DecayMixer):
     """[x, b, c] = silu(convolution(I u)), dt = softplus(S u), H_t = exp(-exp(A) dt_t) H_{t-1} + b_t (x) dt_t x_t,
     y = O norm((c_t . H_t + D x_t) * silu(G u)): one decay a head, b and c shared by all heads."""
 
@@ -72,24 +70,3 @@ class SSD(TokenMixer):
             y = joined(y + wide(self.skip)[:, None, None] * inputs)
             y = self.norm(y * F.silu(wide(gate)))
         return self.out(y.to(x.dtype))
-
-    @classmethod
-    def initial(cls, name: str, parameter: Tensor) -> float | str | Tensor | None:
-        if name == "convolution.weight":
-            return convolution_start(parameter)
-        return decay_start(name, parameter)
-
-    @classmethod
-    def elementwise(cls, name: str) -> bool:
-        return name == "convolution.weight"
-
-
-def decay_start(name: str, parameter: Tensor) -> Tensor | None:
-    """Rates of 1 to 16 and steps of .001 to .1, as Mamba-2 starts, here in one order: memories from 1000 positions to less
-    than one. For parameters called rate (its logarithm) and step.bias (before softplus)."""
-    if name == "rate":
-        return torch.linspace(1.0, 16.0, parameter.shape[0]).log()
-    if name == "step.bias":
-        step = torch.linspace(math.log(1e-3), math.log(1e-1), parameter.shape[0]).exp()
-        return step + torch.log(-torch.expm1(-step))  # the inverse of softplus
-    return None

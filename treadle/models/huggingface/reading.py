@@ -6,7 +6,6 @@ to where they belong. Nothing in a folder is executed and nothing is unpickled.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +22,7 @@ from treadle.models.huggingface.config import family_of, keys_of
 from treadle.models.huggingface.tables import CONSTANTS, Family, Weight
 from treadle.models.transformer import Transformer, TransformerConfig
 from treadle.settings import dump_toml
-from treadle.text.base import Tokenizer
+from treadle.text.base import Tokenizer, read_table
 
 INDEX_FILE = "model.safetensors.index.json"
 CHUNK_BYTES = 2 << 20  # measured with a model of 112 MB: 1.04 times its weights at the peak; 8 MB: 1.15
@@ -198,15 +197,7 @@ def is_foreign(path: Path) -> bool:
 
 def read_json(path: Path) -> dict[str, Any]:
     """InputError unless it is a JSON table of a sensible size."""
-    try:
-        if path.stat().st_size > LARGEST_JSON:
-            raise ValueError(f"it has {path.stat().st_size} bytes")
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as problem:
-        raise InputError(f"{path} cannot be read: {problem}") from None
-    if not isinstance(table, dict):
-        raise InputError(f"{path} holds no table")
-    return table
+    return read_table(path, LARGEST_JSON)
 
 
 class TransformersFolder(ForeignModel):
