@@ -11,10 +11,7 @@ All learn at one rate (--rate), which is nobody's best.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +21,7 @@ from typing import Any
 import torch
 
 import treadle
-from bench.quality import _typed
+from bench.quality import cell
 from treadle.data.batch import Batch
 from treadle.models.base import Model, parameter_count
 from treadle.models.transformer import Transformer, TransformerConfig
@@ -62,24 +59,11 @@ def trained(name: str, source: str, seed: int, given: argparse.Namespace) -> flo
     """Bits per byte on the held-out text, from the run if it is there."""
     steps, rate, length = given.steps, given.rate, given.length
     folder = Path(given.output) / f"{Path(source).stem}-{name}-{steps}-{length}-{rate:g}-{seed}"
-    if not _result(folder, steps):
-        wanted = {"max_steps": steps, "seq_len": length, "per_device_train_batch_size": ROWS, "warmup_steps": min(25, steps // 4), "lr": rate,
-                  "precision": "fp32", "tokenizer": "byte", "seed": seed, "eval_rows": given.eval_rows, "eval_steps": steps,
-                  "save_steps": steps, "output_dir": folder, "device": given.device, "model.arch": "transformer",
-                  **keys_of(name)}  # fmt: skip
-        flags = [part for key, value in wanted.items() for part in (f"--{key}", _typed(value).replace("'", '"'))]
-        done = subprocess.run([sys.executable, "-m", "treadle", "train", source, *flags], capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{name}, seed {seed}:\n{done.stderr}")
-    return float(_result(folder, steps)["bpb"])
-
-
-def _result(folder: Path, steps: int) -> dict[str, str]:
-    log = folder / "eval_log.csv"
-    if not log.is_file():
-        return {}
-    with log.open() as rows:
-        return next((row for row in reversed(list(csv.DictReader(rows))) if int(row["step"]) == steps), {})
+    return cell(source, folder, {
+        "max_steps": steps, "seq_len": length, "per_device_train_batch_size": ROWS, "warmup_steps": min(25, steps // 4), "lr": rate,
+        "precision": "fp32", "tokenizer": "byte", "seed": seed, "eval_rows": given.eval_rows, "eval_steps": steps, "save_steps": steps,
+        "output_dir": folder, "device": given.device, "model.arch": "transformer", **keys_of(name),
+    })  # fmt: skip
 
 
 def step_of(name: str, length: int) -> Callable[[], Any]:

@@ -37,16 +37,32 @@ def trained(name: str, text: str, source: str, seed: int, steps: int, output: Pa
     wanted = {"max_steps": steps, "seq_len": LENGTH, "per_device_train_batch_size": ROWS, "warmup_steps": WARMUP, "lr": rate,
               "precision": "fp32", "tokenizer": "byte", "seed": seed, "eval_rows": "null", "eval_steps": steps,
               "save_steps": steps, "output_dir": folder, "model.arch": arch, **keys}  # fmt: skip
-    flags = [part for key, value in wanted.items() for part in (f"--{key}", _typed(value))]
-    done = subprocess.run([sys.executable, "-m", "treadle", "train", source, *flags], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    with (folder / "eval_log.csv").open() as log:
-        return float(list(csv.DictReader(log))[-1]["bpb"])
+    return cell(source, folder, wanted)
+
+
+def cell(source: str, folder: Path, wanted: dict[str, object]) -> float:
+    """Bits per byte on held-out text at step `max_steps` of a run of the command line in `folder`; read alone where it is there."""
+    step = int(str(wanted["max_steps"]))
+    if (found := _evaluated(folder, step)) is None:
+        flags = [part for key, value in wanted.items() for part in (f"--{key}", _typed(value))]
+        done = subprocess.run([sys.executable, "-m", "treadle", "train", source, *flags], capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{folder}:\n{done.stderr}")
+        found = _evaluated(folder, step)
+        assert found is not None, f"{folder} has no evaluation at step {step}"
+    return found
+
+
+def _evaluated(folder: Path, step: int) -> float | None:
+    log = folder / "eval_log.csv"
+    if not log.is_file():
+        return None
+    with log.open() as rows:
+        return next((float(row["bpb"]) for row in reversed(list(csv.DictReader(rows))) if int(row["step"]) == step), None)
 
 
 def _typed(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return str(value).lower() if isinstance(value, bool) else str(value).replace("'", '"')
 
 
 def built(name: str) -> Model:
