@@ -156,7 +156,7 @@ class SlidingWindowCache(LayerState):
         keys, values = (
             expanded(torch.cat([ring[:, :, :w].to(t.dtype), t], 2), repeat) for ring, t in ((self.keys, k), (self.values, v))
         )
-        scores = (q * q.shape[-1] ** -0.5) @ keys.transpose(-1, -2)  # scaled first, for fp16's range
+        scores = (q @ keys.transpose(-1, -2)) * q.shape[-1] ** -0.5
         if softcap is not None:
             scores = softcap * (scores / softcap).tanh()
         weights = scores.masked_fill(~seen[:, None], torch.finfo(scores.dtype).min).softmax(-1)

@@ -34,7 +34,7 @@ def sliding_window_attention(
     spare = -length % size
     q = F.pad(q, (0, 0, 0, spare)).unflatten(2, (-1, size))  # [B, H, C, S, E]
     k, v = (F.pad(t, (0, 0, window, spare)).unfold(2, size + window, size) for t in (k, v))  # [B, H, C, E, S + W]
-    scores = (q * width**-0.5) @ k  # scaled first, for fp16's range
+    scores = (q @ k) * width**-0.5
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
     positions = torch.arange(length + spare, device=q.device).view(-1, size)
