@@ -121,6 +121,7 @@ def test_ternary_products_are_exact(rows: int, width: int, out: int) -> None:
     torch.testing.assert_close(layers[1](x.to(DEVICE)).cpu(), layers[0](x), atol=0, rtol=0)
 
 
+@pytest.mark.timeout(1200)  # Triton tunes wkv's kernels for more than five minutes, the first time
 @pytest.mark.parametrize("kind", ["ssd", "delta_rule", "wkv"])
 def test_kernels_of_flash_linear_attention(kind: str) -> None:
     pytest.importorskip("fla", reason="flash-linear-attention is not installed")

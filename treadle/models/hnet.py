@@ -22,6 +22,7 @@ from treadle.layers.hierarchy import (
     compact,
     empty_state,
     most_chunks,
+    planned_chunks,
     ratio_loss,
     smooth,
     straight_through,
@@ -143,6 +144,7 @@ class Stage(nn.Module):
         width, counts = config.hidden_sizes[index], config.num_blocks[index]
         self.innermost = len(counts) == 1
         self.target = None if self.innermost else config.ratios[index]
+        self.outermost = index == 0
         self.tracks_positions = any(mixer in ("attention", "ssm") for mixer in config.pattern(index))
         self.head_width, self.reproducible = width // config.attention_heads, config.rounds
 
@@ -231,7 +233,7 @@ class Stage(nn.Module):
         """Chunk, the inner stage, de-chunk: [B, T, D]."""
         boundary_mask = boundaries.mask
         assert self.target is not None
-        longest = most_chunks(boundary_mask, self.target)
+        longest = most_chunks(boundary_mask, planned_chunks(x.shape[1], self.target, self.training, self.outermost))
         if longest == 0 and own is not None and states is not None:  # no chunk begins: the stages inside stand still
             for _ in range(self.inner.memories):
                 next(states)
@@ -313,7 +315,7 @@ class HNet(Model):
             marks = torch.zeros(batch.shape, dtype=torch.bool, device=batch.device)
             marks.scatter_(1, positions, boundaries.mask)
             made.append(marks)
-            positions, _ = compact(positions, boundaries.mask, most_chunks(boundaries.mask, 1.0))
+            positions, _ = compact(positions, boundaries.mask, most_chunks(boundaries.mask, boundaries.mask.shape[1]))
         return made
 
     def new_state(self, batch_size: int, max_len: int, device: Any = None, dtype: Any = None) -> State:

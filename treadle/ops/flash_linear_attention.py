@@ -29,6 +29,7 @@ PLACES = {
     "delta_rule": ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
     "wkv": ("fla.ops.rwkv6", "chunk_rwkv6"),
 }
+SLOW_TO_TUNE = ("wkv",)  # 43 s for one of its kernels, more than 270 for the sample below (H100, Triton 3.6)
 REFERENCES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "ssd": ssd_reference, "delta_rule": delta_rule_reference, "wkv": wkv_reference,
 }  # fmt: skip
@@ -112,6 +113,9 @@ def agrees(kind: str, dtype: torch.dtype, device: str) -> bool:
 def _agrees(kind: str, dtype: torch.dtype, device: str) -> bool:
     if _kernel(kind) is None:
         return False
+    if kind in SLOW_TO_TUNE:
+        warnings.warn(f"trying flash-linear-attention's {PLACES[kind][1]}: Triton tunes it now, which can take more than five minutes; "
+                      "its choice is kept on disk for later runs", stacklevel=2)  # fmt: skip
     documents = (torch.arange(80, device=device) >= 50).long().expand(2, -1)
     ends = torch.tensor([0, 50, 80, 130, 160], device=device)
     try:
