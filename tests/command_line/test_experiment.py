@@ -91,6 +91,7 @@ def test_compare(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(ok("compare", experiment / "flat", experiment / "other", "--data", experiment / "other.txt").splitlines()) == 3
 
 
+@pytest.mark.slow
 def test_a_stored_generation_config_gives_the_defaults(experiment: Path) -> None:
     run = experiment / "flat"
     prompt = (run, "--prompt", "one")

@@ -21,7 +21,7 @@ from treadle.training.optim import Optimizers
 from treadle.training.settings import OptimSettings
 from treadle.training.step import Stepper
 
-from .conftest import every_model_but_pure_mixers, make, random_ids
+from .conftest import every_model_but_pure_mixers, first_shapes_are_usual, make, random_ids
 
 ROWS, LENGTH, STEPS = 4, 16, 4
 MODES: dict[str, dict[str, Any]] = {
@@ -101,7 +101,7 @@ def test_07_one_process_is_ddp_is_fsdp(case: tuple[str, int]) -> None:
         agree(case, modes, alone, 1e-5, 1e-5)
 
 
-@every_model_but_pure_mixers
+@first_shapes_are_usual
 def test_07_with_muon(case: tuple[str, int]) -> None:
     alone = trace(case, "muon", "none")
     for modes in run_in(2, traces, case, "muon", ["ddp", "fsdp"]):

@@ -49,6 +49,7 @@ def cluster(tmp_path: Path) -> dict[str, str]:
             "PIDS": str(tmp_path / "pids"), "MASTER_PORT": str(free_port())}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_slurm_trains_stops_at_its_limit_and_continues(text_file: Path, tmp_path: Path, cluster: dict[str, str]) -> None:
     whole = subprocess.run(line(text_file, tmp_path / "whole"), capture_output=True, timeout=120)
     assert whole.returncode == 0

@@ -208,6 +208,7 @@ def test_any_architecture_learns_from_logits_and_what_is_wrong_is_said(trained: 
     assert gone.returncode == 2 and "does not exist" in gone.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_from_the_command_line(trained: Path, tmp_path: Path) -> None:
     one = command(*run(trained, tmp_path / "one", global_batch_size=4))
     two = command(*run(trained, tmp_path / "two", batch_size=2, global_batch_size=4, run__devices=2, parallel__mode="fsdp"))

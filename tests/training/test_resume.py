@@ -65,7 +65,8 @@ def same_end(one: Path, other: Path, step: int = 20) -> None:
     [
         {"packing": "best_fit", "num_workers": 2, "document_separator": ""},
         pytest.param({"packing": "concat", "num_workers": 0, "precision": "bf16"}, marks=pytest.mark.slow),
-        {"packing": "next_fit", "optim.name": "muon", "gradient_checkpointing": "true", "document_separator": ""},
+        pytest.param({"packing": "next_fit", "optim.name": "muon", "gradient_checkpointing": "true", "document_separator": ""},
+                     marks=pytest.mark.slow),
         pytest.param({"precision": "fp16", "max_steps": 20, "tokenizer.name": "bpe", "vocab_size": 300}, marks=pytest.mark.slow),
     ],
     ids=["packed-workers", "bf16", "muon-checkpointing", "fp16-bpe"],
