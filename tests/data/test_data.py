@@ -19,9 +19,10 @@ from treadle.data.base import BatchPlan
 from treadle.data.batch import IGNORE, PAD, Batch
 from treadle.data.dataset import TokenDataset as Dataset
 from treadle.data.dataset import load_splits
+from treadle.data.encoding import parts_of
 from treadle.data.loader import Loader
 from treadle.data.order import Order, key, permute, step_draws
-from treadle.data.prepare import parts_of, prepare
+from treadle.data.prepare import prepare
 from treadle.data.settings import DataSettings
 from treadle.data.sources import Bad, open_source
 from treadle.errors import DataError, InputError

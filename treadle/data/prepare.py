@@ -11,7 +11,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from treadle import trusted_code
+from treadle.data.encoding import Encoder, parts_of
 from treadle.data.order import key
 from treadle.data.shards import DATASET_FILE, SCHEMA, TokenSet, file_sha256, id_type
 from treadle.data.sources import Bad, Document, Piece, Source
@@ -33,7 +33,6 @@ from treadle.text.base import TRAINABLE, Tokenizer
 SPLITS = ("train", "validation", "test")
 WHOLE_DOCUMENTS_FROM = 100  # with fewer documents, holding out whole ones would be a lottery
 Held = tuple[float, float]  # shares held out for validation and for a test
-ENCODE_CHARACTERS = 1 << 16  # long documents are encoded in parts, so that the encoder's threads share them
 PARALLEL_FROM = 64 << 20  # bytes; below, starting processes costs more than it saves
 ALWAYS_TOLERATED = 10  # malformed lines that a small file may hold before bad_limit counts
 LEDGER_LENGTH = 20
@@ -80,22 +79,6 @@ def _cut_point(document: Document, at: int) -> int:
     return at
 
 
-def parts_of(text: str, size: int = ENCODE_CHARACTERS) -> list[str]:
-    """A long text in parts, cut only between a line end and a letter with a letter before the line end.
-
-    There a byte-level tokenizer's words end anyway, so the ids of the parts are the ids of the whole. A text without
-    such a place stays whole.
-    """
-    parts, start = [], 0
-    while len(text) - start > size:
-        found = re.compile(r"(?<=\S\n)(?=\S)").search(text, start + size)
-        if found is None:
-            break
-        parts.append(text[start : found.start()])
-        start = found.start()
-    return [*parts, text[start:]]
-
-
 @dataclass
 class PieceJob:
     """Everything one worker needs; crosses process borders."""
@@ -132,29 +115,7 @@ def prepare_piece(job: PieceJob, tokenizer: Tokenizer | None = None) -> PieceRec
     """Reads, divides and encodes one piece, and writes its shards and its record."""
     tokenizer = tokenizer or Tokenizer.load(job.tokenizer_folder)
     record = PieceRecord(job.number)
-    parts: dict[str, list[str]] = {split: [] for split in SPLITS}
-    ids: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
-    lengths: dict[str, list[int]] = {split: [] for split in SPLITS}
-    counts: dict[str, list[int]] = {split: [] for split in SPLITS}  # parts of each pending document
-    eos = np.array([tokenizer.eos_id], dtype=np.int32)
-
-    def keep(split: str, document: np.ndarray) -> None:
-        if len(document) == 0:
-            return
-        if len(document) < job.min_length:
-            record.short += 1
-            return
-        ids[split] += [document, eos]
-        lengths[split].append(len(document) + 1)
-
-    def flush(split: str) -> None:
-        encoded, at = tokenizer.encode_batch(parts[split]), 0
-        for count in counts[split]:
-            keep(split, np.concatenate(encoded[at : at + count]))
-            at += count
-        parts[split], counts[split] = [], []
-
-    pending = 0
+    encoders = {split: Encoder(tokenizer, job.min_length) for split in SPLITS}
     for ordinal, document in enumerate(job.source.read(job.piece)):
         if isinstance(document, Bad):
             if job.on_bad == "error":
@@ -168,44 +129,26 @@ def prepare_piece(job: PieceJob, tokenizer: Tokenizer | None = None) -> PieceRec
             continue
         record.documents += 1
         for split, part in job.split.divide(document, job.number, ordinal):
-            if isinstance(part, np.ndarray):
-                if int(part.max(initial=0)) >= tokenizer.vocab_size:
-                    raise DataError(
-                        f"{job.piece.files[0]}: id {int(part.max())} is outside the tokenizer's {tokenizer.vocab_size} "
-                        "tokens; name the tokenizer that made it: --tokenizer.name PATH"
-                    )
-                record.bytes[split] += int(tokenizer.byte_lengths[part].sum())
-                keep(split, part)
-                continue
-            record.bytes[split] += len(part.encode())
-            cut = parts_of(part)
-            parts[split] += cut
-            counts[split].append(len(cut))
-            pending += len(part)
-            if pending > PARALLEL_FROM:
-                flush(split)
-                pending = 0
-    for split in SPLITS:
-        flush(split)
-        _write_shard(Path(job.folder) / split, job.number, record, split, ids[split], lengths[split], tokenizer)
+            encoders[split].add(part, job.piece.files[0] if job.piece.files else "")
+    for split, encoder in encoders.items():
+        encoder.flush()
+        record.bytes[split] = encoder.bytes
+        record.short += encoder.short
+        _write_shard(Path(job.folder) / split, job.number, record, split, encoder)
     write_atomically(_record_path(Path(job.folder), job.number), json.dumps(asdict(record)).encode())
     return record
 
 
-def _write_shard(
-    folder: Path, number: int, record: PieceRecord, split: str, ids: list[np.ndarray], lengths: list[int],
-    tokenizer: Tokenizer,
-) -> None:  # fmt: skip
+def _write_shard(folder: Path, number: int, record: PieceRecord, split: str, encoder: Encoder) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"shard-{number:05d}.bin"
-    joined = np.concatenate(ids) if ids else np.zeros(0)
-    write_atomically(folder / name, joined.astype(id_type(tokenizer.vocab_size)).tobytes())
+    name, joined = f"shard-{number:05d}.bin", encoder.joined()
+    write_atomically(folder / name, joined.astype(id_type(encoder.tokenizer.vocab_size)).tobytes())
     index = name.replace(".bin", ".idx")
-    write_atomically(folder / index, np.asarray(lengths, dtype="<i8").tobytes())
+    write_atomically(folder / index, np.asarray(encoder.lengths, dtype="<i8").tobytes())
     record.shards[split] = {
         "file": name,
         "ids": len(joined),
-        "documents": len(lengths),
+        "documents": len(encoder.lengths),
         "sha256": {n: file_sha256(folder / n) for n in (name, index)},
     }
 
