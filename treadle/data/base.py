@@ -75,6 +75,7 @@ class Dataset(ABC):
     """
 
     Config: ClassVar[type[Settings] | None] = None
+    name: ClassVar[str | None] = None  # in data.dataset_class, where other keys of [data] choose among several classes of a name
     seq_len: int
     tokenizer: Tokenizer | None = None
 
@@ -126,6 +127,19 @@ class Dataset(ABC):
 
     def rows_of(self, position: Position, plan: BatchPlan) -> list[Any]:
         """Names (JSON) of the rows in the step at `position`, for the report of a step that went wrong."""
+        return []
+
+    def join(self, positions: Sequence[Position]) -> Position:
+        """One position from those of all processes after the same step. Where each process knows only its own share of the
+        data, all shares."""
+        return positions[0]
+
+    def difference(self, fingerprint: str) -> str:
+        """What differs from the data with another fingerprint, in words, where that is known."""
+        return ""
+
+    def news(self) -> list[str]:
+        """What reading has come upon since this was last asked, a line each: left out lines, epochs of a source."""
         return []
 
 

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import zlib
 from bisect import bisect_right
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,12 +73,35 @@ def _gzip(path: Path) -> BinaryIO:
         if not index.is_file():
             with indexed_gzip.IndexedGzipFile(str(path), spacing=SPACING) as whole:
                 whole.build_full_index()
+                _check_gzip(path, whole.seek(0, os.SEEK_END))
                 made = io.BytesIO()
                 whole.export_index(fileobj=made)
             write_atomically(index, made.getvalue())
         return indexed_gzip.IndexedGzipFile(str(path), index_file=str(index))
     except (OSError, EOFError, indexed_gzip.ZranError) as problem:
         raise DataError(f"{path}: not a readable .gz file ({problem}); test it with `gzip -t {path}`") from None
+
+
+def _check_gzip(path: Path, size: int) -> None:
+    """EOFError where the file was cut, which the index does not notice. The last four bytes are the size of the last member; where
+    that is not all of the content, there are several members, and only reading them all tells."""
+    with path.open("rb") as stream:
+        stream.seek(-4, os.SEEK_END)
+        if int.from_bytes(stream.read(4), "little") == size % (1 << 32):
+            return
+        stream.seek(0)
+        data = stream.read(READ)
+        while data:
+            member = zlib.decompressobj(wbits=31)
+            while not member.eof:
+                if not data and not (data := stream.read(READ)):
+                    raise EOFError("it ends in the middle")
+                try:
+                    member.decompress(data)
+                except zlib.error as problem:
+                    raise EOFError(str(problem)) from None
+                data = member.unused_data
+            data = (data or stream.read(READ)).lstrip(b"\0")
 
 
 def _zstandard(path: Path) -> Any:

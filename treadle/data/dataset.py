@@ -60,7 +60,7 @@ class TokenDataset(IndexedDataset):
         seq_len: int = 256,
         split: str = "train",
         **options: Any,
-    ) -> TokenDataset:
+    ) -> Dataset:
         """The rows of a file or folder; prepared (and cached) on first use. `options` are keys of [data], or other
         words for them."""
         names = {word: key for key in DataSettings.model_fields for word in DataSettings.key_info(key)["aliases"]}
@@ -69,7 +69,7 @@ class TokenDataset(IndexedDataset):
         settings = DataSettings(**{"path": paths, "seq_len": seq_len, **options})
         name = tokenizer if isinstance(tokenizer, str) else "auto"
         given = tokenizer if isinstance(tokenizer, Tokenizer) else None
-        splits = load_splits(settings, TokenizerSettings(name=name), tokenizer=given)
+        splits = splits_of(settings, TokenizerSettings(name=name), tokenizer=given)
         if split not in splits:
             raise InputError(f"{path} has no {split} split (there is: {', '.join(splits)})")
         return splits[split]
@@ -105,14 +105,10 @@ class TokenDataset(IndexedDataset):
 
     def batch(self, source: np.ndarray, row: np.ndarray) -> Batch:
         """The rows (source [B], row [B]) as a batch; row -1 is padding."""
-        from treadle.data.batch import IGNORE, collate  # torch: only here, so that `treadle data` starts without it
+        from treadle.data.batch import collate_text  # torch: only here, so that `treadle data` starts without it
 
         rows = [self.parts[s].row(r) if r >= 0 else None for s, r in zip(source.tolist(), row.tolist())]
-        batch = collate(rows, self.seq_len)
-        assert batch.labels is not None
-        # Bits per byte need the size of what is scored; counted here it costs the step no time.
-        batch.counts["bytes"] = int(self._byte_lengths[batch.labels[batch.labels != IGNORE].numpy()].sum())
-        return batch
+        return collate_text(rows, self.seq_len, self._byte_lengths)
 
     def in_sequence(self, batch_size: int, limit: int | None = None) -> Sequence[Batch]:
         """All rows once, as they stand; `limit` rows spread evenly when there are more."""
@@ -188,6 +184,10 @@ def splits_of(
     progress: Progress | None = None,
 ) -> dict[str, Dataset]:
     """The train, validation and test datasets of a configuration, of whatever kind data.dataset names."""
+    if settings.dataset_class == TEXT and settings.streaming:
+        from treadle.data.stream_splits import stream_splits
+
+        return stream_splits(settings, tokenizer_settings, tokenizer, progress)
     if settings.dataset_class == TEXT:
         return dict(load_splits(settings, tokenizer_settings, tokenizer, progress))
     return DATASETS.get(settings.dataset_class).splits(settings, task, seed)

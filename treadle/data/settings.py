@@ -34,12 +34,17 @@ class DataSettings(Settings):
     """What is read."""
 
     path: str | list[str] | None = option(None, aliases=("data_path", "data_dir", "train_file"), change="guarded")
-    """A .txt, .jsonl or .parquet file, a folder of them, a folder of prepared .bin shards, or a list of these.
+    """A .txt, .jsonl, .csv or .parquet file (the first three also .gz or .zst), a folder of them, a folder of prepared .bin
+    shards, or a list of these.
     The word `austen` is the corpus that ships with treadle."""
 
     dataset_class: str = option(TEXT, change="guarded")
     """What kind of data: text (the other keys here), or FILE.py:CLASS, a treadle.Dataset of one's own with its keys in
     [task]."""
+
+    streaming: bool = option(False, change="guarded")
+    """Read and tokenise text while training instead of preparing it before: for text of any size. The run's length is then
+    train.max_steps, since nobody knows how many rows there are."""
 
     dataset_name: str | None = option(None, change="guarded")
     """A Hugging Face data set: a name on the hub (downloaded by the `datasets` extra) or a local folder."""

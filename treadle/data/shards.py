@@ -149,6 +149,22 @@ class Row:
     length: np.ndarray  # [segments]
 
 
+def rows_in(shard: Shard, made: Plan | None, row_length: int) -> int:
+    """Rows of a shard under its plan; None: concat, cut wherever a row ends."""
+    return made.rows if made is not None else -(-len(shard.ids) // row_length)
+
+
+def row_of(shard: Shard, made: Plan | None, number: int, row_length: int) -> Row:
+    if made is not None:
+        segments = slice(int(made.row_starts[number]), int(made.row_starts[number + 1]))
+        return Row(shard, made.start[segments], made.length[segments])
+    start, stop = number * row_length, min((number + 1) * row_length, len(shard.ids))
+    low, high = np.searchsorted(shard.document_starts, [start, stop], side="right")
+    inner = shard.document_starts[low:high]
+    bounds = np.concatenate([[start], inner[inner < stop], [stop]])
+    return Row(shard, bounds[:-1], np.diff(bounds))
+
+
 class Rows:
     """A token set seen as rows of `row_length` under one packing; rows never cross shards."""
 
@@ -157,10 +173,7 @@ class Rows:
         self.packing = packing
         self.row_length = row_length
         self._plans: list[Plan | None] = [self._plan(n, shard) for n, shard in enumerate(tokens.shards)]
-        counts = [
-            p.rows if p is not None else -(-len(shard.ids) // row_length)
-            for p, shard in zip(self._plans, tokens.shards)
-        ]
+        counts = [rows_in(shard, p, row_length) for p, shard in zip(self._plans, tokens.shards)]
         self._first_row = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
     def _plan(self, number: int, shard: Shard) -> Plan | None:
@@ -186,14 +199,7 @@ class Rows:
     def row(self, number: int) -> Row:
         at = int(np.searchsorted(self._first_row, number, side="right")) - 1
         shard, made, local = self.tokens.shards[at], self._plans[at], number - int(self._first_row[at])
-        if made is not None:
-            segments = slice(int(made.row_starts[local]), int(made.row_starts[local + 1]))
-            return Row(shard, made.start[segments], made.length[segments])
-        start, stop = local * self.row_length, min((local + 1) * self.row_length, len(shard.ids))
-        low, high = np.searchsorted(shard.document_starts, [start, stop], side="right")
-        inner = shard.document_starts[low:high]
-        bounds = np.concatenate([[start], inner[inner < stop], [stop]])
-        return Row(shard, bounds[:-1], np.diff(bounds))
+        return row_of(shard, made, local, self.row_length)
 
     def efficiency(self) -> float:
         """Share of positions that hold a token."""

@@ -11,26 +11,33 @@ import io
 import json
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from treadle.data.compressed import COMPRESSED, content_size, open_bytes, reopened
 from treadle.errors import ConfigError, DataError, InputError, MissingExtra
 from treadle.registry import Registry
 
 PIECE_BYTES = 16 << 20
+PART_BYTES = 8 << 20  # of a parquet row group, which is decoded for each of its parts: 8 MB take longer to tokenise than 100 to decode
+FEWEST_PARTS = 256  # of a file that is streamed
+SAMPLE = 1 << 16  # bytes of a file that are compared at three places
 BUNDLED = {"austen": "austen.txt.xz"}  # the corpus that ships inside the package
 HUB = {"tinystories": "roneneldan/TinyStories"}  # data sets of the Hugging Face hub that have a short name here
-SUFFIXES = (".txt", ".jsonl", ".parquet", ".bin")
+LINES = (".jsonl", ".ndjson", ".json")  # one JSON object a line
+SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet", ".bin")
 
 SOURCES = Registry(
     "source",
     {
         "text": "treadle.data.sources:TextSource",
         "jsonl": "treadle.data.sources:JsonLinesSource",
+        "csv": "treadle.data.csv_source:CsvSource",
         "parquet": "treadle.data.sources:ParquetSource",
         "bin": "treadle.data.sources:TokenFileSource",
         "huggingface": "treadle.data.sources:HuggingFaceSource",
@@ -55,18 +62,22 @@ class Bad:
 
 @dataclass(frozen=True)
 class Piece:
-    """One unit of reading: whole files, or the byte (or row) range [start, stop) of one file."""
+    """One unit of reading: whole files, or the byte (or row) range [start, stop) of one file; of its documents, every `parts`-th."""
 
     files: tuple[str, ...]
     start: int = 0
     stop: int = -1  # -1: to the end
+    part: int = 0
+    parts: int = 1
 
 
 Document = str | np.ndarray  # text, or the ids of an already tokenised document
 
 
 class Source:
-    """A set of documents in a fixed order."""
+    """A set of documents in a fixed order. piece_bytes: about how much of the content is read as one piece."""
+
+    piece_bytes = PIECE_BYTES
 
     def __init__(self, files: list[Path], column: str = "text", separator: str | None = None) -> None:
         self.files = files
@@ -78,6 +89,11 @@ class Source:
         described = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in self.files]
         text = json.dumps([type(self).__name__, described, self.column, self.separator])
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def signature(self) -> dict[str, str]:
+        """What tells that the content is the same, by file and without reading all of it: size, and a hash of its first, middle and
+        last 64 kB."""
+        return {str(f): _sampled(f) for f in self.files}
 
     def size(self) -> int:
         """Bytes on disk."""
@@ -95,6 +111,31 @@ class Source:
     def count(self) -> int:
         """About how many documents there are; decides how text is held out."""
         raise NotImplementedError
+
+
+def _sampled(file: Path) -> str:
+    size, digest = file.stat().st_size, hashlib.sha256()
+    with file.open("rb") as stream:
+        for at in (0, size // 2, max(0, size - SAMPLE)):
+            stream.seek(at)
+            digest.update(stream.read(SAMPLE))
+    return f"{size}:{digest.hexdigest()[:32]}"
+
+
+def byte_ranges(file: Path, size: int, step: int, mark: bytes | None = None) -> list[Piece]:
+    """A file of lines in pieces of about `step` bytes that end with a line (with `mark`: with a line equal to it)."""
+    starts = [0]
+    with open_bytes(file) as stream:
+        for target in range(step, size, step):
+            if target < starts[-1]:  # a line longer than a piece
+                continue
+            stream.seek(target)
+            line = stream.readline()
+            while mark is not None and line and line.rstrip(b"\r\n") != mark:
+                line = stream.readline()
+            if starts[-1] < stream.tell() < size:
+                starts.append(stream.tell())
+    return [Piece((str(file),), a, b) for a, b in zip(starts, [*starts[1:], size])]
 
 
 def _decode_lines(raw: bytes, file: str, offset: int, first_line: int | None) -> Iterator[str | Bad]:
@@ -119,9 +160,9 @@ def _decode_lines(raw: bytes, file: str, offset: int, first_line: int | None) ->
 
 
 class TextSource(Source):
-    """.txt files (also .txt.xz): a file is a document, or a separator line ends one.
+    """.txt files (also .xz, .gz, .zst): a file is a document, or a separator line ends one.
 
-    A file above PIECE_BYTES is read in ranges that end at a line (or separator) end, each a document of its own, so that
+    A file above piece_bytes is read in ranges that end at a line (or separator) end, each a document of its own, so that
     memory stays bounded.
     """
 
@@ -130,35 +171,23 @@ class TextSource(Source):
         group: list[str] = []
         held = 0
         for file in self.files:
-            size = file.stat().st_size
-            if size > PIECE_BYTES and file.suffix != ".xz":
-                pieces += self._ranges(file, size)
+            size = content_size(file)
+            if size > self.piece_bytes and file.suffix != ".xz":
+                pieces += byte_ranges(file, size, self.piece_bytes, None if self.separator is None else self.separator.encode())
                 continue
-            if group and held + size > PIECE_BYTES:
+            if group and held + size > self.piece_bytes:
                 pieces.append(Piece(tuple(group)))
                 group, held = [], 0
             group.append(str(file))
             held += size
         return [*pieces, Piece(tuple(group))] if group else pieces
 
-    def _ranges(self, file: Path, size: int) -> list[Piece]:
-        starts, mark = [0], None if self.separator is None else self.separator.encode()
-        with file.open("rb") as stream:
-            for target in range(PIECE_BYTES, size, PIECE_BYTES):
-                stream.seek(max(target, starts[-1]))
-                line = stream.readline()
-                while mark is not None and line and line.rstrip(b"\r\n") != mark:
-                    line = stream.readline()
-                if starts[-1] < stream.tell() < size:
-                    starts.append(stream.tell())
-        return [Piece((str(file),), a, b) for a, b in zip(starts, [*starts[1:], size])]
-
     def _bytes(self, file: str, start: int = 0, stop: int = -1) -> bytes:
         if file.endswith(".xz"):
             import lzma
 
             return lzma.decompress(Path(file).read_bytes())
-        with open(file, "rb") as stream:
+        with opened(file) as stream:
             stream.seek(start)
             return stream.read(stop - start if stop >= 0 else -1)
 
@@ -196,24 +225,19 @@ class TextSource(Source):
 
 
 class JsonLinesSource(Source):
-    """.jsonl files: one JSON object a line, the text under `column`."""
+    """.jsonl files (also .json and .ndjson, .gz, .zst): one JSON object a line, the text under `column`."""
 
     def pieces(self) -> list[Piece]:
-        found: list[Piece] = []
         for file in self.files:
-            starts, size = [0], file.stat().st_size
-            with file.open("rb") as stream:
-                for target in range(PIECE_BYTES, size, PIECE_BYTES):
-                    stream.seek(max(target, starts[-1]))
-                    stream.readline()  # a piece ends at the end of a line
-                    if starts[-1] < stream.tell() < size:
-                        starts.append(stream.tell())
-            found += [Piece((str(file),), a, b) for a, b in zip(starts, [*starts[1:], size])]
-        return found
+            if not file.name.endswith(LINES[:2]):  # .json may be either
+                with open_bytes(file) as stream:
+                    if stream.read(64).lstrip()[:1] == b"[":
+                        raise InputError(f"{file} is one JSON array; write an object a line: jq -c '.[]' {file} > {file.stem}.jsonl")
+        return [piece for file in self.files for piece in byte_ranges(file, content_size(file), self.piece_bytes)]
 
     def read(self, piece: Piece) -> Iterator[Document | Bad]:
         (file,) = piece.files
-        with open(file, "rb") as stream:
+        with opened(file) as stream:
             stream.seek(piece.start)
             offset, line = piece.start, 1 if piece.start == 0 else None
             while offset < piece.stop:
@@ -238,12 +262,12 @@ class JsonLinesSource(Source):
         if not isinstance(row, dict) or self.column not in row:
             have = ", ".join(list(row)[:8]) if isinstance(row, dict) else type(row).__name__
             return Bad(file, line, offset, f"no key {self.column!r} (there is: {have}); set --data.text_column")
-        return _text_of(row[self.column], file, line, offset, self.column)
+        return text_of(row[self.column], file, line, offset, self.column)
 
     def count(self) -> int:
         total = 0
         for file in self.files:
-            with file.open("rb") as stream:
+            with open_bytes(file) as stream:
                 while block := stream.read(1 << 24):
                     total += block.count(b"\n")
                     if total >= 1_000_000:  # the rule it serves asks only for a hundred
@@ -251,7 +275,12 @@ class JsonLinesSource(Source):
         return total
 
 
-def _text_of(value: Any, file: str, line: int | None, offset: int, column: str) -> Document | Bad:
+def opened(file: str) -> AbstractContextManager[BinaryIO]:
+    """A plain file is closed again; a compressed one stays open for the next piece."""
+    return nullcontext(reopened(file)) if file.endswith(COMPRESSED) else open(file, "rb")
+
+
+def text_of(value: Any, file: str, line: int | None, offset: int, column: str) -> Document | Bad:
     if not isinstance(value, str):
         return Bad(file, line, offset, f"{column!r} is {type(value).__name__}, not text")
     try:
@@ -285,7 +314,11 @@ class ParquetSource(Source):
             if self.column not in names:
                 raise InputError(f"{file} has no column {self.column!r} (there is: {', '.join(names)}); set "
                                  "--data.text_column")  # fmt: skip
-            found += [Piece((str(file),), group, group + 1) for group in range(opened.num_row_groups)]
+            for group in range(opened.num_row_groups):
+                parts = 1
+                if self.piece_bytes < PIECE_BYTES:
+                    parts = max(1, opened.metadata.row_group(group).total_byte_size // PART_BYTES, -(-FEWEST_PARTS // opened.num_row_groups))
+                found += [Piece((str(file),), group, group + 1, part, parts) for part in range(parts)]
         return found
 
     def read(self, piece: Piece) -> Iterator[Document | Bad]:
@@ -296,8 +329,8 @@ class ParquetSource(Source):
         except Exception as problem:
             yield Bad(file, None, 0, f"row group {piece.start} cannot be read ({problem})")
             return
-        for row, value in enumerate(values):
-            yield _text_of(value, file, row, 0, self.column)
+        for row in range(piece.part, len(values), piece.parts):
+            yield text_of(values[row], file, row, 0, self.column)
 
     def count(self) -> int:
         return sum(self._open(file).metadata.num_rows for file in self.files)
@@ -366,16 +399,21 @@ class HuggingFaceSource(Source):
         text = json.dumps(["hf", self.name, self.config, self.split, self.column, self.rows._fingerprint])
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def signature(self) -> dict[str, str]:
+        return {self.name: self.rows._fingerprint}
+
     def size(self) -> int:
         return int(self.rows.dataset_size or 0)
 
     def pieces(self) -> list[Piece]:
-        total = len(self.rows)
-        return [Piece((), a, min(a + self.ROWS, total)) for a in range(0, total, self.ROWS)]
+        total, step = len(self.rows), self.ROWS
+        if self.piece_bytes < PIECE_BYTES:
+            step = max(1, min(step, total // FEWEST_PARTS, total * self.piece_bytes // max(1, self.size())))
+        return [Piece((), a, min(a + step, total)) for a in range(0, total, step)]
 
     def read(self, piece: Piece) -> Iterator[Document | Bad]:
         for row, value in enumerate(self.rows[piece.start : piece.stop][self.column]):
-            yield _text_of(value, self.name, piece.start + row, 0, self.column)
+            yield text_of(value, self.name, piece.start + row, 0, self.column)
 
     def count(self) -> int:
         return len(self.rows)
@@ -387,6 +425,7 @@ class FirstDocuments(Source):
     def __init__(self, source: Source, limit: int) -> None:
         super().__init__(source.files, source.column, source.separator)
         self.source, self.limit = source, limit
+        self.piece_bytes = source.piece_bytes
         self._share: dict[Piece, int] = {}
 
     def ended_by(self, eos_id: int) -> None:
@@ -397,9 +436,15 @@ class FirstDocuments(Source):
     def identity(self) -> str:
         return hashlib.sha256(f"first {self.limit} of {self.source.identity()}".encode()).hexdigest()
 
+    def signature(self) -> dict[str, str]:
+        return self.source.signature()
+
+    def size(self) -> int:
+        return self.source.size()
+
     def pieces(self) -> list[Piece]:
-        if not self._share:  # read once here: nobody else knows how many documents a piece holds
-            left = self.limit
+        if not self._share or self.source.piece_bytes != self.piece_bytes:  # read once here: nobody else knows how many documents a piece holds
+            left, self._share, self.source.piece_bytes = self.limit, {}, self.piece_bytes
             for piece in self.source.pieces():
                 if left == 0:
                     break
@@ -438,23 +483,29 @@ def _source_at(path: str | Path, column: str, separator: str | None) -> Source:
     if str(path) in BUNDLED and not Path(path).exists():
         file = Path(__file__).parent.parent / "corpus" / BUNDLED[str(path)]
         return TextSource([file], column, separator)
-    path = Path(path)
+    path, names = Path(path), {".txt": "text", ".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet", ".bin": "bin"}
     if not path.exists():
         raise InputError(f"{path} does not exist; give a file or folder of {', '.join(SUFFIXES)}, or "
                          f"{', '.join([*BUNDLED, *HUB])}")  # fmt: skip
     if path.is_file():
         files = [path]
     else:
-        files = sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES and f.is_file())
+        files = sorted(f for f in path.rglob("*") if _kind(f) in names and f.is_file())
         if not files:
             raise InputError(f"{path} holds no {', '.join(SUFFIXES)} file")
-    kinds = {"".join(f.suffixes[-2:]) if f.suffix == ".xz" else f.suffix for f in files}
+    kinds = {_kind(f) for f in files}
     if len(kinds) > 1:
-        raise ConfigError(f"{path} mixes {', '.join(sorted(kinds))}; give one kind, or a list of paths in data.path")
+        raise ConfigError(f"{path} mixes {', '.join(sorted(map(str, kinds)))}; give one kind, or a list of paths in data.path")
     if all(f.stat().st_size == 0 for f in files):
         raise InputError(f"{path} is empty; there is nothing to train on")
     kind = kinds.pop()
-    names = {".txt": "text", ".txt.xz": "text", ".jsonl": "jsonl", ".parquet": "parquet", ".bin": "bin"}
     if kind not in names:
         raise InputError(f"{path}: {kind or 'a file without suffix'} is not read; give {', '.join(SUFFIXES)}")
     return SOURCES.get(names[kind])(files, column, separator)
+
+
+def _kind(file: Path) -> str:
+    """The suffix that says what a file holds, without that of its compression."""
+    *_, inner, last = ["", "", *file.suffixes]
+    kind = inner if last in (*COMPRESSED, ".xz") and inner in (".txt", ".csv", *LINES) else last
+    return ".jsonl" if kind in LINES else kind

@@ -17,6 +17,7 @@ from torch import Tensor
 from treadle.checkpoint import retention, writer
 from treadle.checkpoint.layout import steps_in
 from treadle.checkpoint.reader import Checkpoint, newest_valid
+from treadle.data.base import Dataset
 from treadle.distributed.world import World
 from treadle.errors import Diverged, PeerFailed, SaveError
 from treadle.monitor import records
@@ -55,7 +56,7 @@ class Checkpoints:
         if scale is not None:
             state.loss_scale = asdict(scale)
         files = {
-            "run_state.json": json.dumps(state.to_json(), indent=1, allow_nan=False).encode(),
+            "run_state.json": json.dumps({**state.to_json(), "position": self._position(context)}, indent=1, allow_nan=False).encode(),
             "config.toml": config.encode(),
             **{f"tokenizer/{name}": data for name, data in _tokenizer_files(self.tokenizer).items()},
         }
@@ -68,6 +69,13 @@ class Checkpoints:
             self.assembly.model.named_weights(), self.assembly.optimizers.state_tensors()
         )
         return {"model": weights, "optimizer": moments}, files, described
+
+    def _position(self, context: Context) -> Any:
+        """Where the data goes on for all processes: each may know only its own share of it."""
+        position, data = context.state.position, context.dataset
+        if self.world.size == 1 or type(data).join is Dataset.join:
+            return position
+        return data.join(self.world.all_gather_object(position))
 
     def save(self, context: Context, best: Mapping[str, float] | None) -> None:
         """Starts the save of the current step, once the one before is collected; `best`: marks it as the best, by these

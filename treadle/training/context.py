@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -182,6 +183,13 @@ class Context:
 
     def warn(self, text: str) -> None:
         self.console.warn(text)
+
+    def tell_of_data(self, text: str) -> None:
+        """What reading came upon: on the console and in events.jsonl; from a process that has neither, on stderr."""
+        self.warn(text)
+        self.emit("data", text=text)
+        if not self.world.is_main_process:
+            print(f"[process {self.world.rank}] {text}", file=sys.stderr)
 
     def alert(self, event: str, text: str, **details: Any) -> None:
         """A message to whoever gets alerts (and to every callback's on_alert)."""

@@ -19,6 +19,7 @@ class Feed:
 
     def __init__(self, context: Context, callbacks: Callbacks) -> None:
         self.dataset, self.callbacks, self.say = context.dataset, callbacks, context.say
+        self.tell = context.tell_of_data
         self.pin, wanted = context.device.type == "cuda", context.config.data
         self.automatic = wanted.num_workers == "auto"  # no workers, unless steps wait for data
         self.workers = 0 if wanted.num_workers == "auto" else int(wanted.num_workers)
@@ -47,6 +48,8 @@ class Feed:
             self.callbacks.fail(DataError(f"the data ended {left} steps before the training; train for fewer: --max_steps"))
         if item is not None:
             self._position = item[1]
+            for line in self.dataset.news():
+                self.tell(line)
         return item
 
     def _maybe_more_workers(self) -> None:

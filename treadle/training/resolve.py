@@ -88,7 +88,8 @@ def schedule(recipe: Recipe, data: Dataset, world: int = 1) -> Schedule:
         max_steps = recipe.train.max_steps
     else:
         if data.rows_per_epoch is None:
-            raise ConfigError("this data has no end, so epochs mean nothing; say how long to train: --max_steps N")
+            raise ConfigError("nobody knows how many rows this data has (a stream, or made without end), so epochs mean nothing; say how "
+                              "long to train: --max_steps N")  # fmt: skip
         end = math.ceil(recipe.train.num_train_epochs * data.rows_per_epoch)
         max_steps = max(1, math.ceil(end / total))
     return Schedule(
@@ -114,8 +115,9 @@ def resolve_precision(recipe: Recipe, model: Model, device: torch.device, consol
 def check_data(fingerprint: str, data: Dataset) -> None:
     """ConfigError for other data than a run was started with."""
     if fingerprint != data.fingerprint():
-        raise ConfigError("the data is not what this run was started with (other text, tokenizer, packing or row length). Start a "
-                          "new run with --fresh, or go on with it: --allow-change data")  # fmt: skip
+        what = data.difference(fingerprint) or "other text, tokenizer, packing or row length"
+        raise ConfigError(f"the data is not what this run was started with ({what}). Start a new run with --fresh, or go on with it: "
+                          "--allow-change data")  # fmt: skip
 
 
 def check_metrics(recipe: Recipe, objective: Objective) -> None:
@@ -136,7 +138,7 @@ def settle(
     chosen = world.on_main_first(lambda: resolve_precision(recipe, model, device, console))
     recipe.arch = MODELS.name_of(type(model), recipe.arch)
     recipe.model = model.config.model_dump()
-    recipe.data.dataset_class = DATASETS.name_of(type(data), recipe.data.dataset_class)
+    recipe.data.dataset_class = type(data).name or DATASETS.name_of(type(data), recipe.data.dataset_class)
     if recipe.distill.stage is None:
         recipe.train.objective = OBJECTIVES.name_of(type(objective), recipe.train.objective)
     for task in (getattr(data, "task", None), getattr(objective, "task", None)):

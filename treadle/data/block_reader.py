@@ -1,0 +1,138 @@
+"""Blocks of a stream, read and tokenised ahead by worker processes, or here when they are wanted."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from treadle.data.encoding import Encoder
+from treadle.data.packing import Plan, plan
+from treadle.data.shards import Row, Shard, id_type, row_of, rows_in
+from treadle.data.sources import Bad, Piece, Source
+from treadle.errors import DataError
+from treadle.processes import end_with_parent
+from treadle.text.base import Tokenizer
+
+PLACES_KEPT = 20  # malformed documents of a block that are named
+
+
+@dataclass
+class Block:
+    """A tokenised block: its rows under one packing, and what was left out of it."""
+
+    shard: Shard
+    plan: Plan | None
+    rows: int
+    documents: int = 0
+    malformed: int = 0
+    places: list[str] = field(default_factory=list)
+
+    def row(self, number: int, length: int) -> Row:
+        return row_of(self.shard, self.plan, number, length)
+
+
+@dataclass(frozen=True)
+class FileState:
+    """A file as it was when the stream was opened."""
+
+    size: int
+    changed_ns: int
+
+    @staticmethod
+    def of(file: str) -> FileState:
+        now = os.stat(file)
+        return FileState(now.st_size, now.st_mtime_ns)
+
+
+class Reading:
+    """How the blocks of a stream are read. pieces: (source, piece) of each."""
+
+    def __init__(
+        self, pieces: Sequence[tuple[Source, Piece]], tokenizer: Tokenizer, seq_len: int, packing: str, min_length: int, on_bad: str
+    ) -> None:  # fmt: skip
+        self.pieces, self.tokenizer, self.seq_len, self.packing = list(pieces), tokenizer, seq_len, packing
+        self.min_length, self.on_bad = min_length, on_bad
+        files = {file for source, _ in self.pieces for file in map(str, source.files)}
+        self.files = {file: FileState.of(file) for file in files}
+
+    def read(self, number: int) -> Block:
+        """DataError for a file that is not as it was when the stream was opened."""
+        source, piece = self.pieces[number]
+        for file in piece.files:
+            self._check(file)
+        encoder, documents, malformed = Encoder(self.tokenizer, self.min_length), 0, 0
+        places: list[str] = []
+        for document in source.read(piece):
+            if isinstance(document, Bad):
+                if self.on_bad == "error":
+                    raise DataError(f"{document}; mend it, or go on without it: --data.on_bad skip")
+                malformed += 1
+                if len(places) < PLACES_KEPT:
+                    places.append(str(document))
+                continue
+            documents += 1
+            encoder.add(document, piece.files[0] if piece.files else "the data")
+        encoder.flush()
+        ids = encoder.joined().astype(id_type(self.tokenizer.vocab_size))
+        starts = np.concatenate([[0], np.cumsum(encoder.lengths)[:-1]]).astype(np.int64) if encoder.lengths else np.zeros(0, np.int64)
+        made = None if self.packing == "concat" else plan(self.packing, starts, len(ids), self.seq_len)
+        shard = Shard(ids, starts)
+        return Block(shard, made, rows_in(shard, made, self.seq_len), documents, malformed, places)
+
+    def _check(self, file: str) -> None:
+        try:
+            now = FileState.of(file)
+        except OSError as problem:
+            raise DataError(f"{file} cannot be read any more ({problem.strerror}); the run goes on from its checkpoint when it is "
+                            "there again") from None  # fmt: skip
+        if file in self.files and now != self.files[file]:
+            raise DataError(f"{file} was changed while the stream was read (size {self.files[file].size} -> {now.size}); the order of "
+                            "a run holds only for the data it was started with")  # fmt: skip
+
+
+class BlockReader:
+    """Gives blocks by number; with workers, those that were requested are made ahead, each by one of them."""
+
+    def __init__(self, reading: Reading, workers: int) -> None:
+        self.reading = reading
+        self._made: dict[int, Future[Block]] = {}
+        self._pool = None
+        if workers:  # forked, so that functions of the user need not be sent
+            context = multiprocessing.get_context("fork")
+            self._pool = ProcessPoolExecutor(workers, context, _begin_worker, (reading,))
+
+    def request(self, number: int) -> None:
+        if self._pool is not None and number not in self._made:
+            self._made[number] = self._pool.submit(_read_in_worker, number)
+
+    def take(self, number: int) -> Block:
+        if self._pool is None:
+            return self.reading.read(number)
+        self.request(number)
+        return self._made.pop(number).result()
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+_reading: Any = None
+
+
+def _begin_worker(reading: Reading) -> None:
+    global _reading
+    _reading = reading
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    end_with_parent(signal.SIGKILL)  # no worker outlives a killed training
+
+
+def _read_in_worker(number: int) -> Block:
+    return _reading.read(number)

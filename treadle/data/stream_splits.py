@@ -1,0 +1,112 @@
+"""The splits of a configuration with data.streaming: a stream to train on, and blocks of it that are held out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+
+import numpy as np
+
+from treadle.data.base import Dataset
+from treadle.data.compressed import content_size
+from treadle.data.dataset import TokenDataset, held_shares, sources_of
+from treadle.data.order import key, permute
+from treadle.data.prepare import Progress, is_prepared, prepare, tokenizer_for
+from treadle.data.settings import DataSettings
+from treadle.data.sources import Bad, Document, HuggingFaceSource, Piece, Source, open_source
+from treadle.data.streaming import Stream, StreamDataset, block_bytes
+from treadle.errors import ConfigError
+from treadle.files import cache_root
+from treadle.text.base import Tokenizer
+from treadle.text.settings import TokenizerSettings
+
+MOST_HELD_OUT = 4 << 20  # bytes for each split: what is held out is tokenised before the first step
+
+
+class ChosenPieces(Source):
+    """Some of another source's pieces."""
+
+    def __init__(self, source: Source, chosen: list[Piece]) -> None:
+        super().__init__(source.files, source.column, source.separator)
+        self.source, self.chosen = source, chosen
+
+    def identity(self) -> str:
+        described = [self.source.identity(), [[*p.files, p.start, p.stop, p.part, p.parts] for p in self.chosen]]
+        return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+    def signature(self) -> dict[str, str]:
+        return self.source.signature()
+
+    def ended_by(self, eos_id: int) -> None:
+        self.source.ended_by(eos_id)
+
+    def size(self) -> int:
+        return self.source.size()
+
+    def pieces(self) -> list[Piece]:
+        return self.chosen
+
+    def read(self, piece: Piece) -> Iterator[Document | Bad]:
+        return self.source.read(piece)
+
+    def count(self) -> int:
+        return self.source.count()
+
+
+def divided(source: Source, shares: tuple[float, float], piece_bytes: int) -> tuple[list[Piece], list[Piece], list[Piece]]:
+    """The pieces to train on, to validate on and to test on: whole blocks, chosen by a key that no seed changes, a few MB each."""
+    pieces = source.pieces()
+    most = max(1, MOST_HELD_OUT // piece_bytes)
+    counts = [min(most, max(1, round(share * len(pieces)))) if share else 0 for share in shares]
+    drawn = permute(np.arange(min(len(pieces), sum(counts))), len(pieces), key(0x4E1D)).tolist() if len(pieces) > sum(counts) else []
+    validation, test = drawn[: counts[0]], drawn[counts[0] :]
+    held = set(drawn)
+    return [p for n, p in enumerate(pieces) if n not in held], [pieces[n] for n in validation], [pieces[n] for n in test]
+
+
+def stream_splits(
+    settings: DataSettings, tokenizer_settings: TokenizerSettings, tokenizer: Tokenizer | None = None, progress: Progress | None = None
+) -> dict[str, Dataset]:  # fmt: skip
+    """The stream to train on, and the held-out text, prepared, where there is some."""
+    paths = settings.path if isinstance(settings.path, list) else [settings.path]
+    for path in paths:
+        if path is not None and is_prepared(path):
+            raise ConfigError(f"{path} is prepared already, which is faster than a stream; leave --data.streaming away")
+    root, sources = cache_root(settings.cache_dir), sources_of(settings)
+    parts = []
+    for source in sources:
+        size = sum(content_size(file) for file in source.files) if source.files else source.size()
+        source.piece_bytes = block_bytes(settings.seq_len, size)
+        parts.append(divided(source, held_shares(settings), source.piece_bytes))
+    tokenizer = tokenizer or tokenizer_for(
+        ChosenPieces(sources[0], parts[0][0]), tokenizer_settings.name, tokenizer_settings.vocab_size, root=root, held=(0.0, 0.0),
+        limit=tokenizer_settings.train_bytes,
+    )  # fmt: skip
+    for source in sources:
+        source.ended_by(tokenizer.eos_id)
+    names = [str(path) for path in paths] if settings.path is not None else [str(settings.dataset_name)]
+    streams = [Stream(name, [(source, piece) for piece in train]) for name, source, (train, _, _) in zip(names, sources, parts)]
+    if settings.weights is None and len(streams) > 1:  # one set of blocks, drawn in proportion to size
+        streams = [Stream(", ".join(names), [piece for stream in streams for piece in stream.pieces])]
+    splits: dict[str, Dataset] = {
+        "train": StreamDataset(streams, tokenizer, settings.seq_len, settings.packing, settings.weights, settings.shuffle,
+                               settings.min_length, settings.on_bad, settings.bad_limit, settings.cache_dir)
+    }  # fmt: skip
+    held: dict[str, list[Source]] = {
+        "validation": [ChosenPieces(source, chosen) for source, (_, chosen, _) in zip(sources, parts) if chosen],
+        "test": [ChosenPieces(source, chosen) for source, (_, _, chosen) in zip(sources, parts) if chosen],
+    }
+    if settings.validation_path is not None:
+        held["validation"] = [open_source(settings.validation_path, settings.text_column, settings.document_separator)]
+    elif settings.validation_split is not None and settings.dataset_name is not None:
+        held["validation"] = [HuggingFaceSource(settings.dataset_name, settings.dataset_config, settings.validation_split, settings.text_column)]
+    for name, some in held.items():
+        sets = [
+            prepare(source, tokenizer, root=root, held=(0.0, 0.0), min_length=settings.min_length, on_bad=settings.on_bad,
+                    bad_limit=settings.bad_limit, workers=settings.preparation_workers, progress=progress)["train"]
+            for source in some
+        ]  # fmt: skip
+        if sets:
+            splits[name] = TokenDataset(sets, tokenizer, settings.seq_len, settings.packing, None, settings.shuffle)
+    return splits
