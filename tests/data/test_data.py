@@ -176,7 +176,7 @@ def test_every_source_gives_the_same_documents(tmp_path: Path, kind: str) -> Non
 
 
 def test_jsonl_pieces_cover_every_line_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("treadle.data.sources.PIECE_BYTES", 1000)
+    monkeypatch.setattr("treadle.data.sources.Source.piece_bytes", 1000)
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps({"text": "x" * (n % 300 + 1)}) for n in range(200)) + "\n")
     source = open_source(path)
@@ -188,7 +188,7 @@ def test_jsonl_pieces_cover_every_line_once(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("separator", [None, "END"])
 def test_a_large_text_is_read_in_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, separator: str | None) -> None:
     """Nothing is lost or doubled where ranges meet, and no document is cut where a separator says where it ends."""
-    monkeypatch.setattr("treadle.data.sources.PIECE_BYTES", 3000)
+    monkeypatch.setattr("treadle.data.sources.Source.piece_bytes", 3000)
     documents = [make_text(3 + n % 9, seed=n) + "é\n" for n in range(60)]
     path = tmp_path / "a.txt"
     path.write_text("END\n".join(documents))
@@ -207,7 +207,7 @@ def test_a_large_text_is_read_in_ranges(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_preparation_continues_and_verifies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed between pieces, it goes on; the result is that of one go. A cut or damaged shard is named."""
-    monkeypatch.setattr("treadle.data.sources.PIECE_BYTES", 2000)
+    monkeypatch.setattr("treadle.data.sources.Source.piece_bytes", 2000)
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps({"text": make_text(4, seed=n)}) for n in range(60)) + "\n")
     whole = byte_set(path, tmp_path / "one")["train"]
@@ -249,7 +249,7 @@ def test_preparation_continues_and_verifies(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_parallel_preparation_gives_the_same_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("treadle.data.sources.PIECE_BYTES", 20_000)
+    monkeypatch.setattr("treadle.data.sources.Source.piece_bytes", 20_000)
     monkeypatch.setattr("treadle.data.prepare.PARALLEL_FROM", 1)
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps({"text": make_text(4, seed=n)}) for n in range(300)) + "\n")
@@ -429,7 +429,7 @@ def test_three_parts_that_share_no_document(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["jsonl", "txt", "bin"])
 def test_the_first_documents_alone(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("treadle.data.sources.PIECE_BYTES", 64)  # several pieces
+    monkeypatch.setattr("treadle.data.sources.Source.piece_bytes", 64)  # several pieces
     path = tmp_path / f"a.{kind}"
     documents = [f"document {n}" for n in range(30)]
     if kind == "jsonl":

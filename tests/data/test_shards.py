@@ -16,7 +16,7 @@ from treadle.errors import ConfigError, DataError
 
 @pytest.fixture()
 def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("treadle.data.sources.PIECE_BYTES", 1000)  # so that each file is pieces of its own
+    monkeypatch.setattr("treadle.data.sources.Source.piece_bytes", 1000)  # so that each file is pieces of its own
     folder = tmp_path / "texts"
     folder.mkdir()
     for number in range(5):

@@ -114,7 +114,7 @@ def test_an_epoch_ends_for_every_group_and_the_next_one_is_another(file: Path) -
     assert set(seen[0]) == set(seen[1]) == set(range(DOCUMENTS))
     assert set(seen[0].values()) == set(seen[1].values()) == {1}
     assert list(seen[0]) != list(seen[1])
-    assert any("epoch 2 begins" in line for line in data.news()) and not data.news()
+    assert any("epoch 2 begins" in line for line in data.news({}, BatchPlan())) and not data.news({}, BatchPlan())
 
 
 @pytest.mark.parametrize("packing", ["concat", "next_fit", "none"])
@@ -237,7 +237,7 @@ def test_malformed_lines_are_named_with_place_and_limited(tmp_path: Path) -> Non
     data = stream(tmp_path / "a.jsonl")
     numbers = one_epoch(data)
     assert sorted(numbers) == [n for n in range(DOCUMENTS) if n != 1500]
-    (said,) = [line for line in data.news() if "left out" in line]
+    (said,) = [line for line in data.news({}, BatchPlan()) if "left out" in line]
     offset = sum(len(line) for line in lines[:1500])
     assert "a.jsonl" in said and "broken JSON" in said and str(offset)[:4] in said
     with pytest.raises(DataError, match="on_bad skip"):

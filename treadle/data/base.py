@@ -138,8 +138,8 @@ class Dataset(ABC):
         """What differs from the data with another fingerprint, in words, where that is known."""
         return ""
 
-    def news(self) -> list[str]:
-        """What reading has come upon since this was last asked, a line each: left out lines, epochs of a source."""
+    def news(self, position: Position, plan: BatchPlan) -> list[str]:
+        """What reading up to a position has come upon since this was last asked, a line each: lines left out, a source's epochs."""
         return []
 
 

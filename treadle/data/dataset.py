@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from treadle.data.base import DATASETS, TEXT, BatchPlan, BatchSequence, Dataset, IndexedDataset, Position
+from treadle.data.chosen_sources import held_shares, sources_of
 from treadle.data.order import Order, step_draws
 from treadle.data.prepare import Held, Progress, is_prepared, open_prepared, prepare, tokenizer_for
 from treadle.data.settings import DataSettings
 from treadle.data.shards import Rows, TokenSet
 from treadle.data.sources import HuggingFaceSource, Source, open_source
+from treadle.data.stream_splits import stream_splits
 from treadle.errors import ConfigError, InputError
 from treadle.files import cache_root
 from treadle.text.base import Tokenizer
@@ -36,8 +38,9 @@ class TokenDataset(IndexedDataset):
         tokenizer: Tokenizer,
         seq_len: int,
         packing: str = "concat",
-        weights: Sequence[float] | None = None,
+        weights: Sequence[Any] | None = None,
         shuffle: bool = True,
+        names: Sequence[str] = (),
     ) -> None:
         self.sets = list(sets)
         self.tokenizer = tokenizer
@@ -45,6 +48,8 @@ class TokenDataset(IndexedDataset):
         self.packing = packing
         self.weights = tuple(weights) if weights is not None else None
         self.shuffle = shuffle
+        self.names = list(names) or [f"source {n + 1}" for n in range(len(self.sets))]
+        self._epochs: list[int] | None = None  # of each source, as told last
         for tokens in self.sets:
             if tokens.vocab_size > tokenizer.vocab_size:
                 raise ConfigError(f"the data has {tokens.vocab_size} tokens, the tokenizer {tokenizer.vocab_size}")
@@ -81,13 +86,13 @@ class TokenDataset(IndexedDataset):
     def rows_per_epoch(self) -> int:
         return len(self)
 
-    def order(self, seed: int, end: int | None = None) -> Order:
+    def order(self, seed: int, end: int | None = None, global_batch: int = 1) -> Order:
         """The order training draws rows in."""
-        return Order(tuple(len(part) for part in self.parts), seed, self.shuffle, self.weights, end)
+        return Order(tuple(len(part) for part in self.parts), seed, self.shuffle, self.weights, end, global_batch)
 
     def step_reader(self, position: int, plan: BatchPlan) -> Callable[[int], list[Batch]]:
         end = None if plan.rows is None else position * plan.global_batch_size + plan.rows
-        order = self.order(plan.seed, end)
+        order = self.order(plan.seed, end, plan.global_batch_size)
 
         def read(step: int) -> list[Batch]:
             source, row = order.draws(step_draws(step, plan.global_batch_size, plan.rank, plan.world_size))
@@ -96,11 +101,21 @@ class TokenDataset(IndexedDataset):
 
         return read
 
+    def news(self, position: Position, plan: BatchPlan) -> list[str]:
+        """Where sources have weights: which of them begins another epoch."""
+        if self.weights is None:
+            return []
+        counts = self.order(plan.seed, None, plan.global_batch_size).mixture.counts(position * plan.global_batch_size)
+        epochs = [(int(count) - 1) // len(part) if count else 0 for count, part in zip(counts, self.parts)]
+        before, self._epochs = self._epochs or epochs, epochs
+        return [f"{self.names[n]}: epoch {now + 1} begins"
+                for n, (was, now) in enumerate(zip(before, epochs)) if now > was]  # fmt: skip
+
     def rows_of(self, position: Position, plan: BatchPlan) -> list[tuple[int, int]]:
         """(source, row) of each sample; row -1 is padding."""
         end = None if plan.rows is None else position * plan.global_batch_size + plan.rows
         draws = step_draws(position, plan.global_batch_size, plan.rank, plan.world_size)
-        source, row = self.order(plan.seed, end).draws(draws)
+        source, row = self.order(plan.seed, end, plan.global_batch_size).draws(draws)
         return list(zip(source.tolist(), row.tolist()))
 
     def batch(self, source: np.ndarray, row: np.ndarray) -> Batch:
@@ -149,23 +164,6 @@ class TokenDataset(IndexedDataset):
         }
 
 
-def sources_of(settings: DataSettings) -> list[Source]:
-    """The sources a [data] section names."""
-    limit = settings.max_samples
-    if settings.dataset_name is not None:
-        return [HuggingFaceSource(settings.dataset_name, settings.dataset_config, settings.split, settings.text_column, limit)]
-    if settings.path is None:
-        raise InputError("no data: give a text file (`treadle train FILE.txt`), --data.path or --data.dataset_name")
-    paths = settings.path if isinstance(settings.path, list) else [settings.path]
-    return [open_source(path, settings.text_column, settings.document_separator, limit) for path in paths]
-
-
-def held_shares(settings: DataSettings) -> Held:
-    """Shares of the text that are held out; a text of its own to validate on leaves all but the test's."""
-    elsewhere = settings.validation_path is not None or settings.validation_split is not None
-    return 0.0 if elsewhere else settings.validation_fraction, settings.test_fraction
-
-
 def _prepared_tokenizer(folder: Path, asked: str) -> Tokenizer:
     """The tokenizer of prepared text; ConfigError where bytes are asked for (or implied by the architecture) and it has others."""
     tokenizer = Tokenizer.load(folder / "tokenizer")
@@ -185,8 +183,6 @@ def splits_of(
 ) -> dict[str, Dataset]:
     """The train, validation and test datasets of a configuration, of whatever kind data.dataset names."""
     if settings.dataset_class == TEXT and settings.streaming:
-        from treadle.data.stream_splits import stream_splits
-
         return stream_splits(settings, tokenizer_settings, tokenizer, progress)
     if settings.dataset_class == TEXT:
         return dict(load_splits(settings, tokenizer_settings, tokenizer, progress))
@@ -231,10 +227,10 @@ def load_splits(
         source = HuggingFaceSource(settings.dataset_name, settings.dataset_config, settings.validation_split, settings.text_column)
         held = [prepared(source, (0.0, 0.0), tokenizer)["train"]]
 
-    def rows(sets: list[TokenSet], weights: list[float] | None) -> TokenDataset:
-        return TokenDataset(sets, tokenizer, settings.seq_len, settings.packing, weights, settings.shuffle)
+    def rows(sets: list[TokenSet], weights: list[Any] | None, names: Sequence[str] = ()) -> TokenDataset:
+        return TokenDataset(sets, tokenizer, settings.seq_len, settings.packing, weights, settings.shuffle, names)
 
-    splits = {"train": rows([one["train"] for one in sets], settings.weights)}
+    splits = {"train": rows([one["train"] for one in sets], settings.weights, settings.path if isinstance(settings.path, list) else ())}
     for name, some in (("validation", held), ("test", [one["test"] for one in sets if "test" in one])):
         if some:
             splits[name] = rows(some, None)

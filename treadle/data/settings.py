@@ -61,9 +61,9 @@ class DataSettings(Settings):
     document_separator: str | None = option(None, change="guarded")
     """Splits each .txt file into documents at lines equal to this text; without it a file is one document."""
 
-    weights: list[float] | None = option(None, change="guarded")
-    """One weight for each path: every 1024 rows hold exactly these shares. Without weights, rows are drawn from all
-    paths in proportion to their size."""
+    weights: list[float] | list[list[float]] | None = option(None, change="guarded")
+    """One weight for each path: every 1024 rows hold exactly these shares. [[0, 9, 1], [10000, 5, 5]] changes them from
+    step 10000 on. Without weights, rows are drawn from all paths in proportion to their size."""
 
     validation_path: str | None = option(None, aliases=("validation_file",), change="guarded")
     """Text to evaluate on; without it a part of the training text is held out."""
@@ -130,10 +130,11 @@ class DataSettings(Settings):
             raise ValueError(f"validation_fraction and test_fraction hold out {held:g} of the text; leave some to train on")
         if self.weights is not None:
             paths = self.path if isinstance(self.path, list) else [self.path]
-            if len(self.weights) != len(paths):
-                raise ValueError(f"weights has {len(self.weights)} numbers for {len(paths)} path(s)")
-            if any(not 0 < w < float("inf") for w in self.weights):
-                raise ValueError("weights must be positive numbers")
+            from treadle.data.order import segments_of  # numpy: not for a section's help
+
+            given = len(segments_of(self.weights)[0][1])
+            if given != len(paths):
+                raise ValueError(f"weights has {given} numbers for {len(paths)} path(s)")
         for name in ("num_workers", "preparation_workers"):
             if isinstance(getattr(self, name), int) and not 0 <= getattr(self, name) <= 256:
                 raise ValueError(f"{name} must be auto or between 0 and 256")

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from treadle.data.base import Dataset
+from treadle.data.base import DATASETS, TEXT, Dataset
+from treadle.data.chosen_sources import held_shares, sources_of
 from treadle.data.compressed import content_size
-from treadle.data.dataset import TokenDataset, held_shares, sources_of
 from treadle.data.order import key, permute
 from treadle.data.prepare import Progress, is_prepared, prepare, tokenizer_for
 from treadle.data.settings import DataSettings
@@ -108,5 +108,5 @@ def stream_splits(
             for source in some
         ]  # fmt: skip
         if sets:
-            splits[name] = TokenDataset(sets, tokenizer, settings.seq_len, settings.packing, None, settings.shuffle)
+            splits[name] = DATASETS.get(TEXT)(sets, tokenizer, settings.seq_len, settings.packing, None, settings.shuffle)
     return splits

@@ -17,7 +17,7 @@ import numpy as np
 from treadle.data.base import BatchPlan, BatchSequence, Dataset, Position
 from treadle.data.block_reader import Block, BlockReader, Reading
 from treadle.data.lanes import LANES, BlockOrder, GroupCursor, first_cursor, groups_of
-from treadle.data.order import Order, key, permute, step_draws
+from treadle.data.order import Mixture, key, permute, step_draws
 from treadle.data.settings import TEXT
 from treadle.data.shards import Row
 from treadle.data.sources import Piece, Source
@@ -68,7 +68,7 @@ class StreamDataset(Dataset):
 
     def __init__(
         self, streams: Sequence[Stream], tokenizer: Tokenizer, seq_len: int, packing: str = "concat",
-        weights: Sequence[float] | None = None, shuffle: bool = True, min_length: int = 0, on_bad: str = "skip",
+        weights: Sequence[Any] | None = None, shuffle: bool = True, min_length: int = 0, on_bad: str = "skip",
         bad_limit: float = 0.001, cache_dir: str | None = None,
     ) -> None:  # fmt: skip
         self.streams, self.tokenizer, self.seq_len, self.packing = list(streams), tokenizer, seq_len, packing
@@ -188,7 +188,7 @@ class StreamDataset(Dataset):
         finally:
             read.close()
 
-    def news(self) -> list[str]:
+    def news(self, position: Position, plan: BatchPlan) -> list[str]:
         said, self._news = self._news, []
         return said
 
@@ -215,7 +215,7 @@ class _Reader:
         self.begun = (-1, -1, -1)  # (stream, group, epoch) begun last
         self.taken: list[list[int]] = []  # names of the rows of the last step
         per_group = plan.global_batch_size // self.groups
-        self.share = Order((1,) * len(data.streams), plan.seed, data.shuffle, data.weights) if data.weights is not None else None
+        self.share = Mixture.of(data.weights, plan.seed, data.shuffle, plan.global_batch_size) if data.weights is not None else None
         self.per_group = per_group
         for number in range(len(data.streams)):
             for turn in range(self.lanes):  # in the order in which rows will ask

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
-from treadle.data.dataset import held_shares, sources_of
+from treadle.data.chosen_sources import held_shares, sources_of
 from treadle.data.prepare import (
     Progress,
     is_prepared,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from treadle import terminal
 from treadle.data.base import BatchPlan, Dataset, Position
 from treadle.distributed.base import Strategy
 from treadle.distributed.world import World
@@ -189,7 +190,7 @@ class Context:
         self.warn(text)
         self.emit("data", text=text)
         if not self.world.is_main_process:
-            print(f"[process {self.world.rank}] {text}", file=sys.stderr)
+            terminal.write(f"[process {self.world.rank}] {text}", sys.stderr)
 
     def alert(self, event: str, text: str, **details: Any) -> None:
         """A message to whoever gets alerts (and to every callback's on_alert)."""

@@ -48,7 +48,7 @@ class Feed:
             self.callbacks.fail(DataError(f"the data ended {left} steps before the training; train for fewer: --max_steps"))
         if item is not None:
             self._position = item[1]
-            for line in self.dataset.news():
+            for line in self.dataset.news(item[1], self.plan):
                 self.tell(line)
         return item
 
