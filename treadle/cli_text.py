@@ -66,17 +66,23 @@ def data_prepare(
         echo(line)
 
 
+Streaming = Annotated[bool, typer.Option("--streaming", help="Read it as a stream: nothing is prepared, whatever its size.")]
+Column = Annotated[str, typer.Option(help="The column that holds the text.")]
+
+
 @data_app.command("stats")
 def data_stats(
     path: Annotated[str, typer.Argument(help="Text, or a folder that `data prepare` wrote.")],
     tokenizer: Annotated[str, typer.Option(help="auto, byte, bpe, ..., or a path.")] = "auto",
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a row.")] = 256,
+    text_column: Column = "text",
+    streaming: Streaming = False,
     trust_code: Trust = None,
 ) -> None:
-    """Documents, bytes, tokens, lengths, and how well each packing fills rows."""
-    from treadle.data import summary
+    """Documents, bytes, tokens, how well each packing fills rows, and lengths as a picture; of a stream, in a sample of it."""
+    from treadle.data import viewing
 
-    for line in summary.statistics(path, tokenizer, seq_len):
+    for line in viewing.statistics(path, tokenizer, seq_len, text_column, streaming):
         echo(line)
 
 
@@ -84,15 +90,38 @@ def data_stats(
 def data_show(
     path: Annotated[str, typer.Argument(help="Text, or a folder that `data prepare` wrote.")],
     row: Annotated[int, typer.Option(min=0, help="Which row.")] = 0,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows, from that one on.")] = 1,
     packing: Annotated[str, typer.Option(help="concat, next_fit, first_fit, best_fit or none.")] = "concat",
     tokenizer: Annotated[str, typer.Option(help="auto, byte, bpe, ..., or a path.")] = "auto",
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a row.")] = 64,
+    text_column: Column = "text",
+    streaming: Streaming = False,
     trust_code: Trust = None,
 ) -> None:
-    """One training row as it reaches the model: each document's tokens and text."""
-    from treadle.data import summary
+    """Training rows as they reach the model: each document's tokens and text, and which positions predict nothing."""
+    import sys
 
-    for line in summary.show_row(path, row, packing, tokenizer, seq_len):
+    from treadle.data import viewing
+    from treadle.terminal import is_terminal
+
+    colour = is_terminal(sys.stdout)
+    for line in viewing.show_rows(path, row, rows, packing, tokenizer, seq_len, text_column, streaming, colour):
+        echo(line, exact=colour and viewing.MASKED in line)
+
+
+@data_app.command("check")
+def data_check(
+    path: Annotated[str, typer.Argument(help="Text, or a folder that `data prepare` wrote.")],
+    packing: Annotated[str, typer.Option(help="concat, next_fit, first_fit, best_fit or none.")] = "best_fit",
+    tokenizer: Annotated[str, typer.Option(help="auto, byte, bpe, ..., or a path.")] = "auto",
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a row.")] = 256,
+    text_column: Column = "text",
+    trust_code: Trust = None,
+) -> None:
+    """Decode every row back and compare it with the text; read as a stream, so of any size."""
+    from treadle.data import viewing
+
+    for line in viewing.check(path, tokenizer, seq_len, packing, text_column, echo):
         echo(line)
 
 

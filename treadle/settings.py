@@ -152,8 +152,15 @@ def plain(word: str) -> str:
 # values
 
 
+_NUMBERS = re.compile(r"\[[\[\]\d.,\s+\-eE]*\]")
+_LEADING_POINT = re.compile(r"(?<![\d.])\.(?=\d)")
+
+
 def parse_text(text: str) -> Any:
-    """A value typed by a user, by TOML's grammar (`3e-4`, `true`, `[1, 2]`, `"x"`); anything else is a string."""
+    """A value typed by a user, by TOML's grammar (`3e-4`, `true`, `[1, 2]`, `"x"`); in lists of numbers also `.5`; anything else is
+    a string."""
+    if _NUMBERS.fullmatch(text):
+        text = _LEADING_POINT.sub("0.", text)
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except (tomllib.TOMLDecodeError, ValueError):

@@ -256,3 +256,12 @@ def test_messages_reach_the_terminal_as_one_line(tmp_path: Path) -> None:
     for line in (["eval", "nowhere"], ["generate", "nowhere"], ["doctor", "nowhere"], ["data", "stats", "nowhere.txt"]):
         out = treadle(*line, cwd=tmp_path)
         assert out.returncode == 2 and "Traceback" not in out.stderr, out.stderr
+
+
+def test_several_paths_and_a_schedule_of_weights_as_typed(text_file: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(make_text(300, seed=3))
+    out = treadle("check", "--data.path", f"{text_file},{other}", "--data.weights", "[[0, .9, .1], [10, .5, .5]]", *flags())
+    assert out.returncode == 0, out.stderr
+    out = treadle("check", "--data.path", f"{text_file},{other}", "--data.weights", "[[0, .9, .1], [0, .5, .5]]", *flags())
+    assert out.returncode == 2 and "growing steps" in out.stderr

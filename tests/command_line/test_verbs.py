@@ -79,6 +79,12 @@ def test_data_and_tokenizer_verbs(tmp_path: Path) -> None:
     out = ok("data", "stats", "prepared", "--seq-len", 64, cwd=tmp_path)
     assert "packing best_fit" in out and "% filled" in out
     assert "document 0: " in ok("data", "show", "t.jsonl", "--packing", "best_fit", "--row", 3, cwd=tmp_path)
+    out = ok("data", "show", "t.jsonl", "--streaming", "--rows", 2, "--packing", "best_fit", "--seq-len", 512, cwd=tmp_path)
+    assert "row 1" in out and "[<end>: no label]" in out and "padding: " in out
+    out = ok("data", "stats", "t.jsonl", "--streaming", cwd=tmp_path)
+    assert "120 documents, 0 malformed" in out and "####" in out
+    assert "right: 120 documents" in ok("data", "check", "t.jsonl", "--packing", "next_fit", cwd=tmp_path)
+    assert "train: right: " in ok("data", "check", "prepared", cwd=tmp_path)
     ok("tokenizer", "train", "t.jsonl", "--kind", "unigram", "--vocab-size", 280, "--output", "tok", cwd=tmp_path)
     assert "unigram, 280 tokens" in ok("tokenizer", "show", "tok", cwd=tmp_path)
     keys = flags(max_steps=2)

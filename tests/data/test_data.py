@@ -25,7 +25,7 @@ from treadle.data.order import Order, key, permute, step_draws
 from treadle.data.prepare import prepare
 from treadle.data.settings import DataSettings
 from treadle.data.sources import Bad, open_source
-from treadle.errors import DataError, InputError
+from treadle.errors import ConfigError, DataError, InputError
 from treadle.text.base import Tokenizer
 from treadle.text.settings import TokenizerSettings
 
@@ -80,6 +80,44 @@ def test_mixing_holds_exact_quotas_and_seeks() -> None:
     assert (
         again[0].tolist() == source[[5000, 17, 8191]].tolist() and again[1].tolist() == row[[5000, 17, 8191]].tolist()
     )
+
+
+def test_weights_change_by_a_schedule_of_steps() -> None:
+    """Exact shares in the blocks of each set of weights, rows of a source counted on over all of them, any draw in O(1)."""
+    batch = 16
+    order = Order((50, 500, 70), seed=2, weights=((0, 0.9, 0.1, 0), (100, 0.25, 0.25, 0.5), (130, 0, 1, 0)), global_batch=batch)
+    numbers = np.arange(300 * batch)
+    source, row = order.draws(numbers)
+    first, second = source[: 100 * batch], source[100 * batch : 130 * batch]
+    assert Counter(first[:1024].tolist()) == {0: 922, 1: 102} and not (first == 2).any()
+    assert abs(Counter(second.tolist())[2] / len(second) - 0.5) < 0.03 and set(source[130 * batch :].tolist()) == {1}
+    for s, size in enumerate(order.sizes):  # each source runs through its own rows evenly, over every change
+        counts = Counter(row[source == s].tolist())
+        assert max(counts.values()) - min(counts.get(r, 0) for r in range(size)) <= 1
+    picked = np.array([17, 1599, 1600, 1700, 2079, 2080, 4000])
+    for found, wanted in zip(order.draws(picked), (source, row)):
+        assert found.tolist() == wanted[picked].tolist()
+    for end in (0, 1, 1024, 1600, 1999, 2080, 4321):
+        assert order.mixture.counts(end).tolist() == [int((source[:end] == s).sum()) for s in range(3)]
+    longer = Order(order.sizes, seed=2, weights=(*order.weights, (400, 1, 1, 1)), global_batch=batch)  # type: ignore[misc]
+    assert longer.draws(numbers)[1].tolist() == row.tolist()
+
+
+@pytest.mark.parametrize("weights", [[[0, 1, 2], [5, 1]], [[3, 1, 2]], [[0, 1, 2], [0, 2, 1]], [[0, 0, 1], [9, 0, 1]], [1, -1], [[0, 0, 0]]])
+def test_wrong_schedules_are_refused(weights: list) -> None:
+    with pytest.raises(ConfigError, match="weight"):
+        Dataset.load([__file__, __file__], tokenizer="byte", weights=weights)
+
+
+def test_another_epoch_of_a_small_source_is_said(tmp_path: Path) -> None:
+    for name, lines in (("small", 20), ("large", 400)):
+        (tmp_path / f"{name}.txt").write_text(make_text(lines))
+    data = Dataset.load([tmp_path / "small.txt", tmp_path / "large.txt"], tokenizer="byte", seq_len=32, weights=[1, 1])
+    plan, said = BatchPlan(0, 16), []
+    for _, position in itertools.islice(data.batches(0, plan), 64):
+        said += data.news(position, plan)
+    size = len(data.parts[0])  # type: ignore[attr-defined]
+    assert len(said) == (512 - 1) // size and said[0] == f"{tmp_path}/small.txt: epoch 2 begins"
 
 
 def test_surplus_draws_are_masked() -> None:

@@ -175,7 +175,7 @@ def collate(rows: Sequence[Row | None], row_length: int) -> Batch:
             stream = row.shard.ids[start : start + length + 1]
             ids[r, at : at + length] = stream[:length]
             # The last token of a document predicts nothing: what follows it is another document.
-            following = _label_count(row, start, length)
+            following = row.label_count(start, length)
             labels[r, at : at + following] = stream[1 : following + 1]
             positions[r, at : at + length] = np.arange(length)
             documents[r, at : at + length] = d
@@ -195,13 +195,3 @@ def collate_text(rows: Sequence[Row | None], row_length: int, byte_lengths: np.n
     assert batch.labels is not None
     batch.counts["bytes"] = int(byte_lengths[batch.labels[batch.labels != IGNORE].numpy()].sum())
     return batch
-
-
-def _label_count(row: Row, start: int, length: int) -> int:
-    """How many positions of a segment have a next token in the same document."""
-    end = start + length
-    if end >= len(row.shard.ids):
-        return length - 1
-    following = int(np.searchsorted(row.shard.document_starts, end))
-    starts = row.shard.document_starts
-    return length - 1 if following < len(starts) and starts[following] == end else length

@@ -7,7 +7,6 @@ from treadle.data.sources import HuggingFaceSource, Source, open_source
 from treadle.errors import InputError
 
 
-
 def sources_of(settings: DataSettings) -> list[Source]:
     """The sources a [data] section names."""
     limit = settings.max_samples

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from treadle.settings import Settings, option
 
@@ -118,6 +118,14 @@ class DataSettings(Settings):
         "validation_split": _validation_split,
     }
     switches: ClassVar[dict[str, tuple[str, ...]]] = {"pack_sequences": ("packing_strategy",)}
+
+    @field_validator("path")
+    @classmethod
+    def _several_paths(cls, path: str | list[str] | None) -> str | list[str] | None:
+        """a.txt,b.jsonl as typed on a command line."""
+        if not isinstance(path, str) or "," not in path or Path(path).exists():
+            return path
+        return [part.strip() for part in path.split(",") if part.strip()]
 
     @model_validator(mode="after")
     def _consistent(self) -> DataSettings:

@@ -148,6 +148,14 @@ class Row:
     start: np.ndarray  # [segments]
     length: np.ndarray  # [segments]
 
+    def label_count(self, start: int, length: int) -> int:
+        """How many positions of a segment have a next token in the same document."""
+        end, starts = start + length, self.shard.document_starts
+        if end >= len(self.shard.ids):
+            return length - 1
+        following = int(np.searchsorted(starts, end))
+        return length - 1 if following < len(starts) and starts[following] == end else length
+
 
 def rows_in(shard: Shard, made: Plan | None, row_length: int) -> int:
     """Rows of a shard under its plan; None: concat, cut wherever a row ends."""

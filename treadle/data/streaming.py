@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 SMALLEST_BLOCK = 1 << 18  # bytes; 64 lanes of two tokenised blocks are some 20 MB
 BYTES_PER_POSITION = 256  # of a block, for each position of a row: some 64 rows, so that the last, short one is 1%
-BLOCKS_WANTED = 1024  # of a small source, so that every lane has some
+BLOCKS_WANTED = 256  # of a small source, so that every lane has some
 JUDGED_FROM = 10_000  # documents before the share of malformed ones can stop a run
 MOST_TOLD = 10_000  # blocks with malformed documents that are remembered
 SEQUENCE_ROWS = 1024  # of a stream read in sequence without a limit
@@ -162,6 +162,12 @@ class StreamDataset(Dataset):
                 rows += [block.row(i, self.seq_len) for i in range(min(block.rows, wanted))]
         parts = [slice(i, min(i + batch_size, limit)) for i in range(0, min(len(rows), limit), batch_size)]
         return BatchSequence(lambda part: collate_text(rows[part], self.seq_len, self._byte_lengths), parts)
+
+    def rows_in_order(self, seed: int = 0) -> Iterator[Row]:
+        """The rows that one process with a global batch of 1 would train on."""
+        read = _Reader(self, self.start, BatchPlan(seed))
+        while True:
+            yield from read.step()
 
     def reading(self, stream: Stream) -> Reading:
         return Reading(stream.pieces, self.tokenizer, self.seq_len, self.packing, self.min_length, self.on_bad)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from treadle.data.chosen_sources import held_shares, sources_of
 from treadle.data.prepare import (
@@ -17,9 +17,8 @@ from treadle.data.prepare import (
     prepare_shard,
     tokenizer_for,
 )
-from treadle.data.settings import DataSettings, Packing
+from treadle.data.settings import DataSettings
 from treadle.data.shards import Rows, TokenSet
-from treadle.errors import ConfigError, InputError
 from treadle.files import cache_root, write_atomically
 from treadle.settings import Given, build_section
 from treadle.text.base import Tokenizer
@@ -41,7 +40,7 @@ def _progress(say: Callable[[str], None] | None) -> Progress:
     return progress
 
 
-def _open(
+def opened(
     wanted: DataSettings, tokenizer: str, vocab_size: int, output: str | None = None, fresh: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> tuple[Tokenizer, dict[str, TokenSet]]:  # fmt: skip
@@ -58,7 +57,7 @@ def _open(
     return made, sets
 
 
-def _describe(tokenizer: Tokenizer, sets: dict[str, TokenSet]) -> list[str]:
+def described(tokenizer: Tokenizer, sets: dict[str, TokenSet]) -> list[str]:
     lines = [f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size} tokens"]
     for split, tokens in sets.items():
         s = tokens.statistics
@@ -77,12 +76,12 @@ def prepare_text(
     wanted: DataSettings, tokenizer: str, vocab_size: int, output: str | None, fresh: bool, say: Callable[[str], None]
 ) -> list[str]:
     """Prepares, and leaves STATISTICS in the folder."""
-    made, sets = _open(wanted, tokenizer, vocab_size, output, fresh, say)
+    made, sets = opened(wanted, tokenizer, vocab_size, output, fresh, say)
     folder = sets["train"].folder.parent
     table = {split: _numbers(tokens, wanted) for split, tokens in sets.items()}
     write_atomically(folder / STATISTICS, json.dumps(table, indent=1).encode())
     rows = ", ".join(f"{numbers['sequences']:,} {split}" for split, numbers in table.items())
-    return [*_describe(made, sets), f"sequences of {wanted.seq_len} tokens: {rows}", f"prepared: {folder} ({STATISTICS})",
+    return [*described(made, sets), f"sequences of {wanted.seq_len} tokens: {rows}", f"prepared: {folder} ({STATISTICS})",
             f"train on it: treadle train --data.path {folder}"]  # fmt: skip
 
 
@@ -111,29 +110,3 @@ def prepare_part(
     then = "all are there: the same command without --shard verifies and joins them" if done == total else (
         "when the other shards are done, the same command without --shard verifies and joins them")  # fmt: skip
     return [f"shard {shard} is done; {done} of {total} pieces are in {folder}; {then}"]
-
-
-def statistics(path: str, tokenizer: str, seq_len: int) -> list[str]:
-    made, sets = _open(settings(path), tokenizer, 2048)
-    lines = _describe(made, sets)
-    for packing in get_args(Packing):
-        rows = Rows(sets["train"], packing, seq_len)
-        lines.append(f"packing {packing:<9}: {len(rows):,} rows of {seq_len}, {rows.efficiency():.1%} filled")
-    return lines
-
-
-def show_row(path: str, number: int, packing: str, tokenizer: str, seq_len: int) -> list[str]:
-    wanted = settings(path, packing=packing, seq_len=seq_len)
-    made, sets = _open(wanted, tokenizer, 2048)
-    rows = Rows(sets["train"], wanted.packing, seq_len)
-    if number >= len(rows):
-        raise ConfigError(f"--row {number}: there are rows 0 to {len(rows) - 1}")
-    row, lines = rows.row(number), []
-    if not len(row.start):
-        raise InputError(f"row {number} is empty")
-    for segment, (start, length) in enumerate(zip(row.start.tolist(), row.length.tolist())):
-        ids = row.shard.ids[start : start + length]
-        lines.append(f"document {segment}: {length} tokens from {start}: {' '.join(map(str, ids[:16].tolist()))}"
-                     + (" ..." if length > 16 else ""))  # fmt: skip
-        lines.append(f"    {made.decode(ids.tolist())!r}")
-    return lines
