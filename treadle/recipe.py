@@ -15,8 +15,9 @@ from typing import Any
 
 from treadle import trusted_code
 from treadle.checkpoint.layout import MANIFEST
+from treadle.data.compressed import COMPRESSED
 from treadle.data.settings import TEXT
-from treadle.data.sources import BUNDLED
+from treadle.data.sources import BUNDLED, kind_of
 from treadle.data.sources import SUFFIXES as DATA_SUFFIXES
 from treadle.errors import ConfigError
 from treadle.models.catalogue import MODELS
@@ -104,10 +105,11 @@ def target_layer(target: str | Mapping[str, Any] | None) -> Layer:
         from treadle.task_file import task_table
 
         return Layer(task_table(path), path.name)
-    if path.is_dir() or path.suffix in DATA_SUFFIXES or target in BUNDLED:
+    if path.is_dir() or kind_of(path) in DATA_SUFFIXES or target in BUNDLED:
         if not path.exists() and target not in BUNDLED:
             raise ConfigError(f"{path} does not exist; give a text file, a folder of text files, or a recipe")
-        name = re.sub(r"[^A-Za-z0-9._-]", "_", path.resolve().stem) or "run"
+        bare = path.with_suffix("") if path.suffix in COMPRESSED else path
+        name = re.sub(r"[^A-Za-z0-9._-]", "_", bare.resolve().stem) or "run"
         return Layer({"data": {"path": str(path)}, "run": {"run_name": name.lstrip("._-") or "run"}}, str(path))
     if path.exists():
         raise ConfigError(f"{path}: treadle trains on {', '.join(DATA_SUFFIXES)} or folders of them, and reads recipes "

@@ -265,3 +265,11 @@ def test_several_paths_and_a_schedule_of_weights_as_typed(text_file: Path, tmp_p
     assert out.returncode == 0, out.stderr
     out = treadle("check", "--data.path", f"{text_file},{other}", "--data.weights", "[[0, .9, .1], [0, .5, .5]]", *flags())
     assert out.returncode == 2 and "growing steps" in out.stderr
+
+
+def test_a_compressed_file_is_a_text(in_folder: Path) -> None:
+    import gzip
+
+    (in_folder / "story.jsonl.gz").write_bytes(gzip.compress("\n".join(json.dumps({"text": make_text(4, seed=n)}) for n in range(200)).encode()))
+    out = treadle("train", "story.jsonl.gz", *flags(max_steps=2), cwd=in_folder)
+    assert out.returncode == 0 and (in_folder / "runs" / "story").is_dir(), out.stderr

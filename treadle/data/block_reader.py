@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,14 +111,22 @@ class BlockReader:
             self._pool = ProcessPoolExecutor(workers, context, _begin_worker, (reading,))
 
     def request(self, number: int) -> None:
-        if self._pool is not None and number not in self._made:
+        if self._pool is None or number in self._made:
+            return
+        with contextlib.suppress(BrokenProcessPool):  # said where the block is taken
             self._made[number] = self._pool.submit(_read_in_worker, number)
 
     def take(self, number: int) -> Block:
         if self._pool is None:
             return self.reading.read(number)
         self.request(number)
-        return self._made.pop(number).result()
+        try:
+            if number not in self._made:
+                raise BrokenProcessPool
+            return self._made.pop(number).result()
+        except BrokenProcessPool:
+            raise DataError("a data worker was ended from outside (by the system, for memory?); the same command continues, with fewer "
+                            "workers: --num_workers 0") from None  # fmt: skip
 
     def close(self) -> None:
         if self._pool is not None:

@@ -30,7 +30,8 @@ SAMPLE = 1 << 16  # bytes of a file that are compared at three places
 BUNDLED = {"austen": "austen.txt.xz"}  # the corpus that ships inside the package
 HUB = {"tinystories": "roneneldan/TinyStories"}  # data sets of the Hugging Face hub that have a short name here
 LINES = (".jsonl", ".ndjson", ".json")  # one JSON object a line
-SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet", ".bin")
+KINDS = {".txt": "text", ".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet", ".bin": "bin"}
+SUFFIXES = tuple(KINDS)
 
 SOURCES = Registry(
     "source",
@@ -483,28 +484,28 @@ def _source_at(path: str | Path, column: str, separator: str | None) -> Source:
     if str(path) in BUNDLED and not Path(path).exists():
         file = Path(__file__).parent.parent / "corpus" / BUNDLED[str(path)]
         return TextSource([file], column, separator)
-    path, names = Path(path), {".txt": "text", ".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet", ".bin": "bin"}
+    path = Path(path)
     if not path.exists():
         raise InputError(f"{path} does not exist; give a file or folder of {', '.join(SUFFIXES)}, or "
                          f"{', '.join([*BUNDLED, *HUB])}")  # fmt: skip
     if path.is_file():
         files = [path]
     else:
-        files = sorted(f for f in path.rglob("*") if _kind(f) in names and f.is_file())
+        files = sorted(f for f in path.rglob("*") if kind_of(f) in KINDS and f.is_file())
         if not files:
             raise InputError(f"{path} holds no {', '.join(SUFFIXES)} file")
-    kinds = {_kind(f) for f in files}
+    kinds = {kind_of(f) for f in files}
     if len(kinds) > 1:
         raise ConfigError(f"{path} mixes {', '.join(sorted(map(str, kinds)))}; give one kind, or a list of paths in data.path")
     if all(f.stat().st_size == 0 for f in files):
         raise InputError(f"{path} is empty; there is nothing to train on")
     kind = kinds.pop()
-    if kind not in names:
+    if kind not in KINDS:
         raise InputError(f"{path}: {kind or 'a file without suffix'} is not read; give {', '.join(SUFFIXES)}")
-    return SOURCES.get(names[kind])(files, column, separator)
+    return SOURCES.get(KINDS[kind])(files, column, separator)
 
 
-def _kind(file: Path) -> str:
+def kind_of(file: Path) -> str:
     """The suffix that says what a file holds, without that of its compression."""
     *_, inner, last = ["", "", *file.suffixes]
     kind = inner if last in (*COMPRESSED, ".xz") and inner in (".txt", ".csv", *LINES) else last
