@@ -35,6 +35,7 @@ JUDGED_FROM = 10_000  # documents before the share of malformed ones can stop a 
 MOST_TOLD = 10_000  # blocks with malformed documents that are remembered
 SEQUENCE_ROWS = 1024  # of a stream read in sequence without a limit
 
+Held = tuple[Block, np.ndarray, int]  # a block, the order of its rows, its number
 Pieces = list[tuple[Source, Piece]]
 
 
@@ -215,14 +216,13 @@ class _Reader:
                                   "is small: leave --data.streaming away, or use a smaller global batch")  # fmt: skip
         self.step_number, self.cursors = self._taken_up(position)
         self.readers = [BlockReader(data.reading(stream), plan.workers) for stream in data.streams]
-        self.held: dict[tuple[int, int], tuple[Block, np.ndarray]] = {}  # (stream, lane) -> its block and the order of its rows
+        self.held: dict[tuple[int, int], Held] = {}  # by stream and lane
         self.seen: dict[tuple[int, int], list[int]] = {}  # (stream, group) -> documents, malformed ones, of this epoch
         self.rows_in_epoch: dict[tuple[int, int], int] = {}
         self.begun = (-1, -1, -1)  # (stream, group, epoch) begun last
         self.taken: list[list[int]] = []  # names of the rows of the last step
-        per_group = plan.global_batch_size // self.groups
+        self.per_group = plan.global_batch_size // self.groups
         self.share = Mixture.of(data.weights, plan.seed, data.shuffle, plan.global_batch_size) if data.weights is not None else None
-        self.per_group = per_group
         for number in range(len(data.streams)):
             for turn in range(self.lanes):  # in the order in which rows will ask
                 for group in self.own:
@@ -264,10 +264,10 @@ class _Reader:
             place = cursor.lanes[lane]
             global_lane = group * self.lanes + lane
             while place[0] < order.count(global_lane):
-                block, rows = self._held(stream, group, lane)
+                block, rows, block_number = self._held(stream, group, lane)
                 if place[1] < block.rows:
                     number = int(rows[place[1]])
-                    self.taken.append([stream, cursor.epoch, order.block(cursor.epoch, global_lane, place[0]), number])
+                    self.taken.append([stream, cursor.epoch, block_number, number])
                     self.rows_in_epoch[stream, group] = self.rows_in_epoch.get((stream, group), 0) + 1
                     place[1] += 1
                     cursor.turn = (lane + 1) % self.lanes
@@ -298,7 +298,7 @@ class _Reader:
         if ordinal < self.orders[stream].count(global_lane):
             self.readers[stream].request(self.orders[stream].block(cursor.epoch, global_lane, ordinal))
 
-    def _held(self, stream: int, group: int, lane: int) -> tuple[Block, np.ndarray]:
+    def _held(self, stream: int, group: int, lane: int) -> Held:
         global_lane = group * self.lanes + lane
         found = self.held.get((stream, global_lane))
         if found is None:
@@ -309,7 +309,7 @@ class _Reader:
             rows = np.arange(block.rows)
             if self.data.shuffle and block.rows:
                 rows = permute(rows, block.rows, key(self.plan.seed, stream, cursor.epoch, number))
-            found = self.held[stream, global_lane] = block, rows
+            found = self.held[stream, global_lane] = block, rows, number
             self._account(stream, group, block)
         return found
 
