@@ -138,6 +138,10 @@ class Dataset(ABC):
         """What differs from the data with another fingerprint, in words, where that is known."""
         return ""
 
+    def without_fingerprint(self) -> list[str]:
+        """Functions of the user's that shape the rows and of which nobody can tell whether they are what they were."""
+        return []
+
     def news(self) -> list[str]:
         """What reading has come upon since this was last asked, a line each: left out lines, epochs of a source."""
         return []

@@ -16,6 +16,8 @@ from treadle.data.prepare import Held, Progress, is_prepared, open_prepared, pre
 from treadle.data.settings import DataSettings
 from treadle.data.shards import Rows, TokenSet
 from treadle.data.sources import HuggingFaceSource, Source, open_source
+from treadle.data.transformed import Shaped, as_those, transformed
+from treadle.data.user_functions import transforms_of
 from treadle.errors import ConfigError, InputError
 from treadle.files import cache_root
 from treadle.text.base import Tokenizer
@@ -38,6 +40,7 @@ class TokenDataset(IndexedDataset):
         packing: str = "concat",
         weights: Sequence[float] | None = None,
         shuffle: bool = True,
+        shaped_by: Shaped | None = None,
     ) -> None:
         self.sets = list(sets)
         self.tokenizer = tokenizer
@@ -45,6 +48,7 @@ class TokenDataset(IndexedDataset):
         self.packing = packing
         self.weights = tuple(weights) if weights is not None else None
         self.shuffle = shuffle
+        self.shaped_by = shaped_by or Shaped()
         for tokens in self.sets:
             if tokens.vocab_size > tokenizer.vocab_size:
                 raise ConfigError(f"the data has {tokens.vocab_size} tokens, the tokenizer {tokenizer.vocab_size}")
@@ -52,6 +56,7 @@ class TokenDataset(IndexedDataset):
         self.parts = [Rows(tokens, packing, seq_len) for tokens in self.sets]
         if len(self) == 0:
             raise InputError("the data holds no row to train on")
+        self.shaped_by.keep(self.fingerprint())
 
     @staticmethod
     def load(
@@ -123,13 +128,20 @@ class TokenDataset(IndexedDataset):
 
     def fingerprint(self) -> str:
         """Equal for equal tokens, packing and row length, wherever the files are."""
-        described = [[t.fingerprint for t in self.sets], self.packing, self.seq_len, self.weights, self.shuffle]
+        described: list[Any] = [[t.fingerprint for t in self.sets], self.packing, self.seq_len, self.weights, self.shuffle]
+        described += [list(self.shaped_by.functions.values())] if self.shaped_by.functions else []
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+    def difference(self, fingerprint: str) -> str:
+        return self.shaped_by.difference(fingerprint)
+
+    def without_fingerprint(self) -> list[str]:
+        return self.shaped_by.unknown
 
     def describe(self) -> str:
         stats = self.stats()
         return (f"{stats['documents']} document(s), {stats['bytes']:,} bytes, {stats['tokens']:,} tokens, "
-                f"{stats['rows']:,} rows of {stats['row_length']}")  # fmt: skip
+                f"{stats['rows']:,} rows of {stats['row_length']}" + self.shaped_by.remark())  # fmt: skip
 
     def stats(self) -> dict[str, Any]:
         """Documents, bytes, tokens, rows, length percentiles, and the share of positions that hold a token."""
@@ -151,13 +163,15 @@ class TokenDataset(IndexedDataset):
 
 def sources_of(settings: DataSettings) -> list[Source]:
     """The sources a [data] section names."""
-    limit = settings.max_samples
+    limit, transforms = settings.max_samples, transforms_of(settings)
     if settings.dataset_name is not None:
-        return [HuggingFaceSource(settings.dataset_name, settings.dataset_config, settings.split, settings.text_column, limit)]
+        found: Source = HuggingFaceSource(settings.dataset_name, settings.dataset_config, settings.split, settings.text_column, limit)
+        return transformed([found], transforms, settings.cache_dir)
     if settings.path is None:
         raise InputError("no data: give a text file (`treadle train FILE.txt`), --data.path or --data.dataset_name")
     paths = settings.path if isinstance(settings.path, list) else [settings.path]
-    return [open_source(path, settings.text_column, settings.document_separator, limit) for path in paths]
+    opened = [open_source(path, settings.text_column, settings.document_separator, limit) for path in paths]
+    return transformed(opened, transforms, settings.cache_dir)
 
 
 def held_shares(settings: DataSettings) -> Held:
@@ -182,14 +196,16 @@ def splits_of(
     seed: int = 0,
     tokenizer: Tokenizer | None = None,
     progress: Progress | None = None,
+    sources: list[Source] | None = None,
 ) -> dict[str, Dataset]:
-    """The train, validation and test datasets of a configuration, of whatever kind data.dataset names."""
+    """The train, validation and test datasets of a configuration, of whatever kind data.dataset names. sources: read in place of
+    those that the configuration names."""
     if settings.dataset_class == TEXT and settings.streaming:
         from treadle.data.stream_splits import stream_splits
 
-        return stream_splits(settings, tokenizer_settings, tokenizer, progress)
+        return stream_splits(settings, tokenizer_settings, tokenizer, progress, sources)
     if settings.dataset_class == TEXT:
-        return dict(load_splits(settings, tokenizer_settings, tokenizer, progress))
+        return dict(load_splits(settings, tokenizer_settings, tokenizer, progress, sources=sources))
     return DATASETS.get(settings.dataset_class).splits(settings, task, seed)
 
 
@@ -199,6 +215,7 @@ def load_splits(
     tokenizer: Tokenizer | None = None,
     progress: Progress | None = None,
     fresh: bool = False,
+    sources: list[Source] | None = None,
 ) -> dict[str, TokenDataset]:
     """The train and (where something is held out) validation rows that the configuration asks for."""
     root = cache_root(settings.cache_dir)
@@ -210,11 +227,14 @@ def load_splits(
             bad_limit=settings.bad_limit, workers=settings.preparation_workers, progress=progress, fresh=fresh,
         )  # fmt: skip
 
-    if isinstance(settings.path, str) and is_prepared(settings.path):
+    if sources is None and isinstance(settings.path, str) and is_prepared(settings.path):
+        if transforms_of(settings):
+            raise ConfigError(f"{settings.path} holds tokens, which transforms and filters cannot read; prepare the text with them: "
+                              "treadle train --data.path FILE")  # fmt: skip
         sets = [open_prepared(Path(settings.path))]
         tokenizer = tokenizer or _prepared_tokenizer(Path(settings.path), tokenizer_settings.name)
     else:
-        sources = sources_of(settings)
+        sources = sources or sources_of(settings)
         tokenizer = tokenizer or tokenizer_for(
             sources[0], tokenizer_settings.name, tokenizer_settings.vocab_size, root=root, held=held_out,
             limit=tokenizer_settings.train_bytes,
@@ -225,14 +245,15 @@ def load_splits(
             raise ConfigError(f"{settings.path} was prepared with another tokenizer; prepare it again")
     held = [one["validation"] for one in sets if "validation" in one]
     if settings.validation_path is not None:
-        source = open_source(settings.validation_path, settings.text_column, settings.document_separator)
-        held = [prepared(source, (0.0, 0.0), tokenizer)["train"]]
+        source: Source = open_source(settings.validation_path, settings.text_column, settings.document_separator)
+        held = [prepared(as_those(sources or [], source), (0.0, 0.0), tokenizer)["train"]]
     elif settings.validation_split is not None and settings.dataset_name is not None:
         source = HuggingFaceSource(settings.dataset_name, settings.dataset_config, settings.validation_split, settings.text_column)
-        held = [prepared(source, (0.0, 0.0), tokenizer)["train"]]
+        held = [prepared(as_those(sources or [], source), (0.0, 0.0), tokenizer)["train"]]
+    shaped = Shaped.of(sources or [], root)
 
     def rows(sets: list[TokenSet], weights: list[float] | None) -> TokenDataset:
-        return TokenDataset(sets, tokenizer, settings.seq_len, settings.packing, weights, settings.shuffle)
+        return TokenDataset(sets, tokenizer, settings.seq_len, settings.packing, weights, settings.shuffle, shaped)
 
     splits = {"train": rows([one["train"] for one in sets], settings.weights)}
     for name, some in (("validation", held), ("test", [one["test"] for one in sets if "test" in one])):
