@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import random
@@ -259,3 +260,74 @@ def test_from_the_command_line(file: Path, tmp_path: Path, streaming: str) -> No
     out = treadle(*words, "--max_steps", "4", cwd=tmp_path)
     assert out.returncode == 2 and "clean.py:clean (transform 1) has changed" in out.stderr, out.stderr
     assert treadle(*words, "--max_steps", "4", "--allow-change", "data", cwd=tmp_path).returncode == 0
+
+
+def sayings(start: int = 0) -> Any:
+    yield from texts()[start:]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_pipeline_of_anything_gives_the_rows_of_its_text(file: Path, streaming: bool) -> None:
+    import treadle as library
+
+    keys: dict[str, Any] = {"seq_len": 64, "streaming": streaming, "validation_fraction": 0.0}
+    data = library.DataPipeline(file, "byte", [louder, is_even_text, library.MinimumLength(20)], **keys)
+    plain = splits(file, [Map(louder), Filter(is_even_text), MinimumLength(20)], streaming=streaming, packing="concat")["train"]
+    assert take(data, 6)[0] == take(plain, 6)[0] and data.fingerprint() == plain.fingerprint()
+    for given in (open_source(file), [str(file)]):
+        assert take(library.DataPipeline(given, "byte", [louder, is_even_text, library.MinimumLength(20)], **keys), 6)[0] == take(plain, 6)[0]
+    made = library.DataPipeline(sayings, "byte", [louder], **keys)
+    rows, positions = take(made, 6)
+    assert take(library.DataPipeline(sayings, "byte", [louder], **keys), 3, positions[2])[0] == rows[3:]
+    assert take(made, 6, workers=2)[0] == rows
+    check_data(made.fingerprint(), library.DataPipeline(sayings, "byte", [louder], **keys))
+    if not streaming:
+        assert rows == take(library.DataPipeline(file, "byte", [louder], **keys), 6)[0]
+
+
+def is_even_text(text: str) -> bool:
+    return int(text[:5]) % 2 == 0
+
+
+def test_functions_that_give_texts() -> None:
+    import treadle as library
+
+    calls = []
+
+    def without_start() -> Any:
+        calls.append(1)
+        return iter(texts())
+
+    with pytest.raises(ConfigError, match="take `start: int`"):
+        library.DataPipeline(without_start, "byte", streaming=True)
+    data = library.DataPipeline(without_start, "byte", version=1, max_samples=120, validation_fraction=0.0)
+    assert data.stats()["documents"] == 120 and len(calls) == 2  # once to be counted, once to be read
+    library.DataPipeline(without_start, "byte", version=1, max_samples=120, validation_fraction=0.0)
+    assert len(calls) == 2  # what was prepared is found again
+    unknown = library.DataPipeline(functools.partial(texts, 120), "byte")
+    with pytest.raises(ConfigError, match=r"partial.*version="):
+        check_data(unknown.fingerprint(), unknown)
+    with pytest.raises(DataError, match="broken raised ValueError"):
+        library.DataPipeline(broken, "byte")
+    with pytest.raises(ConfigError, match="a source is a path"):
+        library.DataPipeline(3, "byte")
+
+
+def broken() -> Any:
+    yield "one"
+    raise ValueError("two")
+
+
+def test_a_trainer_takes_a_pipeline_and_goes_on(file: Path, tmp_path: Path) -> None:
+    import treadle as library
+
+    def trainer(change: str, steps: int) -> Any:
+        data = library.DataPipeline(file, "byte", [Map(lambda text: text + change)], seq_len=32, streaming=True)
+        model = library.build("transformer", hidden_size=32, num_layers=1, num_heads=2, head_dim=16, vocab_size=data.tokenizer.vocab_size)
+        config = library.TrainConfig(output_dir=str(tmp_path / "out"), max_steps=steps, batch_size=4, device="cpu", save_steps=2)
+        return library.Trainer(model, data, config=config, resume=True)
+
+    trainer("a", 2).train()
+    assert trainer("a", 4).train()["steps"] == 4
+    with pytest.raises(ConfigError, match="has changed"):
+        trainer("b", 6).train()

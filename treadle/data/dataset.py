@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from treadle import trusted_code
 from treadle.data.base import DATASETS, TEXT, BatchPlan, BatchSequence, Dataset, IndexedDataset, Position
 from treadle.data.order import Order, step_draws
 from treadle.data.prepare import Held, Progress, is_prepared, open_prepared, prepare, tokenizer_for
@@ -70,6 +71,7 @@ class TokenDataset(IndexedDataset):
         words for them."""
         names = {word: key for key in DataSettings.model_fields for word in DataSettings.key_info(key)["aliases"]}
         options = {names.get(key, key): value for key, value in options.items()}
+        trusted_code.allow_names([options.get("transforms"), options.get("filters")])  # who passes a name from Python means that
         paths = [str(p) for p in path] if isinstance(path, (list, tuple)) else str(path)
         settings = DataSettings(**{"path": paths, "seq_len": seq_len, **options})
         name = tokenizer if isinstance(tokenizer, str) else "auto"
@@ -162,16 +164,19 @@ class TokenDataset(IndexedDataset):
 
 
 def sources_of(settings: DataSettings) -> list[Source]:
-    """The sources a [data] section names."""
-    limit, transforms = settings.max_samples, transforms_of(settings)
+    """The sources a [data] section names, behind its transforms."""
+    return transformed(opened_sources(settings), transforms_of(settings), settings.cache_dir)
+
+
+def opened_sources(settings: DataSettings) -> list[Source]:
+    """The sources a [data] section names, as they are."""
+    limit = settings.max_samples
     if settings.dataset_name is not None:
-        found: Source = HuggingFaceSource(settings.dataset_name, settings.dataset_config, settings.split, settings.text_column, limit)
-        return transformed([found], transforms, settings.cache_dir)
+        return [HuggingFaceSource(settings.dataset_name, settings.dataset_config, settings.split, settings.text_column, limit)]
     if settings.path is None:
         raise InputError("no data: give a text file (`treadle train FILE.txt`), --data.path or --data.dataset_name")
     paths = settings.path if isinstance(settings.path, list) else [settings.path]
-    opened = [open_source(path, settings.text_column, settings.document_separator, limit) for path in paths]
-    return transformed(opened, transforms, settings.cache_dir)
+    return [open_source(path, settings.text_column, settings.document_separator, limit) for path in paths]
 
 
 def held_shares(settings: DataSettings) -> Held:

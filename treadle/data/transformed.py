@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from treadle.data.deduplication import Deduplication
+from treadle.data.generated_texts import GeneratedTexts
 from treadle.data.sources import Bad, Document, Piece, Source
 from treadle.data.transforms import Texts, Transform
 from treadle.errors import ConfigError
@@ -34,10 +35,15 @@ class TransformedSource(Source):
 
     def table(self) -> dict[str, str]:
         """Fingerprints by name, in order, with what tells them from files."""
-        return {f"{t.label()} (transform {n})": f"function:{t.fingerprint() or UNKNOWN}" for n, t in enumerate(self.transforms, 1)}
+        table = {f"{t.label()} (transform {n})": f"function:{t.fingerprint() or UNKNOWN}" for n, t in enumerate(self.transforms, 1)}
+        if isinstance(self.source, GeneratedTexts):  # last: the first entries are the transforms
+            table[f"{self.source.label()} (source)"] = f"function:{self.source.fingerprint() or UNKNOWN}"
+        return table
 
     def without_fingerprint(self) -> list[str]:
-        return [transform.label() for transform in self.transforms if transform.fingerprint() is None]
+        made: list[Transform | GeneratedTexts] = [*self.transforms]
+        made += [self.source] if isinstance(self.source, GeneratedTexts) else []
+        return [one.label() for one in made if one.fingerprint() is None]
 
     def identity(self) -> str:
         mark = _this_process if self.without_fingerprint() else ""
@@ -129,9 +135,9 @@ class TransformedSource(Source):
         return found
 
 
-def transformed(sources: Sequence[Source], transforms: Sequence[Transform], cache_dir: str | None = None) -> list[Source]:
-    """These sources, each behind the transforms; duplicates are looked for among all of them."""
-    if not transforms:
+def transformed(sources: Sequence[Source], transforms: Sequence[Transform], cache_dir: str | None = None, always: bool = False) -> list[Source]:
+    """These sources, each behind the transforms; duplicates are looked for among all of them. always: without transforms too."""
+    if not transforms and not always:
         return list(sources)
     made = [TransformedSource(source, transforms, cache_dir) for source in sources]
     for one in made:
@@ -158,7 +164,10 @@ class Shaped:
     def of(sources: Sequence[Source], root: Path) -> Shaped:
         if not sources or not isinstance(first := sources[0], TransformedSource):
             return Shaped()
-        return Shaped(first.table(), first.without_fingerprint(), first.remarks(), root / "functions")
+        every = first.together
+        table = {name: what for one in every for name, what in one.table().items()}
+        unknown = list(dict.fromkeys(name for one in every for name in one.without_fingerprint()))
+        return Shaped(table, unknown, first.remarks(), root / "functions")
 
     def remark(self) -> str:
         return "".join(f"; {line}" for line in self.remarks)

@@ -13,18 +13,18 @@ from treadle.errors import ConfigError
 
 def transforms_of(settings: DataSettings) -> list[Transform]:
     """In order: data.transforms, the limits of length, data.filters, de-duplication."""
-    made: list[Transform] = [_named(name, "transforms", Map) for name in settings.transforms]
+    made: list[Transform] = [named_transform(name, "transforms") for name in settings.transforms]
     if settings.minimum_characters is not None:
         made.append(MinimumLength(settings.minimum_characters))
     if settings.maximum_characters is not None:
         made.append(MaximumLength(settings.maximum_characters))
-    made += [_named(name, "filters", Filter) for name in settings.filters]
+    made += [named_transform(name, "filters", Filter) for name in settings.filters]
     if settings.deduplicate != "none":
         made.append(ExactDeduplication() if settings.deduplicate == "exact" else NearDeduplication())
     return made
 
 
-def _named(name: str, key: str, kind: type[FunctionTransform]) -> FunctionTransform:
+def named_transform(name: str, key: str, kind: type[FunctionTransform] = Map) -> FunctionTransform:
     if not trusted_code.is_place(name):
         raise ConfigError(f"data.{key} = {name!r}: give FILE.py:FUNCTION")
     function = trusted_code.load(name, f"data.{key}")
