@@ -333,3 +333,20 @@ def test_a_trainer_takes_a_pipeline_and_goes_on(file: Path, tmp_path: Path) -> N
     assert further.state.step == 4
     with pytest.raises(ConfigError, match="has changed"):
         trainer("b", 6).train()
+
+
+def test_preparing_in_processes_sends_functions_by_name(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from treadle.data import prepare
+
+    monkeypatch.setattr(prepare, "PARALLEL_FROM", 0)
+    by_name = Map(make(tmp_path / "own", "def clean(text):\n    return text.upper()\n"))
+    found = []
+    for number, transforms in enumerate(([by_name], [Map(lambda text: text.upper())])):
+        (source,) = transformed([open_source(file)], [*transforms, ExactDeduplication()])
+        source.piece_bytes = 50_000
+        assert len(source.pieces()) > 2
+        job = prepare.PieceJob(0, source.pieces()[0], source, "", "", prepare.Split((0.0, 0.0), False), 0, "skip")
+        assert prepare._travels(job) == (number == 0)  # a lambda is called in this process
+        sets = prepare.prepare(source, Tokenizer.load("byte"), root=tmp_path / f"cache{number}", held=(0.0, 0.0), workers=2)
+        found.append([shard.ids.tolist() for shard in sets["train"].shards])
+    assert found[0] == found[1]
