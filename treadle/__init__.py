@@ -11,19 +11,27 @@ __version__ = "0.1.0"
 
 _PLACES = {
     "Batch": "treadle.data.batch:Batch",
+    "BatchedMap": "treadle.data.transforms:BatchedMap",
     "Callback": "treadle.training.callbacks.base:Callback",
     "Capabilities": "treadle.models.base:Capabilities",
+    "DataPipeline": "treadle.data.pipeline:DataPipeline",
     "Dataset": "treadle.data.base:Dataset",
     "DistillationTrainer": "treadle.distillation:DistillationTrainer",
     "Evaluator": "treadle.evaluation.evaluator:Evaluator",
+    "ExactDeduplication": "treadle.data.deduplication:ExactDeduplication",
+    "Filter": "treadle.data.transforms:Filter",
     "GeneratedDataset": "treadle.data.generated:GeneratedDataset",
     "INLDynamics": "treadle.layers.dynamics:INLDynamics",
     "LayerState": "treadle.layers.state:LayerState",
     "LossTerm": "treadle.objectives.base:LossTerm",
     "Losses": "treadle.objectives.base:Losses",
+    "Map": "treadle.data.transforms:Map",
+    "MaximumLength": "treadle.data.transforms:MaximumLength",
     "Metric": "treadle.objectives.base:Metric",
+    "MinimumLength": "treadle.data.transforms:MinimumLength",
     "Model": "treadle.library:Model",
     "ModelConfig": "treadle.models.base:ModelConfig",
+    "NearDeduplication": "treadle.data.deduplication:NearDeduplication",
     "NextToken": "treadle.objectives.next_token:NextToken",
     "Objective": "treadle.objectives.base:Objective",
     "Output": "treadle.models.base:Output",
@@ -57,7 +65,10 @@ __all__ = [*_PLACES]
 if TYPE_CHECKING:
     from treadle.data.base import Dataset, create_dataloader
     from treadle.data.batch import Batch
+    from treadle.data.deduplication import ExactDeduplication, NearDeduplication
     from treadle.data.generated import GeneratedDataset
+    from treadle.data.pipeline import DataPipeline
+    from treadle.data.transforms import BatchedMap, Filter, Map, MaximumLength, MinimumLength
     from treadle.distillation import DistillationTrainer, student_of
     from treadle.evaluation.evaluator import Evaluator
     from treadle.layers.dynamics import INLDynamics

@@ -138,6 +138,10 @@ class Dataset(ABC):
         """What differs from the data with another fingerprint, in words, where that is known."""
         return ""
 
+    def without_fingerprint(self) -> list[str]:
+        """Functions of the user's that shape the rows and of which nobody can tell whether they are what they were."""
+        return []
+
     def news(self, position: Position, plan: BatchPlan) -> list[str]:
         """What reading up to a position has come upon since this was last asked, a line each: lines left out, a source's epochs."""
         return []

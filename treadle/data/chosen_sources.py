@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from treadle.data.settings import DataSettings
 from treadle.data.sources import HuggingFaceSource, Source, open_source
+from treadle.data.transformed import transformed
+from treadle.data.user_functions import transforms_of
 from treadle.errors import InputError
 
 
 def sources_of(settings: DataSettings) -> list[Source]:
-    """The sources a [data] section names."""
+    """The sources a [data] section names, behind its transforms."""
+    return transformed(opened_sources(settings), transforms_of(settings), settings.cache_dir)
+
+
+def opened_sources(settings: DataSettings) -> list[Source]:
+    """The sources a [data] section names, as they are."""
     limit = settings.max_samples
     if settings.dataset_name is not None:
         return [HuggingFaceSource(settings.dataset_name, settings.dataset_config, settings.split, settings.text_column, limit)]

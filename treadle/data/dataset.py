@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from treadle import trusted_code
 from treadle.data.base import DATASETS, TEXT, BatchPlan, BatchSequence, Dataset, IndexedDataset, Position
 from treadle.data.chosen_sources import held_shares, sources_of
 from treadle.data.order import Order, step_draws
@@ -18,6 +19,8 @@ from treadle.data.settings import DataSettings
 from treadle.data.shards import Rows, TokenSet
 from treadle.data.sources import HuggingFaceSource, Source, open_source
 from treadle.data.stream_splits import stream_splits
+from treadle.data.transformed import Shaped, as_those
+from treadle.data.user_functions import transforms_of
 from treadle.errors import ConfigError, InputError
 from treadle.files import cache_root
 from treadle.text.base import Tokenizer
@@ -41,6 +44,7 @@ class TokenDataset(IndexedDataset):
         weights: Sequence[Any] | None = None,
         shuffle: bool = True,
         names: Sequence[str] = (),
+        shaped_by: Shaped | None = None,
     ) -> None:
         self.sets = list(sets)
         self.tokenizer = tokenizer
@@ -50,6 +54,7 @@ class TokenDataset(IndexedDataset):
         self.shuffle = shuffle
         self.names = list(names) or [f"source {n + 1}" for n in range(len(self.sets))]
         self._epochs: list[int] | None = None  # of each source, as told last
+        self.shaped_by = shaped_by or Shaped()
         for tokens in self.sets:
             if tokens.vocab_size > tokenizer.vocab_size:
                 raise ConfigError(f"the data has {tokens.vocab_size} tokens, the tokenizer {tokenizer.vocab_size}")
@@ -57,6 +62,7 @@ class TokenDataset(IndexedDataset):
         self.parts = [Rows(tokens, packing, seq_len) for tokens in self.sets]
         if len(self) == 0:
             raise InputError("the data holds no row to train on")
+        self.shaped_by.keep(self.fingerprint())
 
     @staticmethod
     def load(
@@ -70,6 +76,7 @@ class TokenDataset(IndexedDataset):
         words for them."""
         names = {word: key for key in DataSettings.model_fields for word in DataSettings.key_info(key)["aliases"]}
         options = {names.get(key, key): value for key, value in options.items()}
+        trusted_code.allow_names([options.get("transforms"), options.get("filters")])  # who passes a name from Python means that
         paths = [str(p) for p in path] if isinstance(path, (list, tuple)) else str(path)
         settings = DataSettings(**{"path": paths, "seq_len": seq_len, **options})
         name = tokenizer if isinstance(tokenizer, str) else "auto"
@@ -138,13 +145,20 @@ class TokenDataset(IndexedDataset):
 
     def fingerprint(self) -> str:
         """Equal for equal tokens, packing and row length, wherever the files are."""
-        described = [[t.fingerprint for t in self.sets], self.packing, self.seq_len, self.weights, self.shuffle]
+        described: list[Any] = [[t.fingerprint for t in self.sets], self.packing, self.seq_len, self.weights, self.shuffle]
+        described += [list(self.shaped_by.functions.values())] if self.shaped_by.functions else []
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+    def difference(self, fingerprint: str) -> str:
+        return self.shaped_by.difference(fingerprint)
+
+    def without_fingerprint(self) -> list[str]:
+        return self.shaped_by.unknown
 
     def describe(self) -> str:
         stats = self.stats()
         return (f"{stats['documents']} document(s), {stats['bytes']:,} bytes, {stats['tokens']:,} tokens, "
-                f"{stats['rows']:,} rows of {stats['row_length']}")  # fmt: skip
+                f"{stats['rows']:,} rows of {stats['row_length']}" + self.shaped_by.remark())  # fmt: skip
 
     def stats(self) -> dict[str, Any]:
         """Documents, bytes, tokens, rows, length percentiles, and the share of positions that hold a token."""
@@ -180,12 +194,14 @@ def splits_of(
     seed: int = 0,
     tokenizer: Tokenizer | None = None,
     progress: Progress | None = None,
+    sources: list[Source] | None = None,
 ) -> dict[str, Dataset]:
-    """The train, validation and test datasets of a configuration, of whatever kind data.dataset names."""
+    """The train, validation and test datasets of a configuration, of whatever kind data.dataset names. sources: read in place of
+    those that the configuration names."""
     if settings.dataset_class == TEXT and settings.streaming:
-        return stream_splits(settings, tokenizer_settings, tokenizer, progress)
+        return stream_splits(settings, tokenizer_settings, tokenizer, progress, sources)
     if settings.dataset_class == TEXT:
-        return dict(load_splits(settings, tokenizer_settings, tokenizer, progress))
+        return dict(load_splits(settings, tokenizer_settings, tokenizer, progress, sources=sources))
     return DATASETS.get(settings.dataset_class).splits(settings, task, seed)
 
 
@@ -195,6 +211,7 @@ def load_splits(
     tokenizer: Tokenizer | None = None,
     progress: Progress | None = None,
     fresh: bool = False,
+    sources: list[Source] | None = None,
 ) -> dict[str, TokenDataset]:
     """The train and (where something is held out) validation rows that the configuration asks for."""
     root = cache_root(settings.cache_dir)
@@ -206,11 +223,14 @@ def load_splits(
             bad_limit=settings.bad_limit, workers=settings.preparation_workers, progress=progress, fresh=fresh,
         )  # fmt: skip
 
-    if isinstance(settings.path, str) and is_prepared(settings.path):
+    if sources is None and isinstance(settings.path, str) and is_prepared(settings.path):
+        if transforms_of(settings):
+            raise ConfigError(f"{settings.path} holds tokens, which transforms and filters cannot read; prepare the text with them: "
+                              "treadle train --data.path FILE")  # fmt: skip
         sets = [open_prepared(Path(settings.path))]
         tokenizer = tokenizer or _prepared_tokenizer(Path(settings.path), tokenizer_settings.name)
     else:
-        sources = sources_of(settings)
+        sources = sources or sources_of(settings)
         tokenizer = tokenizer or tokenizer_for(
             sources[0], tokenizer_settings.name, tokenizer_settings.vocab_size, root=root, held=held_out,
             limit=tokenizer_settings.train_bytes,
@@ -221,14 +241,15 @@ def load_splits(
             raise ConfigError(f"{settings.path} was prepared with another tokenizer; prepare it again")
     held = [one["validation"] for one in sets if "validation" in one]
     if settings.validation_path is not None:
-        source = open_source(settings.validation_path, settings.text_column, settings.document_separator)
-        held = [prepared(source, (0.0, 0.0), tokenizer)["train"]]
+        source: Source = open_source(settings.validation_path, settings.text_column, settings.document_separator)
+        held = [prepared(as_those(sources or [], source), (0.0, 0.0), tokenizer)["train"]]
     elif settings.validation_split is not None and settings.dataset_name is not None:
         source = HuggingFaceSource(settings.dataset_name, settings.dataset_config, settings.validation_split, settings.text_column)
-        held = [prepared(source, (0.0, 0.0), tokenizer)["train"]]
+        held = [prepared(as_those(sources or [], source), (0.0, 0.0), tokenizer)["train"]]
+    shaped = Shaped.of(sources or [], root)
 
     def rows(sets: list[TokenSet], weights: list[Any] | None, names: Sequence[str] = ()) -> TokenDataset:
-        return TokenDataset(sets, tokenizer, settings.seq_len, settings.packing, weights, settings.shuffle, names)
+        return TokenDataset(sets, tokenizer, settings.seq_len, settings.packing, weights, settings.shuffle, names, shaped)
 
     splits = {"train": rows([one["train"] for one in sets], settings.weights, settings.path if isinstance(settings.path, list) else ())}
     for name, some in (("validation", held), ("test", [one["test"] for one in sets if "test" in one])):

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -267,7 +268,7 @@ def _run(
     if progress:
         progress(done, total)
     count = (os.cpu_count() or 1) if workers == "auto" else max(1, int(workers))
-    if count > 1 and len(jobs) > 1 and source.size() > PARALLEL_FROM:
+    if count > 1 and len(jobs) > 1 and source.size() > PARALLEL_FROM and _travels(jobs[0]):
         context = multiprocessing.get_context("spawn")  # the parent may already run torch's threads
         with ProcessPoolExecutor(
             min(count, len(jobs)), context, trusted_code.adopt, (trusted_code.share(),)
@@ -284,6 +285,15 @@ def _run(
             done += 1
             if progress:
                 progress(done, total)
+
+
+def _travels(job: PieceJob) -> bool:
+    """Whether another process can be sent this: a lambda or a function of the program itself cannot, and runs here."""
+    try:
+        ForkingPickler.dumps(job)
+    except Exception:  # whatever a user's object raises
+        return False
+    return True
 
 
 def _read_record(folder: Path, number: int) -> PieceRecord:

@@ -61,6 +61,22 @@ class DataSettings(Settings):
     document_separator: str | None = option(None, change="guarded")
     """Splits each .txt file into documents at lines equal to this text; without it a file is one document."""
 
+    transforms: list[str] = option([], change="guarded")
+    """Functions FILE.py:FUNCTION (text -> text) that every document goes through, in order, before it is tokenised."""
+
+    filters: list[str] = option([], change="guarded")
+    """Functions FILE.py:FUNCTION (text -> true or false) that a document has to pass, after the transforms."""
+
+    minimum_characters: int | None = option(None, change="guarded", ge=1)
+    """Documents with fewer characters are left out (after the transforms)."""
+
+    maximum_characters: int | None = option(None, change="guarded", ge=1)
+    """Documents with more characters are left out (after the transforms)."""
+
+    deduplicate: Literal["none", "exact", "near"] = option("none", change="guarded")
+    """Leave out documents that were there before, in any of the paths: exact (the same text, white space aside) or near (a Jaccard
+    similarity of .8 or more of their runs of five words). A pass over all of the text before the first step."""
+
     weights: list[float] | list[list[float]] | None = option(None, change="guarded")
     """One weight for each path: every 1024 rows hold exactly these shares. [[0, 9, 1], [10000, 5, 5]] changes them from
     step 10000 on. Without weights, rows are drawn from all paths in proportion to their size."""

@@ -16,6 +16,7 @@ from treadle.data.prepare import Progress, is_prepared, prepare, tokenizer_for
 from treadle.data.settings import DataSettings
 from treadle.data.sources import Bad, Document, HuggingFaceSource, Piece, Source, open_source
 from treadle.data.streaming import Stream, StreamDataset, block_bytes
+from treadle.data.transformed import Shaped, as_those
 from treadle.errors import ConfigError
 from treadle.files import cache_root
 from treadle.text.base import Tokenizer
@@ -66,41 +67,42 @@ def divided(source: Source, shares: tuple[float, float], piece_bytes: int) -> tu
 
 
 def stream_splits(
-    settings: DataSettings, tokenizer_settings: TokenizerSettings, tokenizer: Tokenizer | None = None, progress: Progress | None = None
+    settings: DataSettings, tokenizer_settings: TokenizerSettings, tokenizer: Tokenizer | None = None, progress: Progress | None = None,
+    given: list[Source] | None = None,
 ) -> dict[str, Dataset]:  # fmt: skip
-    """The stream to train on, and the held-out text, prepared, where there is some."""
+    """The stream to train on, and the held-out text, prepared, where there is some. given: read in place of what the settings name."""
     paths = settings.path if isinstance(settings.path, list) else [settings.path]
     for path in paths:
         if path is not None and is_prepared(path):
             raise ConfigError(f"{path} is prepared already, which is faster than a stream; leave --data.streaming away")
-    root, sources = cache_root(settings.cache_dir), sources_of(settings)
-    parts = []
-    for source in sources:
+    root, sources = cache_root(settings.cache_dir), given or sources_of(settings)
+    for source in sources:  # all of them before the first is cut: duplicates are looked for in every one
         size = sum(content_size(file) for file in source.files) if source.files else source.size()
         source.piece_bytes = block_bytes(settings.seq_len, size)
-        parts.append(divided(source, held_shares(settings), source.piece_bytes))
+    parts = [divided(source, held_shares(settings), source.piece_bytes) for source in sources]
     tokenizer = tokenizer or tokenizer_for(
         ChosenPieces(sources[0], parts[0][0]), tokenizer_settings.name, tokenizer_settings.vocab_size, root=root, held=(0.0, 0.0),
         limit=tokenizer_settings.train_bytes,
     )  # fmt: skip
     for source in sources:
         source.ended_by(tokenizer.eos_id)
-    names = [str(path) for path in paths] if settings.path is not None else [str(settings.dataset_name)]
+    names = [str(path) for path in paths] if settings.path is not None else [str(settings.dataset_name or "the data")] * len(sources)
     streams = [Stream(name, [(source, piece) for piece in train]) for name, source, (train, _, _) in zip(names, sources, parts)]
     if settings.weights is None and len(streams) > 1:  # one set of blocks, drawn in proportion to size
         streams = [Stream(", ".join(names), [piece for stream in streams for piece in stream.pieces])]
     splits: dict[str, Dataset] = {
         "train": StreamDataset(streams, tokenizer, settings.seq_len, settings.packing, settings.weights, settings.shuffle,
-                               settings.min_length, settings.on_bad, settings.bad_limit, settings.cache_dir)
+                               settings.min_length, settings.on_bad, settings.bad_limit, settings.cache_dir, Shaped.of(sources, root))
     }  # fmt: skip
     held: dict[str, list[Source]] = {
         "validation": [ChosenPieces(source, chosen) for source, (_, chosen, _) in zip(sources, parts) if chosen],
         "test": [ChosenPieces(source, chosen) for source, (_, _, chosen) in zip(sources, parts) if chosen],
     }
     if settings.validation_path is not None:
-        held["validation"] = [open_source(settings.validation_path, settings.text_column, settings.document_separator)]
+        held["validation"] = [as_those(sources, open_source(settings.validation_path, settings.text_column, settings.document_separator))]
     elif settings.validation_split is not None and settings.dataset_name is not None:
-        held["validation"] = [HuggingFaceSource(settings.dataset_name, settings.dataset_config, settings.validation_split, settings.text_column)]
+        other = HuggingFaceSource(settings.dataset_name, settings.dataset_config, settings.validation_split, settings.text_column)
+        held["validation"] = [as_those(sources, other)]
     for name, some in held.items():
         sets = [
             prepare(source, tokenizer, root=root, held=(0.0, 0.0), min_length=settings.min_length, on_bad=settings.on_bad,

@@ -21,6 +21,7 @@ from treadle.data.order import Mixture, key, permute, step_draws
 from treadle.data.settings import TEXT
 from treadle.data.shards import Row
 from treadle.data.sources import Piece, Source
+from treadle.data.transformed import Shaped
 from treadle.errors import CheckpointError, ConfigError, DataError, InputError
 from treadle.files import cache_root, write_atomically
 from treadle.text.base import Tokenizer
@@ -70,11 +71,12 @@ class StreamDataset(Dataset):
     def __init__(
         self, streams: Sequence[Stream], tokenizer: Tokenizer, seq_len: int, packing: str = "concat",
         weights: Sequence[Any] | None = None, shuffle: bool = True, min_length: int = 0, on_bad: str = "skip",
-        bad_limit: float = 0.001, cache_dir: str | None = None,
+        bad_limit: float = 0.001, cache_dir: str | None = None, shaped_by: Shaped | None = None,
     ) -> None:  # fmt: skip
         self.streams, self.tokenizer, self.seq_len, self.packing = list(streams), tokenizer, seq_len, packing
         self.weights, self.shuffle, self.bad_limit = tuple(weights) if weights is not None else None, shuffle, bad_limit
         self.min_length, self.on_bad, self.cache_dir = min_length, on_bad, cache_dir
+        self.shaped_by = shaped_by or Shaped()
         self._byte_lengths = np.asarray(tokenizer.byte_lengths, dtype=np.int64)
         self._news: list[str] = []
         self._told: set[str] = set()
@@ -114,8 +116,13 @@ class StreamDataset(Dataset):
             return ""
         new = {file: what for found in self._signature.values() for file, what in found.items()}
         said = [f"{file} is gone" for file in old.keys() - new.keys()] + [f"{file} is new" for file in new.keys() - old.keys()]
+        same, changed = old.keys() & new.keys(), []
+        for name in [name for name in same if name in self.shaped_by.functions]:
+            changed += [f"{name} has changed"] if old[name] != new[name] else []
+            same.discard(name)
+        said += changed
         said += [f"{file} has other content ({old[file].partition(':')[0]} bytes then, {new[file].partition(':')[0]} now)"
-                 for file in old.keys() & new.keys() if old[file] != new[file]]  # fmt: skip
+                 for file in same if old[file] != new[file]]  # fmt: skip
         return "; ".join(sorted(said)[:5]) + (f"; and {len(said) - 5} more" if len(said) > 5 else "")
 
     def stats(self) -> dict[str, Any]:
@@ -132,7 +139,10 @@ class StreamDataset(Dataset):
     def describe(self) -> str:
         stats = self.stats()
         return (f"a stream of {stats['files']} file(s), {stats['bytes']:,} bytes, in {stats['blocks']:,} blocks; rows of {self.seq_len}, "
-                "tokenised as they are read")  # fmt: skip
+                "tokenised as they are read" + self.shaped_by.remark())  # fmt: skip
+
+    def without_fingerprint(self) -> list[str]:
+        return self.shaped_by.unknown
 
     # ---- reading ----
 

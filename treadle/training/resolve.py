@@ -118,6 +118,9 @@ def check_data(fingerprint: str, data: Dataset) -> None:
         what = data.difference(fingerprint) or "other text, tokenizer, packing or row length"
         raise ConfigError(f"the data is not what this run was started with ({what}). Start a new run with --fresh, or go on with it: "
                           "--allow-change data")  # fmt: skip
+    if unknown := data.without_fingerprint():
+        raise ConfigError(f"whether {', '.join(unknown)} still does what it did when this run was started cannot be told (no source of it "
+                          "can be had): put it into a file, or give it a version=, for the next run; go on with it here: --allow-change data")  # fmt: skip
 
 
 def check_metrics(recipe: Recipe, objective: Objective) -> None:

@@ -1,0 +1,194 @@
+"""A source whose documents go through transforms; nobody who reads it knows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from treadle.data.deduplication import Deduplication
+from treadle.data.generated_texts import GeneratedTexts
+from treadle.data.sources import Bad, Document, Piece, Source
+from treadle.data.transforms import Texts, Transform
+from treadle.errors import ConfigError
+from treadle.files import cache_root, write_atomically
+
+UNKNOWN = "unknown"  # stands for the fingerprint of a function that has none
+_this_process = os.urandom(8).hex()  # what an unknown function has prepared is for nobody else
+
+
+class TransformedSource(Source):
+    """The documents of `source` after `transforms`. together: all sources of one data set, in order, among which a document is a
+    duplicate of another."""
+
+    def __init__(self, source: Source, transforms: Sequence[Transform], cache_dir: str | None = None) -> None:
+        super().__init__(source.files, source.column, source.separator)
+        self.source, self.transforms, self.cache_dir = source, list(transforms), cache_dir
+        self.piece_bytes = source.piece_bytes
+        self.together: list[TransformedSource] = [self]
+        self._decisions: dict[int, str] = {}  # number of a de-duplication -> the file with what it leaves out
+
+    # ---- what it is ----
+
+    def table(self) -> dict[str, str]:
+        """Fingerprints by name, in order, with what tells them from files."""
+        table = {f"{t.label()} (transform {n})": f"function:{t.fingerprint() or UNKNOWN}" for n, t in enumerate(self.transforms, 1)}
+        if isinstance(self.source, GeneratedTexts):  # last: the first entries are the transforms
+            table[f"{self.source.label()} (source)"] = f"function:{self.source.fingerprint() or UNKNOWN}"
+        return table
+
+    def without_fingerprint(self) -> list[str]:
+        made: list[Transform | GeneratedTexts] = [*self.transforms]
+        made += [self.source] if isinstance(self.source, GeneratedTexts) else []
+        return [one.label() for one in made if one.fingerprint() is None]
+
+    def identity(self) -> str:
+        mark = _this_process if self.without_fingerprint() else ""
+        others = [one.source.identity() for one in self.together] if self._deduplications() else []
+        text = json.dumps([self.source.identity(), list(self.table().values()), mark, others])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def signature(self) -> dict[str, str]:
+        return self.source.signature() | self.table()
+
+    def ended_by(self, eos_id: int) -> None:
+        self.source.ended_by(eos_id)
+
+    def size(self) -> int:
+        return self.source.size()
+
+    def count(self) -> int:
+        return self.source.count()
+
+    # ---- reading ----
+
+    def pieces(self) -> list[Piece]:
+        for number in self._deduplications():
+            self._decide(number)
+        return self.inner_pieces()
+
+    def inner_pieces(self) -> list[Piece]:
+        self.source.piece_bytes = self.piece_bytes
+        return self.source.pieces()
+
+    def read(self, piece: Piece) -> Iterator[Document | Bad]:
+        return self.read_until(piece, len(self.transforms))
+
+    def read_until(self, piece: Piece, end: int) -> Texts:
+        """The documents after the first `end` transforms."""
+
+        def malformed(ordinal: int, reason: str) -> Bad:
+            return Bad(piece.files[0] if piece.files else "the data", None, max(0, piece.start), f"document {ordinal + 1} from there: {reason}")
+
+        texts = self._only_text(piece)
+        for number, transform in enumerate(self.transforms[:end]):
+            if isinstance(transform, Deduplication):
+                texts = transform.without(texts, self._decide(number), self._place(), piece)
+            else:
+                texts = transform.apply(texts, malformed)
+        return texts
+
+    def _only_text(self, piece: Piece) -> Texts:
+        for document in self.source.read(piece):
+            if not isinstance(document, (str, Bad)):
+                raise ConfigError("transforms and filters read text, and these documents are token ids; leave data.transforms and "
+                                  "data.filters away, or give the text")  # fmt: skip
+            yield document
+
+    # ---- de-duplication ----
+
+    def _deduplications(self) -> list[int]:
+        return [number for number, transform in enumerate(self.transforms) if isinstance(transform, Deduplication)]
+
+    def _place(self) -> int:
+        return next(number for number, one in enumerate(self.together) if one is self)
+
+    def _decide(self, number: int) -> str:
+        """The file with what a de-duplication leaves out, made where it is not there."""
+        if number not in self._decisions:
+            transform = self.transforms[number]
+            assert isinstance(transform, Deduplication)
+            asked = [[one.source.identity(), one.piece_bytes] for one in self.together]
+            mark = _this_process if self.without_fingerprint() else ""
+            name = hashlib.sha256(json.dumps([asked, list(self.table().values())[: number + 1], mark]).encode()).hexdigest()[:24]
+            file = cache_root(self.cache_dir) / "duplicates" / f"{name}.sqlite"
+
+            def documents() -> Iterator[tuple[int, Piece, Texts]]:
+                for place, one in enumerate(self.together):
+                    for piece in one.inner_pieces():
+                        yield place, piece, one.read_until(piece, number)
+
+            transform.decide(file, documents)
+            self._decisions[number] = str(file)
+        return self._decisions[number]
+
+    def remarks(self) -> list[str]:
+        """What de-duplication has left out, a line each."""
+        found = []
+        for number, file in self._decisions.items():
+            transform = self.transforms[number]
+            assert isinstance(transform, Deduplication)
+            found.append(transform.said(file))
+        return found
+
+
+def transformed(sources: Sequence[Source], transforms: Sequence[Transform], cache_dir: str | None = None, always: bool = False) -> list[Source]:
+    """These sources, each behind the transforms; duplicates are looked for among all of them. always: without transforms too."""
+    if not transforms and not always:
+        return list(sources)
+    made = [TransformedSource(source, transforms, cache_dir) for source in sources]
+    for one in made:
+        one.together = made
+    return list(made)
+
+
+def as_those(sources: Sequence[Source], other: Source) -> Source:
+    """`other` (a text to validate on) behind the transforms of these, de-duplicated by itself."""
+    first = sources[0] if sources else None
+    return TransformedSource(other, first.transforms, first.cache_dir) if isinstance(first, TransformedSource) else other
+
+
+@dataclass
+class Shaped:
+    """What a data set's documents went through. functions: fingerprints by name. unknown: those that have none."""
+
+    functions: dict[str, str] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    folder: Path | None = None
+
+    @staticmethod
+    def of(sources: Sequence[Source], root: Path) -> Shaped:
+        if not sources or not isinstance(first := sources[0], TransformedSource):
+            return Shaped()
+        every = first.together
+        table = {name: what for one in every for name, what in one.table().items()}
+        unknown = list(dict.fromkeys(name for one in every for name in one.without_fingerprint()))
+        return Shaped(table, unknown, first.remarks(), root / "functions")
+
+    def remark(self) -> str:
+        return "".join(f"; {line}" for line in self.remarks)
+
+    def keep(self, fingerprint: str) -> None:
+        """So that a later start can say which function is another one."""
+        if self.folder is not None and self.functions:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(self.folder / f"{fingerprint[:32]}.json", json.dumps(self.functions).encode())
+            except OSError:
+                pass  # a full or read-only cache: then the message is shorter
+
+    def difference(self, fingerprint: str) -> str:
+        """Which functions are others than those of the data with this fingerprint."""
+        if self.folder is None:
+            return ""
+        try:
+            old = json.loads((self.folder / f"{fingerprint[:32]}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return ""
+        new = self.functions
+        said = [f"{name} is gone" for name in old if name not in new] + [f"{name} is new" for name in new if name not in old]
+        return "; ".join(said + [f"{name} has changed" for name in new if name in old and old[name] != new[name]])
