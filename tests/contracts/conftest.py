@@ -78,14 +78,10 @@ PURE = [("transformer", number) for number, shape in enumerate(SHAPES["transform
 every_model_but_pure_mixers = pytest.mark.parametrize(
     "case", [case for case in CASES if case not in PURE], ids=lambda case: f"{case[0]}-{case[1]}", indirect=True
 )
-# The first shape of each model, the others with `make test-slow`: for optimisers that AdamW's test of every shape stands beside.
+# The first shape of each model, the others with `make test-slow` and on the contract board: for what takes ten seconds a shape, and
+# which another test of every shape stands beside.
 first_shapes_are_usual = pytest.mark.parametrize(
-    "case", [case if case[1] == 0 else pytest.param(case, marks=pytest.mark.slow) for case in CASES if case not in PURE],
-    ids=[f"{name}-{number}" for name, number in CASES if (name, number) not in PURE], indirect=True,
-)  # fmt: skip
-# All, but pure mixers only with `make test-slow` and on the contract board.
-pure_mixers_are_slow = pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=pytest.mark.slow) if case in PURE else case for case in CASES],
+    "case", [case if case[1] == 0 else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
     ids=[f"{name}-{number}" for name, number in CASES], indirect=True,
 )  # fmt: skip
 

@@ -19,7 +19,7 @@ from treadle.training.optim import Optimizers
 from treadle.training.settings import OptimSettings
 from treadle.training.step import Stepper
 
-from .conftest import every_model_but_pure_mixers, make, needs, pure_mixers_are_slow, random_ids
+from .conftest import every_model_but_pure_mixers, first_shapes_are_usual, make, needs, random_ids
 
 
 def logits(model: Model, batch: Batch) -> torch.Tensor:
@@ -275,7 +275,7 @@ def test_12_a_low_precision_step_is_finite(case: tuple[str, int], precision: str
     assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
-@pure_mixers_are_slow
+@first_shapes_are_usual
 def test_13_it_learns(case: tuple[str, int]) -> None:
     """150 steps on real text beat the unigram entropy, and the model has not learned to repeat its input."""
     import numpy as np

@@ -190,8 +190,8 @@ def collate(rows: Sequence[Row | None], row_length: int) -> Batch:
 
 def collate_text(rows: Sequence[Row | None], row_length: int, byte_lengths: np.ndarray) -> Batch:
     """`collate` with the number of bytes that are scored, which bits per byte need: counted here it costs the step no time.
-    byte_lengths: int64 [V]."""
+    byte_lengths: as encoding.scored_bytes has them."""
     batch = collate(rows, row_length)
     assert batch.labels is not None
-    batch.counts["bytes"] = int(byte_lengths[batch.labels[batch.labels != IGNORE].numpy()].sum())
+    batch.counts["bytes"] = int(byte_lengths[batch.labels.numpy()].sum())
     return batch

@@ -13,6 +13,7 @@ import numpy as np
 from treadle import trusted_code
 from treadle.data.base import DATASETS, TEXT, BatchPlan, BatchSequence, Dataset, IndexedDataset, Position
 from treadle.data.chosen_sources import held_shares, sources_of
+from treadle.data.encoding import scored_bytes
 from treadle.data.order import Order, step_draws
 from treadle.data.prepare import Held, Progress, is_prepared, open_prepared, prepare, tokenizer_for
 from treadle.data.settings import DataSettings
@@ -58,7 +59,7 @@ class TokenDataset(IndexedDataset):
         for tokens in self.sets:
             if tokens.vocab_size > tokenizer.vocab_size:
                 raise ConfigError(f"the data has {tokens.vocab_size} tokens, the tokenizer {tokenizer.vocab_size}")
-        self._byte_lengths = np.asarray(tokenizer.byte_lengths, dtype=np.int64)
+        self._byte_lengths = scored_bytes(tokenizer)
         self.parts = [Rows(tokens, packing, seq_len) for tokens in self.sets]
         if len(self) == 0:
             raise InputError("the data holds no row to train on")

@@ -30,6 +30,12 @@ def parts_of(text: str, size: int = ENCODE_CHARACTERS) -> list[str]:
     return [*parts, text[start:]]
 
 
+def scored_bytes(tokenizer: Tokenizer) -> np.ndarray:
+    """int64 [V + 100]: bytes of each token; the label -100 (nothing is scored) as an index finds the 0 behind them. A look-up
+    without a mask is what counting costs least by: with one it was 13% of reading a stream."""
+    return np.concatenate([np.asarray(tokenizer.byte_lengths, dtype=np.int64), np.zeros(100, dtype=np.int64)])
+
+
 class Encoder:
     """Takes documents one after another and holds their ids, each ended by the end-of-document token.
 

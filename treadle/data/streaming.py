@@ -16,6 +16,7 @@ import numpy as np
 
 from treadle.data.base import BatchPlan, BatchSequence, Dataset, Position
 from treadle.data.block_reader import Block, BlockReader, Reading
+from treadle.data.encoding import scored_bytes
 from treadle.data.lanes import LANES, BlockOrder, GroupCursor, first_cursor, groups_of
 from treadle.data.order import Mixture, key, permute, step_draws
 from treadle.data.settings import TEXT
@@ -77,7 +78,7 @@ class StreamDataset(Dataset):
         self.weights, self.shuffle, self.bad_limit = tuple(weights) if weights is not None else None, shuffle, bad_limit
         self.min_length, self.on_bad, self.cache_dir = min_length, on_bad, cache_dir
         self.shaped_by = shaped_by or Shaped()
-        self._byte_lengths = np.asarray(tokenizer.byte_lengths, dtype=np.int64)
+        self._byte_lengths = scored_bytes(tokenizer)
         self._news: list[str] = []
         self._told: set[str] = set()
         self._signature = {stream.name: stream.signature() for stream in self.streams}
