@@ -307,3 +307,17 @@ def test_held_out_blocks_are_not_trained_on(file: Path) -> None:
     held = [documents_in(splits[name], [list(splits[name].in_sequence(8))]) for name in ("validation", "test")]
     assert sorted(trained + held[0] + held[1]) == list(range(DOCUMENTS))
     assert 0.05 < len(held[0]) / DOCUMENTS < 0.15 and len(held[1]) > 30
+
+
+def test_a_hugging_face_data_set_streams(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="the extra hf (datasets) is not installed")
+    datasets.Dataset.from_dict({"text": texts()}).save_to_disk(str(tmp_path / "saved"))
+    from treadle.data.dataset import splits_of
+    from treadle.data.settings import DataSettings
+    from treadle.text.settings import TokenizerSettings
+
+    keys = {"dataset_name": str(tmp_path / "saved"), "streaming": True, "seq_len": 256, "packing": "best_fit", "validation_fraction": 0.0}
+    data: Any = splits_of(DataSettings(**keys), TokenizerSettings(name="byte"))["train"]
+    assert sorted(one_epoch(data)) == list(range(DOCUMENTS))
+    whole, positions = take(data, 20)
+    assert ids(take(data, 2, positions[10])[0]) == ids(whole[11:13])

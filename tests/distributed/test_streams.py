@@ -55,12 +55,12 @@ def killed_and_continued(folder: Path, tmp_path: Path, kills: int) -> None:
         process.communicate(timeout=70)
     process = start(command)
     out, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and hit >= kills // 2, out
+    assert process.returncode == 0 and hit >= max(1, kills // 2), out
     same_end(tmp_path / "whole", tmp_path / "killed", 12)
 
 
 def test_killed_on_two_processes_it_continues_bit_for_bit(folder: Path, tmp_path: Path) -> None:
-    killed_and_continued(folder, tmp_path, 2)
+    killed_and_continued(folder, tmp_path, 1)
     rows = [row["loss"] for row in rows_of(tmp_path / "whole") if "split" not in row]
     alone = start(line(folder, tmp_path / "alone", **{**KEYS, "run__devices": 1, "max_steps": 6}))
     alone.communicate(timeout=120)
