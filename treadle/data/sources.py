@@ -394,7 +394,7 @@ class HuggingFaceSource(Source):
         if column not in self.rows.column_names:
             raise InputError(f"data set {name!r} has no column {column!r} (there is: "
                              f"{', '.join(self.rows.column_names)}); set --data.text_column")  # fmt: skip
-        self.files = []
+        super().__init__([], column)
 
     def identity(self) -> str:
         text = json.dumps(["hf", self.name, self.config, self.split, self.column, self.rows._fingerprint])
