@@ -67,13 +67,16 @@ def data_prepare(
 
 
 Streaming = Annotated[bool, typer.Option("--streaming", help="Read it as a stream: nothing is prepared, whatever its size.")]
+Text = Annotated[str, typer.Argument(help="Text, or a folder that `data prepare` wrote.")]
+Packing = Annotated[str, typer.Option(help="concat, next_fit, first_fit, best_fit or none.")]
+TokenizerName = Annotated[str, typer.Option(help="auto, byte, bpe, ..., or a path.")]
 Column = Annotated[str, typer.Option(help="The column that holds the text.")]
 
 
 @data_app.command("stats")
 def data_stats(
-    path: Annotated[str, typer.Argument(help="Text, or a folder that `data prepare` wrote.")],
-    tokenizer: Annotated[str, typer.Option(help="auto, byte, bpe, ..., or a path.")] = "auto",
+    path: Text,
+    tokenizer: TokenizerName = "auto",
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a row.")] = 256,
     text_column: Column = "text",
     streaming: Streaming = False,
@@ -88,11 +91,11 @@ def data_stats(
 
 @data_app.command("show")
 def data_show(
-    path: Annotated[str, typer.Argument(help="Text, or a folder that `data prepare` wrote.")],
+    path: Text,
     row: Annotated[int, typer.Option(min=0, help="Which row.")] = 0,
     rows: Annotated[int, typer.Option(min=1, help="How many rows, from that one on.")] = 1,
-    packing: Annotated[str, typer.Option(help="concat, next_fit, first_fit, best_fit or none.")] = "concat",
-    tokenizer: Annotated[str, typer.Option(help="auto, byte, bpe, ..., or a path.")] = "auto",
+    packing: Packing = "concat",
+    tokenizer: TokenizerName = "auto",
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a row.")] = 64,
     text_column: Column = "text",
     streaming: Streaming = False,
@@ -111,9 +114,9 @@ def data_show(
 
 @data_app.command("check")
 def data_check(
-    path: Annotated[str, typer.Argument(help="Text, or a folder that `data prepare` wrote.")],
-    packing: Annotated[str, typer.Option(help="concat, next_fit, first_fit, best_fit or none.")] = "best_fit",
-    tokenizer: Annotated[str, typer.Option(help="auto, byte, bpe, ..., or a path.")] = "auto",
+    path: Text,
+    packing: Packing = "best_fit",
+    tokenizer: TokenizerName = "auto",
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a row.")] = 256,
     text_column: Column = "text",
     trust_code: Trust = None,

@@ -20,6 +20,13 @@ def end_with_parent(number: int = signal.SIGTERM) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
+def begin_data_worker() -> None:
+    """Called in a child that makes data: it never outlives a killed training, and Ctrl-C is the parent's."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    end_with_parent(signal.SIGKILL)
+
+
 @contextlib.contextmanager
 def deaf() -> Iterator[None]:
     """SIGINT and SIGTERM are not heard inside; what ends here ends anyway."""

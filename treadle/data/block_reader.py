@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import signal
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -14,15 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from treadle.data.encoding import Encoder
+from treadle.data.encoding import Encoder, LeftOut, well_formed
 from treadle.data.packing import Plan, plan
 from treadle.data.shards import Row, Shard, id_type, row_of, rows_in
-from treadle.data.sources import Bad, Piece, Source
+from treadle.data.sources import Piece, Source
 from treadle.errors import DataError
-from treadle.processes import end_with_parent
+from treadle.processes import begin_data_worker
 from treadle.text.base import Tokenizer
-
-PLACES_KEPT = 20  # malformed documents of a block that are named
 
 
 @dataclass
@@ -69,16 +66,8 @@ class Reading:
         source, piece = self.pieces[number]
         for file in piece.files:
             self._check(file)
-        encoder, documents, malformed = Encoder(self.tokenizer, self.min_length), 0, 0
-        places: list[str] = []
-        for document in source.read(piece):
-            if isinstance(document, Bad):
-                if self.on_bad == "error":
-                    raise DataError(f"{document}; mend it, or go on without it: --data.on_bad skip")
-                malformed += 1
-                if len(places) < PLACES_KEPT:
-                    places.append(str(document))
-                continue
+        encoder, documents, left_out = Encoder(self.tokenizer, self.min_length), 0, LeftOut()
+        for _, document in well_formed(source.read(piece), self.on_bad, left_out):
             documents += 1
             encoder.add(document, piece.files[0] if piece.files else "the data")
         encoder.flush()
@@ -86,7 +75,7 @@ class Reading:
         starts = np.concatenate([[0], np.cumsum(encoder.lengths)[:-1]]).astype(np.int64) if encoder.lengths else np.zeros(0, np.int64)
         made = None if self.packing == "concat" else plan(self.packing, starts, len(ids), self.seq_len)
         shard = Shard(ids, starts)
-        return Block(shard, made, rows_in(shard, made, self.seq_len), documents, malformed, places)
+        return Block(shard, made, rows_in(shard, made, self.seq_len), documents, left_out.count, left_out.places)
 
     def _check(self, file: str) -> None:
         try:
@@ -139,9 +128,7 @@ _reading: Any = None
 def _begin_worker(reading: Reading) -> None:
     global _reading
     _reading = reading
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    end_with_parent(signal.SIGKILL)  # no worker outlives a killed training
+    begin_data_worker()
 
 
 def _read_in_worker(number: int) -> Block:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from treadle.data.compressed import content_size, open_bytes
-from treadle.data.sources import Bad, Document, Piece, Source, opened, text_of
+from treadle.data.sources import Bad, Document, Piece, Source, count_lines, opened, text_of
 from treadle.errors import InputError
 
 csv.field_size_limit(1 << 30)
@@ -71,9 +71,4 @@ class CsvSource(Source):
             yield text_of(row[column], file, None, piece.start, self.column)
 
     def count(self) -> int:
-        total = 0
-        for file in self.files:
-            with open_bytes(file) as stream:
-                while total < 1_000_000 and (block := stream.read(1 << 24)):
-                    total += block.count(b"\n")
-        return total
+        return count_lines(self.files)

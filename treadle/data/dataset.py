@@ -12,15 +12,15 @@ import numpy as np
 
 from treadle import trusted_code
 from treadle.data.base import DATASETS, TEXT, BatchPlan, BatchSequence, Dataset, IndexedDataset, Position
-from treadle.data.chosen_sources import held_shares, sources_of
+from treadle.data.chosen_sources import held_shares, prepared, sources_of, validation_source
 from treadle.data.encoding import scored_bytes
 from treadle.data.order import Order, step_draws
-from treadle.data.prepare import Held, Progress, is_prepared, open_prepared, prepare, tokenizer_for
+from treadle.data.prepare import Progress, is_prepared, open_prepared, tokenizer_for
 from treadle.data.settings import DataSettings
 from treadle.data.shards import Rows, TokenSet
-from treadle.data.sources import HuggingFaceSource, Source, open_source
+from treadle.data.sources import Source
 from treadle.data.stream_splits import stream_splits
-from treadle.data.transformed import Shaped, as_those
+from treadle.data.transformed import Shaped
 from treadle.data.user_functions import transforms_of
 from treadle.errors import ConfigError, InputError
 from treadle.files import cache_root
@@ -75,8 +75,7 @@ class TokenDataset(IndexedDataset):
     ) -> Dataset:
         """The rows of a file or folder; prepared (and cached) on first use. `options` are keys of [data], or other
         words for them."""
-        names = {word: key for key in DataSettings.model_fields for word in DataSettings.key_info(key)["aliases"]}
-        options = {names.get(key, key): value for key, value in options.items()}
+        options = DataSettings.in_our_words(options)
         trusted_code.allow_names([options.get("transforms"), options.get("filters")])  # who passes a name from Python means that
         paths = [str(p) for p in path] if isinstance(path, (list, tuple)) else str(path)
         settings = DataSettings(**{"path": paths, "seq_len": seq_len, **options})
@@ -218,12 +217,6 @@ def load_splits(
     root = cache_root(settings.cache_dir)
     held_out = held_shares(settings)
 
-    def prepared(source: Source, held: Held, tokenizer: Tokenizer) -> dict[str, TokenSet]:
-        return prepare(
-            source, tokenizer, root=root, held=held, min_length=settings.min_length, on_bad=settings.on_bad,
-            bad_limit=settings.bad_limit, workers=settings.preparation_workers, progress=progress, fresh=fresh,
-        )  # fmt: skip
-
     if sources is None and isinstance(settings.path, str) and is_prepared(settings.path):
         if transforms_of(settings):
             raise ConfigError(f"{settings.path} holds tokens, which transforms and filters cannot read; prepare the text with them: "
@@ -236,17 +229,13 @@ def load_splits(
             sources[0], tokenizer_settings.name, tokenizer_settings.vocab_size, root=root, held=held_out,
             limit=tokenizer_settings.train_bytes,
         )  # fmt: skip
-        sets = [prepared(source, held_out, tokenizer) for source in sources]
+        sets = [prepared(settings, source, tokenizer, held_out, progress, fresh) for source in sources]
     for one in sets:
         if one["train"].described["tokenizer"] != tokenizer.fingerprint():
             raise ConfigError(f"{settings.path} was prepared with another tokenizer; prepare it again")
     held = [one["validation"] for one in sets if "validation" in one]
-    if settings.validation_path is not None:
-        source: Source = open_source(settings.validation_path, settings.text_column, settings.document_separator)
-        held = [prepared(as_those(sources or [], source), (0.0, 0.0), tokenizer)["train"]]
-    elif settings.validation_split is not None and settings.dataset_name is not None:
-        source = HuggingFaceSource(settings.dataset_name, settings.dataset_config, settings.validation_split, settings.text_column)
-        held = [prepared(as_those(sources or [], source), (0.0, 0.0), tokenizer)["train"]]
+    if (other := validation_source(settings, sources or [])) is not None:
+        held = [prepared(settings, other, tokenizer, progress=progress, fresh=fresh)["train"]]
     shaped = Shaped.of(sources or [], root)
 
     def rows(sets: list[TokenSet], weights: list[Any] | None, names: Sequence[str] = ()) -> TokenDataset:

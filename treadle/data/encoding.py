@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from treadle.data.sources import Document
+from treadle.data.sources import Bad, Document
 from treadle.errors import DataError
 from treadle.text.base import Tokenizer
 
 ENCODE_CHARACTERS = 1 << 16  # long documents are encoded in parts, so that the encoder's threads share them
+PLACES_KEPT = 20  # malformed documents of a piece or block that are named
 PENDING = 64 << 20  # characters encoded at once: bounds memory
 
 
@@ -34,6 +37,27 @@ def scored_bytes(tokenizer: Tokenizer) -> np.ndarray:
     """int64 [V + 100]: bytes of each token; the label -100 (nothing is scored) as an index finds the 0 behind them. A look-up
     without a mask is what counting costs least by: with one it was 13% of reading a stream."""
     return np.concatenate([np.asarray(tokenizer.byte_lengths, dtype=np.int64), np.zeros(100, dtype=np.int64)])
+
+
+@dataclass
+class LeftOut:
+    """Malformed documents: how many, and where the first of them are."""
+
+    count: int = 0
+    places: list[str] = field(default_factory=list)
+
+
+def well_formed(documents: Iterable[Document | Bad], on_bad: str, left_out: LeftOut) -> Iterator[tuple[int, Document]]:
+    """(place among all, document) of those that are not malformed; the others are counted, or with on_bad="error" a DataError."""
+    for ordinal, document in enumerate(documents):
+        if not isinstance(document, Bad):
+            yield ordinal, document
+            continue
+        if on_bad == "error":
+            raise DataError(f"{document}; mend it, or go on without it: --data.on_bad skip")
+        left_out.count += 1
+        if len(left_out.places) < PLACES_KEPT:
+            left_out.places.append(str(document))
 
 
 class Encoder:

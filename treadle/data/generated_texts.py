@@ -12,10 +12,10 @@ from itertools import islice
 from typing import Any
 
 from treadle.data.sources import Bad, Document, Piece, Source, text_of
-from treadle.data.transforms import FunctionTransform, function_fingerprint
+from treadle.data.transforms import function_fingerprint, function_label
 from treadle.errors import ConfigError, DataError
 
-_this_process = os.urandom(8).hex()
+THIS_PROCESS = os.urandom(8).hex()  # what an unknown function gives is for nobody else
 
 
 class GeneratedTexts(Source):
@@ -34,13 +34,13 @@ class GeneratedTexts(Source):
         raise TypeError("each worker would run the function again")  # so that prepare reads it in this process
 
     def label(self) -> str:
-        return FunctionTransform.label(self)  # type: ignore[arg-type]
+        return function_label(self.function)
 
     def fingerprint(self) -> str | None:
         return self._source
 
     def identity(self) -> str:
-        text = json.dumps(["texts", self._source or _this_process + str(id(self)), self.limit])
+        text = json.dumps(["texts", self._source or THIS_PROCESS + str(id(self)), self.limit])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def signature(self) -> dict[str, str]:

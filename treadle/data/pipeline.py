@@ -39,8 +39,7 @@ def DataPipeline(
     (`version` then stands for it in the place of its source). transforms: Map, Filter and the other transforms; a plain function is
     a Map, or a Filter where it is annotated `-> bool`; so is FILE.py:FUNCTION. keys: keys of [data], or other words for them.
     """
-    names = {word: key for key in DataSettings.model_fields for word in DataSettings.key_info(key)["aliases"]}
-    keys = {names.get(key, key): value for key, value in keys.items()}
+    keys = DataSettings.in_our_words(keys)
     trusted_code.allow_names([keys, [t for t in transforms if isinstance(t, str)]])  # who passes a name means that
     steps = [_transform(one) for one in transforms]
     given = source if isinstance(source, (list, tuple)) else [source]

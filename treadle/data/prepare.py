@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 
 from treadle import trusted_code
-from treadle.data.encoding import Encoder, parts_of
+from treadle.data.encoding import PLACES_KEPT, Encoder, LeftOut, parts_of, well_formed
 from treadle.data.order import key
 from treadle.data.shards import DATASET_FILE, SCHEMA, TokenSet, file_sha256, id_type
-from treadle.data.sources import Bad, Document, Piece, Source
+from treadle.data.sources import Document, Piece, Source
 from treadle.errors import ConfigError, DataError, InputError
 from treadle.files import write_atomically
 from treadle.text.base import TRAINABLE, Tokenizer
@@ -36,7 +36,6 @@ WHOLE_DOCUMENTS_FROM = 100  # with fewer documents, holding out whole ones would
 Held = tuple[float, float]  # shares held out for validation and for a test
 PARALLEL_FROM = 64 << 20  # bytes; below, starting processes costs more than it saves
 ALWAYS_TOLERATED = 10  # malformed lines that a small file may hold before bad_limit counts
-LEDGER_LENGTH = 20
 SHARDED_FILE = "made-in-shards"  # marks a folder that several processes fill
 
 Progress = Callable[[int, int], None]  # pieces done, pieces in all
@@ -117,20 +116,15 @@ def prepare_piece(job: PieceJob, tokenizer: Tokenizer | None = None) -> PieceRec
     tokenizer = tokenizer or Tokenizer.load(job.tokenizer_folder)
     record = PieceRecord(job.number)
     encoders = {split: Encoder(tokenizer, job.min_length) for split in SPLITS}
-    for ordinal, document in enumerate(job.source.read(job.piece)):
-        if isinstance(document, Bad):
-            if job.on_bad == "error":
-                raise DataError(f"{document}; mend it, or go on without it: --data.on_bad skip")
-            record.bad += 1
-            if len(record.ledger) < LEDGER_LENGTH:
-                record.ledger.append(str(document))
-            continue
+    left_out = LeftOut()
+    for ordinal, document in well_formed(job.source.read(job.piece), job.on_bad, left_out):
         if len(document) == 0:
             record.empty += 1
             continue
         record.documents += 1
         for split, part in job.split.divide(document, job.number, ordinal):
             encoders[split].add(part, job.piece.files[0] if job.piece.files else "")
+    record.bad, record.ledger = left_out.count, left_out.places
     for split, encoder in encoders.items():
         encoder.flush()
         record.bytes[split] = encoder.bytes
@@ -372,7 +366,7 @@ def _finish(folder: Path, records: list[PieceRecord], tokenizer: Tokenizer, spli
             "shorter_than_min_length": sum(r.short for r in records),
             "well_formed": sum(r.documents for r in records),
             "malformed": sum(r.bad for r in records),
-            "malformed_first": [place for r in records for place in r.ledger][:LEDGER_LENGTH],
+            "malformed_first": [place for r in records for place in r.ledger][:PLACES_KEPT],
             "held_out": "whole documents" if split.whole_documents else "the end of each document",
         }
         described = {

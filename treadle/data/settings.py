@@ -135,6 +135,12 @@ class DataSettings(Settings):
     }
     switches: ClassVar[dict[str, tuple[str, ...]]] = {"pack_sequences": ("packing_strategy",)}
 
+    @classmethod
+    def in_our_words(cls, keys: dict[str, Any]) -> dict[str, Any]:
+        """Keys under their names, whatever other words for them were used."""
+        names = {word: key for key in cls.model_fields for word in cls.key_info(key)["aliases"]}
+        return {names.get(key, key): value for key, value in keys.items()}
+
     @field_validator("path")
     @classmethod
     def _several_paths(cls, path: str | list[str] | None) -> str | list[str] | None:

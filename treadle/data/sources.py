@@ -20,12 +20,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from treadle.data.compressed import COMPRESSED, content_size, open_bytes, reopened
-from treadle.errors import ConfigError, DataError, InputError, MissingExtra
+from treadle.errors import ConfigError, InputError, MissingExtra
 from treadle.registry import Registry
 
 PIECE_BYTES = 16 << 20
-PART_BYTES = 8 << 20  # of a parquet row group, which is decoded for each of its parts: 8 MB take longer to tokenise than 100 to decode
-FEWEST_PARTS = 256  # of a file that is streamed
+FEWEST_PARTS = 256  # of a source that is streamed
 SAMPLE = 1 << 16  # bytes of a file that are compared at three places
 BUNDLED = {"austen": "austen.txt.xz"}  # the corpus that ships inside the package
 HUB = {"tinystories": "roneneldan/TinyStories"}  # data sets of the Hugging Face hub that have a short name here
@@ -39,7 +38,7 @@ SOURCES = Registry(
         "text": "treadle.data.sources:TextSource",
         "jsonl": "treadle.data.sources:JsonLinesSource",
         "csv": "treadle.data.csv_source:CsvSource",
-        "parquet": "treadle.data.sources:ParquetSource",
+        "parquet": "treadle.data.parquet_source:ParquetSource",
         "bin": "treadle.data.sources:TokenFileSource",
         "huggingface": "treadle.data.sources:HuggingFaceSource",
     },
@@ -266,14 +265,17 @@ class JsonLinesSource(Source):
         return text_of(row[self.column], file, line, offset, self.column)
 
     def count(self) -> int:
-        total = 0
-        for file in self.files:
-            with open_bytes(file) as stream:
-                while block := stream.read(1 << 24):
-                    total += block.count(b"\n")
-                    if total >= 1_000_000:  # the rule it serves asks only for a hundred
-                        return total
-        return total
+        return count_lines(self.files)
+
+
+def count_lines(files: list[Path]) -> int:
+    """Line ends of files, up to a million and what the last 16 MB hold: the rule it serves asks only for a hundred."""
+    total = 0
+    for file in files:
+        with open_bytes(file) as stream:
+            while total < 1_000_000 and (block := stream.read(1 << 24)):
+                total += block.count(b"\n")
+    return total
 
 
 def opened(file: str) -> AbstractContextManager[BinaryIO]:
@@ -291,50 +293,6 @@ def text_of(value: Any, file: str, line: int | None, offset: int, column: str) -
     if "\x00" in value:
         return Bad(file, line, offset, "a NUL character")
     return value
-
-
-class ParquetSource(Source):
-    """.parquet files, read by row group; the text is in `column`."""
-
-    @staticmethod
-    def _open(file: str | Path) -> Any:
-        try:
-            import pyarrow.parquet as parquet
-        except ImportError:
-            raise MissingExtra("reading .parquet files", "parquet") from None
-        try:
-            return parquet.ParquetFile(file)
-        except Exception as problem:  # pyarrow's own error classes
-            raise DataError(f"{file}: not a readable parquet file ({problem})") from None
-
-    def pieces(self) -> list[Piece]:
-        found = []
-        for file in self.files:
-            opened = self._open(file)
-            names = opened.schema_arrow.names
-            if self.column not in names:
-                raise InputError(f"{file} has no column {self.column!r} (there is: {', '.join(names)}); set "
-                                 "--data.text_column")  # fmt: skip
-            for group in range(opened.num_row_groups):
-                parts = 1
-                if self.piece_bytes < PIECE_BYTES:
-                    parts = max(1, opened.metadata.row_group(group).total_byte_size // PART_BYTES, -(-FEWEST_PARTS // opened.num_row_groups))
-                found += [Piece((str(file),), group, group + 1, part, parts) for part in range(parts)]
-        return found
-
-    def read(self, piece: Piece) -> Iterator[Document | Bad]:
-        (file,) = piece.files
-        try:
-            column = self._open(file).read_row_group(piece.start, columns=[self.column]).column(0)
-            values = column.to_pylist()
-        except Exception as problem:
-            yield Bad(file, None, 0, f"row group {piece.start} cannot be read ({problem})")
-            return
-        for row in range(piece.part, len(values), piece.parts):
-            yield text_of(values[row], file, row, 0, self.column)
-
-    def count(self) -> int:
-        return sum(self._open(file).metadata.num_rows for file in self.files)
 
 
 class TokenFileSource(Source):
@@ -420,22 +378,12 @@ class HuggingFaceSource(Source):
         return len(self.rows)
 
 
-class FirstDocuments(Source):
-    """The first `limit` documents of another source; malformed ones are passed on and not counted."""
+class WrappedSource(Source):
+    """Base of sources that read another one: all of it, as it stands, where a subclass says nothing else."""
 
-    def __init__(self, source: Source, limit: int) -> None:
+    def __init__(self, source: Source) -> None:
         super().__init__(source.files, source.column, source.separator)
-        self.source, self.limit = source, limit
-        self.piece_bytes = source.piece_bytes
-        self._share: dict[Piece, int] = {}
-
-    def ended_by(self, eos_id: int) -> None:
-        self.source.ended_by(eos_id)
-        if isinstance(self.source, TokenFileSource):  # it has other documents now
-            self._share = {}
-
-    def identity(self) -> str:
-        return hashlib.sha256(f"first {self.limit} of {self.source.identity()}".encode()).hexdigest()
+        self.source, self.piece_bytes = source, source.piece_bytes
 
     def signature(self) -> dict[str, str]:
         return self.source.signature()
@@ -443,10 +391,40 @@ class FirstDocuments(Source):
     def size(self) -> int:
         return self.source.size()
 
+    def ended_by(self, eos_id: int) -> None:
+        self.source.ended_by(eos_id)
+
+    def pieces(self) -> list[Piece]:
+        self.source.piece_bytes = self.piece_bytes
+        return self.source.pieces()
+
+    def read(self, piece: Piece) -> Iterator[Document | Bad]:
+        return self.source.read(piece)
+
+    def count(self) -> int:
+        return self.source.count()
+
+
+class FirstDocuments(WrappedSource):
+    """The first `limit` documents of another source; malformed ones are passed on and not counted."""
+
+    def __init__(self, source: Source, limit: int) -> None:
+        super().__init__(source)
+        self.limit = limit
+        self._share: dict[Piece, int] = {}
+
+    def ended_by(self, eos_id: int) -> None:
+        super().ended_by(eos_id)
+        if isinstance(self.source, TokenFileSource):  # it has other documents now
+            self._share = {}
+
+    def identity(self) -> str:
+        return hashlib.sha256(f"first {self.limit} of {self.source.identity()}".encode()).hexdigest()
+
     def pieces(self) -> list[Piece]:
         if not self._share or self.source.piece_bytes != self.piece_bytes:  # read once here: nobody else knows how many documents a piece holds
-            left, self._share, self.source.piece_bytes = self.limit, {}, self.piece_bytes
-            for piece in self.source.pieces():
+            left, self._share = self.limit, {}
+            for piece in super().pieces():
                 if left == 0:
                     break
                 good = sum(1 for _ in islice((d for d in self.source.read(piece) if not isinstance(d, Bad)), left))

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 
 import numpy as np
 
 from treadle.data.base import DATASETS, TEXT, Dataset
-from treadle.data.chosen_sources import held_shares, sources_of
+from treadle.data.chosen_sources import held_shares, prepared, sources_of, validation_source
 from treadle.data.compressed import content_size
 from treadle.data.order import key, permute
-from treadle.data.prepare import Progress, is_prepared, prepare, tokenizer_for
+from treadle.data.prepare import Progress, is_prepared, tokenizer_for
 from treadle.data.settings import DataSettings
-from treadle.data.sources import Bad, Document, HuggingFaceSource, Piece, Source, open_source
+from treadle.data.sources import Piece, Source, WrappedSource
 from treadle.data.streaming import Stream, StreamDataset, block_bytes
-from treadle.data.transformed import Shaped, as_those
+from treadle.data.transformed import Shaped
 from treadle.errors import ConfigError
 from treadle.files import cache_root
 from treadle.text.base import Tokenizer
@@ -25,34 +24,19 @@ from treadle.text.settings import TokenizerSettings
 MOST_HELD_OUT = 4 << 20  # bytes for each split: what is held out is tokenised before the first step
 
 
-class ChosenPieces(Source):
+class ChosenPieces(WrappedSource):
     """Some of another source's pieces."""
 
     def __init__(self, source: Source, chosen: list[Piece]) -> None:
-        super().__init__(source.files, source.column, source.separator)
-        self.source, self.chosen = source, chosen
+        super().__init__(source)
+        self.chosen = chosen
 
     def identity(self) -> str:
         described = [self.source.identity(), [[*p.files, p.start, p.stop, p.part, p.parts] for p in self.chosen]]
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
-    def signature(self) -> dict[str, str]:
-        return self.source.signature()
-
-    def ended_by(self, eos_id: int) -> None:
-        self.source.ended_by(eos_id)
-
-    def size(self) -> int:
-        return self.source.size()
-
     def pieces(self) -> list[Piece]:
         return self.chosen
-
-    def read(self, piece: Piece) -> Iterator[Document | Bad]:
-        return self.source.read(piece)
-
-    def count(self) -> int:
-        return self.source.count()
 
 
 def divided(source: Source, shares: tuple[float, float], piece_bytes: int) -> tuple[list[Piece], list[Piece], list[Piece]]:
@@ -98,17 +82,10 @@ def stream_splits(
         "validation": [ChosenPieces(source, chosen) for source, (_, chosen, _) in zip(sources, parts) if chosen],
         "test": [ChosenPieces(source, chosen) for source, (_, _, chosen) in zip(sources, parts) if chosen],
     }
-    if settings.validation_path is not None:
-        held["validation"] = [as_those(sources, open_source(settings.validation_path, settings.text_column, settings.document_separator))]
-    elif settings.validation_split is not None and settings.dataset_name is not None:
-        other = HuggingFaceSource(settings.dataset_name, settings.dataset_config, settings.validation_split, settings.text_column)
-        held["validation"] = [as_those(sources, other)]
+    if (other := validation_source(settings, sources)) is not None:
+        held["validation"] = [other]
     for name, some in held.items():
-        sets = [
-            prepare(source, tokenizer, root=root, held=(0.0, 0.0), min_length=settings.min_length, on_bad=settings.on_bad,
-                    bad_limit=settings.bad_limit, workers=settings.preparation_workers, progress=progress)["train"]
-            for source in some
-        ]  # fmt: skip
+        sets = [prepared(settings, source, tokenizer, progress=progress)["train"] for source in some]
         if sets:
             splits[name] = DATASETS.get(TEXT)(sets, tokenizer, settings.seq_len, settings.packing, None, settings.shuffle)
     return splits

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from treadle.data import remembered
 from treadle.data.base import BatchPlan, BatchSequence, Dataset, Position
 from treadle.data.block_reader import Block, BlockReader, Reading
 from treadle.data.encoding import scored_bytes
@@ -24,7 +25,7 @@ from treadle.data.shards import Row
 from treadle.data.sources import Piece, Source
 from treadle.data.transformed import Shaped
 from treadle.errors import CheckpointError, ConfigError, DataError, InputError
-from treadle.files import cache_root, write_atomically
+from treadle.files import cache_root
 from treadle.text.base import Tokenizer
 
 if TYPE_CHECKING:
@@ -44,6 +45,11 @@ Pieces = list[tuple[Source, Piece]]
 def block_bytes(seq_len: int, size: int) -> int:
     """Bytes of a block of a source of `size` bytes."""
     return max(1 << 10, min(max(SMALLEST_BLOCK, BYTES_PER_POSITION * seq_len), size // BLOCKS_WANTED))
+
+
+def spread(blocks: int, count: int) -> list[int]:
+    """Up to `count` block numbers, evenly over all."""
+    return np.unique(np.linspace(0, blocks - 1, count).astype(int)).tolist()
 
 
 class Stream:
@@ -76,13 +82,15 @@ class StreamDataset(Dataset):
     ) -> None:  # fmt: skip
         self.streams, self.tokenizer, self.seq_len, self.packing = list(streams), tokenizer, seq_len, packing
         self.weights, self.shuffle, self.bad_limit = tuple(weights) if weights is not None else None, shuffle, bad_limit
-        self.min_length, self.on_bad, self.cache_dir = min_length, on_bad, cache_dir
+        self.min_length = min_length
         self.shaped_by = shaped_by or Shaped()
         self._byte_lengths = scored_bytes(tokenizer)
         self._news: list[str] = []
         self._told: set[str] = set()
+        self.readings = [Reading(stream.pieces, tokenizer, seq_len, packing, min_length, on_bad) for stream in self.streams]
         self._signature = {stream.name: stream.signature() for stream in self.streams}
-        self._keep_signature()
+        self._memory = cache_root(cache_dir) / "streams"
+        remembered.keep(self._memory, self.fingerprint(), self._made_of)
 
     # ---- what it is ----
 
@@ -97,34 +105,12 @@ class StreamDataset(Dataset):
                      [len(stream.pieces) for stream in self.streams]]  # fmt: skip
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
-    def _signature_file(self, fingerprint: str) -> Any:
-        return cache_root(self.cache_dir) / "streams" / f"{fingerprint[:32]}.json"
-
-    def _keep_signature(self) -> None:
-        """So that a later start can say which file is another one."""
-        file = self._signature_file(self.fingerprint())
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, json.dumps(self._signature).encode())
-        except OSError:
-            pass  # a full or read-only cache: then the message is shorter
+    @property
+    def _made_of(self) -> dict[str, str]:
+        return {name: what for found in self._signature.values() for name, what in found.items()}
 
     def difference(self, fingerprint: str) -> str:
-        try:
-            before = json.loads(self._signature_file(fingerprint).read_text(encoding="utf-8"))
-            old = {file: what for found in before.values() for file, what in found.items()}
-        except (OSError, ValueError, AttributeError):
-            return ""
-        new = {file: what for found in self._signature.values() for file, what in found.items()}
-        said = [f"{file} is gone" for file in old.keys() - new.keys()] + [f"{file} is new" for file in new.keys() - old.keys()]
-        same, changed = old.keys() & new.keys(), []
-        for name in [name for name in same if name in self.shaped_by.functions]:
-            changed += [f"{name} has changed"] if old[name] != new[name] else []
-            same.discard(name)
-        said += changed
-        said += [f"{file} has other content ({old[file].partition(':')[0]} bytes then, {new[file].partition(':')[0]} now)"
-                 for file in same if old[file] != new[file]]  # fmt: skip
-        return "; ".join(sorted(said)[:5]) + (f"; and {len(said) - 5} more" if len(said) > 5 else "")
+        return remembered.difference(self._memory, fingerprint, self._made_of)
 
     def stats(self) -> dict[str, Any]:
         sources = {id(source): source for stream in self.streams for source, _ in stream.pieces}.values()
@@ -165,9 +151,8 @@ class StreamDataset(Dataset):
         from treadle.data.batch import collate_text
 
         limit, rows = limit or SEQUENCE_ROWS, []
-        for stream in self.streams:
-            reading = self.reading(stream)
-            numbers = np.unique(np.linspace(0, len(stream.pieces) - 1, 16).astype(int)).tolist()
+        for reading in self.readings:
+            numbers = spread(len(reading.pieces), 16)
             for number in numbers:
                 block = reading.read(number)
                 wanted = max(1, limit // len(numbers) // len(self.streams))
@@ -180,9 +165,6 @@ class StreamDataset(Dataset):
         read = _Reader(self, self.start, BatchPlan(seed))
         while True:
             yield from read.step()
-
-    def reading(self, stream: Stream) -> Reading:
-        return Reading(stream.pieces, self.tokenizer, self.seq_len, self.packing, self.min_length, self.on_bad)
 
     def join(self, positions: Sequence[Position]) -> Position:
         """Each process has moved its own groups; the furthest of each group counts."""
@@ -226,7 +208,7 @@ class _Reader:
                 raise ConfigError(f"{stream.name} has {len(stream.pieces)} block(s), too few to stream for {self.groups} rows at once; it "
                                   "is small: leave --data.streaming away, or use a smaller global batch")  # fmt: skip
         self.step_number, self.cursors = self._taken_up(position)
-        self.readers = [BlockReader(data.reading(stream), plan.workers) for stream in data.streams]
+        self.readers = [BlockReader(reading, plan.workers) for reading in data.readings]
         self.held: dict[tuple[int, int], Held] = {}  # by stream and lane
         self.seen: dict[tuple[int, int], list[int]] = {}  # (stream, group) -> documents, malformed ones, of this epoch
         self.rows_in_epoch: dict[tuple[int, int], int] = {}

@@ -7,13 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from treadle.data.chosen_sources import held_shares, sources_of
+from treadle.data.chosen_sources import held_shares, prepared, sources_of
 from treadle.data.prepare import (
     Progress,
     is_prepared,
     open_prepared,
     parse_shard,
-    prepare,
     prepare_shard,
     tokenizer_for,
 )
@@ -47,14 +46,8 @@ def opened(
     if isinstance(wanted.path, str) and is_prepared(wanted.path):
         return Tokenizer.load(Path(wanted.path) / "tokenizer"), open_prepared(Path(wanted.path))
     (source,) = sources_of(wanted)
-    root = cache_root(wanted.cache_dir)
-    made = tokenizer_for(source, tokenizer, vocab_size, root=root, held=held_shares(wanted))
-    sets = prepare(
-        source, made, root=root, held=held_shares(wanted), min_length=wanted.min_length,
-        on_bad=wanted.on_bad, bad_limit=wanted.bad_limit, workers=wanted.preparation_workers,
-        progress=_progress(say), fresh=fresh, output=Path(output) if output else None,
-    )  # fmt: skip
-    return made, sets
+    made = tokenizer_for(source, tokenizer, vocab_size, root=cache_root(wanted.cache_dir), held=held_shares(wanted))
+    return made, prepared(wanted, source, made, held_shares(wanted), _progress(say), fresh, Path(output) if output else None)
 
 
 def described(tokenizer: Tokenizer, sets: dict[str, TokenSet]) -> list[str]:

@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from treadle.data import remembered
 from treadle.data.deduplication import Deduplication
-from treadle.data.generated_texts import GeneratedTexts
-from treadle.data.sources import Bad, Document, Piece, Source
+from treadle.data.generated_texts import THIS_PROCESS, GeneratedTexts
+from treadle.data.sources import Bad, Document, Piece, Source, WrappedSource
 from treadle.data.transforms import Texts, Transform
 from treadle.errors import ConfigError
-from treadle.files import cache_root, write_atomically
+from treadle.files import cache_root
 
 UNKNOWN = "unknown"  # stands for the fingerprint of a function that has none
-_this_process = os.urandom(8).hex()  # what an unknown function has prepared is for nobody else
 
 
-class TransformedSource(Source):
+class TransformedSource(WrappedSource):
     """The documents of `source` after `transforms`. together: all sources of one data set, in order, among which a document is a
     duplicate of another."""
 
     def __init__(self, source: Source, transforms: Sequence[Transform], cache_dir: str | None = None) -> None:
-        super().__init__(source.files, source.column, source.separator)
-        self.source, self.transforms, self.cache_dir = source, list(transforms), cache_dir
-        self.piece_bytes = source.piece_bytes
+        super().__init__(source)
+        self.transforms, self.cache_dir = list(transforms), cache_dir
         self.together: list[TransformedSource] = [self]
         self._decisions: dict[int, str] = {}  # number of a de-duplication -> the file with what it leaves out
 
@@ -35,9 +33,9 @@ class TransformedSource(Source):
 
     def table(self) -> dict[str, str]:
         """Fingerprints by name, in order, with what tells them from files."""
-        table = {f"{t.label()} (transform {n})": f"function:{t.fingerprint() or UNKNOWN}" for n, t in enumerate(self.transforms, 1)}
+        table = {f"{t.label()} (transform {n})": f"{remembered.FUNCTION}{t.fingerprint() or UNKNOWN}" for n, t in enumerate(self.transforms, 1)}
         if isinstance(self.source, GeneratedTexts):  # last: the first entries are the transforms
-            table[f"{self.source.label()} (source)"] = f"function:{self.source.fingerprint() or UNKNOWN}"
+            table[f"{self.source.label()} (source)"] = f"{remembered.FUNCTION}{self.source.fingerprint() or UNKNOWN}"
         return table
 
     def without_fingerprint(self) -> list[str]:
@@ -46,33 +44,20 @@ class TransformedSource(Source):
         return [one.label() for one in made if one.fingerprint() is None]
 
     def identity(self) -> str:
-        mark = _this_process if self.without_fingerprint() else ""
+        mark = THIS_PROCESS if self.without_fingerprint() else ""
         others = [one.source.identity() for one in self.together] if self._deduplications() else []
         text = json.dumps([self.source.identity(), list(self.table().values()), mark, others])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def signature(self) -> dict[str, str]:
-        return self.source.signature() | self.table()
-
-    def ended_by(self, eos_id: int) -> None:
-        self.source.ended_by(eos_id)
-
-    def size(self) -> int:
-        return self.source.size()
-
-    def count(self) -> int:
-        return self.source.count()
+        return super().signature() | self.table()
 
     # ---- reading ----
 
     def pieces(self) -> list[Piece]:
         for number in self._deduplications():
             self._decide(number)
-        return self.inner_pieces()
-
-    def inner_pieces(self) -> list[Piece]:
-        self.source.piece_bytes = self.piece_bytes
-        return self.source.pieces()
+        return super().pieces()
 
     def read(self, piece: Piece) -> Iterator[Document | Bad]:
         return self.read_until(piece, len(self.transforms))
@@ -112,13 +97,13 @@ class TransformedSource(Source):
             transform = self.transforms[number]
             assert isinstance(transform, Deduplication)
             asked = [[one.source.identity(), one.piece_bytes] for one in self.together]
-            mark = _this_process if self.without_fingerprint() else ""
+            mark = THIS_PROCESS if self.without_fingerprint() else ""
             name = hashlib.sha256(json.dumps([asked, list(self.table().values())[: number + 1], mark]).encode()).hexdigest()[:24]
             file = cache_root(self.cache_dir) / "duplicates" / f"{name}.sqlite"
 
             def documents() -> Iterator[tuple[int, Piece, Texts]]:
                 for place, one in enumerate(self.together):
-                    for piece in one.inner_pieces():
+                    for piece in WrappedSource.pieces(one):  # without the decisions that are being made
                         yield place, piece, one.read_until(piece, number)
 
             transform.decide(file, documents)
@@ -173,22 +158,9 @@ class Shaped:
         return "".join(f"; {line}" for line in self.remarks)
 
     def keep(self, fingerprint: str) -> None:
-        """So that a later start can say which function is another one."""
         if self.folder is not None and self.functions:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                write_atomically(self.folder / f"{fingerprint[:32]}.json", json.dumps(self.functions).encode())
-            except OSError:
-                pass  # a full or read-only cache: then the message is shorter
+            remembered.keep(self.folder, fingerprint, self.functions)
 
     def difference(self, fingerprint: str) -> str:
         """Which functions are others than those of the data with this fingerprint."""
-        if self.folder is None:
-            return ""
-        try:
-            old = json.loads((self.folder / f"{fingerprint[:32]}.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return ""
-        new = self.functions
-        said = [f"{name} is gone" for name in old if name not in new] + [f"{name} is new" for name in new if name not in old]
-        return "; ".join(said + [f"{name} has changed" for name in new if name in old and old[name] != new[name]])
+        return "" if self.folder is None else remembered.difference(self.folder, fingerprint, self.functions)

@@ -65,6 +65,13 @@ def _described(value: Any) -> Any:
     return ["function", source, _described(closure), _described(value.__defaults__), _described(value.__kwdefaults__)]
 
 
+def function_label(function: Any) -> str:
+    """What people call a function: FILE.py:NAME."""
+    code = getattr(function, "__code__", None)
+    name = getattr(function, "__qualname__", type(function).__name__).rpartition("<locals>.")[2]
+    return f"{Path(code.co_filename).name}:{name}" if code is not None else name
+
+
 class Transform(ABC):
     """Base of every transform."""
 
@@ -96,9 +103,7 @@ class FunctionTransform(Transform):
         return None if self._source is None else f"{type(self).__name__}:{self._source}"
 
     def label(self) -> str:
-        code = getattr(self.function, "__code__", None)
-        name = getattr(self.function, "__qualname__", type(self.function).__name__).rpartition("<locals>.")[2]
-        return f"{Path(code.co_filename).name}:{name}" if code is not None else name
+        return function_label(self.function)
 
     def __getstate__(self) -> dict[str, Any]:
         """For a worker process that was not forked. A function of FILE.py travels by its name, since no import finds it there."""

@@ -9,11 +9,12 @@ from typing import Any, get_args
 import numpy as np
 
 from treadle.data.packing import plan
+from treadle.data.prepare import is_prepared
 from treadle.data.settings import DataSettings, Packing
 from treadle.data.shards import Row, Rows, TokenSet
 from treadle.data.sources import Bad
 from treadle.data.stream_splits import stream_splits
-from treadle.data.streaming import StreamDataset
+from treadle.data.streaming import StreamDataset, spread
 from treadle.data.summary import described, opened, settings
 from treadle.errors import ConfigError, DataError, InputError
 from treadle.terminal import visible
@@ -109,9 +110,9 @@ def picture(lengths: np.ndarray) -> list[str]:
 def _stream_statistics(data: StreamDataset) -> list[str]:
     lines = [data.describe(), f"tokenizer: {data.tokenizer.kind}, {data.tokenizer.vocab_size} tokens"]
     lengths: list[np.ndarray] = []
-    for stream in data.streams:
-        reading, documents, malformed, tokens, size, filled = data.reading(stream), 0, 0, 0, 0, dict.fromkeys(get_args(Packing), 0)
-        numbers = np.unique(np.linspace(0, len(stream.pieces) - 1, SAMPLED_BLOCKS).astype(int)).tolist()
+    for stream, reading in zip(data.streams, data.readings):
+        documents, malformed, tokens, size, filled = 0, 0, 0, 0, dict.fromkeys(get_args(Packing), 0)
+        numbers = spread(len(stream.pieces), SAMPLED_BLOCKS)
         for block in map(reading.read, numbers):
             starts, ids = block.shard.document_starts, block.shard.ids
             lengths.append(np.diff(np.append(starts, len(ids))))
@@ -135,14 +136,11 @@ def check(
     """Reads all of a source as a stream does, and compares what its rows decode to with its text. Of a prepared folder, whose text
     is not there: checksums, and that every document decodes. DataError at the first difference."""
     wanted: DataSettings = settings(path, seq_len=seq_len, packing=packing, text_column=text_column)
-    from treadle.data.prepare import is_prepared
-
     if is_prepared(path):
         return _check_prepared(*opened(wanted, tokenizer, 2048))
     data = _stream(path, tokenizer, seq_len, packing, text_column)
     totals: dict[str, Any] = dict.fromkeys(("documents", "tokens", "rows", "malformed"), 0)
-    for stream in data.streams:
-        reading = data.reading(stream)
+    for stream, reading in zip(data.streams, data.readings):
         for number, (source, piece) in enumerate(stream.pieces):
             block = reading.read(number)
             texts = [text for text in source.read(piece) if not isinstance(text, Bad) and len(text)]

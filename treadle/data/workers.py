@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from treadle.processes import end_with_parent
+from treadle.processes import begin_data_worker
 
 
 class _Steps(TorchDataset):
@@ -21,18 +20,11 @@ class _Steps(TorchDataset):
         return self.read(step)
 
 
-def _die_with_parent(worker: int) -> None:
-    """No worker outlives a killed training. Ctrl-C is the parent's."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    end_with_parent(signal.SIGKILL)
-
-
 def in_workers(read: Callable[[int], Any], steps: Iterable[int], workers: int, prefetch: int) -> Iterator[Any]:
     """read(step) for each step, in order, by `workers` processes that are each `prefetch` steps ahead at most."""
     loader = DataLoader(
         _Steps(read), batch_size=None, sampler=steps, num_workers=workers, prefetch_factor=prefetch,
-        pin_memory=False, multiprocessing_context="fork", worker_init_fn=_die_with_parent,
+        pin_memory=False, multiprocessing_context="fork", worker_init_fn=lambda number: begin_data_worker(),
         generator=torch.Generator(),  # workers draw their base seed from here, not from the model's generator
     )  # fmt: skip
     return iter(loader)
