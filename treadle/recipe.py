@@ -25,6 +25,7 @@ from treadle.naming import Vocabulary, merge, settle
 from treadle.objectives.settings import DEFAULT_OBJECTIVE
 from treadle.registry import nearest
 from treadle.settings import Given, Settings, build_section, fit_value, load_table, plain, shown
+from treadle.storage.remote import AnyPath, is_url, path_of
 from treadle.training.config import DEFAULT_ARCHITECTURE, SECTIONS, Recipe
 
 RECIPE_SUFFIXES = (".toml", ".yaml", ".yml", ".json")
@@ -91,6 +92,8 @@ def target_layer(target: str | Mapping[str, Any] | None) -> Layer:
     builtin = builtin_recipes()
     if target is None:
         target = DEFAULT_RECIPE
+    if is_url(target):
+        return _text_layer(path_of(target), target)
     path = Path(target)
     if not path.exists() and target in builtin:
         path = builtin[target]
@@ -108,13 +111,18 @@ def target_layer(target: str | Mapping[str, Any] | None) -> Layer:
     if path.is_dir() or kind_of(path) in DATA_SUFFIXES or target in BUNDLED:
         if not path.exists() and target not in BUNDLED:
             raise ConfigError(f"{path} does not exist; give a text file, a folder of text files, or a recipe")
-        bare = path.with_suffix("") if path.suffix in COMPRESSED else path
-        name = re.sub(r"[^A-Za-z0-9._-]", "_", bare.resolve().stem) or "run"
-        return Layer({"data": {"path": str(path)}, "run": {"run_name": name.lstrip("._-") or "run"}}, str(path))
+        return _text_layer(path, str(path))
     if path.exists():
         raise ConfigError(f"{path}: treadle trains on {', '.join(DATA_SUFFIXES)} or folders of them, and reads recipes "
                           f"in {', '.join(RECIPE_SUFFIXES)}")  # fmt: skip
     raise ConfigError(f"{target!r} is no file, folder or built-in recipe: {nearest(target, list(builtin))}")
+
+
+def _text_layer(path: AnyPath, written: str) -> Layer:
+    """Text to train on; the run is called what the file or folder is."""
+    bare = path.with_suffix("") if path.suffix in COMPRESSED else path
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", bare.resolve().stem).lstrip("._-")
+    return Layer({"data": {"path": written}, "run": {"run_name": name or "run"}}, written)
 
 
 def _run_layer(run: Path) -> Layer:

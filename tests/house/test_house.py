@@ -21,7 +21,7 @@ PACKAGE = Path(treadle.__file__).parent
 ROOMS = [
     "__init__", "__main__", "cli", "cli_text", "library", "help", "examine", "distillation", "start", "recipe", "task_file", "reporting", "planning", "training",
     "evaluation", "objectives", "monitor", "distributed", "models", "generation", "data", "layers", "text", "checkpoint",
-    "ops", "collatz", "naming", "settings", "registry", "trusted_code", "terminal", "processes", "files", "errors",
+    "ops", "collatz", "naming", "settings", "registry", "trusted_code", "terminal", "processes", "storage", "files", "errors",
 ]  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

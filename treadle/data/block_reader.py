@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -19,6 +18,7 @@ from treadle.data.shards import Row, Shard, id_type, row_of, rows_in
 from treadle.data.sources import Piece, Source
 from treadle.errors import DataError
 from treadle.processes import begin_data_worker
+from treadle.storage.remote import state_of_file
 from treadle.text.base import Tokenizer
 
 
@@ -37,19 +37,6 @@ class Block:
         return row_of(self.shard, self.plan, number, length)
 
 
-@dataclass(frozen=True)
-class FileState:
-    """A file as it was when the stream was opened."""
-
-    size: int
-    changed_ns: int
-
-    @staticmethod
-    def of(file: str) -> FileState:
-        now = os.stat(file)
-        return FileState(now.st_size, now.st_mtime_ns)
-
-
 class Reading:
     """How the blocks of a stream are read. pieces: (source, piece) of each."""
 
@@ -58,8 +45,8 @@ class Reading:
     ) -> None:  # fmt: skip
         self.pieces, self.tokenizer, self.seq_len, self.packing = list(pieces), tokenizer, seq_len, packing
         self.min_length, self.on_bad = min_length, on_bad
-        files = {file for source, _ in self.pieces for file in map(str, source.files)}
-        self.files = {file: FileState.of(file) for file in files}
+        files = {file for source in {id(source): source for source, _ in self.pieces}.values() for file in source.files}
+        self.files = {str(file): (file, state_of_file(file)) for file in files}
 
     def read(self, number: int) -> Block:
         """DataError for a file that is not as it was when the stream was opened."""
@@ -78,13 +65,16 @@ class Reading:
         return Block(shard, made, rows_in(shard, made, self.seq_len), documents, left_out.count, left_out.places)
 
     def _check(self, file: str) -> None:
+        if file not in self.files:
+            return
+        path, then = self.files[file]
         try:
-            now = FileState.of(file)
+            now = state_of_file(path)  # remote files look after themselves
         except OSError as problem:
             raise DataError(f"{file} cannot be read any more ({problem.strerror}); the run goes on from its checkpoint when it is "
                             "there again") from None  # fmt: skip
-        if file in self.files and now != self.files[file]:
-            raise DataError(f"{file} was changed while the stream was read (size {self.files[file].size} -> {now.size}); the order of "
+        if now != then:
+            raise DataError(f"{file} was changed while the stream was read (size {then.size} -> {now.size}); the order of "
                             "a run holds only for the data it was started with")  # fmt: skip
 
 

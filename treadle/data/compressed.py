@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 
 from treadle.errors import DataError, MissingExtra
 from treadle.files import cache_root, write_atomically
+from treadle.storage.remote import AnyPath, State, size_of, state_of_file
 
 COMPRESSED = (".gz", ".zst")
 SPACING = 1 << 20  # bytes of content between two places to begin at
@@ -27,22 +28,20 @@ LARGEST_FRAME = 16 << 20  # a frame is decompressed whole
 READ = 1 << 20
 
 
-def open_bytes(file: str | Path) -> BinaryIO:
+def open_bytes(path: AnyPath) -> BinaryIO:
     """The content of a file, decompressed, as a stream that seeks in O(1)."""
-    path = Path(file)
     if path.suffix == ".gz":
         return _gzip(path)
     if path.suffix == ".zst":
         table = _frames(path)
-        return io.BufferedReader(_Frames(Path(table["file"]), table["frames"]), READ)  # type: ignore[return-value]
+        return io.BufferedReader(_Frames(path if table["file"] == str(path) else Path(table["file"]), table["frames"]), READ)  # type: ignore[return-value]
     return path.open("rb")
 
 
-def content_size(file: str | Path) -> int:
+def content_size(path: AnyPath) -> int:
     """Bytes of the content, decompressed."""
-    path = Path(file)
     if path.suffix not in COMPRESSED:
-        return path.stat().st_size
+        return size_of(path)
     known = _kept(path, ".size")
     if not known.is_file():
         if path.suffix == ".zst":
@@ -54,16 +53,16 @@ def content_size(file: str | Path) -> int:
     return int(json.loads(known.read_text()))
 
 
-def _kept(path: Path, suffix: str) -> Path:
+def _kept(path: AnyPath, suffix: str) -> Path:
     """Where the cache keeps what was found out about a file as it is now."""
-    now = path.stat()
-    name = hashlib.sha256(json.dumps([str(path.resolve()), now.st_size, now.st_mtime_ns]).encode()).hexdigest()[:24]
+    now = state_of_file(path)
+    name = hashlib.sha256(json.dumps([str(path.resolve()), now.size, now.version]).encode()).hexdigest()[:24]
     folder = cache_root(None) / "seek"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / (name + suffix)
 
 
-def _gzip(path: Path) -> BinaryIO:
+def _gzip(path: AnyPath) -> BinaryIO:
     try:
         import indexed_gzip
     except ImportError:
@@ -71,18 +70,23 @@ def _gzip(path: Path) -> BinaryIO:
     index = _kept(path, ".gzidx")
     try:
         if not index.is_file():
-            with indexed_gzip.IndexedGzipFile(str(path), spacing=SPACING) as whole:
+            with indexed_gzip.IndexedGzipFile(**_given(path), spacing=SPACING) as whole:
                 whole.build_full_index()
                 _check_gzip(path, whole.seek(0, os.SEEK_END))
                 made = io.BytesIO()
                 whole.export_index(fileobj=made)
             write_atomically(index, made.getvalue())
-        return indexed_gzip.IndexedGzipFile(str(path), index_file=str(index))
+        return indexed_gzip.IndexedGzipFile(**_given(path), index_file=str(index))
     except (OSError, EOFError, indexed_gzip.ZranError) as problem:
         raise DataError(f"{path}: not a readable .gz file ({problem}); test it with `gzip -t {path}`") from None
 
 
-def _check_gzip(path: Path, size: int) -> None:
+def _given(path: AnyPath) -> dict[str, Any]:
+    """How indexed_gzip is told what to read: it opens files of this machine faster by itself."""
+    return {"filename": str(path)} if isinstance(path, Path) else {"fileobj": path.open()}
+
+
+def _check_gzip(path: AnyPath, size: int) -> None:
     """EOFError where the file was cut, which the index does not notice. The last four bytes are the size of the last member; where
     that is not all of the content, there are several members, and only reading them all tells."""
     with path.open("rb") as stream:
@@ -104,7 +108,7 @@ def _check_gzip(path: Path, size: int) -> None:
             data = (data or stream.read(READ)).lstrip(b"\0")
 
 
-def _zstandard(path: Path) -> Any:
+def _zstandard(path: AnyPath) -> Any:
     try:
         import zstandard
     except ImportError:
@@ -112,20 +116,20 @@ def _zstandard(path: Path) -> Any:
     return zstandard
 
 
-def _frames(path: Path) -> dict[str, Any]:
+def _frames(path: AnyPath) -> dict[str, Any]:
     """{"file": the file or its copy in frames, "size": bytes of content, "frames": [[place, place in the content], ...]}."""
     kept = _kept(path, ".zstidx")
     if kept.is_file():
         found = json.loads(kept.read_text())
-        if Path(found["file"]).is_file():
+        if found["file"] == str(path) or Path(found["file"]).is_file():
             return found
     zstandard = _zstandard(path)
     try:
         frames, size, largest = _walk(path, zstandard)
-        file = path
+        file: AnyPath = path
         if largest > LARGEST_FRAME:
-            file = _kept(path, ".frames.zst")
-            frames = _copied(path, file, zstandard)
+            file = copy = _kept(path, ".frames.zst")
+            frames = _copied(path, copy, zstandard)
     except zstandard.ZstdError as problem:
         raise DataError(f"{path}: not a readable .zst file ({problem}); test it with `zstd -t {path}`") from None
     found = {"file": str(file), "size": size, "frames": frames}
@@ -133,7 +137,7 @@ def _frames(path: Path) -> dict[str, Any]:
     return found
 
 
-def _walk(path: Path, zstandard: Any) -> tuple[list[list[int]], int, int]:
+def _walk(path: AnyPath, zstandard: Any) -> tuple[list[list[int]], int, int]:
     """(frames, bytes of content, of the largest frame)."""
     frames, size, largest, at, data = [], 0, 0, 0, b""
     with path.open("rb") as stream:
@@ -154,7 +158,7 @@ def _walk(path: Path, zstandard: Any) -> tuple[list[list[int]], int, int]:
     return frames, size, largest
 
 
-def _copied(path: Path, file: Path, zstandard: Any) -> list[list[int]]:
+def _copied(path: AnyPath, file: Path, zstandard: Any) -> list[list[int]]:
     """The content again, in frames of SPACING bytes; where they begin."""
     frames, at, size = [], 0, 0
     part, pack = file.with_suffix(f".part-{os.getpid()}"), zstandard.ZstdCompressor(level=3)
@@ -176,13 +180,13 @@ def _exactly(reader: Any, count: int) -> Iterator[bytes]:
 class _Frames(io.RawIOBase):
     """A .zst file of small frames; one is held, decompressed."""
 
-    def __init__(self, path: Path, frames: list[list[int]]) -> None:
+    def __init__(self, path: AnyPath, frames: list[list[int]]) -> None:
         self.path, self.places, self.starts = path, [f[0] for f in frames], [f[1] for f in frames]
         self.stream, self.held, self.content, self.at = path.open("rb"), -1, b"", 0
 
     def _load(self, number: int) -> None:
         if number != self.held:
-            end = self.places[number + 1] if number + 1 < len(self.places) else self.path.stat().st_size
+            end = self.places[number + 1] if number + 1 < len(self.places) else size_of(self.path)
             self.stream.seek(self.places[number])
             data = self.stream.read(end - self.places[number])
             self.content, self.held = _zstandard(self.path).ZstdDecompressor().decompressobj().decompress(data), number
@@ -223,10 +227,10 @@ class _Frames(io.RawIOBase):
 
 
 @functools.lru_cache(maxsize=1)
-def _open_last(file: str, changed: int) -> BinaryIO:
+def _open_last(file: AnyPath, now: State) -> BinaryIO:
     return open_bytes(file)
 
 
-def reopened(file: str) -> BinaryIO:
+def reopened(file: AnyPath) -> BinaryIO:
     """`open_bytes`, kept open for the next call of this process: an index of a large .gz takes longer to load than a block."""
-    return _open_last(file, os.stat(file).st_mtime_ns)
+    return _open_last(file, state_of_file(file))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator
-from pathlib import Path
 
 from treadle.data.compressed import content_size, open_bytes
 from treadle.data.sources import Bad, Document, Piece, Source, count_lines, opened, text_of
 from treadle.errors import InputError
+from treadle.storage.remote import AnyPath
 
 csv.field_size_limit(1 << 30)
 
@@ -23,7 +23,7 @@ class CsvSource(Source):
     def pieces(self) -> list[Piece]:
         return [piece for file in self.files for piece in self._pieces(file)]
 
-    def _pieces(self, file: Path) -> list[Piece]:
+    def _pieces(self, file: AnyPath) -> list[Piece]:
         size = content_size(file)
         with open_bytes(file) as stream:
             header = stream.readline()
@@ -44,8 +44,8 @@ class CsvSource(Source):
         return names.index(self.column)
 
     def read(self, piece: Piece) -> Iterator[Document | Bad]:
-        (file,) = piece.files
-        with opened(file) as stream:
+        file = str(self.file(piece))
+        with opened(self.file(piece), piece) as stream:
             stream.seek(0)
             column = self._column(stream.readline(), file)
             stream.seek(piece.start)

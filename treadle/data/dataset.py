@@ -12,7 +12,7 @@ import numpy as np
 
 from treadle import trusted_code
 from treadle.data.base import DATASETS, TEXT, BatchPlan, BatchSequence, Dataset, IndexedDataset, Position
-from treadle.data.chosen_sources import held_shares, prepared, sources_of, validation_source
+from treadle.data.chosen_sources import held_shares, part_cache, prepared, sources_of, validation_source
 from treadle.data.encoding import scored_bytes
 from treadle.data.order import Order, step_draws
 from treadle.data.prepare import Progress, is_prepared, open_prepared, tokenizer_for
@@ -24,6 +24,7 @@ from treadle.data.transformed import Shaped
 from treadle.data.user_functions import transforms_of
 from treadle.errors import ConfigError, InputError
 from treadle.files import cache_root
+from treadle.storage.remote import AnyPath, local_copy, path_of
 from treadle.text.base import Tokenizer
 from treadle.text.settings import TokenizerSettings
 
@@ -178,9 +179,9 @@ class TokenDataset(IndexedDataset):
         }
 
 
-def _prepared_tokenizer(folder: Path, asked: str) -> Tokenizer:
+def _prepared_tokenizer(folder: AnyPath, asked: str, root: Path) -> Tokenizer:
     """The tokenizer of prepared text; ConfigError where bytes are asked for (or implied by the architecture) and it has others."""
-    tokenizer = Tokenizer.load(folder / "tokenizer")
+    tokenizer = Tokenizer.load(local_copy(folder / "tokenizer", root))
     if asked.lower() == "byte" != tokenizer.kind:
         raise ConfigError(f"{folder} was prepared with a {tokenizer.kind} tokenizer and tokenizer.name = {asked}; prepare it again "
                           f"(treadle data prepare FILE --tokenizer {asked}), or take its own: --tokenizer.name auto")  # fmt: skip
@@ -221,8 +222,9 @@ def load_splits(
         if transforms_of(settings):
             raise ConfigError(f"{settings.path} holds tokens, which transforms and filters cannot read; prepare the text with them: "
                               "treadle train --data.path FILE")  # fmt: skip
-        sets = [open_prepared(Path(settings.path))]
-        tokenizer = tokenizer or _prepared_tokenizer(Path(settings.path), tokenizer_settings.name)
+        folder = path_of(settings.path, part_cache(settings))
+        sets = [open_prepared(folder)]
+        tokenizer = tokenizer or _prepared_tokenizer(folder, tokenizer_settings.name, root)
     else:
         sources = sources or sources_of(settings)
         tokenizer = tokenizer or tokenizer_for(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from treadle.data.sources import FEWEST_PARTS, PIECE_BYTES, Bad, Document, Piece, Source, text_of
 from treadle.errors import DataError, InputError, MissingExtra
+from treadle.storage.remote import AnyPath, RemotePath
 
 PART_BYTES = 8 << 20  # of a row group, which is decoded for each of its parts: 8 MB take longer to tokenise than 100 to decode
 
@@ -16,13 +16,15 @@ class ParquetSource(Source):
     """.parquet files, read by row group; the text is in `column`."""
 
     @staticmethod
-    def _open(file: str | Path) -> Any:
+    def _open(file: AnyPath) -> Any:
         try:
             import pyarrow.parquet as parquet
         except ImportError:
             raise MissingExtra("reading .parquet files", "parquet") from None
         try:
-            return parquet.ParquetFile(file)
+            return parquet.ParquetFile(file.open() if isinstance(file, RemotePath) else file)
+        except DataError:
+            raise
         except Exception as problem:  # pyarrow's own error classes
             raise DataError(f"{file}: not a readable parquet file ({problem})") from None
 
@@ -42,10 +44,12 @@ class ParquetSource(Source):
         return found
 
     def read(self, piece: Piece) -> Iterator[Document | Bad]:
-        (file,) = piece.files
+        file = str(self.file(piece))
         try:
-            column = self._open(file).read_row_group(piece.start, columns=[self.column]).column(0)
+            column = self._open(self.file(piece)).read_row_group(piece.start, columns=[self.column]).column(0)
             values = column.to_pylist()
+        except DataError:
+            raise
         except Exception as problem:
             yield Bad(file, None, 0, f"row group {piece.start} cannot be read ({problem})")
             return

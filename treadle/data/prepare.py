@@ -29,6 +29,7 @@ from treadle.data.shards import DATASET_FILE, SCHEMA, TokenSet, file_sha256, id_
 from treadle.data.sources import Document, Piece, Source
 from treadle.errors import ConfigError, DataError, InputError
 from treadle.files import write_atomically
+from treadle.storage.remote import AnyPath, RemotePath, path_of
 from treadle.text.base import TRAINABLE, Tokenizer
 
 SPLITS = ("train", "validation", "test")
@@ -199,14 +200,17 @@ def prepare(
     return open_prepared(folder)
 
 
-def open_prepared(folder: Path) -> dict[str, TokenSet]:
+def open_prepared(folder: AnyPath) -> dict[str, TokenSet]:
     """The token sets of a folder that `prepare` made."""
     sets = {split: TokenSet.load(folder / split) for split in SPLITS if (folder / split / DATASET_FILE).is_file()}
     return {split: tokens for split, tokens in sets.items() if split == "train" or tokens.tokens() > 0}
 
 
 def is_prepared(path: str | Path) -> bool:
-    return (Path(path) / "train" / DATASET_FILE).is_file()
+    found = path_of(path)
+    if isinstance(found, RemotePath) and found.suffix:  # a file: nothing is asked for over the network
+        return False
+    return (found / "train" / DATASET_FILE).is_file()
 
 
 def _prepare_into(

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import field_validator, model_validator
 
 from treadle.settings import Settings, option
+from treadle.storage.remote import is_url, refuse_secrets
 
 TEXT = "text"  # data.dataset_class of prepared tokens
 
@@ -35,7 +36,7 @@ class DataSettings(Settings):
 
     path: str | list[str] | None = option(None, aliases=("data_path", "data_dir", "train_file"), change="guarded")
     """A .txt, .jsonl, .csv or .parquet file (the first three also .gz or .zst), a folder of them, a folder of prepared .bin
-    shards, or a list of these.
+    shards, a URL of one of these (s3://, gs://, hf://, https://), or a list.
     The word `austen` is the corpus that ships with treadle."""
 
     dataset_class: str = option(TEXT, change="guarded")
@@ -127,7 +128,10 @@ class DataSettings(Settings):
     """Processes that tokenise during preparation; auto is one for each core."""
 
     cache_dir: str | None = option(None)
-    """Where prepared data and trained tokenizers are kept; default $TREADLE_CACHE or ~/.cache/treadle."""
+    """Where prepared data, trained tokenizers and parts of remote files are kept; default $TREADLE_CACHE or ~/.cache/treadle."""
+
+    remote_cache_gb: float = option(20.0, ge=0.0)
+    """Space on disk that parts of files read from URLs may take; what was read longest ago goes first. 0: nothing is kept."""
 
     translations: ClassVar[dict[str, Callable[[Any], dict[str, Any]]]] = {
         "pack_sequences": _pack_sequences,
@@ -148,6 +152,14 @@ class DataSettings(Settings):
         if not isinstance(path, str) or "," not in path or Path(path).exists():
             return path
         return [part.strip() for part in path.split(",") if part.strip()]
+
+    @field_validator("path", "validation_path")
+    @classmethod
+    def _without_secrets(cls, path: str | list[str] | None) -> str | list[str] | None:
+        for one in path if isinstance(path, list) else [path]:
+            if is_url(one):
+                refuse_secrets(str(one))
+        return path
 
     @model_validator(mode="after")
     def _consistent(self) -> DataSettings:

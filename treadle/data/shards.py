@@ -21,6 +21,8 @@ import numpy as np
 from treadle.data.packing import Plan, plan
 from treadle.errors import DataError
 from treadle.files import write_atomically
+from treadle.storage.arrays import mapped
+from treadle.storage.remote import AnyPath, size_of
 
 DATASET_FILE = "dataset.json"
 _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\.bin")  # nothing that could point outside of the folder
@@ -31,30 +33,30 @@ def id_type(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-def file_sha256(path: Path) -> str:
+def file_sha256(path: AnyPath) -> str:
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 @dataclass
 class Shard:
-    """One shard, memory-mapped: ids [N] and where its documents begin."""
+    """One shard: ids [N], memory-mapped or read by ranges from a URL, and where its documents begin."""
 
-    ids: np.ndarray
+    ids: Any  # np.ndarray or RemoteArray
     document_starts: np.ndarray
 
 
 class TokenSet:
     """The prepared documents of one split of one source."""
 
-    def __init__(self, folder: Path, described: dict[str, Any]) -> None:
+    def __init__(self, folder: AnyPath, described: dict[str, Any]) -> None:
         self.folder = folder
         self.described = described
         self.vocab_size: int = described["vocab_size"]
         self.shards = [self._open(record) for record in described["shards"] if record["ids"] > 0]
 
     @staticmethod
-    def load(folder: Path) -> TokenSet:
+    def load(folder: AnyPath) -> TokenSet:
         """Opens a prepared split; DataError when a shard is missing, cut or has ids outside the vocabulary."""
         try:
             described = json.loads((folder / DATASET_FILE).read_text(encoding="utf-8"))
@@ -78,13 +80,13 @@ class TokenSet:
         for file, size in ((path, record["ids"] * dtype.itemsize), (index, record["documents"] * 8)):
             if not file.is_file():
                 raise DataError(f"{file} is missing{again}")
-            if file.stat().st_size != size:
-                raise DataError(f"{file}: {file.stat().st_size} bytes where dataset.json says {size}{again}")
-        lengths = np.fromfile(index, dtype="<i8")
+            if size_of(file) != size:
+                raise DataError(f"{file}: {size_of(file)} bytes where dataset.json says {size}{again}")
+        lengths = np.frombuffer(index.read_bytes(), dtype="<i8")
         if (lengths <= 0).any() or int(lengths.sum()) != record["ids"]:
             raise DataError(f"{index} is damaged: document lengths do not add up to {record['ids']} ids{again}")
         starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-        return Shard(np.memmap(path, dtype=dtype, mode="r"), starts)
+        return Shard(mapped(path, dtype), starts)
 
     def verify(self) -> None:
         """Reads everything once: checksums and id range."""
@@ -188,6 +190,8 @@ class Rows:
         if self.packing == "concat":
             return None
         # Kept beside the shard: packing 10 million documents takes seconds, reading the plan does not.
+        if not isinstance(self.tokens.folder, Path):
+            return plan(self.packing, shard.document_starts, len(shard.ids), self.row_length)
         path = self.tokens.folder / f"plan-{number:05d}-{self.packing}-{self.row_length}.npz"
         stored = _stored_plan(path, len(shard.ids))
         if stored is not None:

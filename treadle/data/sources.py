@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -20,8 +19,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from treadle.data.compressed import COMPRESSED, content_size, open_bytes, reopened
-from treadle.errors import ConfigError, InputError, MissingExtra
+from treadle.errors import ConfigError, InputError
 from treadle.registry import Registry
+from treadle.storage.arrays import mapped
+from treadle.storage.cache import PART_BYTES, PartCache
+from treadle.storage.remote import AnyPath, RemotePath, path_of, size_of, state_of_file
 
 PIECE_BYTES = 16 << 20
 FEWEST_PARTS = 256  # of a source that is streamed
@@ -40,7 +42,7 @@ SOURCES = Registry(
         "csv": "treadle.data.csv_source:CsvSource",
         "parquet": "treadle.data.parquet_source:ParquetSource",
         "bin": "treadle.data.sources:TokenFileSource",
-        "huggingface": "treadle.data.sources:HuggingFaceSource",
+        "huggingface": "treadle.data.huggingface_source:HuggingFaceSource",
     },
     base="treadle.data.sources:Source",
 )
@@ -79,14 +81,15 @@ class Source:
 
     piece_bytes = PIECE_BYTES
 
-    def __init__(self, files: list[Path], column: str = "text", separator: str | None = None) -> None:
-        self.files = files
+    def __init__(self, files: Sequence[AnyPath], column: str = "text", separator: str | None = None) -> None:
+        self.files = list(files)
+        self._by_name = {str(file): file for file in self.files}
         self.column = column
         self.separator = separator
 
     def identity(self) -> str:
-        """Changes when the files do: names, sizes and modification times (their contents are hashed when prepared)."""
-        described = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in self.files]
+        """Changes when the files do: names, sizes and modification times or ETags (their contents are hashed when prepared)."""
+        described = [[str(f.resolve()), now.size, now.version] for f in self.files for now in [state_of_file(f)]]
         text = json.dumps([type(self).__name__, described, self.column, self.separator])
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -97,7 +100,11 @@ class Source:
 
     def size(self) -> int:
         """Bytes on disk."""
-        return sum(f.stat().st_size for f in self.files)
+        return sum(size_of(f) for f in self.files)
+
+    def file(self, piece: Piece) -> AnyPath:
+        """The one that a piece is a part of."""
+        return self._by_name[piece.files[0]]
 
     def ended_by(self, eos_id: int) -> None:
         """Told, before reading, what ends a document in the tokenizer; for sources of ids."""
@@ -113,7 +120,10 @@ class Source:
         raise NotImplementedError
 
 
-def _sampled(file: Path) -> str:
+def _sampled(file: AnyPath) -> str:
+    if isinstance(file, RemotePath):  # an ETag or checksum of its server: nothing is fetched
+        now = file.state()
+        return f"{now.size}:{hashlib.sha256(now.version.encode()).hexdigest()[:32]}"
     size, digest = file.stat().st_size, hashlib.sha256()
     with file.open("rb") as stream:
         for at in (0, size // 2, max(0, size - SAMPLE)):
@@ -122,20 +132,25 @@ def _sampled(file: Path) -> str:
     return f"{size}:{digest.hexdigest()[:32]}"
 
 
-def byte_ranges(file: Path, size: int, step: int, mark: bytes | None = None) -> list[Piece]:
-    """A file of lines in pieces of about `step` bytes that end with a line (with `mark`: with a line equal to it)."""
-    starts = [0]
-    with open_bytes(file) as stream:
-        for target in range(step, size, step):
-            if target < starts[-1]:  # a line longer than a piece
-                continue
-            stream.seek(target)
-            line = stream.readline()
-            while mark is not None and line and line.rstrip(b"\r\n") != mark:
-                line = stream.readline()
-            if starts[-1] < stream.tell() < size:
-                starts.append(stream.tell())
-    return [Piece((str(file),), a, b) for a, b in zip(starts, [*starts[1:], size])]
+def byte_ranges(file: AnyPath, size: int, step: int) -> list[Piece]:
+    """A file of lines in ranges of `step` bytes. Its lines are not looked for here, which would be reading all of a remote file: a
+    range holds the lines that begin behind its first byte and up to its last (`first_line`)."""
+    return [Piece((str(file),), at, min(at + step, size)) for at in range(0, max(size, 1), step)]
+
+
+def first_line(stream: BinaryIO, piece: Piece, mark: bytes | None = None) -> int | None:
+    """Where the first line of a range begins, and there the stream is then; with `mark`: the first behind a line equal to it. None
+    where none does."""
+    stream.seek(piece.start)
+    at = piece.start
+    while at < piece.stop and piece.start > 0:
+        line = stream.readline(piece.stop - at)
+        at += len(line)
+        if line.endswith(b"\n") and mark in (None, line.rstrip(b"\r\n")):
+            return at
+        if not line:
+            break
+    return None if piece.start > 0 else 0
 
 
 def _decode_lines(raw: bytes, file: str, offset: int, first_line: int | None) -> Iterator[str | Bad]:
@@ -173,7 +188,7 @@ class TextSource(Source):
         for file in self.files:
             size = content_size(file)
             if size > self.piece_bytes and file.suffix != ".xz":
-                pieces += byte_ranges(file, size, self.piece_bytes, None if self.separator is None else self.separator.encode())
+                pieces += byte_ranges(file, size, self.piece_bytes)
                 continue
             if group and held + size > self.piece_bytes:
                 pieces.append(Piece(tuple(group)))
@@ -182,20 +197,31 @@ class TextSource(Source):
             held += size
         return [*pieces, Piece(tuple(group))] if group else pieces
 
-    def _bytes(self, file: str, start: int = 0, stop: int = -1) -> bytes:
-        if file.endswith(".xz"):
-            import lzma
+    def _bytes(self, piece: Piece) -> Iterator[tuple[AnyPath, int, bytes]]:
+        """(file, place in it, content) of each document before it is split."""
+        mark = None if self.separator is None else self.separator.encode()
+        for file in (self._by_name[name] for name in piece.files):
+            if file.suffix == ".xz":
+                import lzma
 
-            return lzma.decompress(Path(file).read_bytes())
-        with opened(file) as stream:
-            stream.seek(start)
-            return stream.read(stop - start if stop >= 0 else -1)
+                yield file, 0, lzma.decompress(file.read_bytes())
+                continue
+            with opened(file, piece) as stream:
+                if piece.stop < 0:
+                    stream.seek(0)
+                    yield file, 0, stream.read()
+                    continue
+                if (begin := first_line(stream, piece, mark)) is None:
+                    continue
+                content = [stream.read(piece.stop - begin)]
+                while (line := stream.readline()) and mark not in (None, line.rstrip(b"\r\n")):
+                    content.append(line)
+                yield file, begin, b"".join([*content, line])
 
     def read(self, piece: Piece) -> Iterator[Document | Bad]:
-        for file in piece.files:
+        for file, begin, raw in self._bytes(piece):
             text: list[str] = []
-            raw = self._bytes(file, piece.start, piece.stop)
-            for part in _decode_lines(raw, file, piece.start, 1 if piece.start == 0 else None):
+            for part in _decode_lines(raw, str(file), begin, 1 if begin == 0 else None):
                 if isinstance(part, Bad):
                     yield part
                 else:
@@ -217,11 +243,10 @@ class TextSource(Source):
             yield "".join(document)
 
     def count(self) -> int:
-        parts = [(file, piece) for piece in self.pieces() for file in piece.files]
         if self.separator is None:
-            return len(parts)
+            return sum(len(piece.files) for piece in self.pieces())
         mark = self.separator.encode()
-        return sum(self._bytes(file, piece.start, piece.stop).count(mark) + 1 for file, piece in parts)
+        return sum(raw.count(mark) + 1 for piece in self.pieces() for _, _, raw in self._bytes(piece))
 
 
 class JsonLinesSource(Source):
@@ -236,11 +261,10 @@ class JsonLinesSource(Source):
         return [piece for file in self.files for piece in byte_ranges(file, content_size(file), self.piece_bytes)]
 
     def read(self, piece: Piece) -> Iterator[Document | Bad]:
-        (file,) = piece.files
-        with opened(file) as stream:
-            stream.seek(piece.start)
-            offset, line = piece.start, 1 if piece.start == 0 else None
-            while offset < piece.stop:
+        file = str(self.file(piece))
+        with opened(self.file(piece), piece) as stream:
+            offset, line = first_line(stream, piece), 1 if piece.start == 0 else None
+            while offset is not None and offset <= piece.stop:
                 raw = stream.readline()
                 if not raw:
                     break
@@ -268,7 +292,7 @@ class JsonLinesSource(Source):
         return count_lines(self.files)
 
 
-def count_lines(files: list[Path]) -> int:
+def count_lines(files: Sequence[AnyPath]) -> int:
     """Line ends of files, up to a million and what the last 16 MB hold: the rule it serves asks only for a hundred."""
     total = 0
     for file in files:
@@ -278,9 +302,14 @@ def count_lines(files: list[Path]) -> int:
     return total
 
 
-def opened(file: str) -> AbstractContextManager[BinaryIO]:
-    """A plain file is closed again; a compressed one stays open for the next piece."""
-    return nullcontext(reopened(file)) if file.endswith(COMPRESSED) else open(file, "rb")
+def opened(file: AnyPath, piece: Piece) -> AbstractContextManager[BinaryIO]:
+    """A file to read a piece of. A plain one is closed again, a compressed one stays open for the next piece; of a remote one the
+    piece is fetched at once, with what a last line may reach beyond it."""
+    if file.suffix in COMPRESSED:
+        return nullcontext(reopened(file))
+    if isinstance(file, RemotePath):
+        return file.window(piece.start, piece.stop + PART_BYTES)
+    return file.open("rb")
 
 
 def text_of(value: Any, file: str, line: int | None, offset: int, column: str) -> Document | Bad:
@@ -307,11 +336,11 @@ class TokenFileSource(Source):
         return [Piece((str(file),)) for file in self.files]
 
     def read(self, piece: Piece) -> Iterator[Document | Bad]:
-        (file,) = piece.files
-        if os.path.getsize(file) % 2:
-            yield Bad(file, None, os.path.getsize(file) - 1, "an odd number of bytes cannot hold uint16 ids")
+        file = self.file(piece)
+        if (size := size_of(file)) % 2:
+            yield Bad(str(file), None, size - 1, "an odd number of bytes cannot hold uint16 ids")
             return
-        ids = np.memmap(file, dtype="<u2", mode="r") if os.path.getsize(file) else np.zeros(0, dtype="<u2")
+        ids = np.asarray(mapped(file, np.dtype("<u2")))
         ends = np.flatnonzero(ids == self.eos_id) if self.eos_id is not None else np.zeros(0, dtype=np.int64)
         start = 0
         for end in [*ends.tolist(), len(ids)]:
@@ -321,61 +350,6 @@ class TokenFileSource(Source):
 
     def count(self) -> int:
         return len(self.files)
-
-
-class HuggingFaceSource(Source):
-    """A data set of the `datasets` library: a name on the hub or a local folder."""
-
-    ROWS = 20_000
-
-    def __init__(self, name: str, config: str | None, split: str, column: str, limit: int | None = None) -> None:
-        try:
-            import datasets
-        except ImportError:
-            raise MissingExtra(f"the Hugging Face data set {name!r}", "hf") from None
-        self.name, self.config, self.split, self.column = name, config, split, column
-        try:
-            if Path(name).is_dir() and (Path(name) / "dataset_info.json").is_file():
-                self.rows = datasets.load_from_disk(name)
-            elif Path(name).is_dir() and (Path(name) / "dataset_dict.json").is_file():
-                self.rows = datasets.load_from_disk(name)[split]
-            elif limit is not None and not Path(name).exists():  # fetches no more than it takes
-                rows = list(datasets.load_dataset(name, config, split=split, streaming=True).take(limit))
-                self.rows = datasets.Dataset.from_list(rows)
-            else:
-                self.rows = datasets.load_dataset(name, config, split=split)
-            if limit is not None:
-                self.rows = self.rows.select(range(min(limit, len(self.rows))))
-        except Exception as problem:  # the library's errors have no common base
-            raise InputError(f"data set {name!r} cannot be loaded: {problem}. Without a connection, give local text: a .txt, "
-                             ".jsonl or .parquet file, or a folder of them") from None  # fmt: skip
-        if column not in self.rows.column_names:
-            raise InputError(f"data set {name!r} has no column {column!r} (there is: "
-                             f"{', '.join(self.rows.column_names)}); set --data.text_column")  # fmt: skip
-        super().__init__([], column)
-
-    def identity(self) -> str:
-        text = json.dumps(["hf", self.name, self.config, self.split, self.column, self.rows._fingerprint])
-        return hashlib.sha256(text.encode()).hexdigest()
-
-    def signature(self) -> dict[str, str]:
-        return {self.name: self.rows._fingerprint}
-
-    def size(self) -> int:
-        return int(self.rows.dataset_size or 0)
-
-    def pieces(self) -> list[Piece]:
-        total, step = len(self.rows), self.ROWS
-        if self.piece_bytes < PIECE_BYTES:
-            step = max(1, min(step, total // FEWEST_PARTS, total * self.piece_bytes // max(1, self.size())))
-        return [Piece((), a, min(a + step, total)) for a in range(0, total, step)]
-
-    def read(self, piece: Piece) -> Iterator[Document | Bad]:
-        for row, value in enumerate(self.rows[piece.start : piece.stop][self.column]):
-            yield text_of(value, self.name, piece.start + row, 0, self.column)
-
-    def count(self) -> int:
-        return len(self.rows)
 
 
 class WrappedSource(Source):
@@ -445,37 +419,38 @@ class FirstDocuments(WrappedSource):
 
 
 def open_source(
-    path: str | Path, column: str = "text", separator: str | None = None, limit: int | None = None
+    path: str | Path, column: str = "text", separator: str | None = None, limit: int | None = None, cache: PartCache | None = None
 ) -> Source:
-    """The source at a path: a file by its suffix, a folder of files of one suffix, or by name a bundled corpus or a data set of
-    the hub; of all, the first `limit` documents.
+    """The source at a path or URL: a file by its suffix, a folder of files of one suffix, or by name a bundled corpus or a data set
+    of the hub; of all, the first `limit` documents. cache: of what is read from URLs.
 
     Raises InputError when there is nothing, or nothing readable, there.
     """
     if str(path) in HUB and not Path(path).exists():
-        return HuggingFaceSource(HUB[str(path)], None, "train", column, limit)
-    found = _source_at(path, column, separator)
+        return SOURCES.get("huggingface")(HUB[str(path)], None, "train", column, limit)
+    found = _source_at(path, column, separator, cache)
     return found if limit is None else FirstDocuments(found, limit)
 
 
-def _source_at(path: str | Path, column: str, separator: str | None) -> Source:
-    if str(path) in BUNDLED and not Path(path).exists():
-        file = Path(__file__).parent.parent / "corpus" / BUNDLED[str(path)]
+def _source_at(place: str | Path, column: str, separator: str | None, cache: PartCache | None) -> Source:
+    if str(place) in BUNDLED and not Path(place).exists():
+        file = Path(__file__).parent.parent / "corpus" / BUNDLED[str(place)]
         return TextSource([file], column, separator)
-    path = Path(path)
+    path = path_of(place, cache)
     if not path.exists():
         raise InputError(f"{path} does not exist; give a file or folder of {', '.join(SUFFIXES)}, or "
                          f"{', '.join([*BUNDLED, *HUB])}")  # fmt: skip
     if path.is_file():
-        files = [path]
+        files: Sequence[AnyPath] = [path]
     else:
-        files = sorted(f for f in path.rglob("*") if kind_of(f) in KINDS and f.is_file())
+        inside: Sequence[AnyPath] = path.files() if isinstance(path, RemotePath) else [f for f in path.rglob("*") if f.is_file()]
+        files = sorted(f for f in inside if kind_of(f) in KINDS)
         if not files:
             raise InputError(f"{path} holds no {', '.join(SUFFIXES)} file")
     kinds = {kind_of(f) for f in files}
     if len(kinds) > 1:
         raise ConfigError(f"{path} mixes {', '.join(sorted(map(str, kinds)))}; give one kind, or a list of paths in data.path")
-    if all(f.stat().st_size == 0 for f in files):
+    if all(size_of(f) == 0 for f in files):
         raise InputError(f"{path} is empty; there is nothing to train on")
     kind = kinds.pop()
     if kind not in KINDS:
@@ -483,7 +458,7 @@ def _source_at(path: str | Path, column: str, separator: str | None) -> Source:
     return SOURCES.get(KINDS[kind])(files, column, separator)
 
 
-def kind_of(file: Path) -> str:
+def kind_of(file: AnyPath) -> str:
     """The suffix that says what a file holds, without that of its compression."""
     *_, inner, last = ["", "", *file.suffixes]
     kind = inner if last in (*COMPRESSED, ".xz") and inner in (".txt", ".csv", *LINES) else last

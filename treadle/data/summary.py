@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from treadle.data.chosen_sources import held_shares, prepared, sources_of
+from treadle.data.chosen_sources import held_shares, part_cache, prepared, sources_of
 from treadle.data.prepare import (
     Progress,
     is_prepared,
@@ -20,6 +20,7 @@ from treadle.data.settings import DataSettings
 from treadle.data.shards import Rows, TokenSet
 from treadle.files import cache_root, write_atomically
 from treadle.settings import Given, build_section
+from treadle.storage.remote import RemotePath, local_copy, path_of
 from treadle.text.base import Tokenizer
 
 STATISTICS = "statistics.json"
@@ -44,7 +45,8 @@ def opened(
     say: Callable[[str], None] | None = None,
 ) -> tuple[Tokenizer, dict[str, TokenSet]]:  # fmt: skip
     if isinstance(wanted.path, str) and is_prepared(wanted.path):
-        return Tokenizer.load(Path(wanted.path) / "tokenizer"), open_prepared(Path(wanted.path))
+        folder = path_of(wanted.path, part_cache(wanted))
+        return Tokenizer.load(local_copy(folder / "tokenizer", cache_root(wanted.cache_dir))), open_prepared(folder)
     (source,) = sources_of(wanted)
     made = tokenizer_for(source, tokenizer, vocab_size, root=cache_root(wanted.cache_dir), held=held_shares(wanted))
     return made, prepared(wanted, source, made, held_shares(wanted), _progress(say), fresh, Path(output) if output else None)
@@ -70,6 +72,8 @@ def prepare_text(
 ) -> list[str]:
     """Prepares, and leaves STATISTICS in the folder."""
     made, sets = opened(wanted, tokenizer, vocab_size, output, fresh, say)
+    if isinstance(sets["train"].folder, RemotePath):
+        return [*described(made, sets), f"prepared already; train on it: treadle train --data.path {wanted.path}"]
     folder = sets["train"].folder.parent
     table = {split: _numbers(tokens, wanted) for split, tokens in sets.items()}
     write_atomically(folder / STATISTICS, json.dumps(table, indent=1).encode())
