@@ -365,6 +365,10 @@ def train_in(world: World | None, request: Request, console: Console) -> dict[st
             return str(folder)
 
         folder = Path(world.on_main_first(take_folder) if world is not None else take_folder())
+        if world is not None:
+            world.on_main_first(lambda: _look_in_mirror(request, folder, console))
+        else:
+            _look_in_mirror(request, folder, console)
         recipe = configure(request, folder)
         trainer = make_trainer(request, recipe, console, world)
         trainer.run_folder.adopt_lock(lock)
@@ -373,6 +377,7 @@ def train_in(world: World | None, request: Request, console: Console) -> dict[st
             on = trainer.callbacks[trainer.state.ended_by].how_to_go_on() if early and trainer.state.ended_by in trainer.callbacks else f"--max_steps {trainer.plan.max_steps * 2}"
             done = f"{trainer.state.step} of {trainer.plan.max_steps} steps are done" + (f" ({early})" if early else "")
             console.say(f"{folder} is finished: {done}. To go on: {on}")
+            trainer.checkpoints.close()
             return trainer.run_folder.summary("finished")
         summary = trainer.train()
     console.say(f"Finished at step {summary['step']}: {folder}")
@@ -383,6 +388,23 @@ def train_in(world: World | None, request: Request, console: Console) -> dict[st
         write_results(folder / "results", report)
         console.say(f"Results: {folder / 'results'}")
     return summary
+
+
+def _look_in_mirror(request: Request, folder: Path, console: Console) -> None:
+    """Brings a run that is not here (any more) from where its checkpoints were copied to."""
+    asked = settled_section(request.named_layers(), "checkpoint")
+    if asked.mirror is None or (not request.fresh and has_begun(folder)):
+        return
+    from treadle.checkpoint.copies import place_of, restore_run
+    from treadle.training.run_files import refuse_mirrored
+
+    if request.fresh:
+        refuse_mirrored(asked.mirror, folder)
+        return
+    root = Path(asked.checkpoint_dir) if asked.checkpoint_dir else folder / "checkpoints"
+    place = place_of(asked.mirror, folder)
+    if (found := restore_run(place, folder, root, folder, console.warn)) is not None:
+        console.say(f"{folder} is taken from {place}: checkpoint of step {found.step}")
 
 
 def plan(request: Request, console: Console | None = None) -> dict[str, Any]:
@@ -417,6 +439,7 @@ def check(request: Request, console: Console | None = None) -> dict[str, Any]:
     request = Request(request.target, request.flags, True, request.weights_from)
     with tempfile.TemporaryDirectory(prefix="treadle-check-") as scratch:
         recipe = configure(request, Path(scratch))
+        recipe.checkpoint.mirror = None  # nothing is saved
         origins = dict(recipe.origins)
         trainer = make_trainer(request, recipe, console)
         from treadle.training.schedule import learning_rate

@@ -21,9 +21,14 @@ def safe_member(name: str) -> bool:
     return bool(_MEMBER.fullmatch(name)) and name != MANIFEST
 
 
+def parse_step(name: str) -> int | None:
+    """The step of a checkpoint's folder name; None for other names."""
+    match = _STEP.fullmatch(name)
+    return int(match[1]) if match else None
+
+
 def steps_in(root: str | Path) -> list[int]:
     """Steps of the checkpoints under `root`, newest first; by number, never by time."""
     if not os.path.isdir(root):
         return []
-    found = (_STEP.fullmatch(name) for name in os.listdir(root))
-    return sorted((int(match[1]) for match in found if match), reverse=True)
+    return sorted((step for name in os.listdir(root) if (step := parse_step(name)) is not None), reverse=True)

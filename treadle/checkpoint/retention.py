@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,9 @@ def best_step(root: Path) -> int | None:
         return None
 
 
-def rotate(root: Path, keep: int) -> None:
-    """Deletes all but the `keep` newest checkpoints and the best one."""
+def rotate(root: Path, keep: int, spare: Collection[int] = ()) -> None:
+    """Deletes all but the `keep` newest checkpoints, the best one and those to `spare`."""
     best = best_step(root)
     for step in steps_in(root)[keep:]:
-        if step != best:
+        if step != best and step not in spare:
             remove_checkpoint(str(root / checkpoint_name(step)))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pydantic import field_validator
+
 from treadle.settings import Settings, option
+from treadle.storage.remote import is_url, refuse_secrets
 
 
 class CheckpointSettings(Settings):
@@ -28,3 +31,16 @@ class CheckpointSettings(Settings):
 
     checkpoint_dir: str | None = option(None, aliases=("save_dir",))
     """Where checkpoints go; default `checkpoints` inside the run."""
+
+    mirror: str | None = option(None)
+    """A URL (s3://bucket/folder, gs://, hf://) under which the run's checkpoints and logs are copied, as URL/RUN, once they are whole on
+    disk. The same command on another machine goes on from there."""
+
+    @field_validator("mirror")
+    @classmethod
+    def _a_url(cls, mirror: str | None) -> str | None:
+        if mirror is not None:
+            if not is_url(mirror):
+                raise ValueError(f"mirror = {mirror!r} is no URL; write s3://BUCKET/FOLDER (a folder of this machine: checkpoint_dir)")
+            refuse_secrets(mirror)
+        return mirror

@@ -15,17 +15,19 @@ from typing import Any
 import torch
 
 from treadle import terminal, trusted_code
+from treadle.checkpoint.copies import fetched_run
 from treadle.checkpoint.layout import MANIFEST, checkpoint_name, steps_in
 from treadle.checkpoint.reader import Checkpoint, newest_valid
 from treadle.checkpoint.retention import best_step
 from treadle.errors import CheckpointError, ConfigError, InputError
-from treadle.files import write_atomically
+from treadle.files import cache_root, write_atomically
 from treadle.generation.sampling import stored_defaults
 from treadle.models import base
 from treadle.models.base import CONFIG_FILE, Model, ModelConfig, allocated, build
 from treadle.models.catalogue import MODELS
 from treadle.models.huggingface import hub
 from treadle.models.huggingface.reading import ForeignModel, TransformersFolder, is_foreign
+from treadle.storage.remote import RemotePath, is_url, local_copy, refuse_secrets
 from treadle.text.base import Tokenizer
 
 GENERATION_FILE = "generation_config.json"  # the name and keys that Hugging Face folders have
@@ -46,6 +48,8 @@ def locate(run: str, warn: Any = None) -> Checkpoint:
     """RUN (a run folder, a checkpoint folder, `last`, RUN@best, RUN@STEP) -> its checkpoint, verified when it is the
     newest of a run; also a folder of transformers, a .gguf file, or a name of the Hugging Face hub (NAME@REVISION). InputError
     when there is nothing there."""
+    if is_url(run):
+        return _remote(run, warn or _warn)
     name, _, choice = run.partition("@")
     path = Path(name)
     if is_foreign(path):
@@ -84,6 +88,17 @@ def locate(run: str, warn: Any = None) -> Checkpoint:
     if found is None:
         raise InputError(f"{path} holds no checkpoint; train it: treadle train")
     return found
+
+
+def _remote(url: str, warn: Any) -> Checkpoint:
+    """What a URL names: a run's copy (URL@best, URL@STEP), one of its checkpoints, or a folder of transformers."""
+    refuse_secrets(url)
+    folder, _, last = url.rpartition("/")
+    name, _, choice = last.partition("@")
+    source = RemotePath(f"{folder}/{name}")
+    if not choice and (source / "config.json").is_file():
+        return locate(str(local_copy(source, cache_root(None))))
+    return fetched_run(source, choice, cache_root(None), warn)
 
 
 def open_foreign(path: Path) -> ForeignModel:

@@ -17,6 +17,7 @@ VERSION_KEYS = ("ETag", "etag", "md5Hash", "blob_id", "Content-MD5", "Last-Modif
 LOOKED_AT = 60.0  # seconds after which a file that is read is looked at again
 MOST_HANDLES = 256  # of a thread
 READ_BYTES = 8 << 20
+BUCKETS = ("s3", "s3a", "gs", "gcs", "abfs", "az", "adl", "hf", "oss", "r2")  # what is before :// of stores without folders
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
@@ -42,6 +43,14 @@ def system_of(url: str) -> tuple[Any, str]:
         raise ConfigError(f"{url}: {problem}") from None
     except ValueError as problem:
         raise ConfigError(f"{url}: {problem}; known are s3://, gs://, hf://, http(s):// and others of fsspec") from None
+
+
+def place_to_write(url: str) -> tuple[Any, str]:
+    """`system_of`, with the folder made where there are folders. A bucket is never made: a mistyped one would be."""
+    system, path = system_of(url)
+    if url.partition("://")[0] not in BUCKETS:
+        system.makedirs(system._parent(path), exist_ok=True)
+    return system, path
 
 
 def state_of(info: dict[str, Any]) -> State:

@@ -12,13 +12,24 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from treadle.errors import ConfigError, DataError
 from treadle.storage.cache import PART_BYTES, PartCache
-from treadle.storage.filesystems import READ_BYTES, URL, State, forget, handle_of, joined, state_of, system_of
+from treadle.storage.filesystems import (
+    READ_BYTES,
+    URL,
+    State,
+    forget,
+    handle_of,
+    joined,
+    place_to_write,
+    state_of,
+    system_of,
+)
 from treadle.storage.retries import Gone, attempt
 
 _SIGNED = re.compile(r"[?&](X-Amz-Signature|X-Goog-Signature|Signature|sig|token|access_token|api_key)=", re.IGNORECASE)
@@ -228,6 +239,16 @@ class RemotePath:
 
     # ---- copying and writing ----
 
+    def size_now(self) -> int:
+        """Looked at again. Gone where there is nothing."""
+        self._known = None
+        return self.state().size
+
+    def read_now(self) -> bytes:
+        """All of the file as it is now, past the cache. Gone where there is nothing."""
+        size = self.size_now()
+        return self._fetch(0, size) if size else b""
+
     def download(self, to: Path) -> None:
         """All of the file into `to`, past the cache."""
         size = self.state().size
@@ -241,21 +262,16 @@ class RemotePath:
         """A file of this machine to here. FileNotFoundError where that is gone."""
         if not file.is_file():
             raise FileNotFoundError(str(file))
-
-        def put() -> None:
-            system, path = system_of(self.url)
-            system.makedirs(system._parent(path), exist_ok=True)
-            system.put_file(str(file), path)
-
-        attempt(f"writing {self.url}", put)
+        self._write(lambda system, path: system.put_file(str(file), path))
 
     def write_bytes(self, data: bytes) -> None:
-        def put() -> None:
-            system, path = system_of(self.url)
-            system.makedirs(system._parent(path), exist_ok=True)
-            system.pipe_file(path, data)
+        self._write(lambda system, path: system.pipe_file(path, data))
 
-        attempt(f"writing {self.url}", put)
+    def _write(self, put: Callable[[Any, str], None]) -> None:
+        try:
+            attempt(f"writing {self.url}", lambda: put(*place_to_write(self.url)))
+        except Gone:
+            raise DataError(f"{self.url} cannot be written: there is no such bucket or folder; make it first, or name another") from None
 
     def remove(self) -> None:
         """The file, or the folder with all in it; nothing is no error."""

@@ -35,7 +35,7 @@ def attempt(what: str, work: Callable[[], T]) -> T:
         except Exception as problem:  # each library behind fsspec has errors of its own
             if isinstance(problem, PermissionError) or "Credential" in type(problem).__name__:
                 raise DataError(f"{what}: {_said(problem)}; credentials are taken from the environment (docs/object_storage.md)") from None
-            if isinstance(problem, LASTING):
+            if isinstance(problem, LASTING) or "Validation" in type(problem).__name__:
                 raise DataError(f"{what}: {_said(problem)}") from None
             if number + 1 == ATTEMPTS:
                 raise DataError(f"{what}: {_said(problem)}, {ATTEMPTS} times in a row; the same command continues when it can be "

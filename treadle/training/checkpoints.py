@@ -15,7 +15,9 @@ from typing import Any
 from torch import Tensor
 
 from treadle.checkpoint import retention, writer
+from treadle.checkpoint.copies import place_of, restore_run
 from treadle.checkpoint.layout import steps_in
+from treadle.checkpoint.mirror import Mirror
 from treadle.checkpoint.reader import Checkpoint, newest_valid
 from treadle.data.base import Dataset
 from treadle.distributed.world import World
@@ -42,11 +44,19 @@ class Checkpoints:
     def __init__(self, context: Context, assembly: Assembly) -> None:
         self.assembly, self.world, self.folder = assembly, context.world, context.checkpoint_folder
         self.tokenizer, self.keep = context.dataset.tokenizer, context.config.checkpoint.save_total_limit
-        self.emit, self.warn = context.emit, context.warn
+        self.emit, self.warn, self.say, self.run = context.emit, context.warn, context.console.say, context.folder
         self.saver = Saver(context.config.checkpoint.asynchronous)
         self.saved_step = -1  # of the last save, which may still be in flight
         self.failures = 0  # saves in a row that failed
         context.remark = self.remark
+        self.mirror = self._mirror(context)
+
+    def _mirror(self, context: Context) -> Mirror | None:
+        """Of the first process alone, which sees all files."""
+        url = context.config.checkpoint.mirror
+        if url is None or not self.world.is_main_process:
+            return None
+        return Mirror(place_of(url, context.folder), self.folder, context.log_folder, self.keep, self.warn, self.emit)
 
     # ---- saving ----
 
@@ -97,7 +107,7 @@ class Checkpoints:
         def after() -> None:
             if best is not None:
                 retention.mark_best(self.folder, step, dict(best))
-            retention.rotate(self.folder, self.keep)
+            retention.rotate(self.folder, self.keep, self.mirror.in_use if self.mirror is not None else ())
 
         def job() -> None:
             self._write(self.folder, step, (tensors, files, described), world)
@@ -116,11 +126,15 @@ class Checkpoints:
     def collect(self, must: bool = False) -> Saved | None:
         """Waits for the save in flight and returns it when it is on disk. Twice in a row a save may fail."""
         saved = self.saver.wait()
+        if self.mirror is not None:
+            self.mirror.tell()
         if saved is None:
             return None
         if saved.problem is None:
             self.failures = 0
             self.emit("saved", step=saved.step, best=saved.best)
+            if self.mirror is not None:
+                self.mirror.offer(saved.step)
             return saved
         if not isinstance(saved.problem, (SaveError, PeerFailed)):
             raise saved.problem
@@ -145,12 +159,20 @@ class Checkpoints:
 
         self.world.on_main_first(mend)
 
+    def close(self) -> None:
+        """Waits for what is in flight, also to the mirror."""
+        self.saver.close()
+        if self.mirror is not None:
+            self.mirror.close(self.say)
+
     # ---- taking up ----
 
     def find_newest(self) -> Checkpoint | None:
         """The newest checkpoint that verifies; the first process looks, and all open the same one."""
 
         def look() -> str | None:
+            if self.mirror is not None:
+                restore_run(self.mirror.place, self.run, self.folder, self.mirror.logs, self.warn)
             found = newest_valid(self.folder, self.warn)
             return str(found.folder) if found is not None else None
 
@@ -194,6 +216,8 @@ class Checkpoints:
             self.warn(f"this run was trained with {state.threads} threads and goes on with {threads}: results will differ in the "
                       "last bits (OMP_NUM_THREADS sets them)")  # fmt: skip
         state.threads = threads
+        if self.mirror is not None and checkpoint.folder.parent == self.folder:
+            self.mirror.offer(checkpoint.step)  # a start that was cut off may not have got to it
         return state
 
     def _hand_over(self, checkpoint: Checkpoint) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from treadle.checkpoint.copies import place_of, steps_at
 from treadle.checkpoint.layout import steps_in
 from treadle.checkpoint.lock import RunLock
 from treadle.checkpoint.writer import clean
@@ -22,6 +24,14 @@ def refuse_used(recipe: Recipe) -> None:
         raise ConfigError(
             f"{recipe.folder} already holds a run; continue it with resume=True or use another output_dir"
         )
+    refuse_mirrored(recipe.checkpoint.mirror, recipe.folder)
+
+
+def refuse_mirrored(url: str | None, folder: Path) -> None:
+    """ConfigError for a new run whose mirror holds another one of its name."""
+    if url is not None and steps_at(place := place_of(url, folder)):
+        raise ConfigError(f"{place} holds the checkpoints of another run; use another --run_name (or --checkpoint.mirror), or go on with "
+                          "that run: the same command without --fresh (resume=True)")  # fmt: skip
 
 
 class RunFolder:

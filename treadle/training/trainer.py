@@ -115,7 +115,7 @@ class Trainer:
             raise
         finally:
             self.feed.close()
-            self.checkpoints.saver.close()
+            self.checkpoints.close()
             self.console.stop()
             self.callbacks.close()
             self.run_folder.close()
