@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import logging
 import os
@@ -119,7 +120,9 @@ def s3_server(bucket: str = "bucket") -> Iterator[Proxy]:
     proxy = Proxy(server.get_host_and_port()[1])
     Thread(target=proxy.serve_forever, daemon=True).start()
     with patch.dict(os.environ, {**ENVIRONMENT, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.server_address[1]}"}):
-        fsspec.filesystem("s3", skip_instance_cache=True).mkdir(f"s3://{bucket}")
+        fsspec.get_filesystem_class("s3").clear_instance_cache()  # of another test's server
+        with contextlib.suppress(FileExistsError):  # moto keeps its buckets for the process
+            fsspec.filesystem("s3", skip_instance_cache=True).mkdir(f"s3://{bucket}")
         yield proxy
         proxy.shutdown()
         proxy.server_close()

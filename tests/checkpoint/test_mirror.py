@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -92,6 +97,8 @@ def test_a_run_is_copied_whole_and_goes_on_from_there_bit_for_bit(server: Proxy,
     assert {"metrics.jsonl", "training_log.csv", "events.jsonl", "run.json"} <= there.keys()
     puts = [line for line in server.seen if line.startswith("PUT") and f"{checkpoint_name(8)}/" in line]
     assert MANIFEST in puts[-1] and len(puts) > 3, "the manifest comes last"
+    order = [line for line in server.seen if line.startswith("PUT") and (f"{checkpoint_name(8)}/" in line or "metrics.jsonl" in line)]
+    assert MANIFEST in order[-1], "no log comes after its checkpoint: a copy cut off between them would have a hole"
     events = [json.loads(line) for line in Path("runs/x/events.jsonl").read_text().splitlines()]
     assert [e["step"] for e in events if e["event"] == "mirrored"][-1] == 8 and not [e for e in events if e["event"] == "mirror_failed"]
 
@@ -244,3 +251,39 @@ def test_rotation_there_follows_the_run(place: Path, tmp_path: Path) -> None:
     assert steps_at(there) == [8, 6]
     assert place_of("s3://b/x/", Path("/data/runs/name")).url == "s3://b/x/name"
     assert place_of("s3://b/x", Path("/data/runs/name/stages/mixer")).url == "s3://b/x/name/stages/mixer"
+
+
+@pytest.mark.slow  # the same of one process is test_a_run_is_copied_whole_and_goes_on_from_there_bit_for_bit
+@pytest.mark.timeout(900)
+def test_two_processes_killed_whose_folder_is_lost_go_on_from_the_copy(server: Proxy, place: Path) -> None:
+    flags = ["--streaming", "true", "--devices", "2", "--mirror", "s3://bucket/killed", "--tokenizer", "byte", "--seq_len", "32", "--batch_size", "2",
+             "--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--save_steps", "3", "--logging_steps", "1",
+             "--max_steps", "60", "--eval_steps", "30", "--num_workers", "1"]  # fmt: skip
+    (place / "texts").mkdir()
+    (place / "texts" / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in make_text(2000).splitlines() if line))
+    RemotePath("s3://bucket/killed-texts/a.jsonl").upload(place / "texts" / "a.jsonl")
+
+    def start(name: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "treadle", "train", "s3://bucket/killed-texts", *flags, "--run_name", name]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+
+    assert start("whole").wait(300) == 0
+    dice, met = random.Random(1), 0
+    while met < 6:
+        process = start("parts")
+        copy = RemotePath("s3://bucket/killed/parts")
+        before, end = steps_at(copy)[:1], time.monotonic() + 120
+        while steps_at(copy)[:1] == before and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.02)
+        time.sleep(dice.uniform(0, 0.3))
+        if process.poll() is not None:
+            break
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        met += 1
+        shutil.rmtree("runs/parts", ignore_errors=True)
+    assert met >= 3
+    assert start("parts").wait(300) == 0
+    assert losses("runs/parts") == losses("runs/whole")
+    last = f"checkpoints/{checkpoint_name(60)}/model.safetensors"
+    assert Path("runs/parts", last).read_bytes() == Path("runs/whole", last).read_bytes() == tree("s3://bucket/killed/parts")[last]

@@ -53,12 +53,12 @@ def copy_there(place: RemotePath, root: Path, logs: Path, step: int, keep: int) 
 
     Raises FileNotFoundError when the checkpoint is removed here meanwhile, DataError when it cannot be written there.
     """
+    for name in LOGS:  # before the checkpoint: a log that is ahead of it is cut by whoever goes on, one behind it has a hole
+        with contextlib.suppress(FileNotFoundError):
+            (place / name).write_bytes((logs / name).read_bytes())
     best = best_step(root)
     for one in (best, step) if best in steps_in(root) and best != step else (step,):
         _copy(root / checkpoint_name(one), place / CHECKPOINTS / checkpoint_name(one))
-    for name in LOGS:
-        with contextlib.suppress(FileNotFoundError):
-            (place / name).write_bytes((logs / name).read_bytes())
     with contextlib.suppress(FileNotFoundError):
         (place / CHECKPOINTS / BEST_FILE).write_bytes((root / BEST_FILE).read_bytes())
     _rotate(place, step, keep, best)

@@ -34,12 +34,12 @@ def system_of(url: str) -> tuple[Any, str]:
     try:
         import fsspec
     except ImportError:
-        raise MissingExtra(f"reading {url}", "remote") from None
+        raise MissingExtra(f"{url.partition('://')[0]}:// (object storage)", "remote") from None
     try:
         return fsspec.core.url_to_fs(url, use_listings_cache=False)
     except ImportError as problem:
         if url.startswith("s3"):
-            raise MissingExtra(f"reading {url}", "remote") from None
+            raise MissingExtra(f"{url.partition('://')[0]}:// (object storage)", "remote") from None
         raise ConfigError(f"{url}: {problem}") from None
     except ValueError as problem:
         raise ConfigError(f"{url}: {problem}; known are s3://, gs://, hf://, http(s):// and others of fsspec") from None

@@ -28,11 +28,11 @@ def attempt(what: str, work: Callable[[], T]) -> T:
     for number in range(ATTEMPTS):
         try:
             return work()
-        except FileNotFoundError:
-            raise Gone(f"{what}: there is nothing there (any more)") from None
         except TreadleError:
             raise
         except Exception as problem:  # each library behind fsspec has errors of its own
+            if isinstance(problem, FileNotFoundError) and not _no_answer(problem):
+                raise Gone(f"{what}: there is nothing there (any more)") from None
             if isinstance(problem, PermissionError) or "Credential" in type(problem).__name__:
                 raise DataError(f"{what}: {_said(problem)}; credentials are taken from the environment (docs/object_storage.md)") from None
             if isinstance(problem, LASTING) or "Validation" in type(problem).__name__:
@@ -44,6 +44,13 @@ def attempt(what: str, work: Callable[[], T]) -> T:
     raise AssertionError
 
 
+def _no_answer(problem: FileNotFoundError) -> bool:
+    """fsspec's http says of a server that does not answer that the file is not there."""
+    return isinstance(problem.__cause__, (OSError, TimeoutError)) and not isinstance(problem.__cause__, FileNotFoundError)
+
+
 def _said(problem: Exception) -> str:
+    if isinstance(problem, FileNotFoundError) and isinstance(problem.__cause__, Exception):
+        problem = problem.__cause__
     text = " ".join(str(problem).split())
     return f"{type(problem).__name__}{': ' + text[:300] if text else ''}"
