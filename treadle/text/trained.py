@@ -17,6 +17,7 @@ import numpy as np
 
 from treadle.errors import ConfigError, InputError
 from treadle.text.base import Tokenizer, read_table, write_meta
+from treadle.text.words import WordCache
 
 EOS_TOKEN = "<|endoftext|>"
 CONFIG_FILE, CHAT_FILE = "tokenizer_config.json", "chat_template.jinja"  # as transformers calls them
@@ -140,8 +141,14 @@ class LibraryTokenizer(Tokenizer):
         return np.asarray(self.inner.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if self._words is not None:
+            return [self._words.encode(text) for text in texts]
         encoded = self.inner.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(one.ids, dtype=np.int32) for one in encoded]
+
+    @functools.cached_property
+    def _words(self) -> WordCache | None:
+        return WordCache.of(self.inner)
 
     def decode(self, ids: Iterable[int], errors: str = "replace") -> str:
         keep = [i for i in map(int, ids) if i not in self._special_ids and 0 <= i < self.vocab_size]
