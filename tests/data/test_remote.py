@@ -7,6 +7,7 @@ import gzip
 import io
 import itertools
 import json
+import random
 import shutil
 import threading
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from treadle.data.prepare import is_prepared
 from treadle.data.sources import open_source
 from treadle.errors import ConfigError, DataError, InputError, MissingExtra
 from treadle.storage import filesystems, retries
+from treadle.storage.arrays import mapped
 from treadle.storage.cache import PART_BYTES, PartCache
 from treadle.storage.remote import RemotePath, path_of, refuse_secrets
 
@@ -265,6 +267,17 @@ def test_memory_and_file_urls(tmp_path: Path) -> None:
     expected, _ = take(stream(str(tmp_path / "a.jsonl")), 3)
     for url in ("memory://texts", "memory://texts/a.jsonl", f"file://{tmp_path}/a.jsonl"):
         assert ids(take(stream(url), 3)[0]) == ids(expected), url
+
+
+def test_a_remote_array_reads_as_one_in_memory() -> None:
+    numbers = np.random.default_rng(0).integers(0, 60_000, 200_001).astype("<u2")
+    RemotePath("memory://arrays/x.bin").write_bytes(numbers.tobytes())
+    there, dice = mapped(RemotePath("memory://arrays/x.bin"), np.dtype("<u2")), random.Random(0)
+    for _ in range(500):
+        start = dice.randrange(len(numbers))
+        stop = start + dice.choice([0, 1, 5, 1000, 40_000, 100_000])
+        assert np.array_equal(there[start:stop], numbers[start:stop]) and there[start] == numbers[start]
+    assert np.array_equal(np.asarray(there), numbers) and there[-1] == numbers[-1] and there.max() == numbers.max()
 
 
 def test_what_cannot_be_read_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from treadle.storage.cache import PART_BYTES
 from treadle.storage.remote import AnyPath, RemotePath, size_of
 
 
@@ -14,6 +15,7 @@ class RemoteArray:
 
     def __init__(self, file: RemotePath, dtype: np.dtype) -> None:
         self.file, self.dtype = file, dtype
+        self._held = (0, np.zeros(0, dtype))  # the part that was read last: a row's documents lie side by side
 
     def __len__(self) -> int:
         return self.file.state().size // self.dtype.itemsize
@@ -21,10 +23,24 @@ class RemoteArray:
     def __getitem__(self, place: Any) -> Any:
         if isinstance(place, slice):
             start, stop, step = place.indices(len(self))
-            wide = self.dtype.itemsize
-            return np.frombuffer(self.file.read_range(start * wide, stop * wide), self.dtype)[:: step]
+            return self._range(start, stop)[::step]
         number = range(len(self))[place]
-        return self[number : number + 1][0]
+        return self._range(number, number + 1)[0]
+
+    def _range(self, start: int, stop: int) -> np.ndarray:
+        begin, held = self._held
+        if begin <= start and stop <= begin + len(held):
+            return held[start - begin : stop - begin]
+        wide = PART_BYTES // self.dtype.itemsize
+        if stop - start > wide:
+            return self._read(start, stop)
+        begin, end = start // wide * wide, -(-stop // wide) * wide
+        held = self._read(begin, min(end, len(self)))
+        self._held = begin, held
+        return held[start - begin : stop - begin]
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        return np.frombuffer(self.file.read_range(start * self.dtype.itemsize, stop * self.dtype.itemsize), self.dtype)
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
         return np.asarray(self[:], dtype)
