@@ -1,6 +1,7 @@
 """Data read, tokenised and packed on the way: treadle's streams and prepared text beside three peers.
 
     python -m bench.data [--megabytes 40] [--rounds 3]
+    python -m bench.data --large [--megabytes 40]       # memory and resume of streams on 20 times the text
 
 The same JSON lines, BPE of 2048 tokens and rows of 1024 in batches of 16 for all, each measurement in a process of its own, in
 turns; CPU seconds count all threads and workers. Each peer as its guide has it, tokenising with encode_batch_fast, a thousand texts
@@ -238,10 +239,36 @@ def apart(cache: Path, *arguments: object) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def train_tokenizer(source: Path, folder: Path) -> None:
+    from treadle.text.base import Tokenizer
+
+    texts = (json.loads(line)["text"] for line in itertools.islice(source.open(encoding="utf-8"), 9000))
+    Tokenizer.train("bpe", texts, 2048).save(folder)
+
+
+def large(megabytes: float, rounds: int) -> None:
+    """Peak memory at a size and at 20 times it, over the same number of tokens, and the first batch after 10% and 90% of the larger."""
+    with tempfile.TemporaryDirectory() as folder:
+        home, cache = Path(folder), Path(folder) / "cache"
+        sizes = {megabytes: home / "small.jsonl", 20 * megabytes: home / "large.jsonl"}
+        for size, source in sizes.items():
+            write_source(source, size)
+        train_tokenizer(home / "small.jsonl", home / "tokenizer")
+        peaks = [apart(cache, "treadle stream", source, home / "tokenizer", int(megabytes * 2.7e5), "-", "-")["peak"] for source in sizes.values()]
+        print(f"peak memory: {peaks[0]:.0f} MB at {megabytes:g} MB of text, {peaks[1]:.0f} MB at {20 * megabytes:g}")
+        for share in (0.1, 0.9):
+            saved = home / f"{share}.json"
+            apart(cache, "treadle stream", home / "large.jsonl", home / "tokenizer", int(20 * megabytes * 1e6 / 3.3 * share), saved, "-")
+            again = [apart(cache, "treadle stream", home / "large.jsonl", home / "tokenizer", 1, "-", saved) for _ in range(rounds)]
+            median = [statistics.median(run[key] for run in again) for key in ("first_seconds", "first_cpu")]
+            print(f"first batch after {share:.0%} of {20 * megabytes:g} MB: {median[0]:.2f} seconds, {median[1]:.2f} CPU seconds")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.data", description=__doc__)
     parser.add_argument("--megabytes", type=float, default=40)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--large", action="store_true", help="memory and resume of streams on 20 times the text")
     parser.add_argument("--one", nargs="*", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
@@ -249,8 +276,9 @@ def main() -> None:
         optional = [None if path == "-" else Path(path) for path in (saved, resume)]
         print(json.dumps(measure(name, Path(source), Path(tokenizer), int(tokens), *optional)), flush=True)
         os._exit(0)  # some peers end slowly
-    from treadle.text.base import Tokenizer
-
+    if given.large:
+        large(given.megabytes, given.rounds)
+        return
     contenders = []
     for name, package in CONTENDERS.items():
         if package is None or importlib.util.find_spec(package) is not None:
@@ -261,8 +289,7 @@ def main() -> None:
         home, cache = Path(folder), Path(folder) / "cache"
         source, tokenizer = home / "a.jsonl", home / "tokenizer"
         write_source(source, given.megabytes)
-        texts = (json.loads(line)["text"] for line in itertools.islice(source.open(encoding="utf-8"), 9000))
-        Tokenizer.train("bpe", texts, 2048).save(tokenizer)
+        train_tokenizer(source, tokenizer)
         whole = int(given.megabytes * 1e6 / 3.3)  # tokens, about
         prepared = apart(cache, "treadle prepared", source, tokenizer, ROWS * LENGTH, "-", "-")
         print(f"preparing all of it, once: {prepared['first_cpu']:.1f} CPU seconds, import included")
