@@ -40,6 +40,7 @@ def test_the_preset_of_25_million_takes_5_megabytes() -> None:
         assert torch.equal(model.eval()(batch).logits, other.eval()(batch).logits)
 
 
+@pytest.mark.slow  # five commands, 20 s; that packed weights are written and read again is tested above
 def test_an_export_answers_like_its_run_and_can_be_exported_and_trained_again(text_file: Path, tmp_path: Path) -> None:
     flags = ["--tokenizer", "byte", "--hidden_sizes", "32,48", "--num_blocks", "[[1,0,1],[1]]", "--seq_len", 32, "--batch_size", 2]
     made = command("train", text_file, "--model.arch", "hnet", *flags, "--max_steps", 4, "--output_dir", tmp_path / "run")

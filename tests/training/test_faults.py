@@ -60,7 +60,7 @@ def test_kills_slow(text_file: Path, tmp_path: Path) -> None:
     assert total >= 40
 
 
-@pytest.mark.parametrize("shift", [-10 * 365 * 86400, 3600], ids=["ten years back", "an hour ahead"])
+@pytest.mark.parametrize("shift", [pytest.param(-10 * 365 * 86400, marks=pytest.mark.slow), 3600], ids=["ten years back", "an hour ahead"])
 def test_a_lying_clock_changes_nothing(text_file: Path, tmp_path: Path, shift: int) -> None:
     """Every file's time jumps between two starts: the newest checkpoint is the one with the highest step."""
     folder = tmp_path / "run"
