@@ -141,16 +141,25 @@ def byte_ranges(file: AnyPath, size: int, step: int) -> list[Piece]:
 def first_line(stream: BinaryIO, piece: Piece, mark: bytes | None = None) -> int | None:
     """Where the first line of a range begins, and there the stream is then; with `mark`: the first behind a line equal to it. None
     where none does."""
-    stream.seek(piece.start)
-    at = piece.start
-    while at < piece.stop and piece.start > 0:
+    if piece.start == 0:
+        stream.seek(0)
+        return 0
+    at, cut = piece.start, b""
+    if mark is not None:  # the line that the range begins in is compared whole; one that begins farther back is longer than the mark
+        back = max(0, at - len(mark) - 3)
+        stream.seek(back)
+        before = stream.read(at - back)
+        cut = before[before.rfind(b"\n") + 1 :]
+    stream.seek(at)
+    while at < piece.stop:
         line = stream.readline(piece.stop - at)
         at += len(line)
-        if line.endswith(b"\n") and mark in (None, line.rstrip(b"\r\n")):
+        if line.endswith(b"\n") and mark in (None, (cut + line).rstrip(b"\r\n")):
             return at
         if not line:
             break
-    return None if piece.start > 0 else 0
+        cut = b""
+    return None
 
 
 def _decode_lines(raw: bytes, file: str, offset: int, first_line: int | None) -> Iterator[str | Bad]:
@@ -206,6 +215,9 @@ class TextSource(Source):
 
                 yield file, 0, lzma.decompress(file.read_bytes())
                 continue
+            if piece.stop < 0 and file.suffix not in COMPRESSED:
+                yield file, 0, file.read_bytes()
+                continue
             with opened(file, piece) as stream:
                 if piece.stop < 0:
                     stream.seek(0)
@@ -214,9 +226,13 @@ class TextSource(Source):
                 if (begin := first_line(stream, piece, mark)) is None:
                     continue
                 content = [stream.read(piece.stop - begin)]
-                while (line := stream.readline()) and mark not in (None, line.rstrip(b"\r\n")):
+                cut = content[0][content[0].rfind(b"\n") + 1 :]  # of a line that the range ends in
+                while line := stream.readline():
                     content.append(line)
-                yield file, begin, b"".join([*content, line])
+                    if mark in (None, (cut + line).rstrip(b"\r\n")):
+                        break
+                    cut = b""
+                yield file, begin, b"".join(content)
 
     def read(self, piece: Piece) -> Iterator[Document | Bad]:
         for file, begin, raw in self._bytes(piece):

@@ -7,6 +7,7 @@ Processes share the folder: writing is atomic, and a damaged part is as if it we
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import uuid
@@ -32,7 +33,8 @@ class PartCache:
 
     @staticmethod
     def under(cache_dir: str | None, limit: int = DEFAULT_BYTES) -> PartCache:
-        return PartCache(cache_root(cache_dir) / "remote", limit)
+        """The one of this process in this place."""
+        return _shared(cache_root(cache_dir) / "remote", limit)
 
     def read(self, name: str, number: int) -> bytes | None:
         """Part `number` of the file called `name`, or None."""
@@ -93,3 +95,8 @@ class PartCache:
             if not folders and not names and folder != str(self.folder):
                 with contextlib.suppress(OSError):
                     os.rmdir(folder)
+
+
+@functools.cache
+def _shared(folder: Path, limit: int) -> PartCache:
+    return PartCache(folder, limit)

@@ -18,6 +18,7 @@ LOOKED_AT = 60.0  # seconds after which a file that is read is looked at again
 MOST_HANDLES = 256  # of a thread
 READ_BYTES = 8 << 20
 BUCKETS = ("s3", "s3a", "gs", "gcs", "abfs", "az", "adl", "hf", "oss", "r2")  # what is before :// of stores without folders
+CONDITIONAL = ("s3", "s3a")  # whose requests name the version (If-Match), so that no look is needed after them
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
@@ -61,18 +62,21 @@ def state_of(info: dict[str, Any]) -> State:
     return State(-1 if size is None else int(size), str(version))
 
 
-def joined(folder: str, found: str) -> str:
-    """The URL of what a listing of `folder` calls `found`, which most file systems give without the protocol."""
-    if URL.match(found):
-        return found
-    protocol = folder.partition("://")[0]
-    return f"{protocol}://{found.lstrip('/')}" if protocol != "memory" else f"memory://{found}".replace(":///", "://")
+def under(folder: str, found: str) -> str:
+    """The URL of a file that the listing of `folder` calls `found`. DataError for a name that would be another place on a disk."""
+    system, path = system_of(folder)
+    root = str(system._strip_protocol(path)).rstrip("/") + "/"
+    name = str(system._strip_protocol(found))
+    inside = name.removeprefix(root)
+    if not name.startswith(root) or any(part in ("", ".", "..") for part in inside.split("/")) or "\\" in inside or "\0" in inside:
+        raise DataError(f"{folder} holds an object whose name is no file's: {found!r}; remove it, or name the files that are wanted")
+    return f"{folder}/{inside}"
 
 
 _local = threading.local()
 
 
-def _handles() -> OrderedDict[str, tuple[float, Any]]:
+def _handles() -> OrderedDict[tuple[str, State], tuple[float, Any]]:
     """Open files of this thread; a child process has none of its parent's."""
     if getattr(_local, "process", None) != os.getpid():
         _local.process, _local.handles = os.getpid(), OrderedDict()
@@ -80,27 +84,41 @@ def _handles() -> OrderedDict[str, tuple[float, Any]]:
 
 
 def forget(url: str) -> None:
-    _handles().pop(url, None)
+    for key in [key for key in _handles() if key[0] == url]:
+        del _handles()[key]
 
 
-def handle_of(url: str, known: State) -> Any:
-    """An open file, looked at in the last minute. DataError where it is not the file that was known."""
-    handles = _handles()
-    since, handle = handles.get(url, (0.0, None))
-    if handle is not None and time.monotonic() - since < LOOKED_AT:
-        handles.move_to_end(url)
-        return handle
+def look(url: str) -> State:
+    """How a file is now."""
     system, path = system_of(url)
-    handle = system.open(path, "rb", cache_type="none", block_size=READ_BYTES)
-    now = state_of(getattr(handle, "details", None) or {})
-    if now != known:  # not every file system says the same of an open file
-        now = state_of(dict(system.info(path)))
+    return state_of(dict(system.info(path)))
+
+
+def refuse_change(url: str, known: State, now: State) -> None:
     if now != known:
         what = f"size {known.size} -> {now.size}" if known.size != now.size else f"version {known.version} -> {now.version}"
         raise DataError(f"{url} was changed while it was read ({what}); the order of a run holds only for the data it was started with")
-    if not handle.seekable():
-        raise DataError(f"{url}: its server gives no ranges of a file; download it first")
-    handles[url] = time.monotonic(), handle
-    if len(handles) > MOST_HANDLES:
-        handles.popitem(last=False)
-    return handle
+
+
+def fetch(url: str, known: State, start: int, stop: int) -> bytes:
+    """Bytes [start, stop) of the file as it was known. DataError where it is another one."""
+    handles = _handles()
+    since, handle = handles.get((url, known), (0.0, None))
+    if handle is None or time.monotonic() - since > LOOKED_AT:
+        system, path = system_of(url)
+        handle = system.open(path, "rb", cache_type="none", block_size=READ_BYTES)
+        if state_of(getattr(handle, "details", None) or {}) != known:  # not every file system says the same of an open file
+            refuse_change(url, known, look(url))
+        if not handle.seekable():
+            raise DataError(f"{url}: its server gives no ranges of a file; download it first")
+        handles[url, known] = time.monotonic(), handle
+        if len(handles) > MOST_HANDLES:
+            handles.popitem(last=False)
+    handles.move_to_end((url, known))
+    handle.seek(start)
+    data = bytes(handle.read(stop - start))
+    if url.partition("://")[0] not in CONDITIONAL:
+        refuse_change(url, known, look(url))
+    if len(data) != stop - start:
+        raise ConnectionError(f"{len(data)} of {stop - start} bytes arrived")
+    return data

@@ -6,33 +6,37 @@ fetched belongs to the version that was found when the file was first looked at:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
-from treadle.errors import ConfigError, DataError
+from treadle.errors import ConfigError, DataError, InputError
 from treadle.storage.cache import PART_BYTES, PartCache
 from treadle.storage.filesystems import (
     READ_BYTES,
     URL,
     State,
+    fetch,
     forget,
-    handle_of,
-    joined,
     place_to_write,
     state_of,
     system_of,
+    under,
 )
 from treadle.storage.retries import Gone, attempt
 
-_SIGNED = re.compile(r"[?&](X-Amz-Signature|X-Goog-Signature|Signature|sig|token|access_token|api_key)=", re.IGNORECASE)
+ACCOUNTS = ("abfs", "abfss", "az", "adl")  # Azure's URLs have CONTAINER@ACCOUNT
+HARMLESS = {"download", "raw", "rev", "ref", "versionid", "revision"}  # what the query of a URL may say
+AHEAD_BYTES = 4 << 20  # that are fetched at most while a file is read from front to back
 
 
 def is_url(place: object) -> bool:
@@ -51,10 +55,12 @@ def path_of(place: str | Path | RemotePath, cache: PartCache | None = None) -> A
 def refuse_secrets(url: str) -> None:
     """ConfigError for a URL that carries a password or a signature: it would be written down with the run."""
     parts = urlsplit(url)
-    if parts.password or (parts.username and "@" in parts.netloc) or _SIGNED.search(url):
+    user, at, _ = parts.netloc.rpartition("@")
+    asked = {word.partition("=")[0].lower() for word in re.split("[&;]", parts.query) if word}
+    if (at and (":" in user or parts.scheme not in ACCOUNTS)) or asked - HARMLESS or "=" in parts.fragment:
         shown = url.partition("://")[0] + "://" + parts.netloc.rpartition("@")[2] + parts.path
-        raise ConfigError(f"the URL of {shown} carries credentials, which would be written into the run's files; leave them away: they "
-                          "are taken from the environment (docs/object_storage.md)")  # fmt: skip
+        raise ConfigError(f"the URL of {shown} carries credentials (or a query that may be some), which would be written into the run's "
+                          "files; leave them away: credentials are taken from the environment (docs/object_storage.md)")  # fmt: skip
 
 
 class RemotePath:
@@ -165,8 +171,8 @@ class RemotePath:
         made = []
         for place, info in found.items():
             known = state_of(info)
-            url = joined(self.url, place)
-            made.append(RemotePath(url, self.cache, known if known.size >= 0 and known.version else None))
+            if info.get("type") == "file" and not place.endswith("/"):  # a key that ends so marks a folder
+                made.append(RemotePath(under(self.url, place), self.cache, known if known.size >= 0 and known.version else None))
         return sorted(made)
 
     def names(self) -> list[str]:
@@ -200,7 +206,7 @@ class RemotePath:
         if start >= stop:
             return b""
         name, first, last = self._cache_name(), start // PART_BYTES, -(-stop // PART_BYTES)
-        parts = {number: self.cache.read(name, number) for number in range(first, last)}
+        parts = {number: self.cache.read(name, number) if state.version else None for number in range(first, last)}
         missing = [number for number, part in parts.items() if part is None]
         while missing:
             run = 1
@@ -210,7 +216,8 @@ class RemotePath:
             data = self._fetch(begin, min(begin + run * PART_BYTES, state.size))
             for n in range(run):
                 parts[missing[n]] = part = data[n * PART_BYTES : (n + 1) * PART_BYTES]
-                self.cache.write(name, missing[n], part)
+                if state.version:  # without one nobody would know that the file has changed
+                    self.cache.write(name, missing[n], part)
             missing = missing[run:]
         whole = b"".join(part for part in parts.values() if part is not None)
         return whole[start - first * PART_BYTES : stop - first * PART_BYTES]
@@ -220,27 +227,22 @@ class RemotePath:
         return hashlib.sha256(json.dumps([self.url, state.size, state.version]).encode()).hexdigest()[:40]
 
     def _fetch(self, start: int, stop: int) -> bytes:
-        def fetch() -> bytes:
-            handle = handle_of(self.url, self.state())
+        def once() -> bytes:
             try:
-                handle.seek(start)
-                data = handle.read(stop - start)
+                return fetch(self.url, self.state(), start, stop)
             except Exception as problem:
                 forget(self.url)  # the next attempt looks at the file again
                 if isinstance(problem, ValueError) and "range" in str(problem):
                     raise DataError(f"{self.url}: its server gives no ranges of a file; download it first") from None
                 raise
-            if len(data) != stop - start:
-                forget(self.url)
-                raise ConnectionError(f"{len(data)} of {stop - start} bytes arrived")
-            return bytes(data)
 
-        return attempt(f"reading {self.url}", fetch)
+        return attempt(f"reading {self.url}", once)
 
     # ---- copying and writing ----
 
     def size_now(self) -> int:
         """Looked at again. Gone where there is nothing."""
+        forget(self.url)
         self._known = None
         return self.state().size
 
@@ -268,6 +270,8 @@ class RemotePath:
         self._write(lambda system, path: system.pipe_file(path, data))
 
     def _write(self, put: Callable[[Any, str], None]) -> None:
+        forget(self.url)
+        self._known = None
         try:
             attempt(f"writing {self.url}", lambda: put(*place_to_write(self.url)))
         except Gone:
@@ -279,6 +283,7 @@ class RemotePath:
             system, path = system_of(self.url)
             system.rm(path, recursive=True)
 
+        forget(self.url)
         try:
             attempt(f"removing {self.url}", gone)
         except Gone:
@@ -302,25 +307,27 @@ def size_of(file: AnyPath) -> int:
 
 
 def local_copy(folder: AnyPath, root: Path) -> Path:
-    """A small folder as one of this machine: itself, or its files under `root`, fetched once for each version."""
+    """A small folder as one of this machine: itself, or its files under `root`, fetched once for each version. InputError for none."""
     if isinstance(folder, Path):
         return folder
     files = folder.files()
+    if not files:
+        raise InputError(f"{folder} holds no file")
     name = hashlib.sha256(json.dumps([[f.url, f.state().size, f.state().version] for f in files]).encode()).hexdigest()[:24]
     final = root / "fetched" / name
     if not final.is_dir():
-        part = final.with_name(f".{name}.part-{os.getpid()}")
-        shutil.rmtree(part, ignore_errors=True)
-        for file in files:
-            place = part / file.url.removeprefix(folder.url + "/")
-            if ".." in place.parts:
-                raise DataError(f"{file.url}: a name that points out of its folder")
-            place.parent.mkdir(parents=True, exist_ok=True)
-            file.download(place)
-        if final.is_dir():
+        part = final.with_name(f".{name}.{uuid.uuid4().hex[:8]}")
+        try:
+            for file in files:
+                place = part / file.url.removeprefix(folder.url + "/")
+                if not place.resolve().is_relative_to(part.resolve()):
+                    raise DataError(f"{file.url}: a name that points out of its folder")
+                place.parent.mkdir(parents=True, exist_ok=True)
+                file.download(place)
+            with contextlib.suppress(OSError):  # another process was faster: the same files
+                part.rename(final)
+        finally:
             shutil.rmtree(part, ignore_errors=True)
-        else:
-            part.replace(final)
     return final
 
 
@@ -330,7 +337,7 @@ class _Stream(io.RawIOBase):
     def __init__(self, path: RemotePath, start: int, stop: int) -> None:
         self.path, self.size, self.at = path, path.state().size, 0
         self.start, self.stop = start, stop
-        self.held, self.held_from = b"", 0
+        self.held, self.held_from, self.ahead = b"", -1, PART_BYTES
 
     def readable(self) -> bool:
         return True
@@ -347,10 +354,17 @@ class _Stream(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         if not self.held_from <= self.at < self.held_from + len(self.held):
-            inside = self.start <= self.at < self.stop
-            begin, end = (self.start, self.stop) if inside else (self.at, self.at + max(len(buffer), PART_BYTES))
+            inside, onward = self.start <= self.at < self.stop, self.at == self.held_from + len(self.held)
+            self.ahead = min(2 * self.ahead, AHEAD_BYTES) if onward else PART_BYTES
+            begin = self.at // PART_BYTES * PART_BYTES
+            begin, end = (self.start, self.stop) if inside else (begin, self.at + max(len(buffer), self.ahead))
             self.held, self.held_from = self.path.read_range(begin, end), begin
         part = memoryview(self.held)[self.at - self.held_from :][: len(buffer)]
         buffer[: len(part)] = part
         self.at += len(part)
         return len(part)
+
+    def readall(self) -> bytes:
+        data = self.path.read_range(self.at, self.size)
+        self.at += len(data)
+        return data

@@ -20,10 +20,14 @@ class Gone(DataError):
     """There is nothing at a URL."""
 
 
+class Unreachable(DataError):
+    """What a URL names cannot be reached for the moment."""
+
+
 def attempt(what: str, work: Callable[[], T]) -> T:
     """What `work` returns. what: said in the error, "reading s3://bucket/file".
 
-    Raises Gone where there is nothing, DataError for a lasting reason (no access) at once and for any other after ATTEMPTS.
+    Raises Gone where there is nothing, DataError for a lasting reason (no access) at once, Unreachable for any other after ATTEMPTS.
     """
     for number in range(ATTEMPTS):
         try:
@@ -38,7 +42,7 @@ def attempt(what: str, work: Callable[[], T]) -> T:
             if isinstance(problem, LASTING) or "Validation" in type(problem).__name__:
                 raise DataError(f"{what}: {_said(problem)}") from None
             if number + 1 == ATTEMPTS:
-                raise DataError(f"{what}: {_said(problem)}, {ATTEMPTS} times in a row; the same command continues when it can be "
+                raise Unreachable(f"{what}: {_said(problem)}, {ATTEMPTS} times in a row; the same command continues when it can be "
                                 "reached again") from None  # fmt: skip
         time.sleep(FIRST_WAIT * 2**number * random.uniform(0.5, 1))  # many processes do not come back at once
     raise AssertionError
