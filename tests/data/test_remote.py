@@ -12,7 +12,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from treadle.errors import ConfigError, DataError, InputError, MissingExtra
 from treadle.storage import filesystems, retries
 from treadle.storage.arrays import mapped
 from treadle.storage.cache import PART_BYTES, PartCache
-from treadle.storage.remote import RemotePath, path_of, refuse_secrets
+from treadle.storage.remote import RemotePath, local_copy, path_of, refuse_secrets
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +249,8 @@ def test_a_run_on_a_bucket_continues_and_writes_no_secret(server: Proxy, tmp_pat
 
 @pytest.mark.parametrize("url", [
     "s3://key:secret@bucket/a.jsonl", "https://user:word@host/a.jsonl", "https://host/a.jsonl?X-Amz-Signature=abc&x=1",
-    "https://host/a.jsonl?sig=abc",
+    "https://host/a.jsonl?sig=abc", "https://host/a.jsonl?apikey=abc", "https://host/a?x=1&password=abc", "https://host/a#access_token=abc",
+    "abfs://user:secret@account/x",
 ])  # fmt: skip
 def test_a_url_with_credentials_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="carries credentials") as problem:
@@ -257,6 +258,11 @@ def test_a_url_with_credentials_is_refused(url: str) -> None:
     assert "secret" not in str(problem.value) and "abc" not in str(problem.value) and "word" not in str(problem.value)
     with pytest.raises(ConfigError, match="carries credentials"):
         Dataset.load(url, tokenizer="byte")
+
+
+@pytest.mark.parametrize("url", ["abfs://container@account.dfs.core.windows.net/x", "https://host/a.jsonl?download=true", "s3://bucket/a b"])
+def test_a_url_without_credentials_is_taken(url: str) -> None:
+    refuse_secrets(url)
 
 
 def test_memory_and_file_urls(tmp_path: Path) -> None:
@@ -278,6 +284,91 @@ def test_a_remote_array_reads_as_one_in_memory() -> None:
         stop = start + dice.choice([0, 1, 5, 1000, 40_000, 100_000])
         assert np.array_equal(there[start:stop], numbers[start:stop]) and there[start] == numbers[start]
     assert np.array_equal(np.asarray(there), numbers) and there[-1] == numbers[-1] and there.max() == numbers.max()
+
+
+@pytest.mark.parametrize("key", ["/tmp/treadle-escaped", "../../escaped", "a/../../../escaped", "./x", "a//b"])
+def test_object_names_that_leave_their_folder_write_nothing(server: Proxy, tmp_path: Path, key: str) -> None:
+    import boto3
+
+    with contextlib.suppress(OSError):
+        Path("/tmp/treadle-escaped").unlink()
+    client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{server.server_address[1]}")
+    client.put_object(Bucket="bucket", Key="hostile/a.txt", Body=b"a")
+    client.put_object(Bucket="bucket", Key=f"hostile/{key}", Body=b"evil")
+    try:
+        with pytest.raises(DataError, match="whose name is no file's"):
+            local_copy(RemotePath("s3://bucket/hostile"), tmp_path / "root" / "deep")
+    finally:
+        client.delete_object(Bucket="bucket", Key=f"hostile/{key}")
+    assert not Path("/tmp/treadle-escaped").exists() and not list(tmp_path.rglob("*escaped*"))
+    with pytest.raises(InputError, match="holds no file"):
+        local_copy(RemotePath("s3://bucket/empty"), tmp_path)
+
+
+def test_requests_are_made_again_with_growing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(retries.time, "sleep", waits.append)
+    monkeypatch.setattr(retries, "FIRST_WAIT", 1.0)
+    left = [ConnectionError("reset"), TimeoutError(), OSError("503")]
+
+    def work() -> str:
+        if left:
+            raise left.pop()
+        return "there"
+
+    assert retries.attempt("reading x", work) == "there"
+    assert len(waits) == 3 and all(0.5 * 2**n <= wait <= 2**n for n, wait in enumerate(waits))
+
+
+class _Versioned(BaseHTTPRequestHandler):
+    """One file with ranges and an ETag, and no care for If-Match."""
+
+    content, tag, tagged = b"", "v1", True
+
+    def log_message(self, *parts: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        part, asked = self.content, self.headers.get("Range")
+        if asked:
+            first, last = asked.removeprefix("bytes=").split("-")
+            part = self.content[int(first) : int(last) + 1]
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(self.content)}")
+        else:
+            self.send_response(200)
+        self.send_header("Content-Length", str(len(part)))
+        if self.tagged:
+            self.send_header("ETag", self.tag)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(part)
+
+    do_HEAD = do_GET
+
+
+def test_a_web_file_that_changes_is_never_mixed_nor_kept(tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp", reason="the extra remote (aiohttp) is not installed")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Versioned)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_address[1]}/a.bin"
+        _Versioned.content, _Versioned.tag, _Versioned.tagged = b"A" * (4 * PART_BYTES), "v1", True
+        file = RemotePath(url, PartCache(tmp_path / "kept"))
+        assert file.read_range(0, 10) == b"A" * 10
+        _Versioned.content, _Versioned.tag = b"B" * (4 * PART_BYTES), "v2"
+        with pytest.raises(DataError, match="was changed while it was read"):
+            file.read_range(0, 2 * PART_BYTES)
+        assert RemotePath(url, PartCache(tmp_path / "kept")).read_range(0, 2 * PART_BYTES) == b"B" * (2 * PART_BYTES)
+        _Versioned.tagged = False  # a server that tells no version: nothing is kept
+        assert RemotePath(url, PartCache(tmp_path / "untold")).read_range(0, 10) == b"B" * 10
+        assert not list((tmp_path / "untold").rglob("*"))
+    finally:
+        server.shutdown()
+    place = RemotePath("memory://now/x")
+    for data in (b"one", b"two"):
+        place.write_bytes(data)
+        assert place.read_now() == data
 
 
 def test_what_cannot_be_read_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

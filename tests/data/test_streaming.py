@@ -18,6 +18,7 @@ import torch
 from treadle.data.base import BatchPlan, Dataset
 from treadle.data.compressed import content_size, open_bytes
 from treadle.data.lanes import LANES, BlockOrder, groups_of
+from treadle.data.sources import open_source
 from treadle.errors import CheckpointError, ConfigError, DataError, InputError
 
 DOCUMENTS = 3000
@@ -321,3 +322,20 @@ def test_a_hugging_face_data_set_streams(tmp_path: Path) -> None:
     assert sorted(one_epoch(data)) == list(range(DOCUMENTS))
     whole, positions = take(data, 20)
     assert ids(take(data, 2, positions[10])[0]) == ids(whole[11:13])
+
+
+@pytest.mark.parametrize("separator", ["<|end|>", "", "x"])
+def test_separated_text_is_the_same_however_it_is_cut(tmp_path: Path, separator: str) -> None:
+    """Every document once, wherever a range ends: inside a separator, inside a long line, at a line end."""
+    dice = random.Random(7)
+    lines = [separator, separator, "a", "xy", "x", "<|end|", "z" * 30, ""]
+    for trial in range(150):
+        text = "".join(dice.choice(lines) + dice.choice(["\n", "\n", "\r\n"]) for _ in range(dice.randint(1, 40))) + dice.choice(["", "tail"])
+        (tmp_path / "a.txt").write_bytes(text.encode())
+        whole = open_source(tmp_path / "a.txt", separator=separator)
+        expected = [d for p in whole.pieces() for d in whole.read(p)]
+        for step in (1, 2, 3, 7, 16, 33):
+            cut = open_source(tmp_path / "a.txt", separator=separator)
+            cut.piece_bytes = step
+            found = [d for p in cut.pieces() for d in cut.read(p)]
+            assert [d for d in found if d] == [d for d in expected if d], (trial, step, text)
