@@ -227,6 +227,9 @@ def make_trainer(request: Request, recipe: Recipe, console: Console, world: Worl
         _check_data(trainer, splits["train"], request.allow_change)
         console.say(f"Resumed from step {trainer.state.step}")
     elif start_weights is not None:
+        steps = world.all_gather_object(getattr(start_weights, "step", 0))
+        if len(set(steps)) > 1:  # a copy that a training run is still adding to
+            raise ConfigError(f"the processes found different checkpoints at {request.weights_from} (steps {steps}); name one: {request.weights_from}@{min(steps)}")
         trainer.checkpoints.load_weights(start_weights)
         if world.is_main_process:
             keep_generation_file(start_weights, folder)
@@ -296,6 +299,7 @@ def _new_segment(trainer: Trainer, checkpoint: Any) -> None:
             shutil.copy2(trainer.context.log_folder / name, aside / name)
     for step in newer:
         (trainer.checkpoints.folder / checkpoint_name(step)).rename(aside / checkpoint_name(step))
+    trainer.checkpoints.go_back()
     trainer.console.say(f"{len(newer)} newer checkpoint(s) and the logs up to now are kept in {aside}")
 
 
@@ -365,10 +369,7 @@ def train_in(world: World | None, request: Request, console: Console) -> dict[st
             return str(folder)
 
         folder = Path(world.on_main_first(take_folder) if world is not None else take_folder())
-        if world is not None:
-            world.on_main_first(lambda: _look_in_mirror(request, folder, console))
-        else:
-            _look_in_mirror(request, folder, console)
+        _look_in_mirror(request, folder, console, world)
         recipe = configure(request, folder)
         trainer = make_trainer(request, recipe, console, world)
         trainer.run_folder.adopt_lock(lock)
@@ -377,7 +378,8 @@ def train_in(world: World | None, request: Request, console: Console) -> dict[st
             on = trainer.callbacks[trainer.state.ended_by].how_to_go_on() if early and trainer.state.ended_by in trainer.callbacks else f"--max_steps {trainer.plan.max_steps * 2}"
             done = f"{trainer.state.step} of {trainer.plan.max_steps} steps are done" + (f" ({early})" if early else "")
             console.say(f"{folder} is finished: {done}. To go on: {on}")
-            trainer.checkpoints.close()
+            trainer.world.on_main_first(trainer.checkpoints.began)
+            trainer.checkpoints.settle()
             return trainer.run_folder.summary("finished")
         summary = trainer.train()
     console.say(f"Finished at step {summary['step']}: {folder}")
@@ -390,21 +392,27 @@ def train_in(world: World | None, request: Request, console: Console) -> dict[st
     return summary
 
 
-def _look_in_mirror(request: Request, folder: Path, console: Console) -> None:
-    """Brings a run that is not here (any more) from where its checkpoints were copied to."""
+def _look_in_mirror(request: Request, folder: Path, console: Console, world: World | None) -> None:
+    """Brings a run whose copy is ahead of what is here: most often, nothing is."""
     asked = settled_section(request.named_layers(), "checkpoint")
-    if asked.mirror is None or (not request.fresh and has_begun(folder)):
+    if asked.mirror is None:
         return
-    from treadle.checkpoint.copies import place_of, restore_run
+    from treadle.checkpoint.copies import place_of
+    from treadle.checkpoint.fetching import take_up
+    from treadle.checkpoint.layout import steps_in
     from treadle.training.run_files import refuse_mirrored
 
-    if request.fresh:
-        refuse_mirrored(asked.mirror, folder)
-        return
-    root = Path(asked.checkpoint_dir) if asked.checkpoint_dir else folder / "checkpoints"
-    place = place_of(asked.mirror, folder)
-    if (found := restore_run(place, folder, root, folder, console.warn)) is not None:
-        console.say(f"{folder} is taken from {place}: checkpoint of step {found.step}")
+    root, place = Path(asked.checkpoint_dir) if asked.checkpoint_dir else folder / "checkpoints", place_of(asked.mirror, folder)
+
+    def look() -> None:
+        if request.fresh:
+            refuse_mirrored(asked.mirror, folder)
+        elif asked.resume_from_checkpoint is None or not steps_in(root):
+            step = take_up(place, folder, root, folder, console.warn)
+            if step is not None:
+                console.say(f"{folder} is taken from {place}: checkpoint of step {step}")
+
+    look() if world is None else world.on_main_slowly(look)
 
 
 def plan(request: Request, console: Console | None = None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -21,7 +22,9 @@ import pytest
 import treadle
 from tests.conftest import make_text
 from tests.s3 import SECRET, Proxy, s3_server
-from treadle.checkpoint.copies import copy_there, fetch_newest, place_of, steps_at
+from treadle.checkpoint import fetching
+from treadle.checkpoint.copies import copy_there, place_of, steps_at
+from treadle.checkpoint.fetching import fetch_newest
 from treadle.checkpoint.layout import MANIFEST, checkpoint_name, steps_in
 from treadle.checkpoint.mirror import Mirror
 from treadle.errors import CheckpointError, ConfigError, DataError, InputError
@@ -144,7 +147,7 @@ def test_what_goes_wrong_there_is_a_warning_and_the_next_one_is_tried(server: Pr
     root = Path("runs/w/checkpoints").absolute()
     said: list[str] = []
     events: list[dict[str, Any]] = []
-    mirror = Mirror(RemotePath("s3://bucket/wrong/w"), root, Path("runs/w").absolute(), 2, said.append, lambda kind, **what: events.append({"event": kind, **what}))
+    mirror = Mirror(RemotePath("s3://bucket/wrong/w"), Path("runs/w").absolute(), root, Path("runs/w").absolute(), 2, said.append, lambda kind, **what: events.append({"event": kind, **what}))
     server.breaks("PUT /bucket/wrong", *["503"] * 50)
     mirror.offer(6)
     mirror.close()
@@ -161,12 +164,13 @@ def test_a_newer_checkpoint_takes_the_place_of_a_waiting_one(monkeypatch: pytest
 
     go, copied = threading.Event(), []
 
-    def slow(place: Any, root: Path, logs: Path, step: int, keep: int) -> None:
+    def slow(place: Any, root: Path, logs: Path, step: int, keep: int, gone_back: bool) -> str:
         assert go.wait(20)
         copied.append(step)
+        return ""
 
     monkeypatch.setattr(module, "copy_there", slow)
-    mirror = Mirror(RemotePath("memory://x"), tmp_path, tmp_path, 2, lambda text: None, lambda *a, **k: None)
+    mirror = Mirror(RemotePath("memory://x"), tmp_path, tmp_path, tmp_path, 2, lambda text: None, lambda *a, **k: None)
     for step in (2, 4, 6):
         mirror.offer(step)
         while mirror._copied != 2:
@@ -226,7 +230,7 @@ def test_a_place_that_cannot_be_written_is_known_before_the_first_step(server: P
     with pytest.raises(DataError, match="there is no such bucket or folder"):
         train("runs/p", "s3://no-such-bucket/x")
     assert not fsspec.core.url_to_fs("s3://bucket", use_listings_cache=False)[0].exists("no-such-bucket")
-    assert not Path("runs/p").exists()
+    assert not steps_in("runs/p/checkpoints") and not Path("runs/p/metrics.jsonl").exists()
     with pytest.raises(ConfigError, match="is no URL"):
         train("runs/p", "somewhere")
     with pytest.raises(ConfigError, match="carries credentials"):
@@ -244,7 +248,9 @@ def test_rotation_there_follows_the_run(place: Path, tmp_path: Path) -> None:
         copy_there(there, root, logs, step, keep=10)
     assert steps_at(there) == [8, 6, 4, 2]
     (root / "best.json").write_text(json.dumps({"step": 2, "checkpoint": checkpoint_name(2), "metrics": {}}))
-    copy_there(there, root, logs, 6, keep=2)  # gone back to 4: step 8 is of another course
+    copy_there(there, root, logs, 6, keep=2)
+    assert steps_at(there) == [8, 6, 4, 2], "nobody has gone back: a later one stays"
+    copy_there(there, root, logs, 6, keep=2, gone_back=True)  # step 8 is of another course
     assert steps_at(there) == [6, 4, 2]
     (root / "best.json").write_text(json.dumps({"step": 6, "checkpoint": checkpoint_name(6), "metrics": {}}))
     copy_there(there, root, logs, 8, keep=2)
@@ -253,12 +259,19 @@ def test_rotation_there_follows_the_run(place: Path, tmp_path: Path) -> None:
     assert place_of("s3://b/x", Path("/data/runs/name/stages/mixer")).url == "s3://b/x/name/stages/mixer"
 
 
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError:
+        return b""
+
+
 @pytest.mark.slow  # the same of one process is test_a_run_is_copied_whole_and_goes_on_from_there_bit_for_bit
 @pytest.mark.timeout(900)
 def test_two_processes_killed_whose_folder_is_lost_go_on_from_the_copy(server: Proxy, place: Path) -> None:
     flags = ["--streaming", "true", "--devices", "2", "--mirror", "s3://bucket/killed", "--tokenizer", "byte", "--seq_len", "32", "--batch_size", "2",
              "--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--save_steps", "3", "--logging_steps", "1",
-             "--max_steps", "60", "--eval_steps", "30", "--num_workers", "1"]  # fmt: skip
+             "--max_steps", "240", "--eval_steps", "30", "--num_workers", "1"]  # fmt: skip
     (place / "texts").mkdir()
     (place / "texts" / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in make_text(2000).splitlines() if line))
     RemotePath("s3://bucket/killed-texts/a.jsonl").upload(place / "texts" / "a.jsonl")
@@ -280,10 +293,127 @@ def test_two_processes_killed_whose_folder_is_lost_go_on_from_the_copy(server: P
             break
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        while left := [int(f.parent.name) for f in Path("/proc").glob("[0-9]*/cmdline") if b"run_name\0parts" in _read(f)]:
+            for number in left:  # the processes that it started; one that lives writes into the folder that is removed next
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(number, signal.SIGKILL)
+            time.sleep(0.05)
         met += 1
         shutil.rmtree("runs/parts", ignore_errors=True)
     assert met >= 3
     assert start("parts").wait(300) == 0
     assert losses("runs/parts") == losses("runs/whole")
-    last = f"checkpoints/{checkpoint_name(60)}/model.safetensors"
+    last = f"checkpoints/{checkpoint_name(240)}/model.safetensors"
     assert Path("runs/parts", last).read_bytes() == Path("runs/whole", last).read_bytes() == tree("s3://bucket/killed/parts")[last]
+
+
+@pytest.mark.usefixtures("each_one")
+def test_a_folder_behind_its_copy_goes_on_from_the_copy(place: Path) -> None:
+    train("runs/s", "memory://behind", save_total_limit=10)
+    there = RemotePath("memory://behind/s")
+    before = steps_at(there)
+    for step in (6, 8):
+        shutil.rmtree(f"runs/s/checkpoints/{checkpoint_name(step)}", ignore_errors=True)
+    assert steps_in("runs/s/checkpoints")[0] < 8
+    train("runs/s", "memory://behind", save_total_limit=10)
+    assert steps_in("runs/s/checkpoints")[0] == 8 and steps_at(there) == before
+    assert [step for step, _ in losses("runs/s")][-1] == 8
+
+
+@pytest.mark.usefixtures("each_one")
+def test_a_refused_start_and_another_run_leave_the_copy_alone(place: Path) -> None:
+    train("runs/r2", "memory://refused")
+    before = tree("memory://refused")
+    shutil.copytree("runs/r2", "kept")
+    Path("text.txt").write_text(make_text(150, seed=3))
+    with pytest.raises(ConfigError, match="data"):
+        train("runs/r2", "memory://refused", max_steps=12)
+    assert tree("memory://refused") == before
+    shutil.rmtree("runs/r2")
+    train("runs/r2", None, max_steps=4)  # another run of that name, never copied
+    with pytest.raises(ConfigError, match="holds the checkpoints of another run"):
+        train("runs/r2", "memory://refused", max_steps=4)
+    assert tree("memory://refused") == before
+
+
+@pytest.mark.usefixtures("each_one")
+@pytest.mark.parametrize("cut_at", ["metrics.jsonl", "best.json", "model.safetensors"])
+def test_taking_a_run_up_that_is_cut_off_is_finished_by_the_next_start(place: Path, monkeypatch: pytest.MonkeyPatch, cut_at: str) -> None:
+    train("runs/c", "memory://cut")
+    expected = losses("runs/c")
+    shutil.rmtree("runs/c")
+    read, download = RemotePath.read_now, RemotePath.download
+
+    def failing(self: RemotePath, *arguments: Any) -> Any:
+        if self.name == cut_at:
+            raise retries.Unreachable("cut off")
+        return (download if arguments else read)(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RemotePath, "read_now", failing)
+        patch.setattr(RemotePath, "download", failing)
+        with pytest.raises(DataError, match="cut off"):
+            train("runs/c", "memory://cut")
+        with pytest.raises(DataError, match="cut off"):  # what is half here does not count as a run
+            train("runs/c", "memory://cut")
+    with pytest.raises(ConfigError, match=r"run\.seed was 0"):
+        train("runs/c", "memory://cut", seed=99)
+    train("runs/c", "memory://cut")
+    assert losses("runs/c") == expected and not Path("runs/c", fetching.UNFINISHED).exists()
+    assert {8} <= set(steps_in("runs/c/checkpoints")) and steps_at(RemotePath("memory://cut/c"))[0] == 8
+
+
+@pytest.mark.usefixtures("each_one")
+def test_several_checkpoints_of_a_copy_can_be_read_and_a_damaged_one_is_fetched_again(place: Path) -> None:
+    train("runs/m", "memory://many", save_total_limit=10)
+    first, second = locate("memory://many/m@6"), locate("memory://many/m@8")
+    first.verify()
+    second.verify()
+    file = second.folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert locate("memory://many/m").step == 8
+    locate("memory://many/m@8").verify()
+
+
+def test_the_mark_of_the_best_and_rotation_there(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from treadle.checkpoint import copies
+
+    train("runs/b2", None, save_total_limit=10)
+    root, logs, there = Path("runs/b2/checkpoints"), Path("runs/b2"), RemotePath("memory://marks/b2")
+    mark = {step: json.dumps({"step": step, "checkpoint": checkpoint_name(step), "metrics": {}}) for step in (4, 8)}
+    (root / "best.json").write_text(mark[4])
+    copy = copies._copy
+
+    def marking(source: Path, target: RemotePath) -> None:
+        copy(source, target)
+        (root / "best.json").write_text(mark[8])  # training finds a better one meanwhile
+
+    monkeypatch.setattr(copies, "_copy", marking)
+    write, order = RemotePath.write_bytes, []
+    monkeypatch.setattr(RemotePath, "write_bytes", lambda self, data: (order.append(self.name), write(self, data))[1])
+    copy_there(there, root, logs, 6, keep=2)
+    assert order.index("metrics.jsonl") < order.index(MANIFEST)
+    assert steps_at(there) == [6, 4] and json.loads((there / "checkpoints" / "best.json").read_now())["step"] == 4
+    (root / "best.json").unlink()  # as after a start to which the best could not be brought
+    copy_there(there, root, logs, 8, keep=1)
+    assert steps_at(there) == [8, 4], "the best that is only there stays"
+
+    def refused(*arguments: Any) -> None:
+        raise DataError("Access Denied")
+
+    monkeypatch.setattr(copies, "_rotate", refused)
+    said: list[str] = []
+    events: list[str] = []
+    mirror = Mirror(there, logs, root, logs, 1, said.append, lambda kind, **what: events.append(kind))
+    mirror.offer(8)
+    mirror.close()
+    assert events == ["mirrored"] and "was copied; older copies could not be removed" in said[0]
+
+
+def test_a_run_that_goes_on_with_a_place_that_cannot_be_written_is_told_so_first(server: Proxy, place: Path) -> None:
+    train("runs/g", None, max_steps=4)
+    with pytest.raises(DataError, match="there is no such bucket or folder"):
+        train("runs/g", "s3://no-such-bucket/x", max_steps=8)
+    assert steps_in("runs/g/checkpoints")[0] == 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.several import run_in
 from treadle.distributed.choose import resolve_mode
 from treadle.distributed.environment import Launch, complete, detect, first_host
 from treadle.distributed.launch import gravest
@@ -113,3 +114,36 @@ def test_the_micro_batch_gives_way_where_nobody_asked_for_it() -> None:
         batch_sizes(compose([run, Layer({"batch_size": 16}, "flag")]), 2)
     with pytest.raises(ConfigError, match="multiple of 3"):
         batch_sizes(compose([run]), 3)
+
+
+def _slow_work(fails: bool) -> tuple[list[int], str]:
+    import time
+
+    from treadle.distributed import world as module
+    from treadle.distributed.settings import ParallelSettings
+    from treadle.errors import DataError, PeerFailed
+
+    module.STILL_SECONDS = 0.05
+    world = module.World.open(ParallelSettings())
+    signs: list[int] = []
+    told = world._told
+    world._told = lambda value: (signs.append(1), told(value))[1]  # type: ignore[method-assign]
+
+    def work() -> list[int]:
+        time.sleep(0.5)
+        if fails:
+            raise DataError("gone")
+        return [world.rank, 7]
+
+    try:
+        found = world.on_main_slowly(work)
+    except (DataError, PeerFailed) as problem:
+        return [len(signs)], f"{type(problem).__name__}: {problem}"
+    return [len(signs), *found], ""
+
+
+def test_others_hear_that_a_long_work_of_the_first_process_goes_on() -> None:
+    for rank, (found, problem) in enumerate(run_in(2, _slow_work, False)):
+        assert found[1:] == [0, 7] and found[0] >= 4 and not problem, rank
+    found = run_in(2, _slow_work, True)
+    assert [problem for _, problem in found] == ["DataError: gone", "PeerFailed: gone"]

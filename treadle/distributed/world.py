@@ -12,6 +12,8 @@ import datetime
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from threading import Thread
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +27,7 @@ from treadle.errors import ConfigError, PeerFailed, PeerLost, TreadleError
 from treadle.processes import deaf
 
 T = TypeVar("T")
+STILL_SECONDS = 5.0  # between two signs of life of a first process that is busy
 LOST_WORDS = ("gloo", "nccl", "connection closed by peer", "connection reset", "broken pipe", "socket", "timed out")
 
 
@@ -154,6 +157,24 @@ class World:
         if "error" in outcome:
             raise PeerFailed(outcome["error"], outcome["code"])
         return outcome["value"]
+
+    def on_main_slowly(self, action: Callable[[], T]) -> T:
+        """`on_main_first` for what may take longer than processes wait for each other: they hear every few seconds that it goes on."""
+        if self.size == 1:
+            return action()
+        made: Future[T] = Future()
+
+        def work() -> None:
+            try:
+                made.set_result(action())
+            except BaseException as problem:  # raised where the result is asked for
+                made.set_exception(problem)
+
+        if self.is_main_process:
+            Thread(target=work, name="treadle-first-process", daemon=True).start()
+        while not self.on_main_first(lambda: bool(wait([made], STILL_SECONDS).done)):
+            pass
+        return self.on_main_first(made.result)
 
     def _told(self, value: Any) -> Any:
         """What the first process says."""

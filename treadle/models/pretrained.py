@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from treadle import terminal, trusted_code
-from treadle.checkpoint.copies import fetched_run
+from treadle.checkpoint.fetching import fetched_run
 from treadle.checkpoint.layout import MANIFEST, checkpoint_name, steps_in
 from treadle.checkpoint.reader import Checkpoint, newest_valid
 from treadle.checkpoint.retention import best_step

@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from treadle.checkpoint import retention, writer
-from treadle.checkpoint.copies import place_of, restore_run
+from treadle.checkpoint.copies import place_of
+from treadle.checkpoint.fetching import take_up
 from treadle.checkpoint.layout import steps_in
 from treadle.checkpoint.mirror import Mirror
 from treadle.checkpoint.reader import Checkpoint, newest_valid
@@ -44,19 +45,20 @@ class Checkpoints:
     def __init__(self, context: Context, assembly: Assembly) -> None:
         self.assembly, self.world, self.folder = assembly, context.world, context.checkpoint_folder
         self.tokenizer, self.keep = context.dataset.tokenizer, context.config.checkpoint.save_total_limit
-        self.emit, self.warn, self.say, self.run = context.emit, context.warn, context.console.say, context.folder
+        self.emit, self.warn, self.say = context.emit, context.warn, context.console.say
         self.saver = Saver(context.config.checkpoint.asynchronous)
         self.saved_step = -1  # of the last save, which may still be in flight
         self.failures = 0  # saves in a row that failed
         context.remark = self.remark
-        self.mirror = self._mirror(context)
+        self.mirror, self.mirrored = self._mirror(context), context.config.checkpoint.mirror is not None
+        context.began = self.began
 
     def _mirror(self, context: Context) -> Mirror | None:
         """Of the first process alone, which sees all files."""
         url = context.config.checkpoint.mirror
         if url is None or not self.world.is_main_process:
             return None
-        return Mirror(place_of(url, context.folder), self.folder, context.log_folder, self.keep, self.warn, self.emit)
+        return Mirror(place_of(url, context.folder), context.folder, self.folder, context.log_folder, self.keep, self.warn, self.emit)
 
     # ---- saving ----
 
@@ -159,6 +161,19 @@ class Checkpoints:
 
         self.world.on_main_first(mend)
 
+    def began(self) -> None:
+        """Before the first step of this start, in the first process: the mirror is this run's, and gets what it may have missed."""
+        if self.mirror is not None:
+            steps = steps_in(self.folder)
+            self.mirror.begin(must=not steps)
+            if steps:
+                self.mirror.offer(steps[0])
+
+    def settle(self) -> None:
+        """All processes wait until the last checkpoint is copied: one that left would be the end of the one that copies."""
+        if self.mirrored:
+            self.world.on_main_slowly(lambda: self.mirror.close(self.say) if self.mirror is not None else None)
+
     def close(self) -> None:
         """Waits for what is in flight, also to the mirror."""
         self.saver.close()
@@ -167,12 +182,13 @@ class Checkpoints:
 
     # ---- taking up ----
 
-    def find_newest(self) -> Checkpoint | None:
-        """The newest checkpoint that verifies; the first process looks, and all open the same one."""
+    def find_newest(self, copies_too: bool = False) -> Checkpoint | None:
+        """The newest checkpoint that verifies; the first process looks, and all open the same one. copies_too: also in the mirror."""
+        if copies_too and self.mirrored:
+            mirror = self.mirror
+            self.world.on_main_slowly(lambda: take_up(mirror.place, mirror.run, self.folder, mirror.logs, self.warn) if mirror is not None else None)
 
         def look() -> str | None:
-            if self.mirror is not None:
-                restore_run(self.mirror.place, self.run, self.folder, self.mirror.logs, self.warn)
             found = newest_valid(self.folder, self.warn)
             return str(found.folder) if found is not None else None
 
@@ -186,6 +202,7 @@ class Checkpoints:
             why = "there is no checkpoint to go back to" if found is None else f"it is rollback {state.rollbacks + 1}"
             raise Diverged(f"{reason}; {why}. The weights of the last checkpoint are sound. Try a lower --learning_rate, "
                            "more --warmup_steps, or --precision fp32")  # fmt: skip
+        self.go_back()
         self.emit("rolled_back", step=state.step, to=found.step, reason=reason)
         self.warn(f"{reason}; back to step {found.step}, skipping the rows of {state.step - found.step} steps")
         return found
@@ -216,9 +233,12 @@ class Checkpoints:
             self.warn(f"this run was trained with {state.threads} threads and goes on with {threads}: results will differ in the "
                       "last bits (OMP_NUM_THREADS sets them)")  # fmt: skip
         state.threads = threads
-        if self.mirror is not None and checkpoint.folder.parent == self.folder:
-            self.mirror.offer(checkpoint.step)  # a start that was cut off may not have got to it
         return state
+
+    def go_back(self) -> None:
+        """What was saved after the checkpoint that is gone on from is given up."""
+        if self.mirror is not None:
+            self.mirror.gone_back = True
 
     def _hand_over(self, checkpoint: Checkpoint) -> bool:
         return self.assembly.strategy.load_full_state(checkpoint.tensors("model"), checkpoint.tensors("optimizer"))

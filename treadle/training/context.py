@@ -72,6 +72,7 @@ class Context:
     states: Callable[[], dict[str, dict[str, Any]]] = dict  # what each callback remembers, by name
     best: dict[str, float] | None = None  # the next checkpoint is the best so far, by these metrics
     remark: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None
+    began: Callable[[], None] = lambda: None  # before the first step, in the first process
     caller: str = ""  # the callback whose hook is running
     step_position: Position = None  # where the last step's rows began
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from treadle.checkpoint.copies import place_of, steps_at
+from treadle.checkpoint.copies import place_of, refuse_another
 from treadle.checkpoint.layout import steps_in
 from treadle.checkpoint.lock import RunLock
 from treadle.checkpoint.writer import clean
@@ -29,9 +29,8 @@ def refuse_used(recipe: Recipe) -> None:
 
 def refuse_mirrored(url: str | None, folder: Path) -> None:
     """ConfigError for a new run whose mirror holds another one of its name."""
-    if url is not None and steps_at(place := place_of(url, folder)):
-        raise ConfigError(f"{place} holds the checkpoints of another run; use another --run_name (or --checkpoint.mirror), or go on with "
-                          "that run: the same command without --fresh (resume=True)")  # fmt: skip
+    if url is not None:
+        refuse_another(place_of(url, folder), None)
 
 
 class RunFolder:
@@ -71,6 +70,7 @@ class RunFolder:
         records.write_json(folder / "environment.json", records.environment())
         for name, table in context.strategy.files().items():
             records.write_json(folder / name, table)
+        context.began()
         started = "resumed" if context.step else "started"
         context.emit(started, step=context.step, precision=context.precision, plan=asdict(context.plan),
                      processes=context.world.size, parallel=context.strategy.mode)  # fmt: skip

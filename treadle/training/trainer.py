@@ -99,7 +99,7 @@ class Trainer:
         self.run_folder.open()
         try:
             with self.world.watching():
-                if self._goes_on and (found := self.checkpoints.find_newest()) is not None:
+                if self._goes_on and (found := self.checkpoints.find_newest(copies_too=True)) is not None:
                     self.load_checkpoint(found)
                     resolve.check_data(self.state.data_fingerprint, self.dataset)
                 self.world.on_main_first(self.run_folder.write_start)
@@ -121,13 +121,12 @@ class Trainer:
             self.run_folder.close()
 
     def _train(self) -> None:
-        state = self.state
-        state.ended = state.ended_by = ""
+        self.state.ended = self.state.ended_by = ""
         self.callbacks.call("on_train_start")
         self._open_data()
-        if state.step == 0:
+        if self.state.step == 0:
             mock_step(self.dataset, self.feed.plan, self.assembly, self.recipe)
-        self.console.start(state.step, self.plan.max_steps)
+        self.console.start(self.state.step, self.plan.max_steps)
         ended = self._between_steps()
         while not ended:
             item = self.feed.next()
@@ -171,6 +170,7 @@ class Trainer:
             self._save(must=last)
         if last:
             self._collect()
+            self.checkpoints.settle()
             self._agree()  # what on_save says counts for all
             self.callbacks.raise_problem()
         if stopping and requests.exit_code != END:
