@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import warm
+from tests.s3 import Proxy, s3_server
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; before torch is imported
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -49,6 +51,13 @@ def own_trust(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("trust")
     os.environ["TREADLE_CONFIG_HOME"] = str(home)
     return home
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Proxy]:
+    """An S3 server with one bucket, for the tests of one file."""
+    with s3_server() as proxy:
+        yield proxy
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -17,6 +20,15 @@ def write_atomically(path: Path, data: str | bytes) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     part.replace(path)
+
+
+@contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """One process at a time; the others wait. The kernel frees the lock of one that dies."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
 
 
 def cache_root(configured: str | None) -> Path:

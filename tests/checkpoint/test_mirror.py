@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import pytest
 
 import treadle
 from tests.conftest import make_text
-from tests.s3 import SECRET, Proxy, s3_server
+from tests.s3 import SECRET, Proxy
 from treadle.checkpoint import fetching
 from treadle.checkpoint.copies import copy_there, place_of, steps_at
 from treadle.checkpoint.fetching import fetch_newest
@@ -40,12 +39,6 @@ KEYS: dict[str, Any] = {"tokenizer": "byte", "seq_len": 32, "batch_size": 2, "ar
                         "num_workers": 0, "quiet": True}  # fmt: skip
 
 KEYS_FOR_FLAGS = {key: value for key, value in KEYS.items() if key != "quiet"}
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Proxy]:
-    with s3_server() as proxy:
-        yield proxy
 
 
 @pytest.fixture(autouse=True)

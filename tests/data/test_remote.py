@@ -10,7 +10,6 @@ import json
 import random
 import shutil
 import threading
-from collections.abc import Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 import pytest
 
 from tests.data.test_streaming import ids, json_lines, stream, take, texts
-from tests.s3 import SECRET, Proxy, s3_server
+from tests.s3 import SECRET, Proxy
 from treadle.data.base import BatchPlan, Dataset
 from treadle.data.prepare import is_prepared
 from treadle.data.sources import open_source
@@ -29,12 +28,6 @@ from treadle.storage import filesystems, retries
 from treadle.storage.arrays import mapped
 from treadle.storage.cache import PART_BYTES, PartCache
 from treadle.storage.remote import RemotePath, local_copy, path_of, refuse_secrets
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Proxy]:
-    with s3_server() as proxy:
-        yield proxy
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from treadle.checkpoint.layout import MANIFEST, checkpoint_name, parse_step, steps_in
 from treadle.checkpoint.reader import Checkpoint
-from treadle.checkpoint.retention import BEST_FILE
+from treadle.checkpoint.retention import BEST_FILE, best_in
 from treadle.errors import ConfigError, DataError
 from treadle.files import write_atomically
 from treadle.storage.remote import RemotePath
@@ -36,18 +36,12 @@ def place_of(url: str, run: Path) -> RemotePath:
 
 def steps_at(place: RemotePath) -> list[int]:
     """Steps of the whole checkpoints there, newest first. DataError where it cannot be reached."""
-    root = place / CHECKPOINTS
-    found = [step for name in root.names() if (step := parse_step(name)) is not None]
-    return sorted((step for step in found if (root / checkpoint_name(step) / MANIFEST).is_file()), reverse=True)
+    return [step for step in _begun_at(place) if (place / CHECKPOINTS / checkpoint_name(step) / MANIFEST).is_file()]
 
 
-def best_in(data: bytes | None) -> int | None:
-    """The step that a best.json names."""
-    try:
-        step = json.loads(data or b"")["step"]
-        return step if isinstance(step, int) else None
-    except (ValueError, KeyError, TypeError):
-        return None
+def _begun_at(place: RemotePath) -> list[int]:
+    """Steps of all checkpoints there, half copied ones too, newest first."""
+    return sorted((step for name in (place / CHECKPOINTS).names() if (step := parse_step(name)) is not None), reverse=True)
 
 
 def best_file_at(place: RemotePath) -> bytes | None:
@@ -81,13 +75,12 @@ def _id_in(data: bytes) -> str | None:
         return None
 
 
-def refuse_another(place: RemotePath, mine: str | None) -> str | None:
-    """The id there; ConfigError where it is another run's than `mine` (None: of a run that has never been copied)."""
+def refuse_another(place: RemotePath, mine: str | None) -> None:
+    """ConfigError where the id there is another run's than `mine` (None: of a run that has never been copied)."""
     theirs = id_there(place)
     if theirs is not None and theirs != mine:
         raise ConfigError(f"{place} holds the checkpoints of another run; use another --run_name, or another --checkpoint.mirror. (To go on "
                           "with that run: the same command in a folder without checkpoints, without --fresh)")  # fmt: skip
-    return theirs
 
 
 def claim(place: RemotePath, run: Path) -> None:
@@ -141,15 +134,14 @@ def _copy(source: Path, target: RemotePath) -> None:
 
 def holds(file: RemotePath, data: bytes) -> bool:
     try:
-        return file.size_now() == len(data) and file.read_now() == data
+        return file.read_now() == data
     except Gone:
         return False
 
 
 def _rotate(place: RemotePath, newest: int, keep: int, best: int | None, gone_back: bool) -> None:
     """Leaves the `keep` newest checkpoints up to `newest` and the best; later ones too, where nobody has gone back."""
-    root = place / CHECKPOINTS
-    there = sorted((step for name in root.names() if (step := parse_step(name)) is not None), reverse=True)
+    root, there = place / CHECKPOINTS, _begun_at(place)
     kept = {best, *[step for step in there if step <= newest][:keep], *([] if gone_back else [step for step in there if step > newest])}
     for step in there:
         if step not in kept:

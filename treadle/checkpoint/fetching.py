@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from treadle.checkpoint.copies import (
@@ -17,7 +15,6 @@ from treadle.checkpoint.copies import (
     LOGS,
     RUN_FILE,
     best_file_at,
-    best_in,
     holds,
     id_here,
     refuse_another,
@@ -25,10 +22,10 @@ from treadle.checkpoint.copies import (
 )
 from treadle.checkpoint.layout import MANIFEST, checkpoint_name, steps_in
 from treadle.checkpoint.reader import Checkpoint
-from treadle.checkpoint.retention import BEST_FILE
+from treadle.checkpoint.retention import BEST_FILE, best_in
 from treadle.checkpoint.writer import check_space, clean, publish, refusals, remove_tree
 from treadle.errors import CheckpointError, InputError
-from treadle.files import write_atomically
+from treadle.files import alone, write_atomically
 from treadle.storage.remote import RemotePath
 from treadle.storage.retries import Gone, Unreachable
 
@@ -48,11 +45,11 @@ def _stage(source: RemotePath, root: Path) -> Checkpoint:
             found = Checkpoint(temporary)  # also looks at the names
             check_space(str(root), sum(entry["bytes"] for entry in found.manifest["files"].values()))
             for member in found.members():
-                wanted, there = found.manifest["files"][member]["bytes"], (source / member).size_now()
-                if there != wanted:
-                    raise CheckpointError(f"{source / member} has {there} bytes, the manifest says {wanted}")
+                remote, wanted = source / member, found.manifest["files"][member]["bytes"]
+                if (there := remote.size_now()) != wanted:
+                    raise CheckpointError(f"{remote} has {there} bytes, the manifest says {wanted}")
                 (temporary / member).parent.mkdir(exist_ok=True)
-                (source / member).download(temporary / member)
+                remote.download(temporary / member)
             found.verify()
         except (CheckpointError, Gone) as problem:  # that a network fails is no damage
             raise CheckpointError(f"{source}: {str(problem).replace(str(temporary), str(source))}") from None
@@ -157,7 +154,7 @@ def fetched_run(source: RemotePath, choice: str, cache: Path, warn: Warn) -> Che
     that run that nobody has used for a day are removed. InputError where there is none."""
     root = cache / "runs" / f"{hashlib.sha256(source.url.encode()).hexdigest()[:12]}-{source.name}"[:100] / CHECKPOINTS
     root.mkdir(parents=True, exist_ok=True)
-    with _alone(root.parent):
+    with alone(root.parent / "lock"):
         clean(root)
         if (source / MANIFEST).is_file():
             if choice:
@@ -172,11 +169,3 @@ def fetched_run(source: RemotePath, choice: str, cache: Path, warn: Warn) -> Che
             if path != found.folder and time.time() - path.stat().st_mtime > UNUSED:
                 remove_tree(str(path))
     return found
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time."""
-    with open(folder / "lock", "w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield

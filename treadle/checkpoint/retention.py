@@ -20,12 +20,20 @@ def mark_best(root: Path, step: int, metrics: dict[str, Any]) -> None:
     write_atomically(root / BEST_FILE, json.dumps(table, indent=1, allow_nan=False) + "\n")
 
 
+def best_in(mark: bytes | None) -> int | None:
+    """The step that the bytes of a best.json name, or None when there are none that can be read."""
+    try:
+        step = json.loads(mark or b"")["step"]
+        return step if isinstance(step, int) else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
 def best_step(root: Path) -> int | None:
     """The best checkpoint's step, or None when none was marked (or its mark cannot be read)."""
     try:
-        step = json.loads((root / BEST_FILE).read_text(encoding="utf-8"))["step"]
-        return step if isinstance(step, int) else None
-    except (OSError, ValueError, KeyError, TypeError):
+        return best_in((root / BEST_FILE).read_bytes())
+    except OSError:
         return None
 
 

@@ -6,7 +6,6 @@ recorded. The finished folder is named by what went in, so the same text and tok
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -14,7 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -28,7 +27,7 @@ from treadle.data.order import key
 from treadle.data.shards import DATASET_FILE, SCHEMA, TokenSet, file_sha256, id_type
 from treadle.data.sources import Document, Piece, Source
 from treadle.errors import ConfigError, DataError, InputError
-from treadle.files import write_atomically
+from treadle.files import alone, write_atomically
 from treadle.storage.remote import AnyPath, RemotePath, path_of
 from treadle.text.base import TRAINABLE, Tokenizer
 
@@ -149,13 +148,9 @@ def _write_shard(folder: Path, number: int, record: PieceRecord, split: str, enc
     }
 
 
-@contextmanager
-def _folder_lock(folder: Path) -> Iterator[None]:
+def _folder_lock(folder: Path) -> AbstractContextManager[None]:
     """One preparation of a folder at a time; a second process waits and then finds the work done."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(folder.name + ".lock"), "w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
+    return alone(folder.with_name(folder.name + ".lock"))
 
 
 def _named(held: Held) -> Any:

@@ -88,10 +88,10 @@ def forget(url: str) -> None:
         del _handles()[key]
 
 
-def look(url: str) -> State:
-    """How a file is now."""
+def info_of(url: str) -> dict[str, Any]:
+    """What is at a URL, as fsspec tells it. FileNotFoundError where nothing is."""
     system, path = system_of(url)
-    return state_of(dict(system.info(path)))
+    return dict(system.info(path))
 
 
 def refuse_change(url: str, known: State, now: State) -> None:
@@ -108,7 +108,7 @@ def fetch(url: str, known: State, start: int, stop: int) -> bytes:
         system, path = system_of(url)
         handle = system.open(path, "rb", cache_type="none", block_size=READ_BYTES)
         if state_of(getattr(handle, "details", None) or {}) != known:  # not every file system says the same of an open file
-            refuse_change(url, known, look(url))
+            refuse_change(url, known, state_of(info_of(url)))
         if not handle.seekable():
             raise DataError(f"{url}: its server gives no ranges of a file; download it first")
         handles[url, known] = time.monotonic(), handle
@@ -118,7 +118,7 @@ def fetch(url: str, known: State, start: int, stop: int) -> bytes:
     handle.seek(start)
     data = bytes(handle.read(stop - start))
     if url.partition("://")[0] not in CONDITIONAL:
-        refuse_change(url, known, look(url))
+        refuse_change(url, known, state_of(info_of(url)))
     if len(data) != stop - start:
         raise ConnectionError(f"{len(data)} of {stop - start} bytes arrived")
     return data

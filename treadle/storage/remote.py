@@ -27,6 +27,7 @@ from treadle.storage.filesystems import (
     State,
     fetch,
     forget,
+    info_of,
     place_to_write,
     state_of,
     system_of,
@@ -187,11 +188,7 @@ class RemotePath:
             return []
 
     def _info(self) -> dict[str, Any]:
-        def look() -> dict[str, Any]:
-            system, path = system_of(self.url)
-            return dict(system.info(path))
-
-        return attempt(f"looking at {self.url}", look)
+        return attempt(f"looking at {self.url}", lambda: info_of(self.url))
 
     # ---- reading ----
 
