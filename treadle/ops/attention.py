@@ -235,3 +235,18 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, softcap
     """q [B, H, T, E] at positions [B, T] over a cache k, v [B, G, S, E]: key s is seen by positions >= s."""
     mask = positions[:, None, :, None] >= torch.arange(k.shape[2], device=q.device)
     return _masked(q, k, v, mask, softcap=softcap)
+
+
+def bidirectional_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+    """q [B, H, T, E] over all of k, v [B, G, S, E]. mask: bool, [B, S] (keys that are real) or [B, T, S] (keys that each query
+    sees; each sees one at least)."""
+    if mask is not None and mask.dim() == 2:
+        mask = mask[:, None]
+    if q.device.type != "cpu":
+        return _sdpa(q, *_expand_groups(q, k, v), attn_mask=None if mask is None else mask[:, None], dropout_p=dropout)
+    # On a CPU as two products, which torch's FlopCounterMode counts; its fused kernel there it does not know.
+    k, v = _expand_groups(q, k, v)
+    scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None], torch.finfo(scores.dtype).min)
+    return F.dropout(scores.softmax(-1), dropout, dropout > 0) @ v
