@@ -52,6 +52,7 @@ SECTION_ALIASES = {
     "logging": "log",
     "dataset": "data",
     "checkpointing": "checkpoint",
+    "collatz": "task",
 }
 
 

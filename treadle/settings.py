@@ -31,11 +31,12 @@ def option(
     default: Any = ...,
     *,
     aliases: Iterable[str] = (),
-    change: Change = "free",
+    change: Change | None = None,
     spellings: dict[str, Any] | None = None,
     **constraints: Any,
 ) -> Any:
-    """A configuration key: its default, other names for it, other spellings of its values, and how it may change."""
+    """A configuration key: its default, other names for it, other spellings of its values, and how it may change when a run
+    goes on (where nothing is said: freely in a core section, not at all in a model or a task)."""
     extra: Any = {"aliases": tuple(aliases), "change": change, "spellings": dict(spellings or {})}
     return Field(default, json_schema_extra=extra, **constraints)
 
@@ -76,7 +77,7 @@ class Settings(BaseModel):
     @classmethod
     def key_info(cls, name: str) -> dict[str, Any]:
         extra = cls.model_fields[name].json_schema_extra
-        base: dict[str, Any] = {"aliases": (), "change": "free", "spellings": {}}
+        base: dict[str, Any] = {"aliases": (), "change": None, "spellings": {}}
         return {**base, **extra} if isinstance(extra, dict) else base
 
     @classmethod

@@ -201,6 +201,8 @@ def make_trainer(request: Request, recipe: Recipe, console: Console, world: Worl
     splits = _shared_data(recipe, console, tokenizer, world)
     model = build_model(recipe, splits["train"])
     objective = _objective(recipe)
+    for note in objective.notes(model):
+        console.say(f"note: {note}")
     teacher = getattr(objective, "teacher", None)
     if teacher is not None and start_weights is None and recipe.distill.carry_weights:
         carried = model.start_from(teacher.named_weights())
@@ -463,6 +465,10 @@ def check(request: Request, console: Console | None = None) -> dict[str, Any]:
             dotted = f"{section}.{key}"
             if value is not None and dotted != "run.output_dir":
                 console.say(f"{dotted} = {value}    ({origins.get(dotted, 'default')})")
+    held_out = trainer.context.eval_dataset
+    lowest = trainer.objective.lowest_loss(trainer.model, held_out) if held_out is not None else None
+    if lowest is not None:
+        console.say(f"floor of the loss on validation: {lowest[0]:.4f}: {lowest[1]}")
     found = {"loss": result.loss, "grad_norm": result.grad_norm, "seconds": seconds, "peak_gb": peak_resident_bytes() / 1e9,
              "parameters": trainer.run_folder.parameter_count, "max_steps": trainer.plan.max_steps}  # fmt: skip
     console.say(f"one micro-step of {trainer.plan.micro_batch} x {trainer.dataset.seq_len}: loss {result.loss:.4f}, "

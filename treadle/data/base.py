@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 
 Position = Any  # JSON: numbers, strings, lists and tables
 
-DATASETS = Registry("dataset", {TEXT: "treadle.data.dataset:TokenDataset"}, base="treadle.data.base:Dataset")
+DATASETS = Registry("dataset", {
+    TEXT: "treadle.data.dataset:TokenDataset",
+    "collatz": "treadle.collatz_tasks.parity:Parities",
+    "collatz_delay": "treadle.collatz_tasks.parity:Digits",
+    "collatz_long_step": "treadle.collatz_tasks.long_step:LongSteps",
+}, base="treadle.data.base:Dataset")  # fmt: skip
 
 
 @dataclass(frozen=True)

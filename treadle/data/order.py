@@ -23,7 +23,7 @@ FEISTEL_ROUNDS = 8
 BLOCK = 1024
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def mix64(x: np.ndarray) -> np.ndarray:
     """The finaliser of splitmix64 (Steele, Lea and Flood 2014), vectorised over uint64."""
     with np.errstate(over="ignore"):
         x = (x ^ (x >> U64(30))) * U64(0xBF58476D1CE4E5B9)
@@ -36,7 +36,7 @@ def key(*parts: int) -> int:
     state = 0x9E3779B97F4A7C15 ^ len(parts)
     for part in parts:
         word = (state + 0x9E3779B97F4A7C15 * (int(part) & MASK64) + 1) & MASK64
-        state = int(_mix(np.array([word], dtype=U64))[0])
+        state = int(mix64(np.array([word], dtype=U64))[0])
     return state
 
 
@@ -58,7 +58,7 @@ def permute(index: np.ndarray, size: int, permutation_key: int) -> np.ndarray:
         left, right = x >> shift, x & mask
         for round_key in round_keys:
             with np.errstate(over="ignore"):
-                left, right = right, left ^ (_mix(right + round_key) & mask)
+                left, right = right, left ^ (mix64(right + round_key) & mask)
         return (left << shift) | right
 
     x = encrypt(index.astype(U64))

@@ -52,6 +52,7 @@ class Evaluator:
 
         `rows` takes that many rows spread over the data. None when `should_stop` turned true on the way.
         """
+        self.objective.begin_evaluation(data)
         batches = data.in_sequence(batch_size, rows)
         if not len(batches):
             raise InputError("there is no row to evaluate on")

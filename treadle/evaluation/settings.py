@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
@@ -45,8 +45,12 @@ class EvalSettings(Settings):
     early_stopping_metric: str = option("loss")
     """The metric that has to get better, in the direction that the objective gives it."""
 
-    target_loss: float | None = option(None)
-    """Stop once the evaluation loss is this low."""
+    target_loss: float | None = option(None, aliases=("stop_loss", "loss_target"))
+    """Stop once the loss is this low, on what target_loss_on says; below what anyone can reach honestly it is refused."""
+
+    target_loss_on: Literal["validation", "train"] = option("validation")
+    """validation: the loss of an evaluation (eval_rows rows never trained on); train: the mean over the steps since the last row
+    of the log (logging_steps)."""
 
     at_end: bool = option(False)
     """After the last step evaluate everything and write results/evaluation_results.json and results/generations.txt."""

@@ -185,7 +185,7 @@ class EncoderDecoder(Model):
             shape = (batch_size, c.groups, c.source_length, c.width_of_head)
             of_source = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)]
             mask = torch.zeros(shape[0], shape[2], dtype=torch.bool, device=device)
-            made.append(DecoderLayerState(own.keys, own.values, *of_source, source_mask=mask))
+            made.append(DecoderLayerState(own.keys, own.values, of_source[0], of_source[1], mask))
         return State(torch.zeros(batch_size, dtype=torch.int64, device=device), [0] * batch_size, max_len, made)
 
     def flops(self, length: int) -> int:

@@ -67,8 +67,9 @@ class Console:
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
 
-    def row(self, row: dict[str, Any], measured: str, total: int, remaining: float) -> None:
-        """One logged step: into the live line, or a plain line. measured: what the task says of it."""
+    def row(self, row: dict[str, Any], measured: str, total: int, remaining: float, whole: str = "") -> None:
+        """One logged step: into the live line, or a plain line. measured: what the task says of it; whole: the task's own line
+        instead of ours, which then stays above the live one."""
         if self.quiet:
             return
         parts = [measured, f"lr {row['learning_rate']:.2e}", f"grad {row['grad_norm']:.2f}",
@@ -79,8 +80,8 @@ class Console:
         text = "  ".join(parts)
         if self._progress is not None:
             self._progress.update(self._task, completed=row["step"], detail=text)
-        else:
-            self.say(f"step {row['step']}/{total}  {text}")
+        if whole or self._progress is None:
+            self.say(whole or f"step {row['step']}/{total}  {text}")
 
     def stop(self) -> None:
         """Closes the live line."""

@@ -28,7 +28,13 @@ OBJECTIVES = Registry("objective", {
     "distill_mixer": "treadle.objectives.distill:MatchMixers",
     "distill_hidden": "treadle.objectives.distill:MatchHidden",
     "distill_logits": "treadle.objectives.distill:MatchLogits",
+    "collatz": "treadle.collatz_tasks.parity:MultiTask",
+    "collatz_delay": "treadle.collatz_tasks.parity:StoppingTime",
+    "collatz_long_step": "treadle.collatz_tasks.long_step:LongStep",
 }, base="treadle.objectives.base:Objective")  # fmt: skip
+
+
+TOTAL = "total"  # as a headline: the sum of all terms, each with the weight that the objective gives it
 
 
 @dataclass
@@ -71,7 +77,7 @@ class Metric:
 class Objective(ABC):
     """Base of every objective. A subclass names `headline` and writes __call__; everything else has a default.
 
-    headline: the loss term that people speak of; its mean is the metric "loss". metrics: the numbers of an evaluation, in
+    headline: the loss term that people speak of, or TOTAL; its mean is the metric "loss". metrics: the numbers of an evaluation, in
     the order of tables. ranking_metric: the one that `compare` sorts out the best by. training_line, evaluation_line: what
     the console shows. Config: the keys of the [task] section that this objective understands; they arrive as `task`.
     """
@@ -94,11 +100,35 @@ class Objective(ABC):
     def __call__(self, model: Model, batch: Batch) -> Losses:
         """One forward pass; sums only."""
 
+    def term_weights(self) -> Mapping[str, float]:
+        """The weight that __call__ gives each term, where it is not 1; for objectives whose headline is TOTAL."""
+        return {}
+
+    def total(self, means: Mapping[str, float]) -> float:
+        """The weighted sum of the terms' means."""
+        weights = self.term_weights()
+        return sum(weights.get(name, 1.0) * value for name, value in means.items())
+
+    def lowest_loss(self, model: Model, dataset: Dataset) -> tuple[float, str] | None:
+        """The least "loss" that an honest evaluation can reach, and why, where that is known; a target below it is refused."""
+        return None
+
+    def notes(self, model: Model) -> list[str]:
+        """What people should know of the numbers of this model, a line each."""
+        return []
+
+    def callbacks(self) -> list[Any]:
+        """Callbacks (training/callbacks/base.py) that belong to this objective; named like a user's own."""
+        return []
+
     def counts(self, batch: Batch) -> dict[str, int]:
         """How many of each unit a batch has, read on the host before its forward pass."""
         return batch.counts
 
     # ---- evaluation ----
+
+    def begin_evaluation(self, data: Dataset) -> None:  # noqa: B027 - most need nothing
+        """Called before the batches of `data` are evaluated."""
 
     def evaluation_sums(self, model: Model, batch: Batch) -> dict[str, Any]:
         """What an evaluation adds up (in fp64) over batches, by name; called without gradients, on the model's device.
@@ -112,6 +142,8 @@ class Objective(ABC):
     def compute_metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """Sums over all evaluation data -> metrics; at least "loss"."""
         means = {name: total / max(1.0, sums[f"{name}/count"]) for name, total in sums.items() if f"{name}/count" in sums}
+        if self.headline == TOTAL:
+            return {"loss": self.total(means), **{f"loss_{name}": value for name, value in means.items()}}
         return {"loss": means.pop(self.headline), **{f"loss_{name}": value for name, value in means.items()}}
 
     def metric(self, name: str) -> Metric:
@@ -135,6 +167,11 @@ class Objective(ABC):
         """The task's part of the console's line of a training row."""
         shown = [n for n in self.training_line if row.get(n) is not None]
         return "  ".join(f"{self.metric(n).label or n} {self.metric(n).show(row[n])}" for n in shown)
+
+    def console_line(self, row: Mapping[str, Any], seconds: float) -> str:
+        """The whole line of a training row in a pipe, for tasks whose users know another one; "" is the usual line. seconds: of
+        the steps since the last one."""
+        return ""
 
     # ---- samples and baselines ----
 

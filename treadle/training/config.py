@@ -148,7 +148,14 @@ class Recipe:
     def change_rule(self, dotted: str) -> str:
         """How a key may change when a run continues: free, guarded or fixed."""
         section, _, key = dotted.partition(".")
-        return "fixed" if section in ("model", "task") else SECTIONS[section].key_info(key)["change"]
+        if section == "model":
+            return "fixed"
+        if section == "task":
+            from treadle.objectives.task import task_class
+
+            task = task_class(self.data.dataset_class, self.train.objective)
+            return (task.key_info(key)["change"] if task is not None else None) or "fixed"
+        return SECTIONS[section].key_info(key)["change"] or "free"
 
 
 def check_run_name(name: str) -> None:

@@ -123,13 +123,17 @@ def check_data(fingerprint: str, data: Dataset) -> None:
                           "can be had): put it into a file, or give it a version=, for the next run; go on with it here: --allow-change data")  # fmt: skip
 
 
-def check_metrics(recipe: Recipe, objective: Objective) -> None:
-    """ConfigError for the name of a metric that the objective does not have."""
+def check_metrics(recipe: Recipe, objective: Objective, model: Model, held_out: Dataset | None) -> None:
+    """ConfigError for the name of a metric that the objective does not have, and for a target that nobody reaches honestly."""
     known = objective.metrics
     for key, name in (("checkpoint.metric_for_best_model", recipe.checkpoint.metric_for_best_model),
                       ("eval.early_stopping_metric", recipe.eval.early_stopping_metric)):  # fmt: skip
         if name not in known and not name.startswith("loss_"):
             raise ConfigError(f"{key} = {name!r}: {nearest(name, list(known))} (the metrics of this objective)")
+    target, lowest = recipe.eval.target_loss, objective.lowest_loss(model, held_out) if held_out is not None else None
+    if target is not None and lowest is not None and target < lowest[0]:
+        raise ConfigError(f"eval.target_loss = {target} lies below {lowest[0]:.4f}, the honest floor: {lowest[1]}. A run that got there "
+                          f"would have been told the answers; give --target_loss {lowest[0] + 0.01:.2f} or more")  # fmt: skip
 
 
 def settle(

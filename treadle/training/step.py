@@ -20,7 +20,7 @@ from treadle.distributed.base import Strategy
 from treadle.distributed.world import World
 from treadle.errors import ConfigError
 from treadle.models.base import merged_stats
-from treadle.objectives.base import ModelWithObjective
+from treadle.objectives.base import TOTAL, ModelWithObjective
 from treadle.ops.attention import attention_backend
 from treadle.ops.precision import autocast
 from treadle.ops.sharding import local
@@ -96,6 +96,7 @@ class Stepper:
         module, rank = self.strategy.module, self.strategy.world.rank
         sums: dict[str, Tensor] = {}
         units: dict[str, str] = {}
+        weights: dict[str, float] = {}  # the objective's own
         stats = []
         module.train()
         factor = self.strategy.loss_factor * (self.loss_scale.scale if self.loss_scale else 1.0)
@@ -108,17 +109,18 @@ class Stepper:
                 objective = torch.zeros((), device=self.device)
                 for name, part in parts.losses.items():
                     divided = part.total / max(1, _count_of(part.unit, counts))
-                    units[name] = part.unit
+                    units[name], weights[name] = part.unit, part.weight
                     sums[name] = sums.get(name, 0) + divided.detach()
                     objective = objective + divided * (part.weight * self.loss_weights.get(name, 1.0))
                 self.strategy.backward(objective * factor, last)
             stats.append(parts.stats)
         totals = self.strategy.sum_losses(torch.stack([sums[name] for name in sums]))
         sums = dict(zip(sums, totals))
-        if self.objective.headline not in sums:
+        headline = self.objective.headline
+        if headline not in (*sums, TOTAL):
             raise ConfigError(f"the objective's headline is {self.objective.headline!r}, but its loss has the terms "
                               f"{', '.join(sums)}")  # fmt: skip
-        loss = float(sums[self.objective.headline])
+        loss = float(sums[headline] if headline in sums else sum(weights[name] * value for name, value in sums.items()))
         refused = veto is not None and veto(loss)
         norm, finite = self._finish(learning_rate, update and not refused, sums)
         skipped = "nonfinite" if not finite else "spike" if refused else ""

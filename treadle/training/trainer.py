@@ -63,7 +63,7 @@ class Trainer:
         parameter_count = model.parameter_count()  # before weights are in shards
         plan = resolve.schedule(recipe, dataset, world.size)
         if type(self).compute_metrics is Trainer.compute_metrics:
-            resolve.check_metrics(recipe, objective)
+            resolve.check_metrics(recipe, objective, model, eval_dataset)
         self.precision = precision = resolve.settle(recipe, plan, model, dataset, objective, self.device, world, self.console)
         objective.prepare(model, dataset, self.device)
         self.objective = with_overrides(objective, self, Trainer)
@@ -76,7 +76,7 @@ class Trainer:
             self.console, plan, state, share, listen,
         )  # fmt: skip
         self.requests, self.run_folder = context.requests, RunFolder(context, parameter_count)
-        self.callbacks = Callbacks(make_callbacks(callbacks, recipe.train), context)
+        self.callbacks = Callbacks(make_callbacks([*objective.callbacks(), *callbacks], recipe.train), context)
         self.checkpoints, self.feed = Checkpoints(context, self.assembly), Feed(context, self.callbacks)
 
     state = property(lambda self: self.context.state)

@@ -21,7 +21,7 @@ class EarlyStopping(Callback):
         self.stale = 0
 
     def wanted(self, context: Context) -> bool:
-        return context.eval_dataset is not None  # what it remembers counts when patience is set later
+        return context.eval_dataset is not None or context.config.eval.target_loss_on == "train"  # what it remembers counts when patience is set later
 
     def may_end(self, context: Context) -> bool:
         return context.config.eval.early_stopping_patience is not None or context.config.eval.target_loss is not None
@@ -38,10 +38,20 @@ class EarlyStopping(Callback):
         else:
             self.stale += 1
         patience = wanted.early_stopping_patience
-        if wanted.target_loss is not None and context.metrics["loss"] <= wanted.target_loss:
-            self._end(context, f"target_loss {wanted.target_loss} is reached")
+        loss = context.metrics["loss"]
+        if wanted.target_loss is not None and wanted.target_loss_on == "validation" and loss <= wanted.target_loss:
+            rows = "all" if wanted.eval_rows is None else f"{wanted.eval_rows:,}"
+            self._end(context, f"target_loss {wanted.target_loss} is reached: {loss:.4f} on validation, over {rows} rows")
         elif patience is not None and self.stale >= patience:
             self._end(context, f"no better {name} in {patience} evaluations")
+
+    def on_log(self, context: Context) -> None:
+        wanted, loss = context.config.eval, context.row.get("loss")
+        if wanted.target_loss is None or wanted.target_loss_on != "train" or loss is None or context.step < context.config.log.logging_steps:
+            return
+        if loss <= wanted.target_loss:
+            steps = context.config.log.logging_steps
+            self._end(context, f"target_loss {wanted.target_loss} is reached: {loss:.4f} in training, over the last {steps} steps")
 
     def _end(self, context: Context, reason: str) -> None:
         context.say(f"{reason}; training ends")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from treadle.monitor.sinks import SINKS, Sink
+from treadle.objectives.base import TOTAL
 from treadle.objectives.sums import LossSums
 from treadle.ops.memory import peak_memory_gb, resident_bytes
 from treadle.ops.peak import peak_flops
@@ -58,7 +59,9 @@ class Progress(Callback):
         for sink in self.sinks:
             sink.train(row)
         remaining = (context.plan.max_steps - context.step) * self.seconds / max(1, self.steps)
-        context.console.row(row, context.objective.training_text(row), context.plan.max_steps, remaining)
+        objective = context.objective
+        whole = objective.console_line(row, self.seconds)
+        context.console.row(row, objective.training_text(row), context.plan.max_steps, remaining, whole)
         self.load_state_dict({})
         context.tell("on_log")
 
@@ -68,7 +71,7 @@ class Progress(Callback):
         means = self.sums.means
         row: dict[str, Any] = {
             "step": state.step,
-            "loss": means.pop(objective.headline, math.nan),
+            "loss": objective.total(means) if objective.headline == TOTAL else means.pop(objective.headline, math.nan),
             **objective.training_metrics(self.sums),
             "learning_rate": context.learning_rate,
             "grad_norm": result.grad_norm,
