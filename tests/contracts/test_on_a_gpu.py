@@ -88,6 +88,14 @@ def test_a_run_goes_on_and_moves_to_the_cpu(case: tuple[str, int], precision: st
         assert all(bool(p.isfinite().all()) for p in later.model.parameters())
 
 
+def test_batches_are_pinned_whatever_shares_their_memory() -> None:
+    """position_ids of rows without documents are one row expanded, which page-locked memory cannot be."""
+    batch = Batch.from_ids(random_ids(3, 8), extras={"one": torch.zeros(1, 4).expand(3, 4)})
+    pinned = batch.pin()
+    assert pinned.position_ids is not None and pinned.position_ids.is_pinned() and pinned.extras["one"].is_pinned()
+    assert torch.equal(pinned.position_ids, batch.position_ids)
+
+
 @pytest.mark.parametrize("backend", ["loop", "triton"])
 @pytest.mark.parametrize("started", [True, False])
 def test_the_recurrence(backend: str, started: bool) -> None:

@@ -123,7 +123,7 @@ class Batch:
 
     def pin(self) -> Batch:
         """Page-locked, so that copies to a GPU do not block."""
-        return self._each(lambda t: t.pin_memory())
+        return self._each(lambda t: t.contiguous().pin_memory())  # an expanded tensor cannot be copied into
 
     def _each(self, change: Any) -> Batch:
         moved = {f.name: change(value) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
