@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from tests.s3 import Proxy, s3_server
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; before torch is imported
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Compiled loops are the same for all tests, processes and sessions; numba looks at each file's date itself.
+os.environ.setdefault("NUMBA_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"treadle-numba-{os.getuid()}"))
 
 SENTENCES = (
     "The wheel turned and the thread ran on.",
