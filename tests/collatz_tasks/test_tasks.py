@@ -99,18 +99,19 @@ def test_long_step_splits_never_meet() -> None:
 
 
 def test_rows_that_would_end_within_their_parities_are_left_out() -> None:
-    """Small numbers reach 1 within a row; how long they are must not be seen."""
-    data = Parities(ParityKeys(mixture={"sequential": 1}, start=2, length=16))
-    batch = data.generate(np.arange(400))
-    assert batch.labels is not None
-    left_out = ~batch.token_mask[:, 0]
-    assert 0 < int(left_out.sum()) < 200 and bool((batch.labels[left_out] == IGNORE).all())
-    assert batch.counts["rows"] == int((~left_out).sum()) and batch.counts["labels"] == 16 * batch.counts["rows"]
-    for n, gone in zip(numbers_of(batch), left_out.tolist()):
-        m = n
-        for _ in range(16):
-            m = (3 * m + 1) // 2 if m & 1 else m // 2
-            assert gone or m > 1
+    """Small numbers, or any in long rows, reach 1 within a row; how long they are must not be seen."""
+    for length, mixture in ((16, {"sequential": 1.0}), (300, {"uniform": 1.0}), (330, {"dense": 1.0, "uniform": 1.0})):
+        data = Parities(ParityKeys(mixture=mixture, start=2, length=length))
+        batch = data.generate(np.arange(400))
+        assert batch.labels is not None
+        left_out = ~batch.token_mask[:, 0]
+        assert 0 < int(left_out.sum()) < 400 and bool((batch.labels[left_out] == IGNORE).all())
+        assert batch.counts["rows"] == int((~left_out).sum()) and batch.counts["labels"] == length * batch.counts["rows"]
+        for n, gone in zip(numbers_of(batch), left_out.tolist()):
+            m = n
+            for _ in range(length):
+                m = (3 * m + 1) // 2 if m & 1 else m // 2
+                assert gone or m > 1
 
 
 @pytest.mark.parametrize("make", [lambda s: Parities(ParityKeys(), s), lambda s: Digits(DelayKeys(), s), lambda s: LongSteps(LongStepKeys(), s)])

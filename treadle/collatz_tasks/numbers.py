@@ -39,6 +39,12 @@ class Numbers:
     def exact(self, row: int) -> int:
         return exact_number(self.low[row], self.high[row])
 
+    def below(self, bits: int) -> np.ndarray:
+        """Which are below 2^bits, bool [B]."""
+        if bits >= 128:
+            return np.ones(len(self.low), dtype=bool)
+        return self.high < U64(1 << (bits - 64)) if bits >= 64 else (self.high == 0) & (self.low < U64(1 << bits))
+
 
 def exact_number(low: Any, high: Any) -> int:
     """The number from its halves, which may be int64 bit patterns."""

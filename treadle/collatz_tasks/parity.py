@@ -93,8 +93,8 @@ class Parities(TrajectoryDataset):
         numbers = self.source.numbers(rows)
         parities, steps = labels(numbers.low, numbers.high, length + 1, shortcut)
         ids = torch.from_numpy(parities.astype(np.int64))
-        # A number from 2^(L + 1) on is above 1 after L steps; below that, two standard steps for each are surely enough.
-        small = (numbers.high == 0) & (numbers.low < np.uint64(1 << min(63, length + 1)))
+        # A number from 2^(L + 1) on is above 1 after L steps; of smaller ones, more than two standard steps for each are enough.
+        small = numbers.below(length + 1)
         short = torch.from_numpy(small & (steps <= (2 * length if shortcut else length)))
         targets, documents = ids[:, 1:], None
         if bool(short.any()):

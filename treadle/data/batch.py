@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -63,7 +64,7 @@ class Batch:
             positions = torch.arange(length, device=input_ids.device).expand(rows, length)
             segments: tuple[tuple[int, ...], ...] = tuple((length,) for _ in range(rows))
         else:
-            segments = tuple(_runs(row) for row in documents.tolist())
+            segments = _segments(documents)
             positions = _positions(documents)
         named = {name: torch.as_tensor(value, device=input_ids.device) for name, value in (extras or {}).items()}
         for name, tensor in named.items():
@@ -144,15 +145,16 @@ def _integers(name: str, given: Any) -> Tensor:
     return tensor.to(torch.int64)
 
 
-def _runs(documents: Sequence[int]) -> tuple[int, ...]:
-    runs: list[int] = []
-    before: int | None = None
-    for document in documents:
-        if document != before:
-            runs.append(0)
-        runs[-1] += -1 if document == PAD else 1
-        before = document
-    return tuple(runs)
+def _segments(documents: Tensor) -> tuple[tuple[int, ...], ...]:
+    """doc_ids [B, T] -> for each row the lengths of its runs of equal ids, negative for padding."""
+    ids = documents.cpu().numpy()
+    begins = np.ones_like(ids, dtype=bool)
+    begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    rows, columns = np.nonzero(begins)
+    lengths = np.diff(np.flatnonzero(begins), append=ids.size)  # each row begins a run
+    lengths = np.where(ids[rows, columns] == PAD, -lengths, lengths).tolist()
+    bounds = np.searchsorted(rows, np.arange(len(ids) + 1)).tolist()
+    return tuple(tuple(lengths[start:stop]) for start, stop in itertools.pairwise(bounds))
 
 
 def _positions(doc_ids: Tensor) -> Tensor:
