@@ -11,7 +11,7 @@ from typing import Any
 from treadle import trusted_code
 from treadle.errors import ConfigError
 from treadle.models.catalogue import MODELS
-from treadle.recipe import SECTION_ALIASES, vocabulary
+from treadle.recipe import SECTION_ALIASES, Layer, compose, typed_layers, vocabulary
 from treadle.registry import nearest
 from treadle.settings import Settings, describe_type, parse_flags, plain
 from treadle.training.config import DEFAULT_ARCHITECTURE, SECTIONS
@@ -116,7 +116,7 @@ def print_help(verb: str, arguments: list[str]) -> None:
     after = arguments[place + 1 :]
     words = after[: next((i for i, word in enumerate(after) if word.startswith("-")), len(after))]
     asked = [word for word in (arguments[place].partition("=")[2], *words) if word]
-    _, flags = parse_flags(arguments[:place] + after[len(words) :])
+    targets, flags = parse_flags(arguments[:place] + after[len(words) :])
     arch = flags.get("model.arch") or flags.get("arch")
     if not asked:
         print(INTRODUCTION[verb])
@@ -131,7 +131,7 @@ def print_help(verb: str, arguments: list[str]) -> None:
         print("\n".join(_model_lines(arch or DEFAULT_ARCHITECTURE)) + "\n\n" + OTHERS)
     else:
         for word in asked:
-            print("\n".join(_asked_lines(word, arch or DEFAULT_ARCHITECTURE)) + "\n")
+            print("\n".join(_asked_lines(word, arch or DEFAULT_ARCHITECTURE, targets[:1])) + "\n")
 
 
 OTHERS = "The keys of another architecture: treadle train --model.arch NAME --help model (treadle models lists them)."
@@ -150,20 +150,38 @@ def _model_lines(arch: str) -> list[str]:
     return section_lines("model", MODELS.get(arch).Config, f"of {arch}: ")
 
 
-def _asked_lines(word: str, arch: str) -> list[str]:
+def _task_lines(targets: list[str], word: str = "") -> list[str]:
+    """The keys of the task that a recipe or a file of one's own holds, or the one that is called `word`."""
+    if not targets:
+        return []
+    from treadle.objectives.task import task_class
+
+    recipe = compose(typed_layers(targets[0], Layer({}, "flag"), True))
+    task = task_class(recipe.data.dataset_class, recipe.train.objective)
+    if task is None:
+        return []
+    return _key_lines("task", task, word) if word else section_lines("task", task, f"of {targets[0]}: ")
+
+
+def _asked_lines(word: str, arch: str, targets: list[str]) -> list[str]:
     """The help of one section, or of one key wherever it is."""
     name = plain(word)
     section, _, leaf = SECTION_ALIASES.get(name, name).partition(".")
     if section == "model" and not leaf:
         return [*_model_lines(arch), "", *usual_lines(list(CHOICES))]
+    if section == "task" and not leaf and (lines := _task_lines(targets)):
+        return lines
     if section in SECTIONS and not leaf:
         return section_lines(section, SECTIONS[section])
     homes = [section] if leaf else list(SECTIONS)
     found = [line for home in homes for line in _key_lines(home, SECTIONS.get(home), leaf or name)]
     if not found and (not leaf or section == "model"):
         found = _key_lines("model", MODELS.get(arch).Config, leaf or name)
+    found = found or _task_lines(targets, leaf or name)
     if found:
         return found
+    if section == "task":
+        raise ConfigError(f"--help {word}: the keys of a task follow from a recipe or file: treadle train collatz --help task")
     near = nearest(name, [*SECTIONS, "model", "all", *vocabulary().all_names()], otherwise="none is like it")
     raise ConfigError(f"--help {word}: no section or key is called so: {near} (sections: model, {', '.join(SECTIONS)}; all)")
 
@@ -228,7 +246,10 @@ def said_of_usage(problem: Any) -> str:
 
 def write_options() -> None:
     """Prints docs/options.md: every key of every section and every architecture."""
+    from treadle.data.base import DATASETS
+
     sections = {**SECTIONS, **{f"model ({name})": MODELS.get(name).Config for name in MODELS.names()}}
+    sections |= {f"task ({name})": own for name in DATASETS.names() if (own := DATASETS.get(name).Config) is not None}
     print(
         "# Every option\n\nWritten by `python -m treadle.help`. A key works as a flag, with or without its section.\n"
     )

@@ -153,6 +153,9 @@ class LongStep(NextToken):
     def training_metrics(self, sums: Any) -> dict[str, float]:
         return {}
 
+    def samples(self, model: Model, dataset: Any, count: int) -> tuple[list[dict[str, str]], dict[str, float]]:
+        return [{"prompt": "", "text": self.sample(model, dataset, "", 0, 0)}][:count], {}
+
     def sample(self, model: Model, dataset: Any, prompt: str, tokens: int, seed: int) -> str:
         """The table by class, and a few rows that are written wrong."""
         sums: dict[str, float] = {}

@@ -213,6 +213,9 @@ class StoppingTime(Objective):
                 found["effective_bits"] = self.ladder.bits(found["stopping_r2"])
         return found
 
+    def samples(self, model: Model, dataset: Any, count: int) -> tuple[list[dict[str, str]], dict[str, float]]:
+        return [{"prompt": "", "text": self.sample(model, dataset, "", 0, 0)}][:count], {}
+
     def sample(self, model: Model, dataset: Dataset, prompt: str, tokens: int, seed: int) -> str:
         """Predictions beside truths, with the exact numbers."""
         batch = next(iter(dataset.in_sequence(16, 16))).to(model.device)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
 from treadle.collatz.arithmetic import Map, number, spelled
 from treadle.settings import Settings, option
@@ -12,12 +12,13 @@ from treadle.settings import Settings, option
 
 def _exact(value: Any) -> Any:
     """A number as people write it, kept as text: a TOML integer ends at 2^63, a float is not exact."""
+    if value is None:
+        return None
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise ValueError("write an integer, or text such as '2^68'")
     return spelled(number(value)).replace(",", "")
 
 
-Exact = Annotated[str, BeforeValidator(_exact)]
 HARD = ("above_record", "three_mod_four", "dense")
 KINDS = ("sequential", *HARD, "uniform")
 RECORD = 1 << 68  # hard numbers begin here
@@ -36,13 +37,13 @@ class NumberKeys(Settings):
     mixture: dict[str, float] = option({})
     """Shares of kinds by name instead: sequential, above_record, three_mod_four, dense, uniform."""
 
-    start: Exact = option("2^40")
+    start: str = option("2^40")
     """Where sequential numbers begin."""
 
     uniform_bits: int = option(68, ge=8, le=LARGEST - 4)
     """Numbers of the kind uniform are drawn from [2^b, 2^(b+1)) with this b."""
 
-    search: Exact | None = option(None, change="free")
+    search: str | None = option(None, change="free")
     """Search for cycles and numbers that do not come down, from this number upward, in a process of low priority beside the
     training; stops and goes on with it."""
 
@@ -57,6 +58,8 @@ class NumberKeys(Settings):
 
     anomaly_warmup: int = option(1000, change="free", ge=1)
     """Steps before errors are judged."""
+
+    _exact_numbers = field_validator("start", "search", mode="before")(_exact)
 
     @field_validator("mixture")
     @classmethod
@@ -122,8 +125,10 @@ class LongStepKeys(Settings):
     base: int = option(24, ge=2, le=1024)
     """The digits' base."""
 
-    largest: Exact = option("10^12")
+    largest: str = option("10^12")
     """Odd numbers up to here, uniformly."""
+
+    _exact_number = field_validator("largest", mode="before")(_exact)
 
     @model_validator(mode="after")
     def _fits(self) -> LongStepKeys:
