@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from treadle.cli_collatz import collatz_app
 from treadle.cli_text import Trust, data_app, data_prepare, tokenizer_app
 from treadle.terminal import write as echo
 
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(collatz_app, name="collatz")
 app.command("prepare", hidden=True)(data_prepare)
 
 # train and check take every key of the configuration as a flag; help.py writes their help from the sections.

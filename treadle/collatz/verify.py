@@ -100,8 +100,8 @@ def interval(start: int, end: int | None, count: int | None) -> Interval:
     if start < 1:
         raise ConfigError(f"an interval of positive integers begins at 1 or later, not at {start}")
     if last <= start:
-        raise ConfigError(f"the end {spelled(last)} is not above the start {spelled(start)}; the end itself is not verified, "
-                          "so [a, b) needs b > a")  # fmt: skip
+        raise ConfigError(f"the end {spelled(last)} is not above the start {spelled(start)}; a number of numbers is written with --count, "
+                          "as in --count 2^36")  # fmt: skip
     if last > blocks.LARGEST_NUMBER:
         raise ConfigError("only numbers below 2^1000 can be verified")
     # Of n, about one in x climbs above x n (Lagarias and Weiss 1992), and each that leaves 128 bits is listed by itself.
