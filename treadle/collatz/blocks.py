@@ -20,10 +20,13 @@ from treadle.collatz import sieve as sieves
 from treadle.errors import ConfigError, MissingExtra
 
 ALGORITHM = "tree-1"  # of the sieve and the statistics; a new one whenever any total could change
-PATHS = ("python",)
-MODULES = {"numba": "treadle.collatz.kernel", "numpy": "treadle.collatz.blocks_numpy"}
-JUMP = 12  # shortcut steps between two looks at the height of a candidate
-MOST_STEPS = 100_000  # a candidate that is not below its start by then may be a counterexample; near 2^100, 2,500 are many
+PATHS = ("numba", "numpy", "python")
+MODULES = {"numba": "treadle.collatz.kernel_unit", "numpy": "treadle.collatz.blocks_numpy"}
+JUMP = 16  # shortcut steps between two looks at the height of a candidate
+FIRST_LOOK = 32  # steps below the tree
+MOST_STEPS = (
+    100_000  # a candidate that is not below its start by then may be a counterexample; near 2^100, 2,500 are many
+)
 OVERFLOW = 1 << 128
 SMALLEST_BITS, LARGEST_BITS = 8, 44
 PREFIX_BITS = 8
@@ -41,7 +44,9 @@ class Unit:
 
     def __post_init__(self) -> None:
         if not SMALLEST_BITS <= self.bits <= LARGEST_BITS:
-            raise ConfigError(f"a block has 2^{SMALLEST_BITS} to 2^{LARGEST_BITS} numbers, not 2^{self.bits}; set bits to 36")
+            raise ConfigError(
+                f"a block has 2^{SMALLEST_BITS} to 2^{LARGEST_BITS} numbers, not 2^{self.bits}; set bits to 36"
+            )
         if self.high < 0 or (self.high + 1) << self.bits > LARGEST_NUMBER:
             raise ConfigError(f"block {self.high} of 2^{self.bits} numbers: only 0 to 2^1000 can be verified")
         if not 0 <= self.prefix_bits <= sieves.depth(self.bits) or not 0 <= self.prefix < 1 << self.prefix_bits:
@@ -74,8 +79,12 @@ class Totals:
 
     leaves: int = 0  # residues modulo 2^(bits - 6) that the tree reached
     candidates: int = 0  # numbers that had to be followed
-    jumps: int = 0  # looks at a candidate's height, one every JUMP steps after the sieve's last, until it is at most 0
-    odd_steps: int = 0  # of all candidates, up to their last look; for numbers below FLOOR and sieve "none" up to the first
+    jumps: int = (
+        0  # looks at a candidate's height, FIRST_LOOK steps below the tree and then every JUMP, until it is at most 0
+    )
+    odd_steps: int = (
+        0  # of all candidates, up to their last look; for numbers below FLOOR and sieve "none" up to the first
+    )
     # number below the start, which makes it the alpha checksum of Barina (J. Supercomput. 77, 2021) over n = 3 mod 4
     maximum: int = 0  # the largest number that a candidate meets, standard steps, before it first comes below itself
     argmax: int = 0  # the smallest candidate that meets it
@@ -123,7 +132,9 @@ class Totals:
         if not all(type(count) is int and count >= 0 for count in counts):
             raise ValueError(f"counts are integers of at least 0, not {counts}")
         overflow, unresolved = (tuple(_natural(n) for n in given[name]) for name in ("overflow", "unresolved"))
-        return Totals(*counts, _natural(given["maximum"]), _natural(given["argmax"]), overflow, unresolved)
+        leaves, candidates, jumps, odd_steps = counts
+        most, at = _natural(given["maximum"]), _natural(given["argmax"])
+        return Totals(leaves, candidates, jumps, odd_steps, most, at, overflow, unresolved)
 
 
 def _natural(text: Any) -> int:
@@ -212,12 +223,13 @@ def _followed(unit: Unit, rules: sieves.Rules) -> Totals:
         count[0] += 1
 
     for n in _candidates(unit, rules, seen):
-        found = found.merge(follow(n, sieves.depth(unit.bits) + sieves.lookahead(unit.bits)))
+        found = found.merge(follow(n, sieves.depth(unit.bits)))
     return found.merge(Totals(leaves=count[0]))
 
 
 def follow(n: int, depth: int) -> Totals:
-    """The exact reference for one candidate, whose heights are looked at JUMP steps after `depth` and so on."""
+    """The exact reference for one candidate of a tree that ends at `depth`."""
+    depth += FIRST_LOOK - JUMP
     y, height, odd_steps, most, below = n, 0, 0, n, False
     for steps in range(1, MOST_STEPS + 1):
         if y & 1:

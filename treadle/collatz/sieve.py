@@ -28,7 +28,9 @@ from functools import lru_cache
 
 UP, DOWN = 485 - 306, 306  # what an odd and an even step do to the height E
 FLOOR = 1 << 21  # numbers below are followed themselves
-WINDOW = 12  # parities; 8: 13 % more numbers are left, 14: 3 % fewer, but its table no longer fits beside the others in L1
+WINDOW = (
+    12  # parities; 8: 13 % more numbers are left, 14: 3 % fewer, but its table no longer fits beside the others in L1
+)
 TERNARY = 729  # modulo 9 alone leaves 2.5 % more
 WORD = 6  # a leaf of the tree stands for 2^6 numbers, one machine word of the bit-vectors
 HIGHEST = 4096  # leaves with a greater height (13 doublings) skip the bit-vectors, which would let nearly all pass
@@ -104,7 +106,7 @@ def depth(bits: int) -> int:
 
 def lookahead(bits: int) -> int:
     """Steps that the bit-vectors see past the tree. Small blocks, for tests, do with small vectors."""
-    return 24 if bits >= 30 else 12
+    return 20 if bits >= 30 else 12
 
 
 def extend(history: int, odd: int, window: int) -> int:
@@ -113,7 +115,9 @@ def extend(history: int, odd: int, window: int) -> int:
     return history & ((1 << window) - 1) | 1 << window if history >> window + 1 else history
 
 
-def leaves(high: int, bits: int, prefix: int, prefix_bits: int, rules: Rules = TREE) -> Iterator[tuple[int, int, int, int]]:
+def leaves(
+    high: int, bits: int, prefix: int, prefix_bits: int, rules: Rules = TREE
+) -> Iterator[tuple[int, int, int, int]]:
     """(r, x, f, E) of the residues mod 2^depth(bits) that agree with the prefix and are not excluded, smallest branch first."""
     scores, end = rules.scores(), depth(bits)
     stack = [(0, 0, 0, 0, 0, 1)]
