@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from treadle.collatz.verify import VERIFIED
 from treadle.errors import ConfigError
 
-VERIFIED = 1 << 71  # Barina (2025): every number below it reaches 1
 LEAST_BITS = 2000
 LARGEST_LIMIT_BITS = 20_000
 

@@ -221,6 +221,19 @@ def chunks(map: Map, start: int, end: int | None, path: str = "auto") -> Iterato
         start = stop
 
 
+def settle(map: Map, start: int, end: int, path: str = "auto", stopping: Callable[[], bool] = lambda: False,
+           progress: Callable[[int], None] = lambda reached: None) -> Totals | None:  # fmt: skip
+    """`examine` for a long interval: progress hears of each piece of about a second."""
+    found, limits = Totals(), Limits.of(map, max(abs(start), abs(end)))
+    for low, high in chunks(map, start, end, path):
+        part = examine(map, low, high, limits, path, 1, stopping)
+        if part is None:
+            return None
+        found = found.merge(part)
+        progress(high)
+    return found
+
+
 def chunk_size(map: Map, start: int, path: str = "auto") -> int:
     """Numbers near `start` that are followed in about a second: compiled, 3x + 1 takes 12 ns a number and 5x + 1, of whose odd
     numbers nearly all are followed until they are given up, 600 ns; in integers 5 us and 80 us."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import gcd
+from typing import Any
 
 from treadle.collatz.arithmetic import Map, spelled
 from treadle.collatz.cycle_search import CYCLE, UNRESOLVED, Limits, examine, follow
@@ -146,6 +147,14 @@ class Discovery:
         kind: dict[str, object] = {"kind": "cycle", "cycle": self.cycle.as_dict()} if self.cycle is not None else {
             "kind": "does not come down", "steps": self.steps, "bits": self.bits}  # fmt: skip
         return {"map": str(self.map), "number": str(self.number), **kind, "text": str(self)}
+
+    @staticmethod
+    def from_dict(given: dict[str, Any]) -> Discovery:
+        """The inverse of as_dict."""
+        map, number, cycle = Map.parse(given["map"]), int(given["number"]), given.get("cycle")
+        if cycle is None:
+            return Discovery(map, number, None, given["steps"], given["bits"])
+        return Discovery(map, number, Cycle(map, int(cycle["representative"]), cycle["shortcut_steps"], cycle["odd_steps"]))
 
 
 def discovery(map: Map, n: int, limits: Limits, cycles: frozenset[int] | None = None) -> Discovery | None:
