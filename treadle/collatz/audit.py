@@ -107,7 +107,9 @@ def audit(
     recomputed = 0
     if totals is not None:
         known = {unit.prefix for unit in units}
-        disagreements += [f"totals of prefix {prefix}, which is no unit of the block" for prefix in totals if prefix not in known]
+        disagreements += [
+            f"totals of prefix {prefix}, which is no unit of the block" for prefix in totals if prefix not in known
+        ]
         disagreements += [f"no totals of prefix {prefix}" for prefix in sorted(known) if prefix not in totals]
         both = [unit for unit in units if unit.prefix in totals]
         for unit in chance.sample(both, min(samples, len(both))):
@@ -145,7 +147,9 @@ def _differences(unit: Unit) -> list[str]:
     ]
 
 
-def excluded_without(unit: Unit, path: str = "auto", sieve: str | sieves.Rules = "tree") -> tuple[Counter[str], list[int]]:
+def excluded_without(
+    unit: Unit, path: str = "auto", sieve: str | sieves.Rules = "tree"
+) -> tuple[Counter[str], list[int]]:
     """(how many excluded numbers of a small unit have a witness, by kind; those that have none)."""
     followed = set(blocks.candidates(unit, path, sieve))
     steps = sieves.depth(unit.bits) + sieves.lookahead(unit.bits)

@@ -144,11 +144,12 @@ def _natural(text: Any) -> int:
 
 
 def units(high: int, bits: int, sieve: str = "tree") -> list[Unit]:
-    """The block's units by its low bits, ascending. Prefixes that the sieve excludes altogether are left out."""
+    """The block's units by its low bits, costliest first. Prefixes that the sieve excludes altogether are left out."""
     rules = _rules(sieve)
     Unit(high, bits, 0, 0)
     width = min(PREFIX_BITS, sieves.depth(bits))
     split = [Unit(high, bits, prefix, width) for prefix in range(1 << width)]
+    split.sort(key=lambda unit: -sieves.height(unit.prefix, width))  # two workers then end together
     if rules is None:
         return [unit for unit in split if unit.prefix % 4 == 3]
     if high << bits < sieves.FLOOR:  # the sieve holds from there on only
@@ -160,7 +161,8 @@ def run_unit(unit: Unit, path: str = "auto", sieve: str = "tree") -> Totals:
     """Verifies a unit.
 
     path: "numba", "numpy" or "python"; "auto" is the first that is installed. sieve: "tree", or "none" to follow every
-    n = 3 mod 4 (all others come below themselves in at most two steps). "broken" is for tests of the audit.
+    n = 3 mod 4 (all others come below themselves in at most two steps), or "descent", without merging and preimages.
+    "broken" is for tests of the audit.
     """
     rules = _rules(sieve)
     path = resolved(path)
@@ -209,7 +211,7 @@ def _rules(sieve: str) -> sieves.Rules | None:
     if sieve == "none":
         return None
     if sieve not in sieves.RULES:
-        raise ConfigError(f"no sieve {sieve!r}; there are tree and none")
+        raise ConfigError(f"no sieve {sieve!r}; there are tree, descent and none")
     return sieves.RULES[sieve]
 
 

@@ -38,7 +38,7 @@ HIGHEST = 4096  # leaves with a greater height (13 doublings) skip the bit-vecto
 
 @dataclass(frozen=True)
 class Rules:
-    """What a run excludes. Only "tree" proves anything; the others show that the audit notices a sieve that is wrong."""
+    """What a run excludes. "tree" and "descent" prove something; the others show that the audit notices a wrong sieve."""
 
     name: str = "tree"
     window: int = WINDOW
@@ -60,7 +60,8 @@ class Rules:
 
 
 TREE = Rules()
-RULES = {rules.name: rules for rules in (TREE, Rules("broken", with_high=False))}
+DESCENT = Rules("descent", window=0, preimages=False)  # for comparison: 3 times as many numbers are left
+RULES = {rules.name: rules for rules in (TREE, DESCENT, Rules("broken", with_high=False))}
 
 
 @lru_cache
@@ -172,3 +173,11 @@ def excluded(prefix: int, prefix_bits: int, rules: Rules = TREE) -> bool:
             return True
         y = (3 * y + 1) >> 1 if odd else y >> 1
     return False
+
+
+def height(prefix: int, prefix_bits: int) -> int:
+    """E of the residue after as many steps as it has bits: the greater, the more of its numbers are left."""
+    found, y = 0, prefix
+    for _ in range(prefix_bits):
+        found, y = (found + UP, (3 * y + 1) >> 1) if y & 1 else (found - DOWN, y >> 1)
+    return found
