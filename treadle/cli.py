@@ -109,6 +109,13 @@ def train(ctx: typer.Context) -> None:
     _open_verb("train", ctx.args)
 
 
+@collatz_app.command("train", context_settings=OPEN)
+def collatz_train(ctx: typer.Context) -> None:
+    """Learn from trajectories: treadle train collatz, or [collatz_delay | collatz_long_step] [--key value ...]."""
+    named = bool(ctx.args) and not ctx.args[0].startswith("-")
+    _open_verb("train", ctx.args if named else ["collatz", *ctx.args])
+
+
 @app.command(context_settings=OPEN)
 def distill(ctx: typer.Context) -> None:
     """Train a student of a teacher: --teacher RUN [RECIPE.toml | FILE.txt | DIR] [--key value ...]."""

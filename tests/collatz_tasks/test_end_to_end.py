@@ -75,3 +75,48 @@ def test_stopped_continued_killed_and_told(webhook: Server, tmp_path: Path) -> N
     same_end(tmp_path / "whole", tmp_path / "parts", STEPS)
     rows = [json.loads(row) for row in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
     assert sum("floor" in row for row in rows) == 3  # evaluations
+
+
+def test_the_search_beside_the_training(webhook: Server, tmp_path: Path) -> None:
+    """Each cycle that is not in the list of its map is told once, with its number; the search ends and goes on with the run."""
+    more = ["--collatz.search", "1", "--collatz.search_map", "3x+101"]
+    endless = [word if word != str(STEPS) else "100000" for word in line(tmp_path / "run")]
+    first = start([*endless, *more], TREADLE_WEBHOOK_URL=webhook.url)
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline and len(discoveries(webhook)) < 7:
+        time.sleep(0.1)
+    assert searching(tmp_path) == 1
+    first.send_signal(signal.SIGTERM)
+    out, _ = first.communicate(timeout=100)
+    assert first.returncode == 143 and searching(tmp_path) == 0, out
+    assert sorted(discoveries(webhook), key=int) == ["7", "11", "19", "23", "29", "31", "37"], out
+    reached = len((tmp_path / "run" / "search.jsonl").read_bytes())
+    assert reached > 0 and "searching 3x+101 from 1" in out
+
+    second = start([*endless, "--collatz.search", "1", "--collatz.search_map", "3x+101"], TREADLE_WEBHOOK_URL=webhook.url)
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline and (tmp_path / "run" / "search.jsonl").stat().st_size <= reached:
+        time.sleep(0.1)
+    second.kill()  # as kill -9: the search ends with its training
+    second.communicate()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and searching(tmp_path):
+        time.sleep(0.1)
+    assert searching(tmp_path) == 0 and len(discoveries(webhook)) == 7  # nothing is told twice
+    assert (tmp_path / "run" / "search.jsonl").stat().st_size > reached
+
+
+def discoveries(webhook: Server) -> list[str]:
+    return [message["number"] for _, message in webhook.received if message.get("event") == "discovery"]
+
+
+def searching(folder: Path) -> int:
+    """Processes that search into this folder's log."""
+    found = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        found += b"search" in words and str(folder / "run" / "search.jsonl").encode() in words
+    return found

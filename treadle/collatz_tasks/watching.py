@@ -122,10 +122,10 @@ class SearchBeside(Callback):
 
     def _look(self, context: Context) -> None:
         for found in self.search.poll():
-            text = f"discovery: {found}"
-            context.emit("discovery", step=context.step, text=str(found))
-            context.warn(text)
-            context.alert("discovery", text, step=context.step)
+            details = found.as_dict()
+            context.emit("discovery", step=context.step, discovery=details)
+            context.warn(f"discovery: {details['text']}")
+            context.alert("discovery", f"discovery: {details['text']}", step=context.step, number=details["number"])
         if not self.ended and (problem := self.search.problem()):
             self.ended = True
             context.warn(f"the search beside the training has ended: {problem}; training goes on")

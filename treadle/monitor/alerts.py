@@ -26,8 +26,8 @@ TIMEOUT = 5.0  # seconds a request
 ATTEMPTS = 4
 LONGEST_WAIT = 30.0
 CLOSE_SECONDS = 8.0
-# These say how a run ended or began; a rate limit must not swallow them.
-ALWAYS = ("start", "stopped", "finished")
+# These say how a run ended or began, or come once in a lifetime; a rate limit must not swallow them.
+ALWAYS = ("start", "stopped", "finished", "discovery")
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

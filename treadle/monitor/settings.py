@@ -47,7 +47,7 @@ class AlertSettings(Settings):
     """Send a message every so many steps; without it none."""
 
     minimum_seconds: float = option(30.0, ge=0.0)
-    """At most one message of a kind in this time (start, stop and finish are always sent)."""
+    """At most one message of a kind in this time (start, stop, finish and discoveries are always sent)."""
 
 
 class LogSettings(Settings):
