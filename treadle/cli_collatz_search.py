@@ -40,7 +40,7 @@ def search(
     """
     from treadle.collatz import progress as showing
     from treadle.collatz import search as searching
-    from treadle.collatz.arithmetic import COLLATZ, number, spelled
+    from treadle.collatz.arithmetic import COLLATZ, spelled
     from treadle.errors import ConfigError, Stopped
 
     if end_with is not None:
@@ -52,14 +52,14 @@ def search(
             raise ConfigError("--range says which numbers; leave START and --count out")
         begin, end = _range(range)
     else:
-        begin = searching.VERIFIED if start is None else number(start, "the start")
-        end = None if count is None else begin + number(count, "a count")
+        begin = searching.VERIFIED if start is None else _number(start, "a start")
+        end = None if count is None else begin + _number(count, "a count")
         log = log or str(searching.default_log(over, begin))
     searching.lower_priority(nice)
     line = showing.Line(quiet=as_json)
-    where = "without an end" if end is None else f"to {spelled(end)}"
+    where = "without an end" if end is None else f"{spelled(end - begin)} numbers"
     if not as_json:
-        echo(f"searching {over} from {spelled(begin)} {where}{'' if log is None else f'; log: {log}'}")
+        echo(f"searching {over} from {spelled(begin)} on, {where}{'' if log is None else f'; log: {log}'}")
 
     def show(result: searching.Result) -> None:
         if line.due:
@@ -157,11 +157,11 @@ def records(
     """Numbers whose stopping time (or largest number on the way) exceeds that of all smaller numbers, under 3x + 1."""
     from treadle.collatz import progress as showing
     from treadle.collatz import records_log
-    from treadle.collatz.arithmetic import number, spelled
+    from treadle.collatz.arithmetic import spelled
     from treadle.errors import Stopped
 
     line = showing.Line(quiet=as_json)
-    end = number(below, "a limit")
+    end = _number(below, "a limit")
 
     def show(at: records_log.Progress) -> None:
         if line.due:
@@ -190,10 +190,10 @@ def bound(
     as_json: Json = False,
 ) -> None:
     """How long a cycle of 3x + 1 other than 1, 4, 2 must be, given that all numbers below LIMIT reach 1 (Eliahou 1993)."""
-    from treadle.collatz.arithmetic import number, spelled
+    from treadle.collatz.arithmetic import spelled
     from treadle.collatz.bound import VERIFIED, cycle_bound
 
-    found = cycle_bound(VERIFIED if limit is None else number(limit, "a limit"))
+    found = cycle_bound(VERIFIED if limit is None else _number(limit, "a limit"))
     if as_json:
         _json(found.as_dict())
         return
@@ -205,22 +205,35 @@ def bound(
 
 def _map(text: str) -> Any:
     from treadle.collatz.arithmetic import Map
+    from treadle.errors import ConfigError
 
+    if len(text) > 1000:
+        raise ConfigError("a map's q and c have at most some hundred digits")
     return Map.parse(text)
+
+
+def _number(text: str, what: str) -> int:
+    from treadle.collatz.arithmetic import number
+    from treadle.collatz.cycle_search import LARGEST
+    from treadle.errors import ConfigError
+
+    found = number(text, what)
+    if abs(found) > LARGEST:
+        raise ConfigError(f"{what} of at most 2^10000, please")
+    return found
 
 
 def _range(text: str) -> tuple[int, int]:
     """ "A:B" is [A, B), "N" is [-N, N]."""
-    from treadle.collatz.arithmetic import number
     from treadle.errors import ConfigError
 
     if ":" not in text:
-        size = number(text, "a range")
+        size = _number(text, "a range")
         if size < 0:
             raise ConfigError(f"--range {text}: write N >= 0 for all |n| <= N, or A:B")
         return -size, size + 1
     first, _, last = text.partition(":")
-    low, high = number(first, "the begin of a range"), number(last, "the end of a range")
+    low, high = _number(first, "the begin of a range"), _number(last, "the end of a range")
     if low >= high:
         raise ConfigError(f"--range {text}: A is below B, as in --range=-1000:1000")
     return low, high
@@ -248,8 +261,8 @@ def _summary(result: Any) -> list[str]:
     from treadle.collatz.arithmetic import spelled
 
     rate = result.numbers / result.seconds if result.seconds > 0 else 0.0
-    lines = [f"{'searched' if result.complete else 'stopped;'} {spelled(result.start)} to {spelled(result.reached)}: {spelled(result.numbers)} "
-             f"numbers in this run, {showing.duration(result.seconds)}, {showing.rounded(rate)} numbers/s"]  # fmt: skip
+    lines = [f"{'done' if result.complete else 'stopped'}: {spelled(result.reached - result.start)} numbers from {spelled(result.start)} on, "
+             f"{spelled(result.numbers)} of them in this run ({showing.duration(result.seconds)}, {showing.rounded(rate)} numbers/s)"]  # fmt: skip
     if result.cycles:
         lines.append("cycles met, by the member of least absolute value: " + ", ".join(f"{n:,}" for n in sorted(result.cycles, key=lambda n: (abs(n), n < 0))))
     if result.unresolved:

@@ -18,7 +18,7 @@ from treadle.collatz.verify import VERIFIED
 from treadle.errors import ConfigError
 
 LEAST_BITS = 2000
-LARGEST_LIMIT_BITS = 20_000
+LARGEST_LIMIT_BITS = 10_000  # 3,010 digits; Python writes at most 4,300
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Bound:
 
 
 def cycle_bound(limit: int = VERIFIED) -> Bound:
-    """The bound when every n in [1, limit) is known to reach 1. ConfigError for a limit below 3 or beyond 2^20000."""
+    """The bound when every n in [1, limit) is known to reach 1. ConfigError for a limit below 3 or beyond 2^10000."""
     if limit < 3 or limit.bit_length() > LARGEST_LIMIT_BITS:
         raise ConfigError(f"the verified limit is a number from 3 to 2^{LARGEST_LIMIT_BITS}, as in treadle collatz bound 2^71")
     bits = max(LEAST_BITS, 4 * limit.bit_length())

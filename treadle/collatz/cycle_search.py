@@ -27,6 +27,7 @@ PATHS = ("numba", "python")
 MOST_STEPS = 100_000
 OVERFLOW = 1 << 128
 LISTED = 1000  # unresolved numbers that are named; under q >= 5 nearly all odd ones are
+LARGEST = 1 << 10_000  # absolute value of a number; 3,010 digits, where Python writes at most 4,300
 MOST_FACTOR = (1 << 31) - 1  # of the compiled loop
 BELOW, CYCLE, UNRESOLVED = "below", "cycle", "unresolved"
 
@@ -133,8 +134,8 @@ def examine(map: Map, start: int, end: int, limits: Limits | None = None, path: 
     """Every n in [start, end), of either sign. path: auto, numba or python. None when `stopping` said so in between."""
     limits = limits or Limits.of(map, max(abs(start), abs(end)))
     path = resolved(path, PATHS, "the search by following")
-    if start > end:
-        raise ConfigError(f"an interval A:B has A <= B, not {start}:{end}")
+    if start > end or max(abs(start), abs(end)) > LARGEST:
+        raise ConfigError("an interval A:B has A <= B, both of at most 2^10000")
     found = Totals()
     signs = []
     if start < 0:

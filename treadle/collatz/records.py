@@ -83,8 +83,7 @@ class RecordSearch:
 
     def advance(self, end: int) -> list[Record]:
         """Searches [reached, end) and returns what it adds."""
-        if end > LARGEST:
-            raise ConfigError(f"records are searched below 2^{LARGEST.bit_length() - 1} at most, which would take years")
+        check_limit(end)
         before = len(self.records)
         if self.reached < min(end, BASE):
             values = _base(self.kind)
@@ -127,6 +126,11 @@ class RecordSearch:
         return found
 
 
+def check_limit(below: int) -> None:
+    if not 1 <= below <= LARGEST:
+        raise ConfigError(f"records are searched below 1 to 2^{LARGEST.bit_length() - 1}, as in --below 10^8; that one would take years")
+
+
 def records(below: int, kind: str = "delay", path: str = "auto") -> list[Record]:
     """All delay or path records n < below. kind: delay or path; path: auto, numba, numpy or python."""
     search = RecordSearch(kind, path)
@@ -137,6 +141,7 @@ def records(below: int, kind: str = "delay", path: str = "auto") -> list[Record]
 def advance_in_pieces(search: RecordSearch, below: int, seen: Callable[[list[Record]], bool] = lambda new: False) -> bool:
     """To `below`, in pieces of about a second; `seen` gets the records of each and stops the search by returning True.
     Whether it came to the end."""
+    check_limit(below)
     size = 1 << {"numba": 28, "numpy": 20, "python": 17}[search.path]
     while search.reached < below:
         # Early pieces are small: what is cut off depends on the records before the piece.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from treadle.collatz.records import Record, RecordSearch, advance_in_pieces
+from treadle.collatz.records import Record, RecordSearch, advance_in_pieces, check_limit
 from treadle.collatz.search_log import SearchLog, missing
 
 
@@ -43,6 +43,7 @@ def search(
     """All records below, or as many as there are when `stopping`; with a log, what that holds is not searched again.
 
     The records of the log are worked out again, so a wrong one is an error; that none is missing rests on its lines' hashes."""
+    check_limit(below)
     found = RecordSearch(kind, path)
     writer = None if log is None else SearchLog(log, {"records": kind})
     try:

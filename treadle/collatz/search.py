@@ -99,6 +99,8 @@ def search(
     or python. workers: threads. on_discovery is called once for each discovery of this run, after it is in the log.
     ConfigError or RunLocked where the arguments or the log do not allow it.
     """
+    if max(abs(start), abs(end or 0)) > cycle_search.LARGEST:
+        raise ConfigError("numbers up to 2^10000 can be searched")
     if end is not None and end <= start:
         raise ConfigError(f"the end {spelled(end)} is not above the start {spelled(start)}; say how far with --count 2^30")
     if workers < 1:
