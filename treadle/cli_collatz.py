@@ -131,24 +131,26 @@ def merge(
         raise typer.Exit(3 if result.unresolved else 1)
 
 
-# `train` of the learning tasks is registered here, as register(app) of a file treadle/cli_collatz_train.py.
-register("treadle.cli_collatz_train")
-
-
 @collatz_app.command("plot")
 def plot(
-    what: Annotated[str, typer.Argument(metavar="N|CERTIFICATE", help=f"A number, or a .jsonl file. {NUMBER}")],
+    what: Annotated[str, typer.Argument(metavar="N|CERTIFICATE|RUN", help=f"A number, a .jsonl file, or the folder of a run. {NUMBER}")],
     output: Annotated[str | None, typer.Option("--output", help="Also a picture: .png, .pdf or .svg (extra `collatz`).")] = None,
     width: Annotated[int | None, typer.Option("--width", min=30, max=1000, help="Characters in a line; default the terminal's.")] = None,
 ) -> None:
-    """The heights of a trajectory, or the speed and the largest numbers of a certificate's blocks, in the terminal."""
+    """The heights of a trajectory, the speed and the largest numbers of a certificate's blocks, or what a run has learned."""
     from pathlib import Path
 
     from treadle.collatz import plots
     from treadle.collatz.arithmetic import number
 
-    is_file = what.endswith(".jsonl") or Path(what).is_file()
-    pictures = plots.certificate_series(what) if is_file else [plots.trajectory_heights(number(what))]
+    if Path(what).is_dir():
+        from treadle.collatz_tasks.curves import run_series
+
+        pictures = run_series(what)
+    elif what.endswith(".jsonl") or Path(what).is_file():
+        pictures = plots.certificate_series(what)
+    else:
+        pictures = [plots.trajectory_heights(number(what))]
     for series in pictures:
         for text in plots.text_plot(series, width):
             echo(text)

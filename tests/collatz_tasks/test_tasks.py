@@ -435,3 +435,14 @@ def test_importing_the_trainer_imports_no_collatz() -> None:
 
     code = "import sys, treadle.training.trainer, treadle.start; print([m for m in sys.modules if 'collatz' in m])"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_what_a_run_has_learned_is_plotted(tmp_path: Path) -> None:
+    run("collatz", tmp_path / "a")
+    run("collatz_long_step", tmp_path / "b")
+    out = command("collatz", "plot", str(tmp_path / "a"), "--width", "60")
+    assert out.returncode == 0 and "cross-entropy of the next step, nats (floor 0.6" in out.stdout and "R2 of the stopping time" in out.stdout
+    out = command("collatz", "plot", str(tmp_path / "b"), "--output", str(tmp_path / "b.png"))
+    assert out.returncode == 0 and "classes (k, k') mastered" in out.stdout and (tmp_path / "b.png").read_bytes()[:4] == b"\x89PNG"
+    (tmp_path / "empty").mkdir()
+    assert "no evaluation of a Collatz task" in command("collatz", "plot", str(tmp_path / "empty")).stderr

@@ -65,7 +65,8 @@ def text_plot(series: Series, width: int | None = None, rows: int = ROWS) -> lis
     known = [value for value in series.values if not math.isnan(value)]
     low, high = min(known), max(known)
     room = (high - low) or 1.0
-    labels = [_label(high - room * row / (rows - 1)) for row in range(rows)]
+    decimals = min(6, max(1, math.ceil(-math.log10(room / (rows - 1)))))  # neighbouring lines read differently
+    labels = [_label(high - room * row / (rows - 1), decimals) for row in range(rows)]
     margin = max(len(label) for label in labels) + 2
     columns = max(1, min(width - margin, len(series.values)))
     stretch = max(1, (width - margin) // len(series.values))
@@ -87,8 +88,8 @@ def text_plot(series: Series, width: int | None = None, rows: int = ROWS) -> lis
     return lines
 
 
-def _label(value: float) -> str:
-    return rounded(value) if abs(value) >= 10_000 else f"{value:.1f}"
+def _label(value: float, decimals: int) -> str:
+    return rounded(value) if abs(value) >= 10_000 else f"{value:.{decimals}f}"
 
 
 def write_picture(all_series: Sequence[Series], output: str | Path) -> None:
