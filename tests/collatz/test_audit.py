@@ -93,3 +93,11 @@ def test_a_sieve_that_excludes_all_is_caught_number_by_number() -> None:
 def test_an_audit_of_nothing_is_refused() -> None:
     with pytest.raises(ConfigError):
         audit(1 << 40, 16, samples=0)
+
+
+def test_a_witness_is_followed_before_it_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    unit = Unit(987654321, 12, 27, 5)
+    assert not excluded_without(unit)[1]
+    monkeypatch.setattr("treadle.collatz.audit.witness", lambda n, steps: Witness("merging", n - 2, n - 2))
+    kinds, without = excluded_without(unit)
+    assert not kinds and len(without) == unit.size - len(blocks.candidates(unit))

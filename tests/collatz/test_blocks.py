@@ -174,3 +174,28 @@ def test_nonsense_is_refused() -> None:
         run_unit(unit, "python", "colander")
     with pytest.raises(ConfigError):
         candidates(unit, "python", "none")
+
+
+def test_a_tree_that_may_have_passed_the_maximum_marks_its_numbers() -> None:
+    """Few blocks depend on it: the largest number would have to lie above the tree's last node by ten doublings."""
+    np, kernel = pytest.importorskip("numpy"), pytest.importorskip("treadle.collatz.kernel", exc_type=ImportError)
+    U = np.uint64
+    f, word = np.array([24, 20]), np.array([0b1011, 0b110], U)
+    low, record, marked = np.empty(128, U), np.empty(128, np.int64), np.empty(128, np.int64)
+    bar = (179 * 24 + 306 - kernel.WITHIN) << 40  # what 24 odd steps can reach, 20 cannot
+    found, marks = kernel.spread(
+        2,
+        np.array([5, 9], U),
+        f,
+        np.array([300, 200]),
+        word,
+        U(1),
+        np.array([3**i for i in range(40)], U),
+        low,
+        record,
+        bar,
+        marked,
+    )
+    assert (found, marks) == (5, 3) and list(marked[:3]) == [0, 1, 3]
+    assert list(record[:5]) == [300 << 40, 300 << 40 | 1, 300 << 40 | 3, 200 << 40 | 64 | 1, 200 << 40 | 64 | 2]
+    assert [int(y) for y in low[:2]] == [5 + 3**24 & (1 << 48) - 1, 5 + 2 * 3**24 & (1 << 48) - 1]
