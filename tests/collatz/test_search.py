@@ -77,7 +77,7 @@ def test_a_cycle_is_said_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [path for path in blocks.PATHS if path == "python" or compiled.load("cycle_search_numba")])
-@pytest.mark.parametrize("start, count", [(1, 1), (1, 300), (255, 2), (2**68 - 777, 5000), (2**68 + 255, 2**13)])
+@pytest.mark.parametrize("start, count", [(1, 1), (1, 300), (255, 2), (2**68 - 777, 5000), (2**68 + 255, 2**13), (2**109, 2**12), (2**115, 99)])
 def test_under_3x_plus_1_exactly_the_numbers_are_covered(start: int, count: int, path: str, tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     result = search(start, start + count, log=log, path=path)

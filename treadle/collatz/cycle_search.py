@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ ALGORITHM = "brent-1"  # of following and of the sums; a new one whenever any to
 PATHS = ("numba", "python")
 MOST_STEPS = 100_000
 OVERFLOW = 1 << 128
-LISTED = 1000  # unresolved numbers that are named; under q >= 5 nearly all odd ones are
+LISTED = 1000  # numbers that are named of those unresolved (under q >= 5 nearly all odd ones are) or of more than 128 bits
 LARGEST = 1 << 10_000  # absolute value of a number; 3,010 digits, where Python writes at most 4,300
 MOST_FACTOR = (1 << 31) - 1  # of the compiled loop
 BELOW, CYCLE, UNRESOLVED = "below", "cycle", "unresolved"
@@ -56,7 +56,8 @@ class Totals:
     argmax: int = 0  # the first number that meets it, by absolute value, positive before negative
     cycles: tuple[int, ...] = ()  # representatives, by absolute value
     into_cycles: int = 0  # numbers that run into a cycle without coming below themselves
-    overflow: tuple[int, ...] = ()  # the first numbers that meet one of more than 128 bits
+    overflow_count: int = 0  # numbers that meet one of more than 128 bits
+    overflow: tuple[int, ...] = ()  # the first of them
     unresolved_count: int = 0
     unresolved: tuple[int, ...] = ()  # the first of them
 
@@ -68,8 +69,9 @@ class Totals:
             self.odd_steps + other.odd_steps,
             maximum,
             min((each.argmax for each in (self, other) if each.maximum == maximum), key=_place),
-            _first(self.cycles + other.cycles),
+            tuple(sorted({*self.cycles, *other.cycles}, key=_place)),
             self.into_cycles + other.into_cycles,
+            self.overflow_count + other.overflow_count,
             _first(self.overflow + other.overflow),
             self.unresolved_count + other.unresolved_count,
             _first(self.unresolved + other.unresolved),
@@ -80,7 +82,7 @@ class Totals:
         return {
             "numbers": self.numbers, "odd_steps": self.odd_steps, "maximum": str(self.maximum), "argmax": str(self.argmax),
             "cycles": [str(n) for n in self.cycles], "into_cycles": self.into_cycles,
-            "overflow": [str(n) for n in self.overflow], "unresolved_count": self.unresolved_count,
+            "overflow_count": self.overflow_count, "overflow": [str(n) for n in self.overflow], "unresolved_count": self.unresolved_count,
             "unresolved": [str(n) for n in self.unresolved],
         }  # fmt: skip
 
@@ -120,13 +122,14 @@ def examine_one(n: int, map: Map, limits: Limits) -> Totals:
     """The Totals of one number."""
     outcome, x, odd, most = follow(n, map, limits)
     overflow = (n,) if most >= OVERFLOW else ()
+    found = Totals(1, overflow_count=len(overflow), overflow=overflow)
     if outcome == BELOW:
-        return Totals(1, odd, most, n, overflow=overflow)
+        return replace(found, odd_steps=odd, maximum=most, argmax=n)
     if outcome == UNRESOLVED:
-        return Totals(1, overflow=overflow, unresolved_count=1, unresolved=(n,))
+        return replace(found, unresolved_count=1, unresolved=(n,))
     cycle = cycle_through(map, x)
     assert cycle is not None  # x has been met twice
-    return Totals(1, cycles=(cycle.representative,), into_cycles=1, overflow=overflow)
+    return replace(found, cycles=(cycle.representative,), into_cycles=1)
 
 
 def examine(map: Map, start: int, end: int, limits: Limits | None = None, path: str = "auto", threads: int = 1,

@@ -34,6 +34,8 @@ from treadle.errors import ConfigError
 BLOCK_BITS = {"numba": 32, "numpy": 20, "python": 16}
 LEAST_BITS, MOST_BITS = 12, 40
 BLOCK_SECONDS = 4.0, 16.0
+# Of n, one in x climbs above x n, and the sieve's blocks list each that leaves 128 bits: at most some thousand in 2^28 numbers.
+SIEVED_BELOW, LISTED_BITS = 1 << 110, 138
 Interval = tuple[int, int]
 
 
@@ -145,8 +147,11 @@ class _Run:
     def __init__(self, result: Result, path: str, workers: int, known: frozenset[int] | None, stopping: Callable[[], bool]) -> None:
         self.result, self.workers, self.known, self.stopping = result, workers, known, stopping
         self.map = result.map
-        sieved = self.map == COLLATZ and result.start >= 1 and (result.end or 2 * result.start) <= blocks.LARGEST_NUMBER
-        self.path = blocks.resolved(path) if sieved else cycle_search.resolved(path, cycle_search.PATHS, f"the search of {self.map}")
+        sieved = self.map == COLLATZ and 1 <= result.start and (result.end or 2 * result.start) <= SIEVED_BELOW
+        if sieved:
+            self.path = blocks.resolved(path)
+        else:  # which has no arrays: what asks for them gets integers
+            self.path = cycle_search.resolved("python" if path == "numpy" else path, cycle_search.PATHS, f"the search of {self.map}")
         self.sieved = sieved
         self.bits = BLOCK_BITS.get(self.path, 0)
         self.told: set[int] = set()
@@ -183,10 +188,10 @@ class _Run:
             return
         with ThreadPoolExecutor(self.workers) as pool:
             while high is None or low < high:
-                size = 1 << self.bits
-                stop = (low // size + 1) * size
+                bits = min(self.bits, LISTED_BITS - low.bit_length())
+                stop = ((low >> bits) + 1) << bits
                 stop = stop if high is None else min(stop, high)
-                for part in split(low, stop, self.bits):
+                for part in split(low, stop, bits):
                     if isinstance(part, Numbers):
                         yield from self._followed(part.first, part.first + part.count)
                         continue
