@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 
 import pytest
 
 from treadle.collatz import arithmetic, blocks, sieve
 from treadle.collatz.blocks import Totals, Unit, candidates, direct, follow, run_unit, units
-from treadle.errors import ConfigError
+from treadle.errors import ConfigError, MissingExtra
 
 START = 1 << 68
 FAST = [path for path in blocks.installed() if path != "python"]
@@ -199,3 +200,17 @@ def test_a_tree_that_may_have_passed_the_maximum_marks_its_numbers() -> None:
     assert (found, marks) == (5, 3) and list(marked[:3]) == [0, 1, 3]
     assert list(record[:5]) == [300 << 40, 300 << 40 | 1, 300 << 40 | 3, 200 << 40 | 64 | 1, 200 << 40 | 64 | 2]
     assert [int(y) for y in low[:2]] == [5 + 3**24 & (1 << 48) - 1, 5 + 2 * 3**24 & (1 << 48) - 1]
+
+
+def test_without_numba_the_arrays_do_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "numba" else found(name))
+    blocks.installed.cache_clear()
+    try:
+        assert blocks.installed() == ("numpy", "python") and blocks.resolved("auto") == "numpy"
+        unit = units(1 << 40, 14)[0]
+        assert run_unit(unit) == run_unit(unit, "python")
+        with pytest.raises(MissingExtra, match=r"treadle\[collatz\]"):
+            run_unit(unit, "numba")
+    finally:
+        blocks.installed.cache_clear()

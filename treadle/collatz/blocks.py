@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from treadle.collatz import sieve as sieves
@@ -187,9 +188,10 @@ def candidates(unit: Unit, path: str = "auto", sieve: str | sieves.Rules = "tree
     return sorted(_on(path).candidates(unit, rules))
 
 
-def installed() -> list[str]:
+@cache
+def installed() -> tuple[str, ...]:
     """The paths that can be taken here, fastest first."""
-    return [path for path in PATHS if path == "python" or importlib.util.find_spec(path) is not None]
+    return tuple(path for path in PATHS if path == "python" or importlib.util.find_spec(path) is not None)
 
 
 def resolved(path: str) -> str:

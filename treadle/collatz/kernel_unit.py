@@ -14,7 +14,7 @@ from treadle.collatz import blocks, kernel, kernel_vectors
 from treadle.collatz import sieve as sieves
 from treadle.collatz.blocks import Totals, Unit
 
-BATCHES = 2000  # a call; some 50 ms, after which a signal is noticed
+BATCHES = 2000  # a call; .1 s, after which a signal is noticed
 LOST = 1 << 17
 LIMB = (1 << 64) - 1
 
