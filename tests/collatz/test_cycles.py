@@ -93,6 +93,20 @@ def test_both_paths_say_the_same_of_any_numbers() -> None:
             assert examine(map, start, start + 40, limits, path) == plain, (path, map, start, limits)
 
 
+THIRD = pow(3, -1, 1 << 64)  # 3 THIRD = 1 modulo 2^64, so a carry or a borrow of c goes into the upper limb
+
+
+@pytest.mark.parametrize("map, start", [
+    (Map(3, 1), (5 << 64) + (1 << 64) - THIRD), (Map(3, 7), (5 << 64) + (1 << 64) - 3 * THIRD),
+    (Map(3, -3), (5 << 64) + THIRD), (Map(3, -5), -(7 << 64) - 3 * THIRD),
+    (Map(3, 1), (7 << 64) - 20), (Map(3, -1), (1 << 64) - 20), (Map(3, 1), (1 << 126) - 20), (Map(3, -13), -20),
+    (Map(1, -(2**31) + 1), 10**9), (Map(3, -(2**31) + 1), 5 * 10**8),
+])  # fmt: skip
+def test_both_paths_agree_at_the_edges_of_limbs(map: Map, start: int) -> None:
+    by_path = [examine(map, start - 3, start + 40, path=path) for path in PATHS]
+    assert all(found == by_path[0] for found in by_path)
+
+
 def test_the_reference_itself() -> None:
     limits = Limits()
     assert follow(7, Map(), limits) == (BELOW, 5, 4, 52)

@@ -12,7 +12,7 @@ from treadle.cli_collatz import collatz_app
 from treadle.collatz import compiled, records_log
 from treadle.collatz import records as sieved
 from treadle.collatz.arithmetic import delay, maximum
-from treadle.collatz.records import BASE, KINDS, PATHS, Record, RecordSearch, records
+from treadle.collatz.records import BASE, KINDS, PATHS, Record, RecordSearch, growth, records
 from treadle.errors import ConfigError
 
 COMPILED = compiled.load("records_numba") is not None
@@ -90,18 +90,51 @@ def test_pieces_add_up(kind: str) -> None:
     assert pieces.records == whole
 
 
-def test_the_sieve_keeps_residues_for_a_reason() -> None:
-    for descending in (False, True):
-        sieve = sieved._sieve(descending)
-        for a in (2, 9, 40):
-            residues, images, odd_steps = sieve.block(a)
-            n = residues.astype(np.int64) + (a << 16)
-            assert (n % 2 == 1).all() and (n % 3 != 2).all() and (n % 9 != 4).all()
-            x = n.copy()
-            for _ in range(16):
-                x = np.where(x % 2 == 1, (3 * x + 1) // 2, x // 2)
-            assert (x == images + 3 ** odd_steps.astype(np.int64) * a).all()
-            assert len(np.unique(x)) == len(x)
+@pytest.mark.parametrize("descending", [False, True])
+def test_what_the_sieve_leaves_out_has_a_witness(descending: bool) -> None:
+    """A smaller number that meets it after as many steps or passes through it, or itself below its start."""
+    sieve = sieved._sieve(descending)
+    for a in (2, 9, 40):
+        n = np.arange(a << 16, (a + 1) << 16)
+        x, f, down = n.copy(), np.zeros_like(n), np.zeros(len(n), dtype=bool)
+        for _ in range(16):
+            x, f = np.where(x % 2 == 1, (3 * x + 1) // 2, x // 2), f + x % 2
+            down |= x < n
+        first: dict[tuple[int, int], int] = {}
+        for number, image in zip(n.tolist(), zip(x.tolist(), f.tolist())):
+            first.setdefault(image, number)
+        residues, images, odd_steps = sieve.block(a)
+        kept = set(((a << 16) + residues.astype(np.int64)).tolist())
+        for number, image, falls in zip(n.tolist(), zip(x.tolist(), f.tolist()), down.tolist()):
+            witness = number % 3 == 2 or number % 9 == 4 or first[image] < number or (descending and falls)
+            assert number in kept or number % 2 == 0 or witness
+        place = residues.astype(np.int64)
+        assert (x[place] == images + 3 ** odd_steps.astype(np.int64) * a).all() and (f[place] == odd_steps).all()
+
+
+def test_what_some_steps_can_reach() -> None:
+    for steps in (1, 12, 16):
+        for x in [*range(1, 3000), (7 << steps) - 1, (1 << 40) - 1]:
+            most, y = 0, x
+            for _ in range(steps):
+                most = max(most, 3 * y + 1 if y & 1 else y)
+                y = (3 * y + 1) // 2 if y & 1 else y // 2
+            assert most <= growth(steps) * (x + 1)
+        assert most > (growth(steps) - 2) * (x + 1)  # all odd: as far as it can be
+
+
+@pytest.mark.parametrize("kind, n", [
+    ("delay", (1 << 45) - 1), ("delay", (5 << 43) - 1), ("delay", 75128138247),
+    ("path", (1 << 45) - 1), ("path", (5 << 43) - 1), ("path", 12327829503),
+])  # fmt: skip
+def test_one_record_among_large_numbers(kind: str, n: int) -> None:
+    """The first two climb beyond 64 bits by odd steps alone, where one jump too many would wrap."""
+    value = KINDS[kind](n)
+    for path in HERE:
+        search = RecordSearch(kind, path)
+        search.records = [Record(1, value - 1)]  # so nothing is cut off
+        search.reached = n
+        assert search._candidates(n + 1) == [(n, value)], path
 
 
 def test_a_long_search_goes_on_from_its_log(tmp_path: Path) -> None:

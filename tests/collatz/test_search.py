@@ -68,12 +68,12 @@ def test_what_is_known_raises_no_alarm() -> None:
 
 def test_a_cycle_is_said_once(tmp_path: Path) -> None:
     """Not again by a later piece that runs into it, nor by a later run."""
-    log = tmp_path / "log.jsonl"
-    first = search(5, 60, Map(3, 5), log, known=known(Map(3, 5)) - {23})
-    again = search(5, 400, Map(3, 5), log, known=known(Map(3, 5)) - {23, 187})
-    assert [str(found.cycle.representative) for found in first.discoveries if found.cycle] == ["23"]
-    assert [found.number for found in again.discoveries] == [187] and again.known_discoveries == first.discoveries
-    assert len(entries(log, "discovery")) == 2 and search(5, 400, Map(3, 5), log).numbers == 0
+    log, known_ones = tmp_path / "log.jsonl", known(Map(3, 5)) - {187, 347}
+    first = search(100, 150, Map(3, 5), log, known=known_ones)
+    again = search(100, 400, Map(3, 5), log, known=known_ones)  # 123 leads to 187
+    assert [found.cycle and found.cycle.representative for found in first.discoveries] == [187]
+    assert [found.number for found in again.discoveries] == [347] and again.known_discoveries == first.discoveries
+    assert len(entries(log, "discovery")) == 2 and search(100, 400, Map(3, 5), log).numbers == 0
 
 
 @pytest.mark.parametrize("path", [path for path in blocks.PATHS if path == "python" or compiled.load("cycle_search_numba")])

@@ -26,7 +26,7 @@ ROOM = 1 << 12  # words that one call may hand back
 
 @dataclass(frozen=True, order=True)
 class Cycle:
-    """A cycle by the member of least absolute value (of n and -n: n > 0) and its numbers of steps."""
+    """A cycle by the member of least absolute value and its numbers of steps. Its members have one sign: what has c's keeps it."""
 
     map: Map
     representative: int
@@ -48,7 +48,7 @@ class Cycle:
     def holds(self) -> bool:
         """Checks it in exact integers twice: by following it round once, and by the equation that its parities must satisfy."""
         members = list(self.members())
-        least = min(members, key=lambda n: (abs(n), n < 0))
+        least = min(members, key=abs)
         once = len(set(members)) == len(members) and self.map.shortcut(members[-1]) == members[0] == least
         odd = [place for place, n in enumerate(members) if n & 1]
         q, c, count = self.map.q, self.map.c, len(odd)
@@ -68,7 +68,7 @@ def cycle_through(map: Map, n: int, most: int = 10_000_000) -> Cycle | None:
     for steps in range(1, most + 1):
         odd += x & 1
         x = map.shortcut(x)
-        if abs(x) < abs(least) or x == -least > 0:
+        if abs(x) < abs(least):
             least = x
         if x == n:
             return Cycle(map, least, steps, odd)

@@ -32,7 +32,6 @@ LARGEST = 1 << 53
 KINDS = {"delay": delay, "path": maximum}
 PATHS = ("numba", "numpy", "python")
 JUMP = 12
-MAXIMUM_GROWTH = 2 * 3**JUMP // 2**JUMP + 2  # 12 steps from x meet nothing larger than this times (x + 1)
 U = np.uint64
 
 
@@ -109,7 +108,7 @@ class RecordSearch:
 
     def _candidates(self, end: int) -> list[tuple[int, int]]:
         """Odd numbers in [reached, end), with their values, among which all odd records are."""
-        sieve = _sieve(self.kind == "path" and self.best > (2 * 3**BITS // 2**BITS + 1) * (end + 1))
+        sieve = _sieve(self.kind == "path" and self.best > growth(BITS) * (end + 1))
         blocks = self.reached >> BITS, (end - 1 >> BITS) + 1
         found, again = {"numba": _compiled, "numpy": _vectorised, "python": _plain}[self.path](self, sieve, *blocks)
         exactly = KINDS[self.kind]
@@ -129,6 +128,12 @@ class RecordSearch:
 def check_limit(below: int) -> None:
     if not 1 <= below <= LARGEST:
         raise ConfigError(f"records are searched below 1 to 2^{LARGEST.bit_length() - 1}, as in --below 10^8; that one would take years")
+
+
+def growth(steps: int) -> int:
+    """So many shortcut steps from x meet nothing larger than this times (x + 1), standard steps: 3 y + 1 < 3 (y + 1), and y + 1
+    grows by 3/2 at most."""
+    return 2 * 3**steps // 2**steps + 1
 
 
 def records(below: int, kind: str = "delay", path: str = "auto") -> list[Record]:
@@ -276,7 +281,7 @@ def _compiled(search: RecordSearch, sieve: Sieve, first: int, end: int) -> Found
             first, hits, replays = loops.delays(first, end, search.best, search.bounds(), small, *tables, numbers, values, replay)
         else:
             best = U(min(search.best, 2**64 - 1))  # what exceeds 64 bits is followed in integers anyway
-            first, hits, replays = loops.maxima(first, end, best, U(MAXIMUM_GROWTH), *tables, numbers, values, replay)
+            first, hits, replays = loops.maxima(first, end, best, U(growth(JUMP)), *tables, numbers, values, replay)
         found += zip(numbers[:hits].tolist(), values[:hits].tolist())
         again += replay[:replays].tolist()
     return found, again
