@@ -3,12 +3,11 @@ imported inside the verb."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from typing import Annotated, Any
 
 import typer
 
+from treadle import cli_collatz_search
 from treadle.terminal import write as echo
 
 collatz_app = typer.Typer(
@@ -19,12 +18,6 @@ collatz_app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="The result as JSON on standard output, and no progress.")]
 NUMBER = "An integer, also as 10^8, 2^68 or 2^68+2^20."
-
-
-def register(module: str) -> None:
-    """Adds another file's verbs in this place of the help, by its `register(app)`, where that file is there."""
-    if importlib.util.find_spec(module) is not None:
-        importlib.import_module(module).register(collatz_app)
 
 
 @collatz_app.command("verify")
@@ -77,7 +70,7 @@ def verify(
         raise Stopped(f"stopped by {stop.signal}")
 
 
-register("treadle.cli_collatz_search")  # search, cycles, records, bound
+cli_collatz_search.register(collatz_app)  # search, cycles, records, bound: in this place of the help
 
 
 @collatz_app.command("audit")
@@ -151,11 +144,12 @@ def plot(
         pictures = plots.certificate_series(what)
     else:
         pictures = [plots.trajectory_heights(number(what))]
+    if output is not None:
+        plots.write_picture(pictures, output)
     for series in pictures:
         for text in plots.text_plot(series, width):
             echo(text)
     if output is not None:
-        plots.write_picture(pictures, output)
         echo(f"picture: {output}")
 
 

@@ -10,7 +10,17 @@ import pytest
 
 from treadle.collatz import blocks, certificates
 from treadle.collatz.blocks import Totals, Unit, run_unit
-from treadle.collatz.certificates import Log, Piece, UnitRecord, block_units, header, read, sealed, unit_record, unsealed
+from treadle.collatz.certificates import (
+    Log,
+    Piece,
+    UnitRecord,
+    block_units,
+    header,
+    read,
+    sealed,
+    unit_record,
+    unsealed,
+)
 from treadle.collatz.ledger import Ledger, joined, remaining
 from treadle.collatz.merge import merge
 from treadle.collatz.verify import verify

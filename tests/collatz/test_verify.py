@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -40,24 +41,24 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
 # ---- what is split, and what is claimed
 
 
-@given(start=st.integers(1, 1 << 70), count=st.integers(1, 1 << 45), bits=st.integers(8, 40))
+@given(start=st.integers(1, 1 << 70), size=st.integers(1, 1 << 45), bits=st.integers(8, 40))
 @settings(max_examples=300, deadline=None)
-def test_an_interval_is_split_without_holes_and_without_anything_outside(start: int, count: int, bits: int) -> None:
-    count = min(count, 2000 << bits)
+def test_an_interval_is_split_without_holes_and_without_anything_outside(start: int, size: int, bits: int) -> None:
+    size = min(size, 2000 << bits)
     at = start
-    for piece in split(start, start + count, bits):
+    for piece in split(start, start + size, bits):
         if isinstance(piece, Numbers):
-            first, size = piece.first, piece.count
-            assert size < 256
+            first, length = piece.first, piece.count
+            assert length < 256
         else:
             high, t = piece
             assert 8 <= t <= bits
-            first, size = high << t, 1 << t
+            first, length = high << t, 1 << t
         if at == start == 1 and first == 0:
             at = 0  # a block that begins at 0 stands for [1, 2^t)
         assert first == at
-        at += size
-    assert at == start + count
+        at += length
+    assert at == start + size
 
 
 def test_of_an_interval_every_number_is_in_one_unit() -> None:
@@ -95,12 +96,12 @@ def test_a_small_interval_is_checked_against_every_trajectory(tmp_path: Path) ->
 
 
 def test_intervals_that_make_no_sense_are_refused() -> None:
-    for start, end, count in (
+    for start, end, size in (
         (0, 5, None), (-4, None, 5), (5, 5, None), (5, 4, None), (5, None, 0), (5, None, None), (5, 9, 4),
         (1, (1 << 1000) + 1, None), (1 << 120, None, 1 << 36),
     ):  # fmt: skip
         with pytest.raises(ConfigError):
-            interval(start, end, count)
+            interval(start, end, size)
     assert interval(5, None, 4) == interval(5, 9, None) == (5, 9)
     assert interval(1 << 300, None, 1 << 24)[0] == 1 << 300
     for asked in ("0", "-1", "two", "1.5", "99999"):
@@ -117,10 +118,10 @@ def test_sizes_of_blocks_and_names_of_files() -> None:
 # ---- the same, however it is done
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_workers_change_nothing(undisturbed: str, tmp_path: Path, count: int) -> None:
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_workers_change_nothing(undisturbed: str, tmp_path: Path, number: int) -> None:
     path = tmp_path / "a.jsonl"
-    assert verify(START, END, path, bits=BITS, path="python", workers=count).digest == undisturbed
+    assert verify(START, END, path, bits=BITS, path="python", workers=number).digest == undisturbed
     assert not Ledger([read(path)]).overlaps
 
 
@@ -136,6 +137,12 @@ def test_threads_and_processes_change_nothing(kind: Any, monkeypatch: pytest.Mon
     assert verify(START, END, tmp_path / "a.jsonl", bits=BITS, path="python", workers=2).digest == undisturbed
 
 
+def after(looks: int) -> Callable[[], bool]:
+    """Asks to stop at the look after so many."""
+    places = count(1)
+    return lambda: next(places) > looks
+
+
 def test_stopping_keeps_what_is_finished_and_the_next_start_does_the_rest(
     undisturbed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,13 +150,7 @@ def test_stopping_keeps_what_is_finished_and_the_next_start_does_the_rest(
     path, starts, proved = tmp_path / "a.jsonl", 0, -1
     while True:
         starts += 1
-        left = [7]
-
-        def stopping() -> bool:
-            left[0] -= 1
-            return left[0] < 0
-
-        result = verify(START, END, path, bits=BITS, path="python", workers=1, stopping=stopping)
+        result = verify(START, END, path, bits=BITS, path="python", workers=1, stopping=after(7))
         assert result.proved > proved
         proved = result.proved
         if result.complete:
@@ -171,13 +172,8 @@ def test_a_longer_interval_goes_on_in_the_same_file(undisturbed: str, tmp_path: 
 
 def test_units_of_an_unfinished_block_are_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "best_kind", lambda path: "threads")
-    path, seen = tmp_path / "a.jsonl", [0]
-
-    def stopping() -> bool:
-        seen[0] += 1
-        return seen[0] > 5
-
-    first = verify(1 << 68, (1 << 68) + (1 << 20), path, path="python", workers=1, stopping=stopping)
+    path = tmp_path / "a.jsonl"
+    first = verify(1 << 68, (1 << 68) + (1 << 20), path, path="python", workers=1, stopping=after(5))
     units = [json.loads(line)["prefix"] for line in path.read_bytes().splitlines() if b'"unit"' in line]
     assert not first.complete and 0 < len(units) < len(block_units(1 << 48, 20))
     assert 0 < first.progress.done < first.progress.total  # their share of the block
@@ -263,7 +259,7 @@ def until(happened: Callable[[], bool], seconds: float = 30.0) -> bool:
 
 
 def test_a_unit_whose_process_is_killed_is_done_again_once() -> None:
-    units = list(block_units(1 << 48, 20)) * 1
+    units = block_units(1 << 48, 20)
     results: list[Done] = []
     killed = 0
     found = completed(iter(units), "python", 2, lambda: False, kind="processes")
@@ -275,7 +271,7 @@ def test_a_unit_whose_process_is_killed_is_done_again_once() -> None:
                 os.kill(victims[killed % len(victims)], signal.SIGKILL)
                 killed += 1
     assert killed == 2
-    assert sorted(done.work.prefix for done in results if not isinstance(done.work, Numbers)) == [unit.prefix for unit in units]
+    assert sorted(done.work.prefix for done in results if not isinstance(done.work, Numbers)) == sorted(unit.prefix for unit in units)
 
 
 COMMAND = ["collatz", "verify", str(START), str(START + (1 << 22)), "--bits", "18", "--workers", "2"]
@@ -356,3 +352,26 @@ def test_the_maximum_does_not_depend_on_who_finds_it() -> None:
     whole = run_unit(blocks.Unit(1 << 48, 20, 0, 0), "python")
     assert Totals.total(run_unit(unit, "python") for unit in units) == whole
     assert sieve.FLOOR < units[0].start
+
+
+@pytest.mark.slow
+def test_kill_9_of_the_compiled_path_near_2_68(tmp_path: Path, process: list[subprocess.Popen[bytes]]) -> None:
+    """2^39 numbers in blocks of 2^36: about 8 seconds of one core, killed three times, then finished with one worker."""
+    pytest.importorskip("numba")
+    end = (1 << 68) + (1 << 39)
+    whole = verify(1 << 68, end, tmp_path / "whole.jsonl", bits=36, path="numba", workers=2)
+    path, size = tmp_path / "a.jsonl", 0
+    command = [sys.executable, "-m", "treadle", "collatz", "verify", "2^68", "--count", "2^39", "--bits", "36", "--output", str(path)]
+    for _ in range(3):
+        run = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        process.append(run)
+        assert until(lambda: path.is_file() and path.stat().st_size > size + 4000)  # noqa: B023
+        assert run.poll() is None, "finished before it was killed"
+        run.kill()
+        run.wait()
+        size = path.stat().st_size
+    with open(path, "r+b") as stream:  # and as if the last line had been cut by a power failure
+        stream.truncate(size - 100)
+    result = verify(1 << 68, end, path, bits=36, path="numba", workers=1)
+    assert result.complete and result.progress.before > 0 and result.digest == whole.digest
+    assert not Ledger([read(path)]).overlaps

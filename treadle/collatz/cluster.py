@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from treadle.collatz import blocks
 from treadle.collatz.workers import ATTEMPTS, GRACE, TICK, Done, Work, WorkerFailed, compute, worker_count
 from treadle.errors import ConfigError, MissingExtra
 
+CONNECT_SECONDS = 10.0
 NODES_SECONDS = 10.0  # between two looks at how large the cluster is
 
 
@@ -48,6 +50,8 @@ def _connected(address: str, workers: int | str) -> tuple[Any, bool]:
     if ray.is_initialized():
         return ray, False
     given = os.environ.get("RAY_ADDRESS") if address == "ray" else address
+    if given:
+        _reached(given)
     options: dict[str, Any] = {"address": given} if given else {"num_cpus": worker_count(workers), "include_dashboard": False}
     try:
         ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
@@ -55,6 +59,17 @@ def _connected(address: str, workers: int | str) -> tuple[Any, bool]:
         raise ConfigError(f"no Ray cluster answers at {given or 'this machine'} ({str(problem).splitlines()[0]:.200}); start one with "
                           "ray start --head and name it, as in --cluster HOST:6379") from problem  # fmt: skip
     return ray, True
+
+
+def _reached(address: str) -> None:
+    """ConfigError where nothing listens: Ray itself waits for minutes."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if colon and port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+        except (OSError, OverflowError) as problem:
+            raise ConfigError(f"no Ray cluster answers at {address} ({problem}); start one with ray start --head and name it, as in "
+                              "--cluster HOST:6379") from problem  # fmt: skip
 
 
 def _remote(work: Work, path: str, sieve: str) -> tuple[str, Done]:

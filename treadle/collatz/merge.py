@@ -57,7 +57,7 @@ class Merged:
         said += [f"hole: {named(low, high)} is not proved; close it with treadle collatz verify {low} {high}" for low, high in self.holes]
         said += [f"!!! {n} did not come down: a possible counterexample" for n in self.unresolved]
         if self.complete:
-            said.append(f"proved: every n in {named(self.start, self.end)} comes below itself; {self.blocks:,} blocks cover it")
+            said.append(f"proved: every n in {named(self.start, self.end)}, comes below itself; {self.blocks:,} blocks cover it")
         if self.totals.candidates:
             said.append(f"largest number met: {self.totals.maximum} from {self.totals.argmax}")
         said.append(f"digest {self.digest}")

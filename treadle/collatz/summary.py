@@ -24,8 +24,7 @@ def lines_of(result: Result, signal: str | None) -> list[str]:
     at, totals = result.progress, result.totals
     said = [f"!!! {n} did not come below itself: a possible counterexample" for n in result.unresolved[:20]]
     if result.complete:
-        said.append(f"proved: every n in {named(result.start, result.end)}, comes below itself")
-        said.append(_conclusion(result))
+        said += _conclusion(result)
     else:
         count = result.end - result.start
         said.append(f"not finished: {result.proved:,} of {count:,} numbers proved ({100 * result.proved / count:.2f}%)")
@@ -48,8 +47,10 @@ def lines_of(result: Result, signal: str | None) -> list[str]:
     return said
 
 
-def _conclusion(result: Result) -> str:
+def _conclusion(result: Result) -> list[str]:
+    interval = named(result.start, result.end)
     if result.start == 1:
-        return "so all of them reach 1"
+        return [f"proved: every n in {interval}, reaches 1"]
     known = " (Barina 2025, J. Supercomput., has all below 2^71)" if result.start <= VERIFIED else ""
-    return f"so they reach 1 if all below {spelled(result.start)} do{known}"
+    return [f"proved: every n in {interval}, comes below itself",
+            f"so they reach 1 if all below {spelled(result.start)} do{known}"]  # fmt: skip

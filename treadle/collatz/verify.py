@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from treadle.collatz import blocks, ledger, workers
+from treadle.collatz import blocks, ledger, sieve, workers
 from treadle.collatz.arithmetic import spelled
 from treadle.collatz.blocks import Totals
 from treadle.collatz.certificates import Log, Numbers, Piece, Reading, UnitRecord, block_units
@@ -20,7 +20,7 @@ from treadle.collatz.workers import Done, Work, worker_count
 from treadle.errors import ConfigError, DataError, TreadleError
 
 USUAL_BITS, MOST_BITS = 36, 40
-MOST_LISTED = 1 << 20
+MOST_LISTED = 1 << 21  # by this bound, of which the sieve leaves about half
 VERIFIED = 1 << 71  # below it every number is known to reach 1 (Barina, J. Supercomput. 2025)
 
 
@@ -105,7 +105,7 @@ def interval(start: int, end: int | None, count: int | None) -> Interval:
     if last > blocks.LARGEST_NUMBER:
         raise ConfigError("only numbers below 2^1000 can be verified")
     # Of n, about one in x climbs above x n (Lagarias and Weiss 1992), and each that leaves 128 bits is listed by itself.
-    most = max(MOST_LISTED * blocks.OVERFLOW // last, 1 << 24)
+    most = max(MOST_LISTED * blocks.OVERFLOW // last, 1 << 26)
     if last - start > most:
         raise ConfigError(f"below {spelled(last)} too many of {spelled(last - start)} numbers leave 128 bits on their way to be listed "
                           f"one by one; verify at most 2^{most.bit_length() - 1} at a time")  # fmt: skip
@@ -142,8 +142,9 @@ def split(start: int, end: int, bits: int) -> Iterator[tuple[int, int] | Numbers
 
 
 def _largest(at: int, end: int, bits: int) -> int:
-    """The size t of the largest aligned block that begins at `at` and fits."""
-    return min(bits, (end - at).bit_length() - 1, (at & -at).bit_length() - 1 if at else bits)
+    """The size t of the largest aligned block that begins at `at` and fits. Below sieve.FLOOR numbers are followed one by
+    one in Python integers, so one block ends there."""
+    return min(bits, (end - at).bit_length() - 1, ((at & -at) or sieve.FLOOR).bit_length() - 1)
 
 
 def default_output(start: int, end: int) -> Path:
@@ -168,12 +169,12 @@ def verify(
     stopping: Callable[[], bool] = lambda: False,
     progress: Callable[[Progress], None] = lambda at: None,
     say: Callable[[str], None] = lambda text: None,
-    sieve: str = "tree",
+    rules: str = "tree",
 ) -> Result:
     """Proves [start, end), or goes on with it, and returns what is proved by then.
 
     progress is called several times a second; say with what a reader of the certificate should know; stopping ends the
-    work early. cluster: "ray" or an address, for work on several machines. sieve is for tests of the audit.
+    work early. cluster: "ray" or an address, for work on several machines. rules: the sieve's, for tests of the audit.
     ConfigError, RunLocked or DataError where the arguments or the certificate do not allow it.
     """
     start, end = interval(start, end, None)
@@ -185,11 +186,11 @@ def verify(
         run = _Run(log, known, start, end, bits, progress, say)
         todo = run.work()
         if cluster is None:
-            found = _local(todo, path, count, stopping, sieve)
+            found = _local(todo, path, count, stopping, rules)
         else:
             from treadle.collatz import cluster as several
 
-            found = several.completed(todo, path, workers, cluster, stopping, say, sieve)
+            found = several.completed(todo, path, workers, cluster, stopping, say, rules)
         try:
             for done in found:
                 if done is None:
@@ -210,7 +211,7 @@ def verify(
         )  # fmt: skip
 
 
-def _local(work: Iterator[Work], path: str, count: int, stopping: Callable[[], bool], sieve: str) -> Iterator[Done | None]:
+def _local(work: Iterator[Work], path: str, count: int, stopping: Callable[[], bool], rules: str) -> Iterator[Done | None]:
     """Workers are started only when there is something to do."""
     first = next(work, None)
     if first is None:
@@ -220,7 +221,7 @@ def _local(work: Iterator[Work], path: str, count: int, stopping: Callable[[], b
         yield first
         yield from work
 
-    return workers.completed(again(), path, count, stopping, sieve)
+    return workers.completed(again(), path, count, stopping, rules)
 
 
 def _report(reading: Reading, known: Ledger, say: Callable[[str], None]) -> None:
