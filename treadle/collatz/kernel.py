@@ -17,22 +17,10 @@ table, step by step, where the compiled loop takes 5.2.
 
 from __future__ import annotations
 
-import os
-from typing import Any
-
-import numba
 import numpy as np
-from llvmlite import ir
-from numba.extending import intrinsic
 
-from treadle.files import cache_root
+from treadle.collatz.kernel_base import U, compiled, high_product, trailing_zeros
 
-if not os.environ.get("NUMBA_CACHE_DIR"):  # beside the package, numba's own choice, may not be writable
-    setattr(numba.config, "CACHE_DIR", str(cache_root(None) / "numba"))  # noqa: B010  its module declares no names
-
-compiled: Any = numba.njit(nogil=True, cache=True, error_model="numpy")
-exact: Any = intrinsic
-U = np.uint64
 JUMP = 16
 VALUES = 26  # bits of a table entry that hold T^16(r) < 3^16 < 2^26; the odd steps stand above
 BATCH = 512  # leaves; their 4,000 candidates stay in L2. 1,024: 15 % slower
@@ -46,26 +34,6 @@ WIDEST = 104  # bits of n: y at the end of the tree then has less than 128
 # A candidate's record: height << 40 | odd steps of this round << 24 | leaf << 6 | bit; what o odd steps of a jump add to it.
 RECORD_UP, RECORD_DOWN, ALIVE = 485 << 40 | 1 << 24, 306 * JUMP << 40, 1 << 40
 NAME, ODD = (1 << 24) - 1, 0xFFFF << 24
-
-
-@exact
-def trailing_zeros(context: Any, value: Any) -> Any:
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 0))
-
-    return numba.uint64(numba.uint64), build
-
-
-@exact
-def high_product(context: Any, left: Any, right: Any) -> Any:
-    """The upper 64 bits of a product of two 64-bit numbers."""
-
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        wide = ir.IntType(128)
-        product = builder.mul(builder.zext(arguments[0], wide), builder.zext(arguments[1], wide))
-        return builder.trunc(builder.lshr(product, ir.Constant(wide, 64)), ir.IntType(64))
-
-    return numba.uint64(numba.uint64, numba.uint64), build
 
 
 @compiled

@@ -1,13 +1,10 @@
-"""The bit-vectors of the verifier, one for each number of odd steps that its tree ends with, filled by compiled code.
-
-Functions of kernel.py that call each other stay in one file: numba's cache of a file does not notice changes in another.
-"""
+"""The bit-vectors of the verifier, one for each number of odd steps that its tree ends with, filled by compiled code."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from treadle.collatz.kernel import U, compiled
+from treadle.collatz.kernel_base import U, compiled
 
 
 @compiled
