@@ -446,3 +446,15 @@ def test_what_a_run_has_learned_is_plotted(tmp_path: Path) -> None:
     assert out.returncode == 0 and "classes (k, k') mastered" in out.stdout and (tmp_path / "b.png").read_bytes()[:4] == b"\x89PNG"
     (tmp_path / "empty").mkdir()
     assert "no evaluation of a Collatz task" in command("collatz", "plot", str(tmp_path / "empty")).stderr
+
+
+def test_a_callback_of_the_task_can_be_left_out(tmp_path: Path) -> None:
+    from treadle.training.callbacks.base import make_callbacks
+    from treadle.training.settings import TrainSettings
+
+    own = MultiTask(ParityKeys()).callbacks()
+    assert {"collatz_anomalies", "collatz_search"} <= {callback.name for callback in make_callbacks(own, TrainSettings())}
+    left = make_callbacks(own, TrainSettings(disabled_callbacks=["collatz_anomalies", "sample"]))
+    assert {"collatz_anomalies", "sample"}.isdisjoint(callback.name for callback in left)
+    with pytest.raises(ConfigError, match="did you mean 'collatz_anomalies'"):
+        make_callbacks(own, TrainSettings(disabled_callbacks=["collatz_anomaly"]))

@@ -230,9 +230,9 @@ class Callbacks:
 
 
 def make_callbacks(given: Sequence[Any], settings: TrainSettings) -> list[Callback]:
-    """The built-in callbacks and a user's: `given` from Python (instances or classes), and those that the configuration
-    names. One with the name of a built-in takes its place; train.disabled_callbacks are left out."""
-    known, disabled = list(BUILTIN), settings.disabled_callbacks
+    """The built-in callbacks and others: `given` by the objective or from Python (instances or classes), and those that the
+    configuration names. One with the name of a built-in takes its place; train.disabled_callbacks are left out."""
+    known, disabled = [*BUILTIN, *(one.name for one in given if hasattr(one, "name"))], settings.disabled_callbacks
     for name in disabled:
         if name not in known:
             raise ConfigError(f"train.disabled_callbacks names {name!r}: {nearest(name, known)}")
@@ -244,6 +244,8 @@ def make_callbacks(given: Sequence[Any], settings: TrainSettings) -> list[Callba
             raise ConfigError(f"the callback {one.__name__} cannot be made without arguments: {problem}") from None
         if not isinstance(callback, Callback):
             raise ConfigError(f"{one!r} is no callback: write a class on top of treadle.Callback and give an instance of it")
+        if callback.name in disabled and callback.name not in BUILTIN:
+            continue
         if callback.name in made and callback.name not in BUILTIN:
             raise ConfigError(f"two callbacks are called {callback.name!r}; give one of them a `name` of its own")
         made[callback.name] = callback
