@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -61,6 +62,25 @@ def test_a_worker_killed_in_the_middle_changes_nothing(small_cluster: None, tmp_
     assert not Ledger([read(path)]).overlaps  # no unit has two lines
     again = verify.verify(START, END, path, bits=20, path="python", workers=2, cluster="ray")
     assert again.digest == alone.digest and again.progress.done == again.progress.before
+
+
+@pytest.mark.slow
+def test_a_signal_stops_work_on_a_cluster_in_order(small_cluster: None, tmp_path: Path) -> None:
+    """Ray takes SIGTERM for itself when it starts."""
+    path = tmp_path / "a.jsonl"
+    command = [sys.executable, "-m", "treadle", "collatz", "verify", "2^68", "--count", "2^26", "--bits", "22", "--path", "python",
+               "--cluster", "ray", "--workers", "2", "--output", str(path)]  # fmt: skip
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        end = time.monotonic() + 120
+        while not (path.is_file() and path.stat().st_size > 2000) and time.monotonic() < end:
+            time.sleep(0.05)
+        run.terminate()
+        out, error = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 75 and not error, error
+    assert "stopped by SIGTERM; the same command continues" in out and len(read(path).records) > 0
 
 
 def _is_at_work(folder: Path) -> bool:

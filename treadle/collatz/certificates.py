@@ -18,7 +18,7 @@ import platform
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ class Piece:
     def end(self) -> int:
         return self.start + self.count
 
-    @property
+    @cached_property
     def totals(self) -> Totals:
         return Totals.total(self.parts.values())
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -53,11 +55,15 @@ def _connected(address: str, workers: int | str) -> tuple[Any, bool]:
     if given:
         _reached(given)
     options: dict[str, Any] = {"address": given} if given else {"num_cpus": worker_count(workers), "include_dashboard": False}
+    heard = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as problem:  # Ray has a dozen classes for an address where nothing answers
         raise ConfigError(f"no Ray cluster answers at {given or 'this machine'} ({str(problem).splitlines()[0]:.200}); start one with "
                           "ray start --head and name it, as in --cluster HOST:6379") from problem  # fmt: skip
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in heard.items():  # Ray puts its own in their place, which ends this process without a word
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
     return ray, True
 
 

@@ -27,7 +27,9 @@ def lines_of(result: Result, signal: str | None) -> list[str]:
         said += _conclusion(result)
     else:
         count = result.end - result.start
-        said.append(f"not finished: {result.proved:,} of {count:,} numbers proved ({100 * result.proved / count:.2f}%)")
+        kept = at.done - result.proved
+        said.append(f"not finished: {result.proved:,} of {count:,} numbers proved ({100 * result.proved / count:.2f}%)"
+                    + (f"; of blocks in work another {100 * kept / count:.2f}% are kept" if kept > 0 and not result.unresolved else ""))  # fmt: skip
     new = at.done - at.before
     if new:
         speed = f"{new:,} numbers in {duration(at.seconds)}" + (f", {rounded(at.rate)} n/s" if at.seconds else "")
@@ -39,7 +41,8 @@ def lines_of(result: Result, signal: str | None) -> list[str]:
     if totals.overflow:
         said.append(f"{len(totals.overflow):,} numbers left 128 bits on their way and were followed in Python integers")
     said.append(f"certificate: {result.certificate}")
-    said.append(f"digest {result.digest}")
+    if result.blocks:
+        said.append(f"digest {result.digest}")
     if signal is not None and not result.complete:
         said.append(f"stopped by {signal}; the same command continues")
     elif result.complete:

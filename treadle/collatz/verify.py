@@ -127,9 +127,8 @@ def checked_bits(bits: int | None, count: int) -> int:
 
 def split(start: int, end: int, bits: int) -> Iterator[tuple[int, int] | Numbers]:
     """[start, end) as aligned blocks (high, t) with t <= bits, each as large as fits, and numbers one by one where not even
-    2^8 fit. 1 is not followed by anything smaller, so a block that begins at 0 stands for [1, 2^t)."""
-    smallest = 1 << blocks.SMALLEST_BITS
-    at = 0 if start == 1 and end >= smallest else start
+    2^8 fit."""
+    smallest, at = 1 << blocks.SMALLEST_BITS, start
     while at < end:
         if at % smallest or end - at < smallest:
             stop = min(end, (at // smallest + 1) * smallest)
@@ -254,6 +253,7 @@ class _Run:
                 log.append(piece)
         # A block with a number that does not come down is known as well: it is reported, not done again.
         done = ledger.joined((piece.start, piece.end) for piece in known.pieces.values())
+        # Of 0 nothing is said, so for [1, end) blocks begin there: [0, 2^t) is one, [1, 2^t) would be many.
         self.missing = ledger.remaining(done, 0 if start == 1 else start, end)
         self.done = end - start - sum(high - max(low, start) for low, high in self.missing)
         self.partial: dict[tuple[int, int], int] = {}  # finished units of a block in work
