@@ -304,7 +304,8 @@ def test_a_run_resumes_bit_for_bit(recipe: str, tmp_path: Path) -> None:
         assert {k: v for k, v in a.items() if k not in volatile} == {k: v for k, v in b.items() if k not in volatile}
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+# Contract 7 holds the encoder-decoder to the same.
+@pytest.mark.parametrize("recipe", [RECIPES[0], *(pytest.param(recipe, marks=pytest.mark.slow) for recipe in RECIPES[1:])])
 def test_two_processes_are_as_one(recipe: str, tmp_path: Path) -> None:
     run(recipe, tmp_path / "one", global_batch_size=8)
     for mode in ("ddp", "fsdp"):
