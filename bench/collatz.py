@@ -1,6 +1,6 @@
 """The Collatz verifier beside what else proves numbers near 2^68, in turns, by CPU seconds of one thread.
 
-    python -m bench.collatz [--only verify] [--rounds 5] [--barina PATH_TO_WORKER[:BITS] ...] [--large]
+    python -m bench.collatz [--only verify | audit] [--rounds 5] [--barina PATH_TO_WORKER[:BITS] ...] [--large]
 
 A plain C loop (peers/collatz_verify.c, compiled here) is always among them. Barina's worker (github.com/xbarin02/collatz,
 src/worker) is built by whoever has it, for example
@@ -23,6 +23,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from treadle.collatz.audit import audit as audit_block
 from treadle.collatz.blocks import Totals, resolved, run_unit, units
 
 SOURCE = Path(__file__).parent / "peers" / "collatz_verify.c"
@@ -127,7 +128,23 @@ def verify(given: argparse.Namespace) -> None:
         )
 
 
-PARTS = {part.__name__: part for part in (verify,)}
+def audit(given: argparse.Namespace) -> None:
+    """What an audit costs beside the proof that it audits: 8 small blocks with a witness for each excluded number, 8 units again."""
+    work = units(1 << (EXPONENT - BITS), BITS)
+    costs: list[float] = []
+    for seed in range(given.rounds):
+        begun = time.process_time()
+        totals = {unit.prefix: run_unit(unit) for unit in work}
+        proved = time.process_time()
+        report = audit_block(1 << (EXPONENT - BITS), BITS, totals, seed=seed)
+        audited = time.process_time() - proved
+        assert report.passed, report.lines()
+        costs.append(audited)
+    print(f"audit            {spread(costs)} CPU seconds for 8 small blocks and 8 of {len(work)} units of 2^{BITS} numbers, which took "
+          f"{proved - begun:.2f}")  # fmt: skip
+
+
+PARTS = {part.__name__: part for part in (verify, audit)}
 
 
 def main() -> None:
