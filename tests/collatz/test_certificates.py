@@ -118,6 +118,16 @@ def test_a_torn_last_line_is_kept_aside_and_never_trusted(verified: Verified, tm
         assert not read(path).torn and not read(path).damaged
 
 
+def test_a_block_whose_line_alone_is_missing_gets_it_without_work(verified: Verified, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.jsonl"
+    kept = [line for line in lines_of(verified[0]) if not (b'"block"' in line and b'"bits":20' in line)]
+    path.write_bytes(b"".join(kept))
+    monkeypatch.setattr("treadle.collatz.workers.compute", None)
+    assert verify(START, START + (1 << 20) + 300, path, path="python", workers=1).digest == verified[1]
+    added = path.read_bytes()[len(b"".join(kept)) :]
+    assert json.loads(added)["kind"] == "block" and added.count(b"\n") == 1
+
+
 def test_a_header_alone_or_cut_off_is_begun_anew(tmp_path: Path) -> None:
     for number, content in enumerate((b"", sealed(header())[:20], sealed(header())[:5], sealed(header()))):
         path = tmp_path / f"{number}.jsonl"
@@ -230,7 +240,9 @@ def test_merging_joins_units_and_blocks_and_names_holes_and_overlaps(tmp_path: P
     holed = merge(names, START - 5, START + 4 * size)
     assert holed.holes == ((START - 5, START), (START + 2 * size, START + 3 * size), (START + 3 * size + 256, START + 4 * size))
     assert sum("is not proved" in line for line in holed.lines()) == 3
-    assert not merge([names[0], names[2]], START, START + size).complete  # units of an unfinished block prove nothing
+    left = merge([names[0], names[2]], START, START + size, tmp_path / "left.jsonl")
+    assert not left.complete and left.holes == ((START, START + size),)  # units of an unfinished block prove nothing
+    assert len(read(tmp_path / "left.jsonl").records) == 9 + 1  # but they are kept
 
 
 def test_blocks_of_other_sizes_overlap_without_a_contradiction(tmp_path: Path) -> None:

@@ -345,6 +345,40 @@ def test_a_signal_ends_with_75_and_the_same_command_continues(
     assert last.returncode == 0 and result["digest"] == longer and int(result["proved_before"]) > 0
 
 
+def at_work(output: Path, running: list[subprocess.Popen[bytes]]) -> tuple[subprocess.Popen[bytes], list[int]]:
+    """A verification whose units take hours, and its two workers, busy."""
+    command = [sys.executable, "-m", "treadle", "collatz", "verify", "2^68", "--count", "2^40", "--path", "python", "--workers", "2"]
+    run = subprocess.Popen([*command, "--output", str(output)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    running.append(run)
+
+    def busy() -> list[int]:
+        found = [pid for pid in children(run.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        ticks = [int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11]) for pid in found]
+        return [pid for pid, spent in zip(found, ticks, strict=True) if spent > 40]  # .4 s: it has begun to compute
+
+    assert until(lambda: len(busy()) == 2)
+    return run, busy()
+
+
+def test_workers_inside_a_long_unit_end_with_their_parent(tmp_path: Path, process: list[subprocess.Popen[bytes]]) -> None:
+    run, theirs = at_work(tmp_path / "a.jsonl", process)
+    run.kill()
+    run.wait()
+    assert until(lambda: not any(alive(pid) for pid in theirs), 5)
+
+
+def test_a_second_signal_does_not_wait_for_long_units(tmp_path: Path, process: list[subprocess.Popen[bytes]]) -> None:
+    run, theirs = at_work(tmp_path / "a.jsonl", process)
+    began = time.monotonic()
+    run.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert run.poll() is None
+    run.send_signal(signal.SIGTERM)
+    _, error = run.communicate(timeout=30)
+    assert run.returncode == 75 and not error and time.monotonic() - began < workers.GRACE
+    assert until(lambda: not any(alive(pid) for pid in theirs), 5)
+
+
 def test_the_maximum_does_not_depend_on_who_finds_it() -> None:
     units = list(block_units(1 << 48, 20))
     whole = run_unit(blocks.Unit(1 << 48, 20, 0, 0), "python")
