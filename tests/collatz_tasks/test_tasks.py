@@ -69,6 +69,16 @@ def test_digit_rows_are_exact() -> None:
         assert [delay(n) for n in numbers_of(batch)] == batch.extras[STEPS].tolist()
 
 
+def test_digits_of_all_splits_fit_one_width() -> None:
+    for mixture in ({"sequential": 1.0}, {"above_record": 1.0}, {"dense": 1.0}, {"uniform": 1.0}):
+        task = DelayKeys(base=3, mixture=mixture)
+        made = [Digits(task, split=split) for split in ("train", "validation", "test")]
+        assert len({data.seq_len for data in made}) == 1
+        for data in made:
+            batch = data.generate(np.arange(100))
+            assert [sum(d * 3**i for i, d in enumerate(row)) for row in batch.input_ids.tolist()] == numbers_of(batch)
+
+
 def test_long_steps_are_exact() -> None:
     n = np.array([1, 3, 7, 27, 2**40 - 1, 2**39 - 1, 10**12 - 1, 2**20 * 77 - 1], dtype=np.uint64)
     for start_, end, k, halvings in zip(n.tolist(), *(x.tolist() for x in long_step(n))):

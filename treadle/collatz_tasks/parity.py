@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from treadle.collatz.arithmetic import number
 from treadle.collatz.trajectories import delays, labels
 from treadle.collatz_tasks.floor import Floor, floor, floor_of_kind
 from treadle.collatz_tasks.ladder import Ladder
@@ -24,6 +25,7 @@ from treadle.collatz_tasks.numbers import (
     KIND,
     LOW,
     STEPS,
+    TEST_RECORD,
     Numbers,
     NumberSource,
     digit_count,
@@ -115,10 +117,9 @@ class Digits(TrajectoryDataset):
 
     @property
     def seq_len(self) -> int:  # type: ignore[override]
-        bits = max((LARGEST if kind == "dense" else self.task.uniform_bits + 5 if kind == "uniform" else 73) for kind in self.task.shares)
-        if "sequential" in self.task.shares:
-            bits = max(bits, self.source.start.bit_length() + 18) if hasattr(self, "source") else bits
-        return digit_count(1 << min(bits, 128), self.task.base)
+        """The same for all splits: what the largest number of any of them needs."""
+        bits = {"sequential": number(self.task.start).bit_length() + 14, "dense": LARGEST, "uniform": self.task.uniform_bits + 5}
+        return digit_count(1 << min(128, max(bits.get(kind, TEST_RECORD.bit_length() + 1) for kind in self.task.shares)), self.task.base)
 
     @property
     def tokens(self) -> int:
