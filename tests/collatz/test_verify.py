@@ -364,7 +364,10 @@ def test_workers_inside_a_long_unit_end_with_their_parent(tmp_path: Path, proces
     run, theirs = at_work(tmp_path / "a.jsonl", process)
     run.kill()
     run.wait()
-    assert until(lambda: not any(alive(pid) for pid in theirs), 5)
+    ended = until(lambda: not any(alive(pid) for pid in theirs), 5)
+    for pid in filter(alive, theirs):
+        os.kill(pid, signal.SIGKILL)  # they hold the pipes that the next lines wait for
+    assert ended
 
 
 def test_a_second_signal_does_not_wait_for_long_units(tmp_path: Path, process: list[subprocess.Popen[bytes]]) -> None:
