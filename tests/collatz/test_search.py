@@ -24,6 +24,7 @@ from treadle.collatz.certificates import sealed
 from treadle.collatz.cycle_search import Limits
 from treadle.collatz.cycles import Cycle
 from treadle.collatz.known_cycles import Discovery, known
+from treadle.collatz.ledger import missing
 from treadle.collatz.search import BackgroundSearch, search
 from treadle.errors import ConfigError, RunLocked
 
@@ -155,9 +156,9 @@ def test_a_log_of_something_else_is_refused(tmp_path: Path) -> None:
 
 def test_what_is_missing() -> None:
     covered = [(2, 5), (7, 9)]
-    assert list(search_log.missing(covered, 0, 12)) == [(0, 2), (5, 7), (9, 12)]
-    assert list(search_log.missing(covered, 3, 8)) == [(5, 7)] and list(search_log.missing(covered, 2, 5)) == []
-    assert list(search_log.missing(covered, 4, None)) == [(5, 7), (9, None)]
+    assert list(missing(covered, 0, 12)) == [(0, 2), (5, 7), (9, 12)]
+    assert list(missing(covered, 3, 8)) == [(5, 7)] and list(missing(covered, 2, 5)) == []
+    assert list(missing(covered, 4, None)) == [(5, 7), (9, None)]
 
 
 # ---- the command, and the process beside a training

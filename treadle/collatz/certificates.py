@@ -8,7 +8,6 @@ it again (`treadle collatz audit`).
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -23,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from treadle.collatz import blocks
+from treadle.collatz.append_only import AppendOnlyFile
 from treadle.collatz.blocks import Totals, Unit
-from treadle.errors import ConfigError, DataError, RunLocked
+from treadle.errors import ConfigError, DataError
 
 FORMAT = "treadle-collatz-1"
 MAP = "3x+1"
@@ -297,24 +297,14 @@ class Log:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        self._file = AppendOnlyFile(path, "certificate", "wait for it, stop it, or write another certificate with --output (treadle collatz merge joins them)")
         try:
-            self._file = os.open(self.path, flags, 0o644)
-        except IsADirectoryError as problem:
-            raise ConfigError(f"{path} is a folder; name the certificate, a .jsonl file, in it") from problem
-        try:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as problem:
-                raise RunLocked(f"another process is writing to {self.path}; wait for it, stop it, or write another certificate "
-                                "with --output (treadle collatz merge joins them)") from problem  # fmt: skip
             self.reading = read(self.path)
             self._begin()
         except BaseException:
-            os.close(self._file)
+            self._file.close()
             raise
-        self._unsynced, self._synced = False, time.monotonic()
+        self._unsynced, self._synced, self._closed = False, time.monotonic(), False
 
     def _begin(self) -> None:
         """A torn end is moved aside, damage is noted, and a header is written where the last one was of something else."""
@@ -323,41 +313,37 @@ class Log:
             with open(self.path, "rb") as stream, open(f"{self.path}.torn", "ab") as aside:
                 stream.seek(found.sound)
                 aside.write(stream.read(found.torn) + b"\n")
-            os.ftruncate(self._file, found.sound)
+            self._file.truncate(found.sound)
         now = header()
         if not found.headers or found.headers[-1] != now:
-            self._write(sealed(now))
+            self._file.write(sealed(now))
         if found.unseen:
             lines = [digest for _, _, digest in found.unseen]
-            self._write(sealed({"kind": "damaged", "algorithm": blocks.ALGORITHM, "numbers": [place.line for place, _, _ in found.unseen], "lines": lines}))
-        os.fsync(self._file)
+            self._file.write(sealed({"kind": "damaged", "algorithm": blocks.ALGORITHM, "numbers": [place.line for place, _, _ in found.unseen], "lines": lines}))
+        self._file.sync()
 
     def append(self, record: UnitRecord | Piece) -> None:
         """Written before this returns, durable after the next `sync`."""
-        self._write(sealed(unit_record(record) if isinstance(record, UnitRecord) else record.record()))
+        self._file.write(sealed(unit_record(record) if isinstance(record, UnitRecord) else record.record()))
         self._unsynced = True
         self.sync_if_due()
-
-    def _write(self, data: bytes) -> None:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(self._file, view) :]
 
     def sync_if_due(self) -> None:
         if self._unsynced and time.monotonic() - self._synced >= SYNC_SECONDS:
             self.sync()
 
     def sync(self) -> None:
-        os.fsync(self._file)
+        self._file.sync()
         self._unsynced, self._synced = False, time.monotonic()
 
     def close(self) -> None:
-        if self._file >= 0:
-            try:
-                os.fsync(self._file)
-            finally:
-                os.close(self._file)
-                self._file = -1
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self._file.sync()
+        finally:
+            self._file.close()
 
     def __enter__(self) -> Log:
         return self

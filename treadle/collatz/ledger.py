@@ -7,7 +7,7 @@ blocks cover it; then, if all n in [1, a) reach 1, all n in [a, b) do, in ascend
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from treadle.collatz import blocks
@@ -151,16 +151,22 @@ def joined(intervals: Iterable[Interval]) -> list[Interval]:
     return found
 
 
+def missing(covered: Iterable[Interval], start: int, end: int | None) -> Iterator[tuple[int, int | None]]:
+    """[start, end), or from start on without an end, without the disjoint, ascending intervals."""
+    for low, high in covered:
+        if end is not None and low >= end:
+            break
+        if high > start:
+            if low > start:
+                yield start, low
+            start = high
+    if end is None or start < end:
+        yield start, end
+
+
 def remaining(covered: Iterable[Interval], start: int, end: int) -> list[Interval]:
     """[start, end) without the disjoint, ascending intervals."""
-    found = []
-    for low, high in covered:
-        if high <= start or low >= end:
-            continue
-        if low > start:
-            found.append((start, low))
-        start = max(start, high)
-    return [*found, (start, end)] if start < end else found
+    return [(low, end if high is None else high) for low, high in missing(covered, start, end)]
 
 
 def _named(unit: blocks.Unit) -> str:

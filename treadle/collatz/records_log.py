@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from treadle.collatz.ledger import missing
 from treadle.collatz.records import Record, RecordSearch, advance_in_pieces, check_limit
-from treadle.collatz.search_log import SearchLog, missing
+from treadle.collatz.search_log import SearchLog
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from treadle.collatz.arithmetic import COLLATZ, Map, spelled
 from treadle.collatz.certificates import Numbers, block_units
 from treadle.collatz.cycle_search import Limits
 from treadle.collatz.known_cycles import Discovery, discovery
-from treadle.collatz.ledger import joined
-from treadle.collatz.search_log import Reading, SearchLog, Tail, missing
+from treadle.collatz.ledger import joined, missing
+from treadle.collatz.search_log import Reading, SearchLog, Tail
 from treadle.collatz.verify import VERIFIED, split
 from treadle.errors import ConfigError
 

@@ -6,16 +6,15 @@ is missing is what no sound line covers: a damaged line, or one that a killed pr
 
 from __future__ import annotations
 
-import fcntl
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from treadle.collatz.append_only import AppendOnlyFile
 from treadle.collatz.certificates import machine, sealed, unsealed
 from treadle.collatz.ledger import joined
-from treadle.errors import ConfigError, RunLocked
+from treadle.errors import ConfigError
 
 FORMAT = "treadle-collatz-search-1"
 
@@ -89,15 +88,8 @@ class SearchLog:
     def __init__(self, path: str | Path, about: dict[str, Any]) -> None:
         """about: what is searched; ConfigError when the log is about something else, RunLocked when another process writes."""
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.is_dir():
-            raise ConfigError(f"{path} is a folder; name the log, a .jsonl file, in it")
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self._file = AppendOnlyFile(path, "log", "stop it, or write another log with --log")
         try:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as problem:
-                raise RunLocked(f"another process is writing to {path}; stop it, or write another log with --log") from problem
             self.reading = read(self.path)
             self._begin(about)
         except BaseException:
@@ -109,21 +101,17 @@ class SearchLog:
         if known is not None and (other := {name: known.get(name) for name in about}) != about:
             raise ConfigError(f"{self.path} is the log of {_said(other)}, not of {_said(about)}; name another one with --log")
         if self.reading.torn:  # never trusted, and no line may follow it
-            os.ftruncate(self._file, self.reading.sound)
+            self._file.truncate(self.reading.sound)
         if known is None:
             self.append({"kind": "header", "format": FORMAT, **about, "machine": machine()})
 
     def append(self, entry: dict[str, Any]) -> None:
         """Durable when this returns: pieces take about a second each."""
-        view = memoryview(sealed(entry))
-        while view:
-            view = view[os.write(self._file, view) :]
-        os.fsync(self._file)
+        self._file.write(sealed(entry))
+        self._file.sync()
 
     def close(self) -> None:
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        self._file.close()
 
     def __enter__(self) -> SearchLog:
         return self
@@ -159,16 +147,3 @@ class Tail:
 
 def _said(about: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in about.items())
-
-
-def missing(covered: Iterable[tuple[int, int]], start: int, end: int | None) -> Iterator[tuple[int, int | None]]:
-    """[start, end), or from start on without an end, without the disjoint, ascending intervals."""
-    for low, high in covered:
-        if end is not None and low >= end:
-            break
-        if high > start:
-            if low > start:
-                yield start, low
-            start = high
-    if end is None or start < end:
-        yield start, end

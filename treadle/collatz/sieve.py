@@ -144,8 +144,11 @@ def leaves(
 
 def passes(y: int, height: int, steps: int, rules: Rules = TREE) -> bool:
     """Whether T^k(n) = y with this height gets through the next steps without being excluded: one bit of the bit-vectors."""
-    if height > HIGHEST:
-        return True
+    return height > HIGHEST or _lasts(y, height, steps, rules)
+
+
+def _lasts(y: int, height: int, steps: int, rules: Rules) -> bool:
+    """Whether none of the next steps from y, at this height and without a history, is excluded."""
     scores, history = rules.scores(), 1
     for _ in range(steps):
         odd = y & 1
@@ -170,15 +173,7 @@ def survivors(leaf: tuple[int, int, int, int], high: int, bits: int, rules: Rule
 
 def excluded(prefix: int, prefix_bits: int, rules: Rules = TREE) -> bool:
     """Whether the tree leaves out every n = prefix mod 2^prefix_bits that is at least FLOOR."""
-    scores, y, height, history = rules.scores(), prefix, 0, 1
-    for _ in range(prefix_bits):
-        odd = y & 1
-        height += UP if odd else -DOWN
-        history = extend(history, odd, rules.window)
-        if height < scores[history]:
-            return True
-        y = (3 * y + 1) >> 1 if odd else y >> 1
-    return False
+    return not _lasts(prefix, 0, prefix_bits, rules)
 
 
 def height(prefix: int, prefix_bits: int) -> int:

@@ -7,21 +7,20 @@ its way is flagged and replayed in Python integers, so that all ways give the sa
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
+from treadle.collatz import compiled
 from treadle.collatz.arithmetic import delay
 from treadle.collatz.arithmetic import parities as parities_of
 from treadle.errors import ConfigError
-from treadle.files import cache_root
 
 U64 = np.uint64
 MASK64 = (1 << 64) - 1
 THIRD, TWO_THIRDS = 0x5555555555555555, 0xAAAAAAAAAAAAAAAA  # floor(2^64 / 3), floor(2^65 / 3)
 OVERFLOW = -1
+PATHS = ("numba", "numpy", "python")
 
 
 def limbs(numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -46,10 +45,8 @@ def labels(low: np.ndarray, high: np.ndarray, length: int, shortcut: bool, path:
     if path == "python":
         found, steps = np.empty((len(low), length), dtype=np.uint8), np.full(len(low), OVERFLOW, dtype=np.int64)
     else:
-        compiled = _compiled() if path in ("auto", "numba") else None
-        if path == "numba" and compiled is None:
-            raise ConfigError("numba is not installed: pip install 'treadle[collatz]'")
-        found, steps = compiled(low, high, length, shortcut) if compiled is not None else _vectorised(low, high, length, shortcut)
+        run = _compiled() if compiled.resolved(path, PATHS, "trajectories") == "numba" else None
+        found, steps = (run or _vectorised)(low, high, length, shortcut)
     for row in np.flatnonzero(steps == OVERFLOW).tolist():
         n = (int(high[row]) << 64) | int(low[row])
         steps[row] = delay(n)
@@ -91,17 +88,14 @@ def _vectorised(low: np.ndarray, high: np.ndarray, length: int, shortcut: bool) 
 
 @functools.cache
 def _compiled() -> Callable[..., tuple[np.ndarray, np.ndarray]] | None:
-    """The numba loop, compiled on first use and kept in the cache; None where numba is not installed."""
-    os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_root(None) / "numba"))
-    try:
-        from treadle.collatz import trajectories_numba
-    except ImportError:
+    """The numba loop; None where numba is not installed."""
+    module = compiled.load("trajectories_numba")
+    if module is None:
         return None
 
     def run(low: np.ndarray, high: np.ndarray, length: int, shortcut: bool) -> tuple[np.ndarray, np.ndarray]:
         found, steps = np.empty((len(low), length), dtype=np.uint8), np.empty(len(low), dtype=np.int64)
-        kernel: Any = trajectories_numba.rows
-        kernel(low, high, shortcut, found, steps)
+        module.rows(low, high, shortcut, found, steps)
         return found, steps
 
     return run
