@@ -49,7 +49,3 @@ class Ladder:
         rising = [0]
         rising += [i for i in range(1, len(self.shares)) if self.shares[i] > self.shares[i - 1]]
         return float(np.interp(share, [self.shares[i] for i in rising], [self.rungs[i] for i in rising]))
-
-    @property
-    def top(self) -> float:
-        return self.shares[-1]

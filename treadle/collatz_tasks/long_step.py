@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from treadle.collatz.arithmetic import number
-from treadle.collatz_tasks.numbers import digit_count, digits, held_out
+from treadle.collatz_tasks.numbers import GOLDEN, digit_count, digits, split_of
 from treadle.collatz_tasks.settings import LongStepKeys
 from treadle.data.batch import Batch
 from treadle.data.generated import SPLITS, GeneratedDataset
@@ -26,6 +26,7 @@ from treadle.objectives.base import Metric
 from treadle.objectives.next_token import NextToken
 
 U64 = np.uint64
+POWERS_OF_THREE = np.array([3**k for k in range(41)], dtype=U64)
 CLASSES = 8  # k and k' from 1 to 8 have a place of their own in the table, the rest one together
 NUMBER, CLASS = "number", "class"
 MASTERED, FEWEST = 0.99, 10  # a class is mastered when of ten rows or more this share is exact
@@ -34,7 +35,7 @@ MASTERED, FEWEST = 0.99, 10  # a class is mastered when of ten rows or more this
 def long_step(n: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Odd n, uint64 [B], up to 2^40 -> (the odd number after the long step, k, k')."""
     k = _trailing_zeros(n + U64(1))
-    top = _power_of_three(k) * ((n + U64(1)) >> k.astype(U64)) - U64(1)
+    top = POWERS_OF_THREE[k] * ((n + U64(1)) >> k.astype(U64)) - U64(1)
     halvings = _trailing_zeros(top)
     return top >> halvings.astype(U64), k, halvings
 
@@ -42,10 +43,6 @@ def long_step(n: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _trailing_zeros(x: np.ndarray) -> np.ndarray:
     lowest = (x & (~x + U64(1))).astype(np.float64)  # a power of two, exact
     return np.log2(lowest).astype(np.int64)
-
-
-def _power_of_three(k: np.ndarray) -> np.ndarray:
-    return np.array([3**i for i in range(41)], dtype=U64)[k]
 
 
 class LongSteps(GeneratedDataset):
@@ -71,13 +68,11 @@ class LongSteps(GeneratedDataset):
         wrong, attempt = np.arange(len(rows)), 0
         while len(wrong):
             with np.errstate(over="ignore"):
-                words = mix64(mix64(rows[wrong].astype(U64) * U64(0x9E3779B97F4A7C15)) + U64(key(self.key, attempt)))
+                words = mix64(mix64(rows[wrong].astype(U64) * U64(GOLDEN)) + U64(key(self.key, attempt)))
             found[wrong] = (words % U64((self.largest + 1) // 2)) * U64(2) + U64(1)
             # The split is that of its place among the odd numbers.
-            place, validation, test = held_out(found[wrong] >> U64(1), np.zeros(len(wrong), U64))
-            wanted = (validation, test)[self.split_number - 1] if self.split_number else None
-            right = place == wanted if wanted is not None else (place != validation) & (place != test)
-            wrong, attempt = wrong[~right], attempt + 1
+            others = split_of(found[wrong] >> U64(1), np.zeros(len(wrong), U64)) != self.split_number
+            wrong, attempt = wrong[others], attempt + 1
         return found
 
     def generate(self, rows: np.ndarray) -> Batch:
@@ -119,7 +114,11 @@ class LongStep(NextToken):
 
     def evaluation_sums(self, model: Model, batch: Batch) -> dict[str, Any]:
         logits = model(batch).logits
-        assert logits is not None and batch.labels is not None
+        assert logits is not None
+        return self._sums(logits, batch)
+
+    def _sums(self, logits: Tensor, batch: Batch) -> dict[str, Any]:
+        assert batch.labels is not None
         nats = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), batch.labels, reduction="none").double()
         right = logits.argmax(-1) == batch.labels
         exact, classes = right.all(1), batch.extras[CLASS]
@@ -163,8 +162,9 @@ class LongStep(NextToken):
         for batch in dataset.in_sequence(256):
             batch = batch.to(model.device)
             with torch.no_grad():
-                found = {name: float(value) for name, value in self.evaluation_sums(model, batch).items()}
-                guess = model(batch).logits.argmax(-1)
+                logits = model(batch).logits
+                assert logits is not None
+                found, guess = {name: float(value) for name, value in self._sums(logits, batch).items()}, logits.argmax(-1)
             sums = {name: sums.get(name, 0.0) + value for name, value in found.items()}
             bad = (guess != batch.labels).any(1).nonzero()[:, 0].tolist()
             wrong += [_shown(batch, guess, row) for row in bad[: 10 - len(wrong)]]

@@ -24,7 +24,7 @@ NEIGHBOURS, KEPT = 20, 18  # of twenty neighbours eighteen are for training
 SPAN = 10**12  # above the record: 2^68 + U(0, this)
 FEWEST_BITS, MOST_BITS = 70, 119  # of dense numbers
 TEST_RECORD, TEST_BITS = 1 << 71, (120, LARGEST - 1)  # sizes that training never has
-_GOLDEN = 0x9E3779B97F4A7C15
+GOLDEN = 0x9E3779B97F4A7C15
 LOW, HIGH, STEPS, KIND = "low", "high", "steps", "kind"  # in Batch.extras: the number in two halves, its stopping time, its kind
 
 
@@ -55,7 +55,7 @@ def held_out(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray,
     """(place among its neighbours, the place kept for validation, the one kept for the test), uint64 [B] each."""
     block = low // U64(NEIGHBOURS)
     with np.errstate(over="ignore"):
-        hashed = mix64(block * U64(_GOLDEN) + mix64(high + U64(0xC0117A72)))
+        hashed = mix64(block * U64(GOLDEN) + mix64(high + U64(0xC0117A72)))
     validation = (hashed & U64(0xFFFF)) % U64(NEIGHBOURS)
     test = (validation + U64(1) + (hashed >> U64(32)) % U64(NEIGHBOURS - 1)) % U64(NEIGHBOURS)
     return low % U64(NEIGHBOURS), validation, test
@@ -117,8 +117,8 @@ class NumberSource:
     def _words(self, rows: np.ndarray, attempt: int) -> np.ndarray:
         """Five random words of each row, uint64 [5, B]."""
         with np.errstate(over="ignore"):
-            base = mix64(rows.astype(U64) * U64(_GOLDEN) + U64(key(self.key, attempt)))
-            return np.stack([mix64(base + U64((word * _GOLDEN) & MASK64)) for word in range(1, 6)])
+            base = mix64(rows.astype(U64) * U64(GOLDEN) + U64(key(self.key, attempt)))
+            return np.stack([mix64(base + U64((word * GOLDEN) & MASK64)) for word in range(1, 6)])
 
     # ---- kinds, each from five random words [5, B] ----
 

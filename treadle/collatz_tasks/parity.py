@@ -37,7 +37,7 @@ from treadle.data.base import Dataset
 from treadle.data.batch import IGNORE, PAD, Batch
 from treadle.data.generated import SPLITS, GeneratedDataset
 from treadle.errors import ConfigError
-from treadle.models.base import LM_HEAD, Model
+from treadle.models.base import LM_HEAD, Model, Output
 from treadle.models.collatz import STOPPING
 from treadle.objectives.base import TOTAL, Losses, LossTerm, Metric, Objective
 from treadle.ops.cross_entropy import linear_cross_entropy
@@ -187,20 +187,16 @@ class StoppingTime(Objective):
     # ---- evaluation ----
 
     def evaluation_sums(self, model: Model, batch: Batch) -> dict[str, Any]:
-        out = model(batch)
+        return self._sums(model, batch, model(batch))
+
+    def _sums(self, model: Model, batch: Batch, out: Output) -> dict[str, Any]:
         assert out.hidden is not None
-        sums = self._sums_of_terms(self._terms(model, batch, out.hidden), batch)
+        sums = self.term_sums(self._terms(model, batch, out.hidden), batch)
         real = batch.token_mask[:, 0]
         steps = batch.extras[STEPS].double()[real]
         error = torch.expm1(out.predictions[STOPPING].double()[real]) - steps
         return sums | {"absolute_error": error.abs().sum(), "squared_error": error.square().sum(), "steps": steps.sum(),
                        "steps_squared": steps.square().sum(), "rows": batch.counts["rows"]}  # fmt: skip
-
-    def _sums_of_terms(self, terms: Mapping[str, LossTerm], batch: Batch) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, term in terms.items():
-            found |= {name: term.total.double(), f"{name}/count": batch.counts[term.unit]}
-        return found
 
     def term_weights(self) -> dict[str, float]:
         return {STOPPING: self.stopping_weight}
@@ -287,7 +283,7 @@ class MultiTask(StoppingTime):
         assert batch.labels is not None
         self.predictive = model.capabilities.causal
         out = model(batch)
-        found = super().evaluation_sums(model, batch) if STOPPING in out.predictions else {}
+        found = self._sums(model, batch, out) if STOPPING in out.predictions else {}
         assert out.logits is not None
         nats = F.cross_entropy(out.logits.float().transpose(1, 2), batch.labels, ignore_index=IGNORE, reduction="none").double()
         scored = batch.labels != IGNORE

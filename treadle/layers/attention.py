@@ -15,6 +15,12 @@ from treadle.ops.attention import cached_attention, causal_attention, scores_com
 from treadle.ops.sliding_window_attention import sliding_window_flops
 
 
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, T, H E] -> [B, H, T, E]."""
+    rows, length, width = x.shape
+    return x.view(rows, length, heads, width // heads).transpose(1, 2)
+
+
 class Attention(TokenMixer):
     """softmax(q k^T / sqrt(E)) v (Vaswani et al. 2017), keys and values shared by groups of heads (arXiv 2305.13245).
 
@@ -69,8 +75,7 @@ class Attention(TokenMixer):
         return 2 * (length * projections + scores)
 
     def _split(self, x: Tensor, heads: int) -> Tensor:
-        rows, length, _ = x.shape
-        return x.view(rows, length, heads, self.head_width).transpose(1, 2)  # [B, H, T, E]
+        return split_heads(x, heads)
 
     def _queries_and_keys(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """q [B, H, T, E] and k [B, G, T, E], normalised, turned and scaled."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from treadle.layers.attention import Attention
+from treadle.layers.attention import Attention, split_heads
 from treadle.layers.context import Context
 from treadle.ops.attention import bidirectional_attention
 
@@ -34,18 +34,14 @@ class CrossAttention(nn.Module):
         self.value = nn.Linear(width, groups * head_width, bias=False)
         self.out = nn.Linear(heads * head_width, width, bias=False)
 
-    def _split(self, x: Tensor, heads: int) -> Tensor:
-        rows, length, _ = x.shape
-        return x.view(rows, length, heads, self.head_width).transpose(1, 2)
-
     def encode(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """source [B, S, D] -> keys, values [B, G, S, E]."""
-        return self._split(self.key(source), self.groups), self._split(self.value(source), self.groups)
+        return split_heads(self.key(source), self.groups), split_heads(self.value(source), self.groups)
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """x [B, T, D] over keys, values [B, G, S, E]; mask bool [B, S], true on real ones."""
         rows, length, _ = x.shape
-        q = self._split(self.query(x), self.heads)
+        q = split_heads(self.query(x), self.heads)
         y = bidirectional_attention(q, keys.to(q.dtype), values.to(q.dtype), mask, self.dropout if self.training else 0.0)
         return self.out(y.transpose(1, 2).reshape(rows, length, self.heads * self.head_width))
 

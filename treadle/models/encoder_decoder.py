@@ -136,9 +136,6 @@ class EncoderDecoder(Model):
     def blocks(self) -> list[nn.Module]:
         return [*self.encoder, *self.layers]
 
-    def token_mixers(self) -> list[nn.Module]:
-        return []  # encoder and decoder mix different sequences, so no list of them matches a teacher's
-
     @classmethod
     def example(cls, config: ModelConfig, batch_size: int = 2, length: int = 16, seed: int = 0) -> Batch:
         batch = super().example(config, batch_size, length, seed)

@@ -133,8 +133,12 @@ class Objective(ABC):
     def evaluation_sums(self, model: Model, batch: Batch) -> dict[str, Any]:
         """What an evaluation adds up (in fp64) over batches, by name; called without gradients, on the model's device.
         Here: each loss term, and the count of its unit as NAME/count."""
+        return self.term_sums(self(model, batch).losses, batch)
+
+    def term_sums(self, terms: Mapping[str, LossTerm], batch: Batch) -> dict[str, Any]:
+        """Each term's sum in fp64, and the count of its unit as NAME/count."""
         found: dict[str, Any] = {}
-        for name, term in self(model, batch).losses.items():
+        for name, term in terms.items():
             found[name] = term.total.double()
             found[f"{name}/count"] = self.counts(batch)[term.unit]
         return found
