@@ -116,6 +116,24 @@ def collatz_train(ctx: typer.Context) -> None:
     _open_verb("train", ctx.args if named else ["collatz", *ctx.args])
 
 
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def sweep(
+    ctx: typer.Context,
+    over: Annotated[list[str], typer.Option("--over", help="KEY=VALUE,VALUE,...; several times for a grid.")],
+    seeds: Annotated[int, typer.Option(min=1, help="Repeat every point with the seeds 0 to N - 1.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="Runs at a time; they share the cores.")] = 1,
+    output: Annotated[str, typer.Option("--output", "--output-dir", help="A folder with one run for each cell.")] = "runs/sweep",
+) -> None:
+    """Train a grid: [RECIPE.toml | FILE.txt | DIR] --over KEY=A,B [--key value ...]; the same command goes on where it stopped."""
+    from treadle import sweep as sweeping
+
+    cells = sweeping.run(sweeping.Sweep(ctx.args, sweeping.grid(over), seeds, processes, Path(output)), echo)
+    for line in sweeping.lines_of(cells):
+        echo(line)
+    if (problem := sweeping.unfinished(cells)) is not None:
+        raise problem
+
+
 @app.command(context_settings=OPEN)
 def distill(ctx: typer.Context) -> None:
     """Train a student of a teacher: --teacher RUN [RECIPE.toml | FILE.txt | DIR] [--key value ...]."""

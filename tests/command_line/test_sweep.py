@@ -1,0 +1,57 @@
+"""`treadle sweep`: a grid of ordinary runs, resumed, reported, and refused where it is none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import flags, treadle
+from treadle.errors import ConfigError
+from treadle.sweep import Cell, Sweep, grid, lines_of
+
+SMALL = flags(max_steps=4, eval_steps=4, save_steps=4, hidden_size=16, num_layers=1, num_heads=2, seq_len=32,
+              batch_size=2, **{"tokenizer.name": "byte"})  # fmt: skip
+
+
+def test_a_grid_runs_and_the_same_command_repeats_nothing(text_file: Path, tmp_path: Path) -> None:
+    line = ("sweep", text_file, "--over", "optim.learning_rate=1e-3,3e-2", "--seeds", 2, "--processes", 2, "--output_dir",
+            tmp_path / "grid", *SMALL)  # fmt: skip
+    first = treadle(*line)
+    assert first.returncode == 0, first.stderr
+    cells = json.loads((tmp_path / "grid" / "sweep.json").read_text())["cells"]
+    assert [(c["point"]["optim.learning_rate"], c["seed"]) for c in cells] == [("1e-3", 0), ("3e-2", 0), ("1e-3", 1), ("3e-2", 1)]
+    assert len({c["value"] for c in cells}) == 4 and all(c["step"] == 4 for c in cells)
+    logs = {c["folder"]: (Path(c["folder"]) / "training_log.csv").read_bytes() for c in cells}
+    again = treadle(*line)
+    assert again.stdout.splitlines()[-3:] == first.stdout.splitlines()[-3:]
+    assert all((Path(folder) / "training_log.csv").read_bytes() == log for folder, log in logs.items())
+
+
+def test_settings_that_are_refused_end_it_at_the_first_run(text_file: Path, tmp_path: Path) -> None:
+    out = treadle("sweep", text_file, "--over", "optim.learning_rat=1e-3,3e-3", "--output", tmp_path / "grid", *SMALL)
+    assert out.returncode == 2 and "learning_rate" in out.stderr
+    assert len(list((tmp_path / "grid").iterdir())) == 1
+
+
+@pytest.mark.parametrize("over", [[], ["lr"], ["lr="], ["lr=1,,2"], ["lr=1", "lr=2"], ["seed=1,2"], ["lr=1,1"]])
+def test_what_is_no_grid_says_how_one_is_written(over: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"--over|sweep"):
+        grid(over)
+
+
+def test_a_list_is_one_value_and_points_multiply() -> None:
+    found = grid(["model.sizes=[1,2],[3,4]", "--optim.learning-rate=1e-3,2e-3"])
+    assert found == {"model.sizes": ["[1,2]", "[3,4]"], "optim.learning-rate": ["1e-3", "2e-3"]}
+    cells = Sweep([], found, seeds=3).cells()
+    assert len(cells) == 12 == len({cell.folder for cell in cells})
+
+
+def test_the_table_ranks_by_the_mean_and_keeps_what_failed() -> None:
+    def cell(value: str, seed: int, found: float | None) -> Cell:
+        return Cell((("lr", value),), seed, Path(), found, "bpb" if found else "", 4, "" if found else "exit code 76")
+
+    lines = lines_of([cell("1", 0, 3.0), cell("2", 0, 1.0), cell("3", 0, None), cell("1", 1, 2.0), cell("2", 1, 2.0), cell("3", 1, None)])
+    assert [line.split()[0] for line in lines[1:]] == ["lr=2", "lr=1", "lr=3"]
+    assert lines[1].split()[1:] == ["1.5000", "1.0000", "2"] and lines[2].endswith("#" * 40) and lines[3].endswith("0 of 2")

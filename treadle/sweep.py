@@ -1,0 +1,204 @@
+"""`treadle sweep`: a grid of ordinary runs over keys and seeds, in processes of their own, and one table of what came out."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from treadle.errors import ConfigError, TreadleError
+from treadle.monitor.records import write_json
+from treadle.processes import end_with_parent, orderly_end
+
+EXAMPLE = "treadle sweep RECIPE --over optim.learning_rate=1e-3,3e-3 --seeds 3"
+METRICS = ("bpb", "loss")  # columns of eval_log.csv, the first that a run has; lower is better for both
+BAR = 40  # characters
+GRACE = 60  # seconds in which a stopped run saves itself
+
+
+class SweepFailed(TreadleError):
+    """Some runs of a grid did not finish."""
+
+
+@dataclass
+class Cell:
+    """One run of the grid."""
+
+    point: tuple[tuple[str, str], ...]  # key and value, as typed
+    seed: int
+    folder: Path
+    value: float | None = None  # at the newest evaluation
+    metric: str = ""
+    step: int = 0
+    failed: str = ""
+
+    @property
+    def label(self) -> str:
+        return " ".join(f"{key}={value}" for key, value in self.point)
+
+
+@dataclass
+class Sweep:
+    """What was asked: `arguments` are those of `train`, the same for every run."""
+
+    arguments: list[str]
+    over: dict[str, list[str]]
+    seeds: int = 1
+    processes: int = 1
+    output: Path = field(default_factory=lambda: Path("runs/sweep"))
+
+    def cells(self) -> list[Cell]:
+        """Seed by seed, so that an interrupted sweep has every point once before any point twice."""
+        points = list(itertools.product(*([(key, value) for value in values] for key, values in self.over.items())))
+        return [Cell(point, seed, self.output / _folder(point, seed)) for seed in range(self.seeds) for point in points]
+
+
+def grid(over: list[str]) -> dict[str, list[str]]:
+    """['optim.learning_rate=1e-3,3e-3'] -> {'optim.learning_rate': ['1e-3', '3e-3']}; ConfigError where it is no grid."""
+    found: dict[str, list[str]] = {}
+    for one in over:
+        key, equals, values = one.partition("=")
+        key = key.strip().lstrip("-")
+        several = [value.strip() for value in re.split(r",(?![^\[{]*[\]}])", values)]  # a list or table is one value
+        if not equals or not key or "" in several:
+            raise ConfigError(f"--over {one!r} is not KEY=VALUE,VALUE,...; for example {EXAMPLE}")
+        if key in found:
+            raise ConfigError(f"--over names {key} twice; put its values together: --over {key}={','.join(found[key] + several)}")
+        if key in ("seed", "run.seed", "output_dir", "run.output_dir"):
+            raise ConfigError(f"--over {key}: sweep sets it itself; --seeds N repeats every point with the seeds 0 to N - 1")
+        if len({_plain(value) for value in several}) < len(several):
+            raise ConfigError(f"--over {one!r} has a value twice; keep one")
+        found[key] = several
+    if not found:
+        raise ConfigError(f"sweep needs a grid: {EXAMPLE}")
+    return found
+
+
+def run(asked: Sweep, say: Callable[[str], None]) -> list[Cell]:
+    """Runs what has not finished and returns all cells. A run that exists continues; one that is finished says so at once.
+    ConfigError from the first run whose settings are refused; SweepFailed, after all have run, where one failed otherwise."""
+    cells = asked.cells()
+    asked.output.mkdir(parents=True, exist_ok=True)
+    say(f"{len(cells)} runs in {asked.output}, {asked.processes} at a time; Ctrl-C is safe, the same command goes on")
+    with _children() as children:
+        waiting = iter(cells)
+        running: dict[int, Cell] = {}
+        while True:
+            while len(running) < asked.processes and (cell := next(waiting, None)) is not None:
+                child = _start(asked, cell)
+                children[child.pid] = child
+                running[child.pid] = cell
+            if not running:
+                break
+            time.sleep(0.05)
+            for number in [n for n in running if children[n].poll() is not None]:
+                _ended(children.pop(number).returncode, running.pop(number), say)
+    write_json(asked.output / "sweep.json", {"cells": [_record(cell) for cell in cells]})
+    return cells
+
+
+def _start(asked: Sweep, cell: Cell) -> subprocess.Popen[bytes]:
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    keys = [f"--{key}={value}" for key, value in (*cell.point, ("seed", str(cell.seed)), ("output_dir", str(cell.folder)))]
+    threads = max(1, (os.cpu_count() or 1) // asked.processes)
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ} if asked.processes > 1 else dict(os.environ)
+    with open(cell.folder / "sweep.out", "wb") as out:  # a session of its own: Ctrl-C reaches it once, from here
+        return subprocess.Popen([sys.executable, "-m", "treadle", "train", *asked.arguments, *keys], stdout=out,
+                                stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
+                                start_new_session=True, preexec_fn=end_with_parent)  # fmt: skip
+
+
+def _ended(code: int, cell: Cell, say: Callable[[str], None]) -> None:
+    if code:
+        lines = (cell.folder / "sweep.out").read_text(encoding="utf-8", errors="replace").splitlines()
+        cell.failed = next((line for line in reversed(lines) if line.startswith("error:")), f"exit code {code}")
+        if code == ConfigError.exit_code:  # the others would be refused as this one was
+            raise ConfigError(f"{cell.label}: {cell.failed.removeprefix('error: ')}")
+        say(f"{cell.label} seed {cell.seed}: {cell.failed} ({cell.folder / 'sweep.out'})")
+        return
+    cell.metric, cell.value, cell.step = _newest(cell.folder / "eval_log.csv")
+    shown = "no evaluation" if cell.value is None else f"{cell.metric} {cell.value:.4f} at step {cell.step}"
+    say(f"{cell.label} seed {cell.seed}: {shown}")
+
+
+def _newest(log: Path) -> tuple[str, float | None, int]:
+    if not log.is_file():
+        return "", None, 0
+    with log.open(encoding="utf-8") as stream:
+        rows = [row for row in csv.DictReader(stream) if row.get("split", "validation") == "validation"]
+    for metric in METRICS:
+        if rows and rows[-1].get(metric):
+            return metric, float(rows[-1][metric]), int(rows[-1]["step"])
+    return "", None, 0
+
+
+def lines_of(cells: list[Cell]) -> list[str]:
+    """The table, best mean first: mean, largest - smallest over the seeds, and a bar from the best (empty) to the worst."""
+    points: dict[str, list[Cell]] = {}
+    for cell in cells:
+        points.setdefault(cell.label, []).append(cell)
+    metric = next((cell.metric for cell in cells if cell.metric), METRICS[0])
+    found = {label: [c.value for c in own if c.value is not None and math.isfinite(c.value)] for label, own in points.items()}
+    means = {label: statistics.mean(values) for label, values in found.items() if values}
+    ranked = sorted(points, key=lambda label: means.get(label, math.inf))
+    best, worst = min(means.values(), default=0.0), max(means.values(), default=0.0)
+    width = max(len(label) for label in points)
+    lines = [f"{'':<{width}}  {metric:>8}  {'spread':>7}  seeds"]
+    for label in ranked:
+        values, missing = found[label], len(points[label]) - len(found[label])
+        if label not in means:
+            lines.append(f"{label:<{width}}  {'-':>8}  {'-':>7}  0 of {missing}")
+            continue
+        bar = "#" * round(BAR * (means[label] - best) / (worst - best)) if worst > best else ""
+        count = f"{len(values)}" + (f" of {len(points[label])}" if missing else "")
+        lines.append(f"{label:<{width}}  {means[label]:>8.4f}  {max(values) - min(values):>7.4f}  {count:<5}  {bar}".rstrip())
+    return lines
+
+
+def unfinished(cells: list[Cell]) -> SweepFailed | None:
+    """What to raise, after the table, where runs failed."""
+    failed = [cell for cell in cells if cell.failed]
+    if not failed:
+        return None
+    return SweepFailed(f"{len(failed)} of {len(cells)} runs failed; the same command tries them again and repeats no other")
+
+
+def _record(cell: Cell) -> dict[str, Any]:
+    return {"point": dict(cell.point), "seed": cell.seed, "folder": str(cell.folder), "metric": cell.metric,
+            "value": cell.value, "step": cell.step, "failed": cell.failed}  # fmt: skip
+
+
+def _folder(point: tuple[tuple[str, str], ...], seed: int) -> str:
+    return "__".join([*(f"{_plain(key)}={_plain(value)}" for key, value in point), f"seed={seed}"])
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.+-]+", "_", text)
+
+
+@contextmanager
+def _children() -> Iterator[dict[int, subprocess.Popen[bytes]]]:
+    """Processes that are told to stop, and have saved themselves, when this one leaves early."""
+    children: dict[int, subprocess.Popen[bytes]] = {}
+    with orderly_end():
+        try:
+            yield children
+        finally:
+            for child in children.values():
+                child.terminate()
+            for child in children.values():
+                try:
+                    child.wait(GRACE)
+                except subprocess.TimeoutExpired:
+                    child.kill()
