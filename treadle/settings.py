@@ -153,13 +153,12 @@ def plain(word: str) -> str:
 # values
 
 
-_NUMBERS = re.compile(r"\[[\[\]\d.,\s+\-eE]*\]")
+_NUMBERS = re.compile(r"\[[\[\]\d.,\s+\-eE]*\]|[+-]?\.\d+([eE][+-]?\d+)?")  # lists of numbers, and one like .5
 _LEADING_POINT = re.compile(r"(?<![\d.])\.(?=\d)")
 
 
 def parse_text(text: str) -> Any:
-    """A value typed by a user, by TOML's grammar (`3e-4`, `true`, `[1, 2]`, `"x"`); in lists of numbers also `.5`; anything else is
-    a string."""
+    """A value typed by a user, by TOML's grammar (`3e-4`, `true`, `[1, 2]`, `"x"`), and `.5` with its lists; anything else is a string."""
     if _NUMBERS.fullmatch(text):
         text = _LEADING_POINT.sub("0.", text)
     try:

@@ -105,6 +105,7 @@ def test_same_alias_and_name_with_equal_values_is_fine() -> None:
 
 
 def test_text_values_are_read_by_tomls_grammar() -> None:
+    assert of({"decay_fraction": ".5"}, from_text=True).optim.decay_fraction == 0.5
     recipe = of({"learning_rate": "3e-4", "report_to": "csv,jsonl", "shuffle": "false", "run_name": "123",
                  "gradient_checkpointing": "[0, 2]", "warmup_steps": "none"}, from_text=True)  # fmt: skip
     assert recipe.optim.learning_rate == 3e-4 and recipe.log.report_to == ["csv", "jsonl"]
