@@ -64,6 +64,8 @@ def test_the_readmes_commands_run(in_folder: Path) -> None:
             line += [*shape, "--max_steps", str(next(steps))]
         if line[0] == "check":
             line += [*SHORT, "--max_steps", "2"]
+        if line[0] == "sweep":
+            line += SHORT
         if line[0] == "generate":
             line += ["--max-new-tokens", "3"]
         out = treadle(*line, cwd=in_folder)
