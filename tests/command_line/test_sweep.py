@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -27,6 +31,24 @@ def test_a_grid_runs_and_the_same_command_repeats_nothing(text_file: Path, tmp_p
     again = treadle(*line)
     assert again.stdout.splitlines()[-3:] == first.stdout.splitlines()[-3:]
     assert all((Path(folder) / "training_log.csv").read_bytes() == log for folder, log in logs.items())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_sweep_leaves_saved_runs_and_no_process(number: int, text_file: Path, tmp_path: Path) -> None:
+    keys = flags(max_steps=100_000, hidden_size=16, num_layers=1, num_heads=2, seq_len=32, **{"tokenizer.name": "byte"})
+    line = ["sweep", str(text_file), "--over", "lr=1e-3,3e-3", "--processes", "2", "--output_dir", str(tmp_path / "grid")]
+    child = subprocess.Popen([sys.executable, "-m", "treadle", *line, *map(str, keys)], stdout=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 90
+        while len([o for o in tmp_path.glob("grid/*/sweep.out") if "step 10/" in o.read_text()]) < 2:
+            assert time.monotonic() < until and child.poll() is None
+            time.sleep(0.1)
+        child.send_signal(number)
+        assert child.wait(90) == 128 + number
+    finally:
+        child.kill()
+    ended = [o.read_text().splitlines()[-1] for o in tmp_path.glob("grid/*/sweep.out")]
+    assert len(ended) == 2 and all("saved. The same command continues." in line for line in ended)
 
 
 def test_settings_that_are_refused_end_it_at_the_first_run(text_file: Path, tmp_path: Path) -> None:
