@@ -13,10 +13,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from treadle.distributed.launch import GRACE_SECONDS, threads_of_each
 from treadle.errors import ConfigError, TreadleError
 from treadle.monitor.records import write_json
 from treadle.processes import end_with_parent, orderly_end
@@ -24,7 +25,6 @@ from treadle.processes import end_with_parent, orderly_end
 EXAMPLE = "treadle sweep RECIPE --over optim.learning_rate=1e-3,3e-3 --seeds 3"
 METRICS = ("bpb", "loss")  # columns of eval_log.csv, the first that a run has; lower is better for both
 BAR = 40  # characters
-GRACE = 60  # seconds in which a stopped run saves itself
 
 
 class SweepFailed(TreadleError):
@@ -56,7 +56,7 @@ class Sweep:
     over: dict[str, list[str]]
     seeds: int = 1
     processes: int = 1
-    output: Path = field(default_factory=lambda: Path("runs/sweep"))
+    output: Path = Path("runs/sweep")
 
     def cells(self) -> list[Cell]:
         """Seed by seed, so that an interrupted sweep has every point once before any point twice."""
@@ -91,19 +91,16 @@ def run(asked: Sweep, say: Callable[[str], None]) -> list[Cell]:
     cells = asked.cells()
     asked.output.mkdir(parents=True, exist_ok=True)
     say(f"{len(cells)} runs in {asked.output}, {asked.processes} at a time; Ctrl-C is safe, the same command goes on")
-    with _children() as children:
-        waiting = iter(cells)
-        running: dict[int, Cell] = {}
+    waiting = iter(cells)
+    with _children() as running:
         while True:
             while len(running) < asked.processes and (cell := next(waiting, None)) is not None:
-                child = _start(asked, cell)
-                children[child.pid] = child
-                running[child.pid] = cell
+                running[_start(asked, cell)] = cell
             if not running:
                 break
             time.sleep(0.05)
-            for number in [n for n in running if children[n].poll() is not None]:
-                _ended(children.pop(number).returncode, running.pop(number), say)
+            for child in [child for child in running if child.poll() is not None]:
+                _ended(child.returncode, running.pop(child), say)
     write_json(asked.output / "sweep.json", {"cells": [_record(cell) for cell in cells]})
     return cells
 
@@ -111,8 +108,9 @@ def run(asked: Sweep, say: Callable[[str], None]) -> list[Cell]:
 def _start(asked: Sweep, cell: Cell) -> subprocess.Popen[bytes]:
     cell.folder.mkdir(parents=True, exist_ok=True)
     keys = [f"--{key}={value}" for key, value in (*cell.point, ("seed", str(cell.seed)), ("output_dir", str(cell.folder)))]
-    threads = max(1, (os.cpu_count() or 1) // asked.processes)
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ} if asked.processes > 1 else dict(os.environ)
+    environment = dict(os.environ)
+    if asked.processes > 1:
+        environment.setdefault("OMP_NUM_THREADS", threads_of_each(asked.processes))
     with open(cell.folder / "sweep.out", "wb") as out:  # a session of its own: Ctrl-C reaches it once, from here
         return subprocess.Popen([sys.executable, "-m", "treadle", "train", *asked.arguments, *keys], stdout=out,
                                 stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
@@ -188,17 +186,17 @@ def _plain(text: str) -> str:
 
 
 @contextmanager
-def _children() -> Iterator[dict[int, subprocess.Popen[bytes]]]:
+def _children() -> Iterator[dict[subprocess.Popen[bytes], Cell]]:
     """Processes that are told to stop, and have saved themselves, when this one leaves early."""
-    children: dict[int, subprocess.Popen[bytes]] = {}
+    running: dict[subprocess.Popen[bytes], Cell] = {}
     with orderly_end():
         try:
-            yield children
+            yield running
         finally:
-            for child in children.values():
+            for child in running:
                 child.terminate()
-            for child in children.values():
+            for child in running:
                 try:
-                    child.wait(GRACE)
+                    child.wait(GRACE_SECONDS)
                 except subprocess.TimeoutExpired:
                     child.kill()

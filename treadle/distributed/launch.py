@@ -48,6 +48,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def threads_of_each(count: int) -> str:
+    """OMP_NUM_THREADS of each of `count` processes that share this machine."""
+    return str(max(1, (os.cpu_count() or 1) // count))
+
+
 def gpus(device: str) -> int:
     """GPUs that `device` (of the run section) may mean here; torch is asked only where there is a driver."""
     if device.startswith("cpu") or not any(Path(p).exists() for p in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")):
@@ -74,7 +79,7 @@ def run_processes(count: int, arguments: Sequence[str], grace: float = GRACE_SEC
     common = {**os.environ, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     # Nobody listens there: libraries look for the names.
     common.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    common.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    common.setdefault("OMP_NUM_THREADS", threads_of_each(count))
     with meeting_folder(common) as folder:
         return _run(common, count, arguments, grace, Notes(folder))
 
