@@ -41,7 +41,11 @@ class AppendOnlyFile:
         """Durable when this returns."""
         os.fsync(self._file)
 
+    @property
+    def closed(self) -> bool:
+        return self._file < 0
+
     def close(self) -> None:
-        if self._file >= 0:
+        if not self.closed:
             os.close(self._file)
             self._file = -1

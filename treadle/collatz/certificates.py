@@ -304,7 +304,7 @@ class Log:
         except BaseException:
             self._file.close()
             raise
-        self._unsynced, self._synced, self._closed = False, time.monotonic(), False
+        self._unsynced, self._synced = False, time.monotonic()
 
     def _begin(self) -> None:
         """A torn end is moved aside, damage is noted, and a header is written where the last one was of something else."""
@@ -337,9 +337,8 @@ class Log:
         self._unsynced, self._synced = False, time.monotonic()
 
     def close(self) -> None:
-        if self._closed:
+        if self._file.closed:
             return
-        self._closed = True
         try:
             self._file.sync()
         finally:
