@@ -1,0 +1,74 @@
+"""Packed weights: the compiled product is the plain one, rows keep their bits, and quantisation loses what it may."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from treadle.ops.packed_linear import FORMATS, PackedMatrix, Quantized, joined, native, quantize
+
+needs_compiler = pytest.mark.skipif(native() is None, reason="no compiled product here")
+SHAPES = [(64, 32), (100, 33), (17, 96), (192, 128)]
+
+
+def made(rows: int, columns: int, kind: str) -> tuple[torch.Tensor, Quantized]:
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows + columns)) * 0.05
+    return weight, quantize(weight, kind)
+
+
+# Root mean square error over that of the weights: half an ulp; 1 / (127 sqrt(12)) of a row's largest; 4 bits of normal values
+# by groups of 32 (uniform levels, best scale).
+@pytest.mark.parametrize(("kind", "bound"), [("fp32", 0.0), ("bf16", 0.0018), ("int8", 0.008), ("int4", 0.083)])
+def test_what_quantisation_loses(kind: str, bound: float) -> None:
+    weight, quantized = made(192, 128, kind)
+    assert quantized.kind == kind and quantized.shape == (192, 128)
+    assert float((quantized.dequantize() - weight).norm() / weight.norm()) <= bound
+
+
+def test_extremes_are_kept() -> None:
+    """A group's longest value of either sign is a level; zeros stay zeros; int8's largest is exact to a rounding."""
+    weight = torch.zeros(3, 64)
+    weight[0, 5], weight[1, 40] = 3.0, -2.0
+    for kind in ("int8", "int4"):
+        back = quantize(weight, kind).dequantize()
+        torch.testing.assert_close(back, weight, rtol=1e-3, atol=0)
+
+
+def test_widths_without_groups_take_eight_bits() -> None:
+    assert made(100, 33, "int4")[1].kind == "int8"
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_the_compiled_product_is_the_plain_one(kind: str, rows: int, columns: int) -> None:
+    _, quantized = made(rows, columns, kind)
+    bias = torch.randn(rows, generator=torch.Generator().manual_seed(1))
+    packed = PackedMatrix(quantized, bias)
+    whole = quantized.dequantize()
+    assert torch.equal(packed.dequantize(), whole)
+    x = torch.randn(15, columns, generator=torch.Generator().manual_seed(2))  # 8 + 4 + 2 + 1 rows
+    y = packed.product(x)
+    torch.testing.assert_close(y, torch.nn.functional.linear(x.double(), whole.double(), bias.double()).float(), rtol=1e-5, atol=1e-6)
+    for row in range(15):
+        assert torch.equal(packed.product(x[row : row + 1])[0], y[row])
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", FORMATS)
+def test_threads_change_no_bit(kind: str) -> None:
+    packed, x, before = PackedMatrix(made(192, 128, kind)[1]), torch.randn(5, 128), torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(packed.product(x))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_joined_matrices_lie_below_each_other(kind: str) -> None:
+    parts = [made(64, 32, kind)[1], quantize(torch.randn(10, 32), kind)]
+    assert torch.equal(joined(parts).dequantize(), torch.cat([part.dequantize() for part in parts]))

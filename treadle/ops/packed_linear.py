@@ -1,0 +1,171 @@
+"""Weights of linear layers in 16, 8 or 4 bits, for reading only, and their product with a few rows.
+
+bf16: as they are. int8: W[n, k] = s_n q with s_n = max |W[n]| / 127 and q rounded half to even. int4: W[n, k] = s_ng t[c]: a
+scale in fp16 for each output n and 32 inputs, and a code c into a table t of 16 values; scale and codes are those of the least
+squared error found. Activations stay in fp32, so what is lost is lost by the weights.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from treadle.ops.native import library
+
+FORMATS = ("fp32", "bf16", "int8", "int4")
+GROUP = 32  # inputs that share a scale in 4 bits
+PANEL = 64  # outputs that lie together (csrc/decoding.c)
+# Sixteen levels: the uniform grid, one step longer below zero; a group's scale may be negative, so that its largest value,
+# whatever its sign, can be the longest level.
+LEVELS = tuple(float(level) for level in range(-8, 8))
+STARTS = (1.0, 0.93, 0.86, 0.79)  # scales tried, as shares of the one that reaches a group's largest value
+
+
+@dataclass
+class Quantized:
+    """One matrix W [N, K] as files hold it: codes [N, K] in fp32, bf16 or int8, or uint8 [N, K / 2] (int4; k even in the low
+    bits); scales fp32 [N] (int8) or fp16 [N, K / 32] (int4)."""
+
+    kind: str
+    codes: Tensor
+    scales: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N, K."""
+        rows, columns = self.codes.shape
+        return rows, columns * (2 if self.kind == "int4" else 1)
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + (self.scales.nbytes if self.scales is not None else 0)
+
+    def dequantize(self) -> Tensor:
+        """W in fp32."""
+        if self.scales is None:
+            return self.codes.float()
+        if self.kind == "int8":
+            return self.codes.float() * self.scales[:, None]
+        codes = torch.stack((self.codes & 15, self.codes >> 4), -1).flatten(1)
+        table = torch.tensor(LEVELS, device=codes.device)
+        return (table[codes.long()].unflatten(1, (-1, GROUP)) * self.scales.float()[:, :, None]).flatten(1)
+
+
+@torch.no_grad()
+def quantize(weight: Tensor, kind: str) -> Quantized:
+    """W [N, K] in a format of FORMATS; int8 where int4 has no groups (K no multiple of 32)."""
+    weight = weight.detach().float()
+    if kind == "fp32":
+        return Quantized(kind, weight)
+    if kind == "bf16":
+        return Quantized(kind, weight.to(torch.bfloat16))
+    if kind == "int4" and weight.shape[1] % GROUP == 0:
+        return _four_bits(weight)
+    scales = weight.abs().amax(1).clamp_min(1e-30) / 127
+    return Quantized("int8", (weight / scales[:, None]).round_().clamp_(-127, 127).to(torch.int8), scales)
+
+
+def _four_bits(weight: Tensor) -> Quantized:
+    """From several starts, codes and scales improve each other twice: the nearest level of each value, then the scale of
+    least squares. Of each group the best is taken; by parts, since all starts are held at once."""
+    made = [_four_bits_of(part) for part in weight.split(max(1, (1 << 21) // weight.shape[1]))]
+    return Quantized("int4", torch.cat([codes for codes, _ in made]), torch.cat([scales for _, scales in made]))
+
+
+def _four_bits_of(weight: Tensor) -> tuple[Tensor, Tensor]:
+    groups = weight.unflatten(1, (-1, GROUP))
+    place = groups.abs().argmax(-1, keepdim=True)
+    longest = groups.gather(-1, place)  # with its sign
+    best_error = torch.full_like(longest, torch.inf)
+    best_scale, best = torch.zeros_like(longest), torch.zeros_like(groups)
+    for sign in (1.0, -1.0):
+        for share in STARTS:
+            scale = longest / (-8.0 * sign) * share if sign > 0 else longest / 7.0 * share
+            for turn in range(3):
+                scale = scale.half().float()  # as it is stored
+                safe = torch.where(scale == 0, 1.0, scale)
+                level = (groups / safe).round_().clamp_(-8, 7)
+                if turn < 2:
+                    scale = (groups * level).sum(-1, keepdim=True) / level.square().sum(-1, keepdim=True).clamp_min(1.0)
+            error = (level * scale - groups).square_().sum(-1, keepdim=True)
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            best_scale, best = torch.where(better, scale, best_scale), torch.where(better, level, best)
+    codes = (best + 8).to(torch.uint8).flatten(1)
+    return codes[:, ::2] | codes[:, 1::2] << 4, best_scale[..., 0].half()
+
+
+# ---- the compiled product ----
+
+
+class Matrix(ctypes.Structure):
+    """struct matrix of csrc/decoding.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("codes", "scales", "table", "bias")),
+        *((name, ctypes.c_int64) for name in ("outputs", "inputs", "format")),
+    )  # fmt: skip
+
+
+@functools.cache
+def native() -> ctypes.CDLL | None:
+    """csrc/decoding.c with its signatures, or None."""
+    made = library("decoding")
+    if made is not None:
+        pointer, size, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        made.product.argtypes = [pointer, pointer, pointer, size, threads]
+        made.unpacked.argtypes = [pointer, pointer, size, size, threads]
+        made.decoding_step.argtypes = [*[pointer] * 6, size, pointer, pointer, threads]
+        made.product.restype = made.unpacked.restype = None
+    return made
+
+
+@functools.cache
+def _table() -> Tensor:
+    return torch.tensor(LEVELS)
+
+
+def _panels(t: Tensor) -> Tensor:
+    """[N, K] -> [N / 64, K, 64], N padded with zeros."""
+    return F.pad(t, (0, 0, 0, -t.shape[0] % PANEL)).unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
+
+
+class PackedMatrix:
+    """A matrix laid out for csrc/decoding.c, with an optional bias [N]; only where `native()`."""
+
+    def __init__(self, quantized: Quantized, bias: Tensor | None = None) -> None:
+        self.kind, self.shape = quantized.kind, quantized.shape
+        codes, scales = quantized.codes, quantized.scales
+        if self.kind == "int8" and scales is not None:
+            scales = F.pad(scales.float(), (0, -self.shape[0] % PANEL)).contiguous()
+        elif self.kind == "int4" and scales is not None:
+            scales = _panels(scales.view(torch.int16))
+        bias = bias.detach().float().contiguous() if bias is not None else None
+        self._kept = (_panels(codes.view(torch.int16) if self.kind == "bf16" else codes), scales, _table(), bias)
+        pointers = (t.data_ptr() if t is not None else None for t in self._kept)
+        self.struct = Matrix(*pointers, *self.shape, FORMATS.index(self.kind))
+        self._at, self._library = ctypes.addressof(self.struct), native()
+
+    def product(self, x: Tensor) -> Tensor:
+        """x fp32 [M, K] -> fp32 [M, N]; a row has the same bits alone and among others."""
+        x = x.contiguous()
+        y = torch.empty(x.shape[0], self.shape[0])
+        self._library.product(self._at, x.data_ptr(), y.data_ptr(), x.shape[0], torch.get_num_threads())  # type: ignore[union-attr]
+        return y
+
+    def dequantize(self) -> Tensor:
+        """W in fp32 [N, K], without the bias."""
+        out = torch.empty(self.shape)
+        self._library.unpacked(self._at, out.data_ptr(), 0, self.shape[0], torch.get_num_threads())  # type: ignore[union-attr]
+        return out
+
+
+def joined(parts: list[Quantized]) -> Quantized:
+    """Matrices of one width and format as one, below each other."""
+    scales = [part.scales for part in parts if part.scales is not None]
+    return Quantized(parts[0].kind, torch.cat([part.codes for part in parts]), torch.cat(scales) if scales else None)
