@@ -166,15 +166,14 @@ def load_data(recipe: Recipe, console: Console, tokenizer: Tokenizer | None = No
 def build_model(recipe: Recipe, dataset: Dataset) -> Model:
     """The recipe's model on the meta device (the trainer allocates it, whole or in shards); the recipe then holds every
     resolved key of it."""
-    import torch
-
     from treadle.models.catalogue import MODELS
+    from treadle.ops.quick_start import shapes_only
 
     cls = MODELS.get(recipe.arch)
     keys = {key: value for key, value in dataset.model_keys().items() if key in cls.Config.model_fields} | recipe.model
     config = cls.Config.with_preset(recipe.preset, **keys)
     recipe.model = config.model_dump()
-    with torch.device("meta"):
+    with shapes_only():
         return cls(config)
 
 

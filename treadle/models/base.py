@@ -27,6 +27,7 @@ from treadle.layers import packed_weights
 from treadle.layers.bitlinear import BitLinear
 from treadle.layers.state import State
 from treadle.models.catalogue import MODELS
+from treadle.ops.quick_start import empty_on, shapes_only
 from treadle.ops.sharding import copy_whole
 from treadle.registry import nearest
 from treadle.settings import Given, Settings, build_section, option
@@ -246,7 +247,7 @@ class Model(nn.Module):
     def materialise(self, seed: int, device: Any = "cpu") -> Model:
         """Allocates parameters (from the meta device too) and initialises each from (seed, its name)."""
         if any(p.is_meta for p in self.parameters()):
-            self.to_empty(device=device)
+            self._apply(lambda tensor: empty_on(device, tensor))
             self.tie()
         else:
             self.to(device)
@@ -339,7 +340,7 @@ def build(
 
 
 def build_from(cls: type[Model], config: ModelConfig, seed: int = 0, device: Any = "cpu") -> Model:
-    with torch.device("meta"):
+    with shapes_only():
         model = cls(config)  # type: ignore[call-arg]
     return model.materialise(seed, device)
 
@@ -368,21 +369,21 @@ def allocated(cls: type[Model], config: ModelConfig, nbytes: int, device: Any) -
     """A model with memory for its weights, where files of `nbytes` can hold those: a description from elsewhere may ask for any
     size. ShapeError when they cannot."""
     try:
-        with torch.device("meta"):
+        with shapes_only():
             model = cls(config)  # type: ignore[call-arg]
     except (RuntimeError, OverflowError) as problem:  # sizes beyond 64 bits
         raise ShapeError(f"the configuration describes a model that cannot be: {problem}") from None
     if model.parameter_count() > WEIGHTS_IN_A_BYTE * nbytes:
         raise ShapeError(f"the configuration describes a model of {count_label(model.parameter_count())} parameters, and the "
                          "weights are far fewer; they belong to another model")  # fmt: skip
-    model.to_empty(device=device)
+    model._apply(lambda tensor: empty_on(device, tensor))
     model.tie()
     return model
 
 
 def parameter_count(cls: type[Model], config: ModelConfig) -> int:
     """Parameters of a configuration, counted on the meta device (no memory)."""
-    with torch.device("meta"):
+    with shapes_only():
         return cls(config).parameter_count()  # type: ignore[call-arg]
 
 

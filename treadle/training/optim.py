@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from treadle.errors import ConfigError, ShapeError
 from treadle.models.base import Model, ParameterRule
+from treadle.ops.quick_start import optimizers_without_compiler, stepping_without_compiler
 from treadle.registry import Registry
 from treadle.training.settings import OptimSettings
 
@@ -61,7 +62,7 @@ def _adamw(
         from torch.distributed.optim import ZeroRedundancyOptimizer
 
         return ZeroRedundancyOptimizer(made, torch.optim.AdamW, **keys)
-    return torch.optim.AdamW(made, **keys)
+    return stepping_without_compiler(torch.optim.AdamW)(made, **keys)
 
 
 def make_muon(model: Model, settings: OptimSettings, sharded: bool = False) -> list[torch.optim.Optimizer]:
@@ -80,7 +81,7 @@ def make_muon(model: Model, settings: OptimSettings, sharded: bool = False) -> l
     matrices, rest = ({k: named for k, named in part.items() if named} for part in (matrices, rest))
     if not matrices:
         return [_adamw(groups, settings)]
-    muon = torch.optim.Muon(
+    muon = stepping_without_compiler(torch.optim.Muon)(
         _torch_groups(matrices, settings.learning_rate), lr=settings.learning_rate, momentum=settings.muon_momentum,
         adjust_lr_fn="match_rms_adamw",
     )  # fmt: skip
@@ -91,6 +92,7 @@ class Optimizers:
     """One or more torch optimisers behind one interface."""
 
     def __init__(self, model: Model, settings: OptimSettings, sharded: bool = False) -> None:
+        optimizers_without_compiler()
         self.inner: list[torch.optim.Optimizer] = OPTIMIZERS.get(settings.name)(model, settings, sharded)
         self.parameters: Named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self._names = {id(p): n for n, p in self.parameters}

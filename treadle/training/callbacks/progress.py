@@ -56,12 +56,12 @@ class Progress(Callback):
     def _log(self, context: Context) -> None:
         row = self._row(context)
         context.row = row
-        for sink in self.sinks:
-            sink.train(row)
         remaining = (context.plan.max_steps - context.step) * self.seconds / max(1, self.steps)
         objective = context.objective
         whole = objective.console_line(row, self.seconds)
         context.console.row(row, objective.training_text(row), context.plan.max_steps, remaining, whole)
+        for sink in self.sinks:  # after the line: the first row opens TensorBoard, which takes half a second
+            sink.train(row)
         self.load_state_dict({})
         context.tell("on_log")
 
