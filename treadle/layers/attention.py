@@ -14,6 +14,8 @@ from treadle.layers.token_mixers import TokenMixer
 from treadle.ops.attention import cached_attention, causal_attention, scores_computed
 from treadle.ops.sliding_window_attention import sliding_window_flops
 
+GATE_FEATURES = 32  # of x, that the gates of value embeddings read
+
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """[B, T, H E] -> [B, H, T, E]."""
@@ -25,14 +27,16 @@ class Attention(TokenMixer):
     """softmax(q k^T / sqrt(E)) v (Vaswani et al. 2017), keys and values shared by groups of heads (arXiv 2305.13245).
 
     whole_norm: qk_norm over all heads together instead of each; sliding_window w: position t sees t - w + 1 .. t; softcap c:
-    scores s become c tanh(s / c); scale: scores are multiplied by it instead of 1 / sqrt(E).
+    scores s become c tanh(s / c); scale: scores are multiplied by it instead of 1 / sqrt(E). value_vocab: each of so many
+    tokens has a vector of its own, added to its values through a gate of each head that reads the first features of x
+    (modded-nanogpt's value embeddings, after the value residual of Zhou et al. 2024, arXiv 2410.17897).
     """
 
     def __init__(
         self, width: int, heads: int, groups: int, head_width: int, *, bias: bool = False, out_bias: bool = False,
         qk_norm: bool = False, whole_norm: bool = False, eps: float = 1e-6, dropout: float = 0.0,
         sliding_window: int | None = None, softcap: float | None = None, scale: float | None = None,
-        linear: type[nn.Linear] = nn.Linear,
+        linear: type[nn.Linear] = nn.Linear, value_vocab: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.sliding_window, self.softcap, self.whole_norm = sliding_window, softcap, whole_norm
@@ -44,6 +48,8 @@ class Attention(TokenMixer):
         self.out = linear(heads * head_width, width, bias=out_bias)
         self.query_norm = RMSNorm(head_width * (heads if whole_norm else 1), eps) if qk_norm else None
         self.key_norm = RMSNorm(head_width * (groups if whole_norm else 1), eps) if qk_norm else None
+        self.value_embedding = nn.Embedding(value_vocab, groups * head_width) if value_vocab else None
+        self.value_gate = nn.Linear(min(GATE_FEATURES, width), groups, bias=False) if value_vocab else None
 
     @classmethod
     def from_config(cls, config: Any, layer: int) -> Attention:
@@ -54,6 +60,7 @@ class Attention(TokenMixer):
             qk_norm=config.qk_norm, whole_norm=config.qk_norm_over == "projection", eps=config.norm_eps,
             dropout=config.attention_dropout, sliding_window=cls.window_of(config), softcap=config.attn_logit_softcapping,
             scale=None if scalar is None else scalar**-0.5,
+            value_vocab=config.vocab_size if config.has_value_embedding(layer) else None,
         )  # fmt: skip
 
     @classmethod
@@ -74,8 +81,25 @@ class Attention(TokenMixer):
         scores = 2 * self.heads * self.head_width * scores_computed(length, self.sliding_window)  # q k^T and p v
         return 2 * (length * projections + scores)
 
+    @classmethod
+    def initial(cls, name: str, parameter: Tensor) -> float | str | Tensor | None:
+        return "zeros" if name == "value_gate.weight" else None  # the gates start at 1
+
+    @classmethod
+    def elementwise(cls, name: str) -> bool:
+        return name in ("value_embedding.weight", "value_gate.weight")
+
     def _split(self, x: Tensor, heads: int) -> Tensor:
         return split_heads(x, heads)
+
+    def _values(self, x: Tensor, context: Context) -> Tensor:
+        """v [B, G, T, E]."""
+        v = self._split(self.value(x), self.groups)
+        if self.value_embedding is None or self.value_gate is None:
+            return v
+        gate = 2 * self.value_gate(x[..., : self.value_gate.in_features]).sigmoid()  # [B, T, G]
+        own = self._split(self.value_embedding(context.input_ids), self.groups)
+        return v + gate.transpose(1, 2)[..., None] * own.to(v.dtype)
 
     def _queries_and_keys(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """q [B, H, T, E] and k [B, G, T, E], normalised, turned and scaled."""
@@ -93,7 +117,7 @@ class Attention(TokenMixer):
     def forward(self, x: Tensor, context: Context, cache: Any = None) -> Tensor:
         rows, length, _ = x.shape
         q, k = self._queries_and_keys(x, context)
-        v, softcap, positions = self._split(self.value(x), self.groups), self.softcap, context.token_positions
+        v, softcap, positions = self._values(x, context), self.softcap, context.token_positions
         if cache is None:
             dropout = self.dropout if self.training else 0.0
             y = causal_attention(q, k, v, doc_ids=context.doc_ids, segments=context.segments, dropout=dropout,

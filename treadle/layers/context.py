@@ -22,5 +22,6 @@ class Context:
     token_positions: TokenPositions | None = None  # with a decoding state
     used: int = 0
     token_mixer_only: bool = False  # a block answers with its mixer alone, for matching it in distillation
+    input_ids: Tensor | None = None  # int64 [B, T], where blocks have vectors of the tokens' own
     routed: list[Any] | None = None  # what routers decide is kept here when somebody looks
     steered: list[Any] | None = None  # and what dynamics do

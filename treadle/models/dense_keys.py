@@ -29,6 +29,16 @@ class DenseConfig(DecoderConfig):
     mlp_bias: bool | None = option(None)
     """Biases inside the MLP; default: in gpt2 style."""
 
+    mlp: Literal["swiglu", "relu2"] | None = option(None, aliases=("mlp_type",))
+    """The feed-forward half: swiglu (gated, with gated_activation), or relu2, down(relu(up x)^2) (arXiv 2109.08668). Default:
+    swiglu in llama style; in gpt2 style activation's, without a gate."""
+
+    activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu"] = option(
+        "gelu_tanh", aliases=("hidden_act",), spellings={"gelu_new": "gelu_tanh", "swish": "silu"}
+    )
+    """The MLP's activation in gpt2 style (llama style is SwiGLU); gelu and relu choose that style where none is given, relu2
+    is mlp = relu2."""
+
     gated_activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = option(
         "silu", spellings={"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "swish": "silu"}
     )
@@ -59,11 +69,18 @@ class DenseConfig(DecoderConfig):
     attn_logit_softcapping: float | None = option(None, gt=0)
     """Attention scores s become c tanh(s / c) with this c (Gemma 2; takes the slower masked path)."""
 
-    final_logit_softcapping: float | None = option(None, gt=0)
+    final_logit_softcapping: float | None = option(None, aliases=("logit_softcap",), gt=0)
     """The head's logits z become c tanh(z / c) with this c."""
 
     query_pre_attn_scalar: float | None = option(None, gt=0)
     """Attention scores are divided by its square root; default the width of a head."""
+
+    value_embeddings: bool = option(False)
+    """Every other block, the last among them, adds a vector of each token's own to its attention's values, through a gate
+    that a head learns: vocab_size x (num_kv_heads x head_dim) more weights a block, and no more matrix products."""
+
+    zero_init_residual: bool = option(False)
+    """Projections into the residual stream start at zero, so that a fresh block adds nothing."""
 
     embedding_multiplier: float = option(1.0, gt=0)
     """The embedding is multiplied by this before the first block."""
@@ -105,12 +122,26 @@ class DenseConfig(DecoderConfig):
         return self.style == "gpt2" if self.mlp_bias is None else self.mlp_bias
 
     @property
+    def gated(self) -> bool:
+        """The MLP multiplies by a gate (SwiGLU and its kind)."""
+        return self.mlp == "swiglu" or (self.mlp is None and self.style == "llama")
+
+    @property
+    def mlp_activation(self) -> str:
+        """Of the MLP, gated or not, as layers/mlp.py ACTIVATIONS calls it."""
+        return self.mlp if self.mlp == "relu2" else self.gated_activation if self.gated else self.activation
+
+    def has_value_embedding(self, layer: int) -> bool:
+        """Whether this block's attention has vectors of the tokens: every other one, counted from the last."""
+        return self.value_embeddings and (self.num_layers - 1 - layer) % 2 == 0
+
+    @property
     def ends_normalised(self) -> bool:
         """A norm stands before the head; blocks that normalise their sums need none."""
         return self.pre_norm or self.post_norms
 
     @property
     def inner(self) -> int:
-        if self.style == "gpt2":
+        if not self.gated:
             return self.intermediate_size or 4 * self.hidden_size
         return super().inner

@@ -3,7 +3,7 @@ GELU, biases) from one file."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import model_validator
@@ -37,11 +37,6 @@ class TransformerConfig(DynamicsKeys, MixerKeys, DenseConfig):
     max_position_embeddings: int = option(2048, aliases=("max_seq_len", "block_size", "n_positions"), ge=2)
     """Rows of the learned position table (gpt2); the longest row a generation may reach."""
 
-    activation: Literal["gelu", "gelu_tanh", "relu", "silu"] = option(
-        "gelu_tanh", aliases=("hidden_act",), spellings={"gelu_new": "gelu_tanh", "swish": "silu"}
-    )
-    """The MLP's activation in gpt2 style (llama style is SwiGLU); gelu and relu choose that style where none is given."""
-
     attention_dropout: float = option(0.0, aliases=("attn_pdrop",), ge=0.0, lt=1.0)
     """Share of attention weights dropped while training (takes the slower masked path)."""
 
@@ -50,6 +45,8 @@ class TransformerConfig(DynamicsKeys, MixerKeys, DenseConfig):
     def _style_of_activation(cls, keys: Any) -> Any:
         if isinstance(keys, dict) and "style" not in keys and keys.get("activation") in ("gelu", "gelu_tanh", "relu"):
             return {**keys, "style": "gpt2"}
+        if isinstance(keys, dict) and keys.get("activation") == "relu2":
+            return {"mlp": "relu2", **keys}
         return keys
 
     @model_validator(mode="after")
@@ -57,6 +54,9 @@ class TransformerConfig(DynamicsKeys, MixerKeys, DenseConfig):
         types = layer_types_of(self.layer_types, self.num_layers)
         if "sliding_attention" in types and self.sliding_window is None:
             raise ValueError("layer_types has sliding_attention, which needs sliding_window: the positions that a query sees")
+        if other := [kind for layer, kind in enumerate(types) if self.has_value_embedding(layer) and kind not in ("full_attention", "sliding_attention")]:
+            raise ValueError(f"value_embeddings are of attention, and a block that would have them is {other[0]}; the last block and "
+                             "every other one before it have to be attention")  # fmt: skip
         self.check_mixers(types)
         return self
 
@@ -117,7 +117,8 @@ class Block(nn.Module):
         self.attention = config.mixer(layer).from_config(config, layer)
         self.attention_post_norm = norm(config.post_norms)
         self.mlp_norm = norm(config.pre_norm or self.norms_sums)
-        self.mlp = MLP(width, inner, config.activation, bias) if gpt2 else SwiGLU(width, inner, bias, config.gated_activation)
+        self.mlp = (SwiGLU(width, inner, bias, config.mlp_activation) if config.gated
+                    else MLP(width, inner, config.mlp_activation, bias))  # fmt: skip
         self.mlp_post_norm = norm(config.post_norms)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()  # Dropout(0) still multiplies
         self.dynamics = config.make_dynamics()
@@ -169,6 +170,7 @@ class Transformer(Backbone):
     def context(self, batch: Batch, state: State | None) -> Context:
         context = super().context(batch, state)
         context.steered = self._steered
+        context.input_ids = batch.input_ids if self.config.value_embeddings else None
         if self.positions is None:
             c, ids = self.config, self._position_ids(batch, context)
             if c.rope_scaling is None:
@@ -210,7 +212,7 @@ class Transformer(Backbone):
 
     def flops(self, length: int) -> int:
         c = self.config
-        mlp = c.hidden_size * c.inner * (2 if c.style == "gpt2" else 3)
+        mlp = c.hidden_size * c.inner * (3 if c.gated else 2)
         mixers = sum(block.attention.flops(length) for block in self.layers)  # type: ignore[operator, union-attr]
         mixers += length * sum(layer.flops() for layer in self._dynamics())
         return mixers + 2 * length * (c.num_layers * mlp + c.hidden_size * c.vocab_size)
@@ -259,4 +261,6 @@ class Transformer(Backbone):
             return "ones"
         std = self.config.initializer_range
         into_stream = name.endswith(("attention.out.weight", "mlp.down.weight"))
+        if into_stream and self.config.zero_init_residual:
+            return "zeros"
         return std / (2 * self.config.num_layers) ** 0.5 if into_stream else std

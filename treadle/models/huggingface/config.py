@@ -26,7 +26,7 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 # Of their keys that have one of ours, those whose null is ours too.
 NULLABLE = ("num_key_value_heads", "head_dim", "n_inner", "final_logit_softcapping", "attn_logit_softcapping", "attention_dropout")
 # Keys that matter only while training, which a family need not have.
-TRAINING_ONLY = ("dropout", "attention_dropout", "initializer_range")
+TRAINING_ONLY = ("dropout", "attention_dropout", "initializer_range", "zero_init_residual")
 
 
 def family_of(table: Mapping[str, Any], place: str) -> Family:
@@ -209,9 +209,10 @@ def effective(config: TransformerConfig) -> dict[str, Any]:
         attention_bias=config.attention_biases[0], attention_out_bias=config.attention_biases[1], mlp_bias=config.mlp_biases,
         query_pre_attn_scalar=float(config.query_pre_attn_scalar or config.width_of_head),
         sliding_window=config.sliding_window if SLIDING in types else None,
-        qk_norm_over=config.qk_norm_over if config.qk_norm else None,
+        qk_norm_over=config.qk_norm_over if config.qk_norm else None, mlp="gated" if config.gated else "plain",
     )  # fmt: skip
-    idle = ["activation"] if llama else ["gated_activation", "rope_theta", "rope_scaling", "partial_rotary_factor"]
+    idle = ["activation" if config.gated else "gated_activation"]
+    idle += [] if llama else ["rope_theta", "rope_scaling", "partial_rotary_factor"]
     if not llama or SLIDING not in types:
         idle.append("rope_local_base_freq")
     elif found["rope_local_base_freq"] is None and config.rope_scaling is None:
@@ -227,8 +228,11 @@ def described(config: TransformerConfig, family: Family) -> dict[str, Any]:
     scalar = table.get("query_pre_attn_scalar")
     if scalar is not None and scalar == int(scalar):
         table["query_pre_attn_scalar"] = int(scalar)  # transformers takes no other number
-    activation = config.gated_activation if config.style == "llama" else config.activation
-    table[family.activation] = {ours: theirs for theirs, ours in ACTIVATIONS.items() if theirs != "gelu_pytorch_tanh"}[activation]
+    activation = config.mlp_activation
+    names = {ours: theirs for theirs, ours in ACTIVATIONS.items() if theirs != "gelu_pytorch_tanh"}
+    if activation not in names:
+        raise ConfigError(f"a {family.model_type} model cannot hold the activation {activation}")
+    table[family.activation] = names[activation]
     if family.activation != "activation_function" and activation == "gelu_tanh":
         table[family.activation] = "gelu_pytorch_tanh"
     if family.always["style"] == "llama":

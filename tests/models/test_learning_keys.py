@@ -1,0 +1,88 @@
+"""The keys that learn more of a token: what they compute, where they start, and what refuses them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from treadle.data.batch import Batch
+from treadle.errors import ConfigError
+from treadle.models.base import build
+from treadle.training.optim import Optimizers
+from treadle.training.settings import OptimSettings
+
+SMALL: dict[str, Any] = {"vocab_size": 61, "hidden_size": 32, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2}
+
+
+def batch(rows: int = 2, length: int = 12) -> Batch:
+    return Batch.for_training(torch.randint(0, 61, (rows, length), generator=torch.Generator().manual_seed(1)))
+
+
+def test_relu2_is_the_square_of_what_is_positive() -> None:
+    model = build("transformer", **SMALL, mlp="relu2")
+    mlp, x = model.blocks()[0].mlp, torch.randn(2, 5, 32)  # type: ignore
+    assert model.config.inner == 4 * 32
+    torch.testing.assert_close(mlp(x), mlp.down(torch.where(mlp.up(x) > 0, mlp.up(x), 0.0) ** 2))  # type: ignore
+
+
+def test_the_names_that_others_use_choose_relu2_and_the_cap() -> None:
+    model = build("transformer", **SMALL, hidden_act="relu2", logit_softcap=5.0)
+    assert model.config.mlp == "relu2" and model.config.style == "llama" and model.logit_softcap == 5.0
+
+
+def test_relu2_costs_the_operations_of_two_matrices() -> None:
+    gated, plain = (build("transformer", **SMALL, intermediate_size=64, mlp=mlp) for mlp in ("swiglu", "relu2"))
+    assert gated.flops(8) - plain.flops(8) == 3 * 2 * 8 * 32 * 64
+
+
+def test_value_embeddings_are_in_every_other_block_and_the_last() -> None:
+    model = build("transformer", **SMALL, value_embeddings=True)
+    assert [block.attention.value_embedding is not None for block in model.blocks()] == [True, False, True]  # type: ignore
+    plain = build("transformer", **SMALL)
+    assert model.parameter_count() - plain.parameter_count() == 2 * (61 * 16 + 2 * 32)
+
+
+def test_a_value_is_the_projection_plus_the_gated_vector_of_its_token() -> None:
+    model = build("transformer", **SMALL, value_embeddings=True)
+    attention, rows = model.blocks()[2].attention, batch()  # type: ignore
+    with torch.no_grad():
+        attention.value_gate.weight.normal_()  # type: ignore
+    x, context = torch.randn(2, 12, 32), model.context(rows, None)  # type: ignore
+    found = attention._values(x, context)  # type: ignore
+    gates = 2 / (1 + torch.exp(-x @ attention.value_gate.weight.T))  # type: ignore
+    own = attention.value_embedding.weight[rows.input_ids].view(2, 12, 2, 8)  # type: ignore
+    wanted = attention.value(x).view(2, 12, 2, 8) + gates[..., None] * own  # type: ignore
+    torch.testing.assert_close(found, wanted.transpose(1, 2))
+
+
+def test_no_value_embedding_is_a_matrix_to_muon_or_decays() -> None:
+    model = build("transformer", **SMALL, value_embeddings=True)
+    muon, adamw = Optimizers(model, OptimSettings(name="muon")).inner
+    of_muon = [name for group in muon.param_groups for name in group["names"]]
+    assert of_muon and not any("value_embedding" in name or "value_gate" in name for name in of_muon)
+    decay = {name: group["weight_decay"] for group in adamw.param_groups for name in group["names"]}
+    assert decay["layers.0.attention.value_embedding.weight"] == 0.0
+
+
+def test_blocks_that_start_at_zero_add_nothing() -> None:
+    rows, model = batch(), build("transformer", **SMALL, zero_init_residual=True)
+    x = model.embedding(rows.input_ids)  # type: ignore
+    torch.testing.assert_close(model.hidden(rows).hidden, model.norm(x))  # type: ignore
+
+
+def test_value_embeddings_want_attention_where_they_would_be() -> None:
+    with pytest.raises(ConfigError, match="a block that would have them is ssd"):
+        build("transformer", **SMALL, value_embeddings=True, layer_types=["attention", "attention", "ssd"])
+    build("transformer", **SMALL, value_embeddings=True, layer_types=["attention", "ssd", "attention"])
+
+
+@pytest.mark.parametrize("keys", [{"mlp": "relu2"}, {"value_embeddings": True}])
+def test_no_hugging_face_family_holds_them(keys: dict[str, Any], tmp_path: Path) -> None:
+    from treadle.models.huggingface.config import written
+
+    with pytest.raises(ConfigError, match="relu2" if "mlp" in keys else "value_embeddings = True"):
+        written(build("transformer", **SMALL, **keys).config)
+    written(build("transformer", **SMALL, zero_init_residual=True).config)
