@@ -7,6 +7,7 @@ names through entry points (`treadle.<kind>`), users through `file.py:Class`, wh
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
 import sys
@@ -47,6 +48,12 @@ def nearest(
     return f"there is: {shown}"
 
 
+@functools.cache
+def _installed() -> Any:
+    """Entry points of all packages; read once, since a look through them takes 20 ms and a start asks for ten groups."""
+    return entry_points()
+
+
 class Registry:
     """The names of one kind of thing ('model', 'optimizer', ...) and how to import each. `base` is the class, as
     `module:attribute`, that all of them derive from; without one they are functions."""
@@ -72,7 +79,7 @@ class Registry:
         """All names known now, sorted; imports none of them."""
         if not self._entry_points_read:
             self._entry_points_read = True
-            for point in entry_points(group=f"treadle.{self.kind}"):
+            for point in _installed().select(group=f"treadle.{self.kind}"):
                 self._places.setdefault(point.name, point.value)
         return sorted({*self._places, *self._objects})
 
