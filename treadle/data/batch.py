@@ -130,12 +130,44 @@ class Batch:
         moved = {f.name: change(value) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
         return replace(self, **moved, extras={name: change(t) for name, t in self.extras.items()})
 
+    def cut(self, length: int) -> Batch:
+        """Each row of T positions as T / length rows, whose documents begin anew. Labels stay as they are, so that each piece
+        still learns what follows it. ConfigError where `length` does not divide T, or rows have more to them than text."""
+        rows, whole = self.shape
+        if length == whole:
+            return self
+        if whole % length or self.extras or self.segments is None:
+            raise ConfigError(f"rows of {whole} positions{' of a task of their own' if self.extras else ''} cannot be cut into rows of {length}")
+        segments = tuple(piece for runs in self.segments for piece in _cut_runs(runs, length))
+        tensors = [None if t is None else t.reshape(-1, length) for t in (self.input_ids, self.labels, self.doc_ids)]
+        documents = tensors[2]
+        positions = torch.arange(length).expand(rows * whole // length, length) if documents is None else _positions(documents)
+        cut = Batch(tensors[0], tensors[1], positions, documents, segments)  # type: ignore[arg-type]
+        cut.counts = {**self.counts, **{name: n for name, n in cut._count().items() if name in ("rows", "documents")}}
+        return cut
+
     def rows(self, start: int, stop: int) -> Batch:
         """Rows [start, stop)."""
         part = self._each(lambda t: t[start:stop])
         part.segments = self.segments[start:stop] if self.segments is not None else None
         part.counts = part._count()
         return part
+
+
+def _cut_runs(runs: tuple[int, ...], length: int) -> list[tuple[int, ...]]:
+    """A row's runs (negative ones are padding), cut wherever a piece of `length` positions ends: those of each piece."""
+    pieces: list[list[int]] = [[]]
+    room = length
+    for run in runs:
+        left = abs(run)
+        while left:
+            if not room:
+                pieces.append([])
+                room = length
+            part = min(left, room)
+            pieces[-1].append(part if run > 0 else -part)
+            left, room = left - part, room - part
+    return [tuple(piece) for piece in pieces]
 
 
 def _integers(name: str, given: Any) -> Tensor:

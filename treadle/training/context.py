@@ -74,7 +74,7 @@ class Context:
     remark: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None
     began: Callable[[], None] = lambda: None  # before the first step, in the first process
     caller: str = ""  # the callback whose hook is running
-    step_position: Position = None  # where the last step's rows began
+    step_positions: list[Position] = field(default_factory=list)  # where each global batch of the last step began
 
     # ---- reading ----
 
@@ -107,8 +107,11 @@ class Context:
 
     def rows_of_step(self) -> list[Any]:
         """Names of this process's rows in the last step."""
-        plan = replace(self.batch_plan, rows=self.plan.rows_left(self.step - 1))
-        return self.dataset.rows_of(self.step_position, plan)
+        left, found = self.plan.rows_left(self.step - 1), []
+        for before, position in enumerate(self.step_positions):
+            rows = None if left is None else left - before * self.plan.global_batch
+            found += self.dataset.rows_of(position, replace(self.batch_plan, rows=rows))
+        return found
 
     def columns(self) -> dict[str, Any]:
         """What all callbacks add to a row of the log."""

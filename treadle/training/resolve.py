@@ -20,6 +20,7 @@ from treadle.ops import precision
 from treadle.registry import nearest
 from treadle.settings import Settings
 from treadle.training.config import Recipe
+from treadle.training.schedule import sum_before, value_at
 
 SAVES_A_RUN = EVALUATIONS_A_RUN = 10
 PROBE_WARNS_BELOW = 0.9
@@ -37,10 +38,28 @@ class Schedule:
     save_steps: int
     eval_steps: int
     eval_batch: int  # rows in one pass of an evaluation
+    batch_sizes: tuple[tuple[int, int], ...] = ((0, 1),)  # from each step on, global batches in an optimiser step
+    lengths: tuple[tuple[int, int], ...] | None = None  # from each step on, tokens in a row; None: as the data has them
+
+    def batches_at(self, step: int) -> int:
+        """Global batches of the data in step number `step`."""
+        return value_at(self.batch_sizes, step)
+
+    def batches_left(self, step: int) -> int:
+        """Global batches of the data in the steps from `step` on."""
+        return sum_before(self.batch_sizes, self.max_steps) - sum_before(self.batch_sizes, step)
+
+    def rows_before(self, step: int) -> int:
+        """Rows in the first `step` steps."""
+        return sum_before(self.batch_sizes, step) * self.global_batch
+
+    def length_at(self, step: int) -> int | None:
+        """Tokens in a row of step number `step`, where rows are cut."""
+        return None if self.lengths is None else value_at(self.lengths, step)
 
     def rows_left(self, step: int) -> int | None:
         """Rows that are wanted from `step` on; None where no epoch ends."""
-        return None if self.end is None else self.end - step * self.global_batch
+        return None if self.end is None else self.end - self.rows_before(step)
 
 
 def divisors(number: int) -> list[int]:
@@ -92,12 +111,32 @@ def schedule(recipe: Recipe, data: Dataset, world: int = 1) -> Schedule:
                               "long to train: --max_steps N")  # fmt: skip
         end = math.ceil(recipe.train.num_train_epochs * data.rows_per_epoch)
         max_steps = max(1, math.ceil(end / total))
+    check_schedules(recipe, data)
     return Schedule(
         micro, accumulation, total, max_steps, end,
         save_steps=recipe.checkpoint.save_steps or max(1, max_steps // SAVES_A_RUN),
         eval_steps=recipe.eval.eval_steps or max(1, max_steps // EVALUATIONS_A_RUN),
         eval_batch=recipe.eval.per_device_eval_batch_size or micro,
+        batch_sizes=_table(recipe.train.batch_size_schedule) or ((0, 1),), lengths=_table(recipe.train.seq_len_schedule),
     )  # fmt: skip
+
+
+def _table(rows: list[list[int]] | None) -> tuple[tuple[int, int], ...] | None:
+    return None if rows is None else tuple((step, value) for step, value in rows)
+
+
+def check_schedules(recipe: Recipe, data: Dataset) -> None:
+    """ConfigError for schedules that do not fit the rows or the engine."""
+    train, lengths = recipe.train, [length for _, length in recipe.train.seq_len_schedule or []]
+    if train.batch_size_schedule is not None and train.max_steps is None:
+        raise ConfigError("with a batch_size_schedule, epochs say too little about the number of steps; give --max_steps N")
+    if train.batch_size_schedule is not None and (recipe.parallel.deepspeed or recipe.parallel.mode == "deepspeed"):
+        raise ConfigError("deepspeed has a fixed number of forward passes a step; leave out batch_size_schedule or deepspeed")
+    if lengths and data.tokenizer is None:
+        raise ConfigError("seq_len_schedule cuts rows of text, and this data has none; leave it out")
+    if bad := [length for length in lengths if data.seq_len % length]:
+        raise ConfigError(f"seq_len_schedule has rows of {bad[0]} tokens, which do not divide seq_len = {data.seq_len}; they may be "
+                          f"{', '.join(map(str, divisors(data.seq_len)))}")  # fmt: skip
 
 
 def resolve_precision(recipe: Recipe, model: Model, device: torch.device, console: Console) -> str:

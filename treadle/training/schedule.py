@@ -1,12 +1,25 @@
-"""Changes nothing: the learning rate as a pure function of the step."""
+"""Changes nothing: the learning rate, and what else a schedule says, as pure functions of the step."""
 
 from __future__ import annotations
 
+import bisect
 import math
+from collections.abc import Sequence
 
 from treadle.training.settings import OptimSettings
 
 WARMUP_SHARE, LONGEST_WARMUP = 0.02, 2000
+
+
+def value_at(table: Sequence[tuple[int, int]], step: int) -> int:
+    """What [[0, n], [step, n], ...] says for step number `step` (0-based)."""
+    return table[bisect.bisect_right(table, step, key=lambda row: row[0]) - 1][1]
+
+
+def sum_before(table: Sequence[tuple[int, int]], step: int) -> int:
+    """The sum of what it says for all steps before `step`."""
+    ends = [*(first for first, _ in table[1:]), step]
+    return sum(n * max(0, min(end, step) - first) for (first, n), end in zip(table, ends))
 
 
 def warmup_steps(settings: OptimSettings, max_steps: int) -> int:

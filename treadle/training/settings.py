@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
@@ -45,6 +46,14 @@ class TrainSettings(Settings):
 
     global_batch_size: int | None = option(None, change="guarded", ge=1)
     """Rows in one optimiser step over all devices; fixed at the first start of a run."""
+
+    batch_size_schedule: list[list[int]] | None = option(None, change="guarded")
+    """[[0, 1], [2000, 2], [6000, 4]]: from each step on, an optimiser step takes so many times global_batch_size rows, by more
+    forward passes. Needs max_steps. The data's order does not depend on it."""
+
+    seq_len_schedule: list[list[int]] | None = option(None, aliases=("sequence_length_schedule",), change="guarded")
+    """[[0, 64], [500, 128], [1500, 256]]: from each step on, rows of text are cut into rows of so many tokens, which divides
+    seq_len. A step keeps its tokens and their labels; attention looks less far back and costs less."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
         "auto", aliases=("mixed_precision", "amp_dtype"), change="fixed", spellings=PRECISION_SPELLINGS
@@ -103,6 +112,12 @@ class TrainSettings(Settings):
         every = self.gradient_checkpointing
         if isinstance(every, int) and not isinstance(every, bool) and every < 1:
             raise ValueError("gradient_checkpointing = n needs n >= 1")
+        for name, table in (("batch_size_schedule", self.batch_size_schedule), ("seq_len_schedule", self.seq_len_schedule)):
+            if table is None:
+                continue
+            steps = [row[0] for row in table if len(row) == 2 and row[1] >= 1]
+            if steps[:1] != [0] or len(steps) < len(table) or any(b <= a for a, b in itertools.pairwise(steps)):
+                raise ValueError(f"{name} is [[0, n], [step, n], ...] with growing steps and n >= 1")
         bad = [name for name, weight in self.loss_weights.items() if not 0 <= weight < float("inf")]
         if bad:
             raise ValueError(f"loss_weights.{bad[0]} must be a finite number >= 0")

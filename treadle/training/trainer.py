@@ -129,7 +129,7 @@ class Trainer:
         self.console.start(self.state.step, self.plan.max_steps)
         ended = self._between_steps()
         while not ended:
-            item = self.feed.next()
+            item = self.feed.next(self.state.step)
             if item is not None:  # None: a stop was asked for while the step waited for data, or there is no more
                 self.callbacks.call("before_step")
                 self._step(*item)
@@ -144,7 +144,7 @@ class Trainer:
         context.result = self.assembly.stepper.run(state.step, micro_batches, context.learning_rate, veto=self.callbacks.skip_update)
         context.step_seconds = time.perf_counter() - begun
         context.data_wait, context.data_wait_share, context.computed = self.feed.waits(context.step_seconds)
-        context.step_position, state.position = state.position, position
+        context.step_positions, state.position = self.feed.begun_at, position
         state.step += 1
         state.tokens += context.result.counts.get("tokens", 0)
         state.seconds += context.step_seconds
@@ -219,7 +219,7 @@ class Trainer:
         return True
 
     def _open_data(self) -> None:
-        self.feed.open(self.state.position, self.plan.max_steps - self.state.step, self.plan.rows_left(self.state.step))
+        self.feed.open(self.state.position, self.plan.batches_left(self.state.step), self.plan.rows_left(self.state.step))
 
     # ---- agreeing ----
 

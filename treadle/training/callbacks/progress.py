@@ -78,7 +78,7 @@ class Progress(Callback):
             "tokens": state.tokens,
         }
         if (rows := context.dataset.rows_per_epoch) is not None:
-            row["epoch"] = state.step * context.plan.global_batch / rows
+            row["epoch"] = context.plan.rows_before(state.step) / rows
         row |= {
             "tokens_per_second": self.tokens / max(1e-9, self.seconds),
             "memory_gb": _memory_gb(context.device),
@@ -90,9 +90,12 @@ class Progress(Callback):
         }
         peak = peak_flops(context.device)
         if peak is not None:
-            # Forward and backward (twice the forward) of one step, recomputation not counted (PaLM, appendix B).
-            flops = 3.0 * context.model.flops(context.dataset.seq_len) * context.plan.global_batch
-            row["mfu"] = flops * self.steps / max(1e-9, self.seconds) / (peak * context.world.size)
+            # Forward and backward (twice the forward), recomputation not counted (PaLM, appendix B).
+            plan, whole = context.plan, context.dataset.seq_len
+            length = plan.length_at(state.step - 1) or whole
+            rows_done = plan.rows_before(state.step) - plan.rows_before(state.step - self.steps)
+            flops = 3.0 * context.model.flops(length) * (whole // length) * rows_done
+            row["mfu"] = flops / max(1e-9, self.seconds) / (peak * context.world.size)
         return row | context.columns()
 
     def on_evaluate(self, context: Context) -> None:
