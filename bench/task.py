@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-
-from treadle.data.sources import open_source
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,13 @@ class Task:
     def tokens_per_step(self) -> int:
         return self.rows * self.length
 
+    def as_json(self) -> str:
+        return json.dumps(asdict(self))
+
     def data(self) -> np.ndarray:
         """The bundled text as bytes, uint8 [N]."""
+        from treadle.data.sources import open_source
+
         source = open_source("austen")
         text = "".join(str(d) for piece in source.pieces() for d in source.read(piece))
         return np.frombuffer(text.encode(), dtype=np.uint8)
@@ -43,12 +47,12 @@ class Task:
         return np.stack([data[s : s + self.length + 1] for s in starts]).astype(np.int64)
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """The options every contestant takes."""
+def arguments(description: str) -> tuple[argparse.Namespace, Task]:
+    """The options every contestant takes, and what it trains."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--steps", type=int, default=Task.steps)
     parser.add_argument("--log", type=Path, required=True, help="where the hook writes a line a step")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="fp32")
+    parser.add_argument("--task", default="{}", help="fields of the task as JSON, where they differ from the usual ones")
     given = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    return given
+    return given, Task(**json.loads(given.task))

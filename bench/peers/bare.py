@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from bench import hook
 from bench.peers.ours import our_model
-from bench.task import Task, arguments
+from bench.task import arguments
 
 
 def main() -> None:
-    given, task = arguments("bare loop around our model"), Task()
+    given, task = arguments("bare loop around our model")
     from treadle.ops.memory import keep_freed_memory
 
     keep_freed_memory()
@@ -26,7 +26,7 @@ def main() -> None:
     hook.watch(given.log, name="bare", parameters=model.parameter_count(), precision=chosen,
                tokens_per_step=task.tokens_per_step)  # fmt: skip
     data, losses = task.data(), []
-    for step in range(given.steps):
+    for step in range(task.steps):
         rows = torch.from_numpy(task.batch(data, step))
         batch = Batch.from_ids(rows[:, :-1].contiguous(), labels=rows[:, 1:].contiguous())
         with precision.autocast(chosen, model.device):

@@ -9,14 +9,14 @@ from __future__ import annotations
 import tempfile
 
 from bench import hook
-from bench.task import Task, arguments
+from bench.task import arguments
 
 
 def main() -> None:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-    given, task = arguments("Hugging Face Trainer"), Task()
+    given, task = arguments("Hugging Face Trainer")
     config = GPT2Config(
         vocab_size=task.vocabulary, n_positions=task.length, n_embd=task.width, n_layer=task.layers, n_head=task.heads,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=254, eos_token_id=255,
@@ -29,7 +29,7 @@ def main() -> None:
 
     class Rows(torch.utils.data.Dataset):
         def __len__(self) -> int:
-            return task.rows * given.steps
+            return task.rows * task.steps
 
         def __getitem__(self, index: int) -> dict:
             row = torch.from_numpy(task.batch(data, index // task.rows)[index % task.rows, : task.length])
@@ -44,7 +44,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
-            output_dir=folder, max_steps=given.steps, per_device_train_batch_size=task.rows, logging_steps=1,
+            output_dir=folder, max_steps=task.steps, per_device_train_batch_size=task.rows, logging_steps=1,
             learning_rate=task.learning_rate, weight_decay=task.weight_decay, adam_beta2=0.95, save_strategy="no",
             report_to=[], use_cpu=True, bf16=given.precision == "bf16", disable_tqdm=True, lr_scheduler_type="constant",
             dataloader_num_workers=0, max_grad_norm=1.0,

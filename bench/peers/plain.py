@@ -52,7 +52,7 @@ class PlainGPT(nn.Module):
 
 
 def main() -> None:
-    given, task = arguments("plain loop"), Task()
+    given, task = arguments("plain loop")
     torch.manual_seed(task.seed)
     model = PlainGPT(task)
     decay = [p for p in model.parameters() if p.dim() >= 2]
@@ -65,7 +65,7 @@ def main() -> None:
     hook.watch(given.log, name="plain", parameters=sum(p.numel() for p in model.parameters()), precision="fp32",
                tokens_per_step=task.tokens_per_step)  # fmt: skip
     data, losses = task.data(), []
-    for step in range(given.steps):
+    for step in range(task.steps):
         rows = torch.from_numpy(task.batch(data, step))
         loss = model(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
         loss.backward()
