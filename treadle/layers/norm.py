@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from treadle.ops.rms_norm import rms_norm
+from treadle.ops.residual import residual_sum
+from treadle.ops.rms_norm import add_rms_norm, keep_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -19,6 +20,27 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+    def keeping(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(x, its norm), for a residual stream that goes on; see ops/rms_norm.py."""
+        return keep_rms_norm(x, self.weight, self.eps)
+
+    def of_sum(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+        """(x + added, its norm)."""
+        return add_rms_norm(x, added, self.weight, self.eps)
+
+
+def keeping(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(x, norm(x)); one function where the norm has it."""
+    return norm.keeping(x) if type(norm) is RMSNorm else (x, norm(x))
+
+
+def of_sum(norm: nn.Module, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+    """(x + added, norm(x + added)); one function where the norm has it."""
+    if type(norm) is RMSNorm:
+        return norm.of_sum(x, added)
+    x = residual_sum(x, added)
+    return x, norm(x)
 
 
 class LayerNorm(nn.Module):

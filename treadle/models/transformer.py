@@ -3,6 +3,7 @@ GELU, biases) from one file."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from treadle.layers.context import Context
 from treadle.layers.dynamics import INLDynamics, Steered, statistics
 from treadle.layers.head import SoftcappedHead
 from treadle.layers.mlp import MLP, SwiGLU
-from treadle.layers.norm import make_norm
+from treadle.layers.norm import keeping, make_norm, of_sum
 from treadle.layers.rope import rotation, scaled_rotation
 from treadle.layers.state import State
 from treadle.layers.token_mixers import TOKEN_MIXERS, TokenMixer, layer_types_of
@@ -24,6 +25,7 @@ from treadle.models.base import ParameterRule
 from treadle.models.dense_keys import DenseConfig
 from treadle.models.dynamics_keys import DynamicsKeys
 from treadle.models.mixer_keys import MixerKeys
+from treadle.ops.residual import residual_sum
 from treadle.settings import option
 
 
@@ -128,15 +130,16 @@ class Block(nn.Module):
         if context.token_mixer_only:
             return self.attention(x, context)
         x, velocity = (x, None) if self.dynamics is None else x.unbind(2)
-        y = self.attention_post_norm(self.attention(x if self.norms_sums else self.attention_norm(x), context, state))
+        x, y = (x, x) if self.norms_sums else keeping(self.attention_norm, x)
+        y = self.attention_post_norm(self.attention(y, context, state))
         if self.dynamics is not None and self.steers_attention:
             y, velocity = self.dynamics(y, velocity, context.steered)
-        x = x + self.dropout(y)
         if self.norms_sums:
-            x = self.attention_norm(x)
+            x = self.attention_norm(x + self.dropout(y))
             x = self.mlp_norm(x + self.dropout(self.mlp(x)))
         else:
-            x = x + self.dropout(self.mlp_post_norm(self.mlp(self.mlp_norm(x))))
+            x, y = of_sum(self.mlp_norm, x, self.dropout(y))
+            x = residual_sum(x, self.dropout(self.mlp_post_norm(self.mlp(y))))
         if velocity is None:
             return x
         if self.dynamics is not None and not self.steers_attention:
@@ -201,7 +204,8 @@ class Transformer(Backbone):
         return x if self.config.dynamics == "none" else torch.stack((x, torch.zeros_like(x)), 2)
 
     def final_norm(self, x: Tensor) -> Tensor:
-        return self.norm(x if self.config.dynamics == "none" else x[:, :, 0])
+        x = self.norm(x if self.config.dynamics == "none" else x[:, :, 0])
+        return x if self.config.mup_base_width is None else x * self.config.width_ratio
 
     @property
     def longest_row(self) -> int | None:
@@ -241,7 +245,11 @@ class Transformer(Backbone):
         of_mixers = [(name, own) for name, _ in self.named_parameters() if (own := self._in_mixer(name))]
         spared = {n: ParameterRule(weight_decay=False) for n, (mixer, own) in of_mixers if mixer.undecayed(own)}
         single = {n: ParameterRule(weight_decay=False, matrix=False) for n, (mixer, own) in of_mixers if mixer.elementwise(own)}
-        return {**super().parameter_rules(), **spared, **single}
+        rules = {**super().parameter_rules(), **spared, **single}
+        if self.config.mup_base_width is None:
+            return rules
+        inside = [n for n, p in self.named_parameters() if n.startswith("layers.") and p.dim() == 2 and not n.endswith("value_embedding.weight")]
+        return rules | {n: replace(rules.get(n, ParameterRule()), width_ratio=self.config.width_ratio) for n in inside}
 
     def _in_mixer(self, name: str) -> tuple[TokenMixer, str] | None:
         """The mixer that a parameter belongs to, and its name there."""
@@ -259,7 +267,8 @@ class Transformer(Backbone):
             return "zeros"
         if parameter.dim() == 1:
             return "ones"
-        std = self.config.initializer_range
+        in_block = name.startswith("layers.") and not name.endswith("value_embedding.weight")
+        std = self.config.initializer_range * (self.config.width_ratio**0.5 if in_block else 1.0)
         into_stream = name.endswith(("attention.out.weight", "mlp.down.weight"))
         if into_stream and self.config.zero_init_residual:
             return "zeros"

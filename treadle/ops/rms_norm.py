@@ -1,7 +1,9 @@
-"""RMS normalisation (Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4): y = x / sqrt(mean(x^2) + eps) * weight.
+"""RMS normalisation (Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4): y = x / sqrt(mean(x^2) + eps) * weight, alone or of a
+sum whose residual goes on.
 
-On CPU torch's own form runs as several passes that each save their result; one autograd function saves the input and one
-number per token. On other devices torch's kernel is used, which autocast runs in fp32 there.
+On CPU torch's own form runs as several passes that each save their result; here one autograd function saves the input and
+one number per token, and csrc/fused.c makes one pass each way. On other devices torch's kernel is used, which autocast runs
+in fp32 there.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from treadle.ops.fused import KINDS, ROWS_TOGETHER, at, kernels, threads_for
 from treadle.ops.precision import compute_dtype
 
 
@@ -23,29 +26,124 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     return rms_norm_same_dtype(x.float(), weight, eps).to(x.dtype)
 
 
+def _forward(x: Tensor, added: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """(the sum x + added, or x itself; its norm in `dtype`; 1 / rms [..., 1] in fp32)."""
+    native = kernels(x, added, weight) if dtype in KINDS and weight.dtype == torch.float32 else None
+    if native is None:
+        total = x if added is None else x + added
+        wide = total.float()
+        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        return total, (wide * scale).mul_(weight).to(dtype), scale
+    x, added, weight = x.contiguous(), added.contiguous() if added is not None else None, weight.contiguous()
+    total = x if added is None else torch.empty_like(x)
+    out = torch.empty(x.shape, dtype=dtype)
+    scale = torch.empty(*x.shape[:-1], 1)
+    native.norm_forward(
+        x.data_ptr(), KINDS[x.dtype], at(added), 0 if added is None else KINDS[added.dtype], weight.data_ptr(), eps,
+        total.data_ptr(), out.data_ptr(), KINDS[dtype], scale.data_ptr(), scale.numel(), x.shape[-1], threads_for(x.numel()),
+    )  # fmt: skip
+    return total, out, scale
+
+
+def _backward(
+    grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, kept: Tensor | None, copy_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """With n = x scale and i = grad weight: d(x scale) / dx = scale (1 - n n^T / D), so (kept + scale (i - n mean(i n)), the
+    same in `copy_dtype`, the weight's gradient)."""
+    native = kernels(grad, x, weight, kept) if weight.dtype == torch.float32 else None
+    if native is None:
+        wide = grad.float()
+        normalized = x.float() * scale
+        grad_weight = (wide * normalized).reshape(-1, x.shape[-1]).sum(0)
+        inner = wide * weight
+        along = (inner * normalized).sum(-1, keepdim=True).div_(x.shape[-1])
+        grad_x = normalized.mul_(along).sub_(inner).mul_(-scale).to(x.dtype)
+        if kept is not None:
+            grad_x += kept
+        return grad_x, None if copy_dtype is None else grad_x.to(copy_dtype), grad_weight.to(weight.dtype)
+    grad, weight, kept = grad.contiguous(), weight.contiguous(), kept.to(x.dtype).contiguous() if kept is not None else None
+    width = x.shape[-1]
+    rows = x.numel() // width
+    grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
+    parts = torch.empty(-(-rows // ROWS_TOGETHER), width)
+    narrow = torch.empty(x.shape, dtype=copy_dtype) if copy_dtype not in (None, x.dtype) else None
+    native.norm_backward(
+        grad.data_ptr(), KINDS[grad.dtype], x.data_ptr(), KINDS[x.dtype], weight.data_ptr(), scale.data_ptr(), at(kept),
+        grad_x.data_ptr(), at(narrow), 0 if narrow is None else KINDS[narrow.dtype], parts.data_ptr(), grad_weight.data_ptr(),
+        rows, width, threads_for(x.numel()),
+    )  # fmt: skip
+    return grad_x, narrow if narrow is not None or copy_dtype is None else grad_x, grad_weight
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:  # type: ignore[override]
-        x32 = x.float()
-        scale = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        x, out, scale = _forward(x, None, weight, eps, out_dtype)
         ctx.save_for_backward(x, weight, scale)
-        return (x32 * scale).mul_(weight).to(out_dtype)
+        return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         x, weight, scale = ctx.saved_tensors
-        grad32 = grad.float()
-        normalized = x.float() * scale
-        grad_weight = (grad32 * normalized).reshape(-1, x.shape[-1]).sum(0)
-        inner = grad32 * weight
-        # d(x * s)/dx = s (1 - n n^T / D) with n = x s
-        along = (inner * normalized).sum(-1, keepdim=True).div_(x.shape[-1])
-        return normalized.mul_(along).sub_(inner).mul_(-scale).to(x.dtype), grad_weight.to(weight.dtype), None, None
+        grad_x, _, grad_weight = _backward(grad, x, weight, scale, None, None)
+        return grad_x, grad_weight, None, None
+
+
+class _KeepRMSNorm(torch.autograd.Function):
+    """x itself as a second output: the gradients of both uses of a residual stream meet in one pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype):  # type: ignore[override]
+        dense, out, scale = _forward(x, None, weight, eps, out_dtype)
+        ctx.save_for_backward(dense, weight, scale)
+        return x, out
+
+    @staticmethod
+    def backward(ctx, grad_kept: Tensor, grad: Tensor):  # type: ignore[override]
+        x, weight, scale = ctx.saved_tensors
+        grad_x, _, grad_weight = _backward(grad, x, weight, scale, grad_kept, None)
+        return grad_x, grad_weight, None, None
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    """Two outputs, the sum and its norm; the sum's gradient from both is one pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, added: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype):  # type: ignore[override]
+        total, out, scale = _forward(x, added, weight, eps, out_dtype)
+        ctx.save_for_backward(total, weight, scale)
+        ctx.added_dtype = added.dtype
+        return total, out
+
+    @staticmethod
+    def backward(ctx, grad_total: Tensor, grad: Tensor):  # type: ignore[override]
+        total, weight, scale = ctx.saved_tensors
+        grad_x, narrow, grad_weight = _backward(grad, total, weight, scale, grad_total, ctx.added_dtype)
+        return grad_x, narrow, grad_weight, None, None
+
+
+def _ours(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """x [..., D], weight [D] -> [..., D], in autocast's dtype where that is on (a matrix product reads it next)."""
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _ours(x):
         return _RMSNorm.apply(x, weight, eps, compute_dtype(x))  # type: ignore[no-untyped-call]
     # Cast here, or each product that reads it casts, and keeps, a copy of its own: 9% of a bf16 step's memory on an H100.
     return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps).to(compute_dtype(x))
+
+
+def keep_rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """(x, its RMS norm), for a residual stream that goes on beside what reads its norm."""
+    if _ours(x):
+        return _KeepRMSNorm.apply(x, weight, eps, compute_dtype(x))  # type: ignore[no-untyped-call]
+    return x, rms_norm(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """(x + added, in x's dtype; its RMS norm, in autocast's dtype where that is on); x, added [..., D], weight [D]."""
+    if _ours(x) and torch.promote_types(x.dtype, added.dtype) == x.dtype:
+        return _AddRMSNorm.apply(x, added, weight, eps, compute_dtype(x))  # type: ignore[no-untyped-call]
+    total = x + added
+    return total, rms_norm(total, weight, eps)

@@ -1,0 +1,85 @@
+"""csrc/fused.c against the torch form of each operation, forward and backward, in fp32 and bf16, with one thread and two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from treadle.ops import fused
+from treadle.ops.residual import residual_sum
+from treadle.ops.rms_norm import add_rms_norm, keep_rms_norm, rms_norm
+
+DTYPES = [torch.float32, torch.bfloat16]
+needs_compiler = pytest.mark.skipif(fused.kernels() is None, reason="no C compiler")
+pytestmark = needs_compiler
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Any]]:
+    """Inside, no kernel is used."""
+
+    class Without:
+        def __enter__(self) -> None:
+            monkeypatch.setattr(fused, "_made", lambda: None)
+
+        def __exit__(self, *_: object) -> None:
+            monkeypatch.undo()
+
+    yield Without
+
+
+def results(function: Callable[..., Any], inputs: list[Tensor], autocast: bool = False) -> list[Tensor]:
+    """Outputs, and every input's gradient for a fixed random gradient of each output."""
+    leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = function(*leaves)
+    outs = out if isinstance(out, tuple) else (out,)
+    generator = torch.Generator().manual_seed(7)
+    slopes = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outs]
+    torch.autograd.backward(outs, slopes)
+    return [*(o.detach() for o in outs), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def same(a: list[Tensor], b: list[Tensor], tolerance: float) -> None:
+    """Equal types, and differences within `tolerance` of each tensor's largest number."""
+    assert len(a) == len(b)
+    for one, other in zip(a, b):
+        assert one.dtype == other.dtype and one.shape == other.shape
+        error = (one.float() - other.float()).abs().max() / other.float().abs().max().clamp_min(1e-30)
+        assert float(error) <= tolerance, f"{float(error):.2e}"
+
+
+def check(function: Callable[..., Any], inputs: list[Tensor], plain: Any, autocast: bool = False, tolerance: float = 2e-6) -> None:
+    """The kernel against the torch form, and itself with another number of threads, bit for bit."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = results(function, inputs, autocast)
+        torch.set_num_threads(3)
+        three = results(function, inputs, autocast)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(one, three))
+    with plain():
+        slow = results(function, inputs, autocast)
+    rough = any(t.dtype == torch.bfloat16 for t in (*one, *inputs))
+    same(one, slow, 2e-2 if rough else tolerance)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(5, 131, 72), (3, 40)])
+def test_norms(shape: tuple[int, ...], dtype: torch.dtype, autocast: bool, plain: Any) -> None:
+    torch.manual_seed(0)
+    x, added, weight = torch.randn(shape), torch.randn(shape).to(dtype), torch.rand(shape[-1]) + 0.5
+    check(lambda x, w: rms_norm(x, w), [x.to(dtype), weight], plain, autocast)
+    check(lambda x, w: keep_rms_norm(x, w), [x, weight], plain, autocast)
+    check(residual_sum, [x, added], plain, autocast)
+    check(lambda x, y, w: add_rms_norm(x, y, w), [x, added, weight], plain, autocast)
+    if dtype == torch.float32 and not autocast:
+        expected = [x + added, (x + added) / (x + added).pow(2).mean(-1, keepdim=True).add(1e-6).sqrt() * weight]
+        same(results(add_rms_norm, [x, added, weight])[:2], expected, 2e-6)

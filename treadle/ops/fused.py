@@ -1,0 +1,59 @@
+"""csrc/fused.c: what it can be called with, and its functions as functions of tensors.
+
+The kernels take plain fp32 and bf16 tensors of the CPU. Each has its equation in torch operations beside the function that
+uses it (rms_norm.py, residual.py, rotary.py, swiglu.py, attention.py, cross_entropy.py), which runs wherever the kernel does not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from treadle.ops.native import library
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1}
+ROWS_TOGETHER = 64  # BLOCK of csrc/fused.c
+ALONE = 1 << 15  # numbers: up to here one thread is done before others have woken (about 5 microseconds)
+
+_POINTER, _SIZE, _INT, _FLOAT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_double
+_SIGNATURES = {
+    "norm_forward": [_POINTER, _INT, _POINTER, _INT, _POINTER, _DOUBLE, _POINTER, _POINTER, _INT, _POINTER, _SIZE, _SIZE, _INT],
+    "norm_backward": [_POINTER, _INT, _POINTER, _INT, *[_POINTER] * 5, _INT, _POINTER, _POINTER, _SIZE, _SIZE, _INT],
+    "rotate": [*[_POINTER] * 4, _INT, _POINTER, _POINTER, _SIZE, _FLOAT, *[_SIZE] * 5, _INT],
+    "swiglu_forward": [*[_POINTER] * 3, _INT, _SIZE, _INT],
+    "swiglu_backward": [*[_POINTER] * 6, _INT, _SIZE, _INT],
+    "add": [_POINTER, _INT, _POINTER, _INT, _POINTER, _SIZE, _INT],
+    "causal_softmax": [_POINTER, _INT, _FLOAT, *[_SIZE] * 5, _INT],
+    "causal_softmax_backward": [_POINTER, _POINTER, _INT, _FLOAT, *[_SIZE] * 5, _INT],
+    "cross_entropy": [_POINTER, _INT, _POINTER, _SIZE, _FLOAT, _POINTER, _INT, _SIZE, _SIZE, _INT],
+}  # fmt: skip
+
+
+@functools.cache
+def _made() -> ctypes.CDLL | None:
+    made = library("fused")
+    if made is not None:
+        for name, arguments in _SIGNATURES.items():
+            function = getattr(made, name)
+            function.argtypes, function.restype = arguments, None
+    return made
+
+
+def kernels(*tensors: Tensor | None) -> ctypes.CDLL | None:
+    """The compiled file, where it is there and takes these tensors."""
+    for t in tensors:
+        if t is not None and not (type(t) in (Tensor, Parameter) and t.device.type == "cpu" and t.dtype in KINDS):
+            return None
+    return _made()
+
+
+def threads_for(numbers: int) -> int:
+    return 1 if numbers <= ALONE else torch.get_num_threads()
+
+
+def at(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
