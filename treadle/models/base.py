@@ -115,6 +115,7 @@ class ParameterRule:
     learning_rate_multiplier: float = 1.0
     weight_decay: bool | None = None
     matrix: bool = True  # False: two dimensions but no matrix product, so Muon leaves it to AdamW
+    width_ratio: float = 1.0  # muP: the width at which a rate was found over this matrix's; each optimiser knows what follows
 
 
 class Model(nn.Module):

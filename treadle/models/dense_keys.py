@@ -82,6 +82,11 @@ class DenseConfig(DecoderConfig):
     zero_init_residual: bool = option(False)
     """Projections into the residual stream start at zero, so that a fresh block adds nothing."""
 
+    mup_base_width: int | None = option(None, aliases=("mup_base_hidden_size",), ge=1)
+    """muP (arXiv 2203.03466): the hidden_size at which a learning rate was found, so that it holds at this one. The blocks'
+    matrices then start at initializer_range x sqrt(base / hidden_size), the optimiser scales their updates, and logits are
+    multiplied by base / hidden_size. Keep head_dim as it was, and initializer_range with it."""
+
     embedding_multiplier: float = option(1.0, gt=0)
     """The embedding is multiplied by this before the first block."""
 
@@ -120,6 +125,11 @@ class DenseConfig(DecoderConfig):
     @property
     def mlp_biases(self) -> bool:
         return self.style == "gpt2" if self.mlp_bias is None else self.mlp_bias
+
+    @property
+    def width_ratio(self) -> float:
+        """muP's base width over this one; 1 without it."""
+        return 1.0 if self.mup_base_width is None else self.mup_base_width / self.hidden_size
 
     @property
     def gated(self) -> bool:

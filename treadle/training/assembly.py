@@ -9,6 +9,7 @@ import torch
 from treadle.distributed.base import Strategy
 from treadle.distributed.choose import make_strategy, resolve_mode
 from treadle.distributed.world import World
+from treadle.errors import ConfigError
 from treadle.models.base import Model
 from treadle.objectives.base import ModelWithObjective, Objective
 from treadle.training.config import Recipe
@@ -34,6 +35,8 @@ def assemble(
     module = ModelWithObjective(model, objective)
     strategy = _spread(module, recipe, plan, world, device, precision)
     optimizers = Optimizers(model, recipe.optim, recipe.parallel.shard_optimizer and strategy.mode == "ddp")
+    if strategy.engine_owns_step and optimizers.average is not None:
+        raise ConfigError("DeepSpeed keeps the weights in parts of its own, which optim.ema does not average; leave one of the two out")
     strategy.attach_optimizers(optimizers.inner)
     stepper = Stepper(
         module, optimizers, seed=recipe.run.seed, precision=precision, max_grad_norm=recipe.optim.max_grad_norm,

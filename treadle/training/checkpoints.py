@@ -78,7 +78,7 @@ class Checkpoints:
             "versions": records.versions(),
         }
         weights, moments = self.assembly.strategy.gather_full_state(
-            self.assembly.model.named_weights(), self.assembly.optimizers.state_tensors()
+            self.assembly.optimizers.named_weights(self.assembly.model), self.assembly.optimizers.state_tensors()
         )
         return {"model": weights, "optimizer": moments}, files, described
 

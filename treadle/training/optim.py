@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,18 +12,26 @@ from torch import Tensor, nn
 from treadle.errors import ConfigError, ShapeError
 from treadle.models.base import Model, ParameterRule
 from treadle.ops.quick_start import optimizers_without_compiler, stepping_without_compiler
+from treadle.ops.sharding import is_sharded
 from treadle.registry import Registry
 from treadle.training.settings import OptimSettings
+from treadle.training.soap import SOAP
+from treadle.training.weight_average import UPDATES, WEIGHT, WeightAverage, resume_weights
 
 OPTIMIZERS = Registry(
-    "optimizer", {"adamw": "treadle.training.optim:make_adamw", "muon": "treadle.training.optim:make_muon"}
-)
+    "optimizer", {"adamw": "treadle.training.optim:make_adamw", "muon": "treadle.training.optim:make_muon",
+                  "soap": "treadle.training.optim:make_soap"}
+)  # fmt: skip
 
 Named = list[tuple[str, nn.Parameter]]
 
 
-def grouped(model: Model, settings: OptimSettings) -> dict[tuple[float, float], Named]:
-    """(learning-rate multiplier, weight decay) -> parameters. Matrices decay, vectors do not, unless a rule says so."""
+def grouped(model: Model, settings: OptimSettings, width_power: float = 1.0) -> dict[tuple[float, float], Named]:
+    """(learning-rate multiplier, weight decay) -> parameters. Matrices decay, vectors do not, unless a rule says so.
+
+    width_power: an update of a matrix whose rule has a width_ratio r is r ** width_power as large: 1 where each number moves
+    by the rate (Adam; Yang et al. 2022, arXiv 2203.03466, table 8), 1/2 where the whole update is orthogonal and scaled by
+    the root of its width (the spectral condition of Yang et al. 2023, arXiv 2310.17813)."""
     rules = model.parameter_rules()
     groups: dict[tuple[float, float], Named] = {}
     for name, parameter in model.named_parameters():
@@ -30,7 +39,7 @@ def grouped(model: Model, settings: OptimSettings) -> dict[tuple[float, float], 
             continue
         rule = rules.get(name, ParameterRule())
         decays = parameter.dim() >= 2 if rule.weight_decay is None else rule.weight_decay
-        key = (rule.learning_rate_multiplier, settings.weight_decay if decays else 0.0)
+        key = (rule.learning_rate_multiplier * rule.width_ratio**width_power, settings.weight_decay if decays else 0.0)
         groups.setdefault(key, []).append((name, parameter))
     return groups
 
@@ -72,15 +81,9 @@ def make_muon(model: Model, settings: OptimSettings, sharded: bool = False) -> l
     """
     if sharded:
         raise ConfigError("parallel.shard_optimizer works with optim.name = adamw; use --parallel fsdp to shard muon's state")
-    rules = model.parameter_rules()
-    no_product = {id(p) for n, p in model.named_parameters() if n in rules and not rules[n].matrix}
-    inside = {id(p) for block in model.blocks() for p in block.parameters() if p.dim() == 2} - no_product
-    groups = grouped(model, settings)
-    matrices = {k: [(n, p) for n, p in named if id(p) in inside] for k, named in groups.items()}
-    rest = {k: [(n, p) for n, p in named if id(p) not in inside] for k, named in groups.items()}
-    matrices, rest = ({k: named for k, named in part.items() if named} for part in (matrices, rest))
+    matrices, rest = matrices_and_rest(model, settings, width_power=0.5)
     if not matrices:
-        return [_adamw(groups, settings)]
+        return [_adamw(rest, settings)]
     muon = stepping_without_compiler(torch.optim.Muon)(
         _torch_groups(matrices, settings.learning_rate), lr=settings.learning_rate, momentum=settings.muon_momentum,
         adjust_lr_fn="match_rms_adamw",
@@ -88,14 +91,46 @@ def make_muon(model: Model, settings: OptimSettings, sharded: bool = False) -> l
     return [muon, _adamw(rest, settings)] if rest else [muon]
 
 
+def make_soap(model: Model, settings: OptimSettings, sharded: bool = False) -> list[torch.optim.Optimizer]:
+    """SOAP (training/soap.py) for the blocks' matrices, AdamW for the rest."""
+    if sharded or any(is_sharded(p) for p in model.parameters()):
+        raise ConfigError("soap needs whole matrices: use --parallel ddp without shard_optimizer, or optim.name = adamw")
+    matrices, rest = matrices_and_rest(model, settings)
+    if not matrices:
+        return [_adamw(rest, settings)]
+    soap = SOAP(
+        _torch_groups(matrices, settings.learning_rate), lr=settings.learning_rate, eps=settings.adam_epsilon,
+        betas=(settings.adam_beta1, settings.adam_beta2), precondition_frequency=settings.soap_precondition_frequency,
+    )  # fmt: skip
+    return [soap, _adamw(rest, settings)] if rest else [soap]
+
+
+def matrices_and_rest(
+    model: Model, settings: OptimSettings, width_power: float = 1.0
+) -> tuple[dict[tuple[float, float], Named], dict[tuple[float, float], Named]]:  # fmt: skip
+    """The groups of the blocks' matrices (by width_power, as `grouped`), and those of everything else, which is AdamW's."""
+    rules = model.parameter_rules()
+    no_product = {id(p) for n, p in model.named_parameters() if n in rules and not rules[n].matrix}
+    inside = {id(p) for block in model.blocks() for p in block.parameters() if p.dim() == 2} - no_product
+
+    def part(groups: dict[tuple[float, float], Named], wanted: bool) -> dict[tuple[float, float], Named]:
+        chosen = {k: [(n, p) for n, p in named if (id(p) in inside) is wanted] for k, named in groups.items()}
+        return {k: named for k, named in chosen.items() if named}
+
+    return part(grouped(model, settings, width_power), True), part(grouped(model, settings), False)
+
+
 class Optimizers:
-    """One or more torch optimisers behind one interface."""
+    """One or more torch optimisers behind one interface, and the average of the weights where there is one."""
 
     def __init__(self, model: Model, settings: OptimSettings, sharded: bool = False) -> None:
         optimizers_without_compiler()
         self.inner: list[torch.optim.Optimizer] = OPTIMIZERS.get(settings.name)(model, settings, sharded)
         self.parameters: Named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self._names = {id(p): n for n, p in self.parameters}
+        if settings.ema is not None and sharded:
+            raise ConfigError("optim.ema needs every process to hold the optimiser's whole state; leave out shard_optimizer, or ema")
+        self.average = WeightAverage(self.parameters, settings.ema) if settings.ema is not None else None
 
     def set_learning_rate(self, rate: float) -> None:
         for optimizer in self.inner:
@@ -105,6 +140,21 @@ class Optimizers:
     def step(self) -> None:
         for optimizer in self.inner:
             optimizer.step()
+        if self.average is not None:
+            self.average.update()
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The model has the average of its weights inside, where one is kept."""
+        return nullcontext() if self.average is None else self.average.used()
+
+    def keep_average(self) -> None:
+        """After the last step: the model goes on with the average, where one is kept."""
+        if self.average is not None and not self.average.in_place_of_weights:
+            self.average.exchange()
+
+    def named_weights(self, model: Model) -> dict[str, Tensor]:
+        """What a checkpoint's model holds: the weights, or their average where one is kept."""
+        return model.named_weights() | (self.average.named_averages() if self.average is not None else {})
 
     def zero_grad(self) -> None:
         for _, parameter in self.parameters:
@@ -126,18 +176,19 @@ class Optimizers:
         for name, (optimizer, parameter) in self._places().items():
             for key, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"{name}|{key}"] = torch.as_tensor(value)
-        return tensors
+        return tensors | (self.average.state_tensors() if self.average is not None else {})
 
     def empty_state(self, shapes: dict[str, list[int]]) -> dict[str, Tensor]:
-        """Tensors to read a state of these names and shapes into: like the parameter (a part where it is one), or a plain
-        scalar. Names of parameters that another process steps are left out; ShapeError for names of another model."""
+        """Tensors to read a state of these names and shapes into: like the parameter (a part where it is one), or plain ones
+        of another shape (counts, SOAP's bases). Names of parameters that another process steps are left out; ShapeError for names of another model."""
         places, made = self._places(), {}
         self._refuse_unknown(shapes)
         for full, shape in shapes.items():
             name = full.rpartition("|")[0]
             if name in places:
                 parameter = places[name][1]
-                made[full] = torch.zeros_like(parameter) if shape else torch.zeros((), dtype=torch.float32)
+                alike = list(parameter.shape) == shape
+                made[full] = torch.zeros_like(parameter) if alike else torch.zeros(shape, dtype=torch.float32)
         return made
 
     def _refuse_unknown(self, full_names: Iterable[str]) -> None:
@@ -154,10 +205,12 @@ class Optimizers:
         for full, tensor in tensors.items():
             name, _, key = full.rpartition("|")
             found.setdefault(name, {})[key] = tensor
+        parameters = dict(self.parameters)
+        self.average.restore(found) if self.average is not None else resume_weights(parameters, found)
         for name, (optimizer, parameter) in places.items():
-            state = found.get(name, {})
+            state = {key: tensor for key, tensor in found.get(name, {}).items() if key not in (WEIGHT, UPDATES)}
             for key, tensor in state.items():
-                if tensor.dim() and tensor.shape != parameter.shape:
+                if tensor.dim() and tensor.shape != parameter.shape and not isinstance(optimizer, SOAP):
                     raise ShapeError(
                         f"optimiser state {name}|{key} is {list(tensor.shape)}, not {list(parameter.shape)}"
                     )

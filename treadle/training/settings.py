@@ -127,8 +127,8 @@ class TrainSettings(Settings):
 class OptimSettings(Settings):
     """How the weights move."""
 
-    name: Literal["adamw", "muon"] = option("adamw", aliases=("optimizer_name", "type"), change="guarded")
-    """adamw (fused), or muon for the hidden matrices with adamw for everything else."""
+    name: Literal["adamw", "muon", "soap"] = option("adamw", aliases=("optimizer_name", "type"), change="guarded")
+    """adamw (fused); or muon or soap for the hidden matrices, with adamw for everything else."""
 
     learning_rate: float = option(1e-3, aliases=("lr",), gt=0, lt=float("inf"), allow_inf_nan=False)
     """Peak learning rate."""
@@ -164,6 +164,13 @@ class OptimSettings(Settings):
 
     muon_momentum: float = option(0.95, ge=0.0, lt=1.0)
     """Momentum of Muon."""
+
+    soap_precondition_frequency: int = option(10, aliases=("precondition_frequency",), ge=1)
+    """Steps between two refreshes of SOAP's eigenbases; both moments of SOAP decay as AdamW's."""
+
+    ema: float | None = option(None, aliases=("ema_decay", "weight_average"), ge=0.0, lt=1.0, allow_inf_nan=False)
+    """Decay of an exponential moving average of the weights (.999): evaluations, samples and checkpoints use the average, and
+    training goes on from the weights themselves, which a checkpoint keeps too."""
 
     max_grad_norm: float = option(1.0, aliases=("grad_clip", "gradient_clip"), ge=0.0, allow_inf_nan=False)
     """Gradients are scaled down to this global norm; 0 turns clipping off."""

@@ -127,14 +127,13 @@ class Trainer:
         if self.state.step == 0:
             mock_step(self.dataset, self.feed.plan, self.assembly, self.recipe)
         self.console.start(self.state.step, self.plan.max_steps)
-        ended = self._between_steps()
-        while not ended:
-            item = self.feed.next(self.state.step)
-            if item is not None:  # None: a stop was asked for while the step waited for data, or there is no more
+        while not self._between_steps():
+            # None: a stop was asked for while the step waited for data, or there is no more.
+            if (item := self.feed.next(self.state.step)) is not None:
                 self.callbacks.call("before_step")
                 self._step(*item)
                 self.callbacks.call("after_step")
-            ended = self._between_steps()
+        self.assembly.optimizers.keep_average()
 
     def _step(self, micro_batches: list[Batch], position: Position) -> None:
         """One optimiser step, and what the run remembers of it."""
@@ -158,7 +157,8 @@ class Trainer:
         if requests.save_ended:
             self._collect()
         if requests.take("evaluate") is not None:
-            self._evaluate()
+            with self.assembly.optimizers.averaged():
+                self._evaluate()
             self._agree()  # its callbacks may have asked for a save, the end, or a way back
             if self._rolled_back():
                 return False
@@ -180,8 +180,7 @@ class Trainer:
     # ---- what the loop carries out ----
 
     def _evaluate(self) -> None:
-        data = self.eval_dataset
-        if data is None:
+        if (data := self.eval_dataset) is None:
             raise ConfigError("an evaluation was asked for, but there is no evaluation data: nothing was held out")
         metrics = self.evaluator.evaluate(data, self.plan.eval_batch, self.recipe.eval.eval_rows, self._stop_asked)
         if metrics is None:  # stopped on the way; the next start evaluates this step first
@@ -239,7 +238,8 @@ class Trainer:
         """Metrics over the whole evaluation data."""
         if self.eval_dataset is None:
             raise ConfigError("there is no evaluation data; give validation_path or a validation_fraction above 0")
-        return self.evaluator.evaluate(self.eval_dataset, self.plan.eval_batch) or {}
+        with self.assembly.optimizers.averaged():
+            return self.evaluator.evaluate(self.eval_dataset, self.plan.eval_batch) or {}
 
     @property
     def finished(self) -> bool:
