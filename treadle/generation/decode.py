@@ -3,39 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from treadle.data.batch import PAD, Batch
 from treadle.errors import ConfigError
+from treadle.generation.decoding import DecodableModel
+from treadle.generation.reading import Reading, reading
 from treadle.generation.sampling import Sampling, next_ids
 from treadle.text.base import Tokenizer
-
-
-class DecodableModel(Protocol):
-    """What generation needs of a model; `models/base.py` documents each of these."""
-
-    training: bool
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    def heads(self) -> Any:
-        """lm_head among them, by name."""
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def hidden(self, batch: Batch, state: Any = None) -> Any:
-        """An output with `hidden` [B, T, D] and `state`."""
-
-    def new_state(self, batch_size: int, max_len: int) -> Any: ...
-
-    def train(self, mode: bool = True) -> Any: ...
-
-    def eval(self) -> Any: ...
 
 
 def generate(
@@ -52,15 +30,19 @@ def generate(
     seed: int = 0,
     on_ids: Callable[[Tensor], bool | None] | None = None,
     extras: dict[str, Any] | None = None,
+    weights: str | None = None,
 ) -> Tensor:
-    """Prompt ids [B, T] or [T] -> prompt + new ids [B, T + N], int64.
+    """Prompt ids [B, T] or [T] -> prompt + new ids [B, T + N], int64. Prompts of different lengths, as a list of lists, get
+    padding (0) on the left; each goes on as it would alone.
 
     No stop unless eos_id is given: then rows end after it and are filled with it. Positions with attention_mask 0 are
     padding. extras: what else the model reads, by name and with the rows first, as in Batch; it comes with the prompt
     alone, so that the model keeps it in its state. `on_ids` sees each new column [B] and stops the generation by
-    returning True. Raises ConfigError for an empty prompt, ids outside the vocabulary, or settings out of range.
+    returning True. weights: fp32, bf16, int8 or int4, what the linear layers' weights are read in. Raises ConfigError for an empty prompt, ids outside the vocabulary, or settings out of range.
     """
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
+    if attention_mask is None and _is_ragged(input_ids):
+        input_ids, attention_mask = _padded(input_ids)
     ids = torch.as_tensor(input_ids, dtype=torch.int64)
     ids = ids[None] if ids.dim() == 1 else ids
     if ids.dim() != 2 or ids.shape[1] == 0:
@@ -70,67 +52,76 @@ def generate(
         raise ConfigError(f"the prompt has ids outside 0..{vocabulary - 1}; is this the model's own tokenizer?")
     if max_new_tokens < 0:
         raise ConfigError(f"max_new_tokens = {max_new_tokens}: must be >= 0")
-    columns = list(_columns(model, ids, max_new_tokens, sampling, eos_id, attention_mask, seed, on_ids, extras))
+    was_training = model.training
+    ready = reading(model, weights) if max_new_tokens else Reading(model, "fp32", {})
+    model.eval()
+    try:
+        with torch.inference_mode():
+            columns = list(_columns(ready, ids, max_new_tokens, sampling, eos_id, attention_mask, seed, on_ids, extras))
+    finally:
+        model.train(was_training)
     return torch.cat([ids, *(column[:, None].cpu() for column in columns)], dim=1)
 
 
+def _is_ragged(input_ids: Any) -> bool:
+    """Rows of different lengths, none of them empty (which is an error of its own)."""
+    if not isinstance(input_ids, (list, tuple)) or not input_ids or not all(hasattr(row, "__len__") for row in input_ids):
+        return False
+    lengths = {len(row) for row in input_ids}
+    return len(lengths) > 1 and 0 not in lengths
+
+
+def _padded(rows: Any) -> tuple[Tensor, Tensor]:
+    """Ids [B, T] with 0 before the shorter rows, and the mask of what is real."""
+    longest = max(len(row) for row in rows)
+    ids, mask = torch.zeros(len(rows), longest, dtype=torch.int64), torch.zeros(len(rows), longest, dtype=torch.int64)
+    for number, row in enumerate(rows):
+        ids[number, longest - len(row) :] = torch.as_tensor(row, dtype=torch.int64)
+        mask[number, longest - len(row) :] = 1
+    return ids, mask
+
+
 def _columns(
-    model: DecodableModel, ids: Tensor, count: int, sampling: Sampling, eos_id: int | None, attention_mask: Any, seed: int,
+    ready: Reading, ids: Tensor, count: int, sampling: Sampling, eos_id: int | None, attention_mask: Any, seed: int,
     on_ids: Callable[[Tensor], bool | None] | None, extras: dict[str, Any] | None,
 ) -> Iterator[Tensor]:  # fmt: skip
     """The new columns, one at a time."""
     if count == 0:
         return
+    model, rows = ready.model, ids.shape[0]
     doc_ids = None
     if attention_mask is not None:
         mask = torch.as_tensor(attention_mask).reshape(ids.shape)
         doc_ids = torch.where(mask != 0, 0, PAD)
-    rows = ids.shape[0]
     generator = torch.Generator().manual_seed(seed)
-    was_training = model.training
-    head = model.heads()["lm_head"]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            state = model.new_state(rows, ids.shape[1] + count)
-            batch = Batch.from_ids(ids, doc_ids=doc_ids, extras=extras).to(model.device)
-            seen = torch.zeros(rows, model.vocab_size, dtype=torch.bool, device=model.device)
-            token_mask = batch.token_mask
-            seen.scatter_(1, batch.input_ids, token_mask)
-            if doc_ids is not None:  # scatter has no order: padding must not undo a token
-                for row, column in token_mask.nonzero().tolist():
-                    seen[row, batch.input_ids[row, column]] = True
-            out = model.hidden(batch, state)
-            # Only the last token of each row is read: the head never sees the rest of the prompt.
-            last = _last_positions(out.hidden, token_mask)
-            finished = torch.zeros(rows, dtype=torch.bool, device=model.device)
-            for left in range(count - 1, -1, -1):
-                new = next_ids(head(last), seen, sampling, generator)
-                if eos_id is not None:
-                    new = torch.where(finished, eos_id, new)
-                    finished = finished | (new == eos_id)
-                yield new
-                stop = on_ids(new) if on_ids is not None else False
-                if stop or left == 0 or (eos_id is not None and bool(finished.all())):
-                    return
-                seen.scatter_(1, new[:, None], True)
-                out = model.hidden(_one_column(new), out.state)
-                last = out.hidden[:, -1]
-    finally:
-        model.train(was_training)
+    decoding = ready.start(rows, ids.shape[1] + count, ordinary=extras is not None)
+    batch = Batch.from_ids(ids, doc_ids=doc_ids, extras=extras).to(model.device)
+    seen = _seen(batch, model.vocab_size) if sampling.repetition_penalty != 1 else None
+    logits = decoding.prompt(batch)
+    finished = torch.zeros(rows, dtype=torch.bool, device=model.device)
+    for left in range(count - 1, -1, -1):
+        new = next_ids(logits, seen, sampling, generator)
+        if eos_id is not None:
+            new = torch.where(finished, eos_id, new)
+            finished = finished | (new == eos_id)
+        yield new
+        stop = on_ids(new) if on_ids is not None else False
+        if stop or left == 0 or (eos_id is not None and bool(finished.all())):
+            return
+        if seen is not None:
+            seen.scatter_(1, new[:, None], True)
+        logits = decoding.step(new, None if eos_id is None else (~finished).nonzero()[:, 0])
 
 
-def _last_positions(hidden: Tensor, token_mask: Tensor) -> Tensor:
-    length = hidden.shape[1]
-    index = torch.arange(length, device=hidden.device)
-    at = torch.where(token_mask, index, -1).amax(1).clamp_min(0)
-    return hidden[torch.arange(hidden.shape[0], device=hidden.device), at]
-
-
-def _one_column(ids: Tensor) -> Batch:
-    """Ids [B] as a batch [B, 1], without the host-side work of Batch.from_ids."""
-    rows = ids.shape[0]
-    return Batch(ids[:, None], segments=((1,),) * rows, position_ids=torch.zeros_like(ids)[:, None])
+def _seen(batch: Batch, vocabulary: int) -> Tensor:
+    """bool [B, V]: the tokens of each prompt."""
+    token_mask = batch.token_mask
+    seen = torch.zeros(batch.shape[0], vocabulary, dtype=torch.bool, device=token_mask.device)
+    seen.scatter_(1, batch.input_ids, token_mask)
+    if batch.doc_ids is not None:  # scatter has no order: padding must not undo a token
+        for row, column in token_mask.nonzero().tolist():
+            seen[row, batch.input_ids[row, column]] = True
+    return seen
 
 
 def generate_text(

@@ -59,14 +59,14 @@ def stored_defaults(table: dict[str, Any], place: str) -> dict[str, Any]:
     return found
 
 
-def next_ids(logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """logits [B, V], seen: bool [B, V] (tokens that occurred), -> ids [B].
+def next_ids(logits: Tensor, seen: Tensor | None, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """logits [B, V], seen: bool [B, V] (tokens that occurred; needed by a penalty alone), -> ids [B].
 
     The repetition penalty divides positive and multiplies negative logits of seen tokens (Keskar et al. 2019, arXiv
     1909.05858); then temperature, top-k, and the smallest set of probability top_p (Holtzman et al. 2020, 1904.09751).
     """
     logits = logits.float()
-    if sampling.repetition_penalty != 1:
+    if sampling.repetition_penalty != 1 and seen is not None:
         scaled = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
         logits = torch.where(seen, scaled, logits)
     if sampling.temperature == 0:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from treadle.errors import ConfigError, InputError
-from treadle.generation.decode import DecodableModel, generate_text
+from treadle.generation.decode import generate_text
+from treadle.generation.decoding import DecodableModel
 from treadle.generation.sampling import Sampling
 from treadle.text.base import Tokenizer
 

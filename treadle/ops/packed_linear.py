@@ -145,7 +145,7 @@ class PackedMatrix:
             scales = F.pad(scales.float(), (0, -self.shape[0] % PANEL)).contiguous()
         elif self.kind == "int4" and scales is not None:
             scales = _panels(scales.view(torch.int16))
-        bias = bias.detach().float().contiguous() if bias is not None else None
+        self.bias = bias = bias.detach().float().contiguous() if bias is not None else None
         self._kept = (_panels(codes.view(torch.int16) if self.kind == "bf16" else codes), scales, _table(), bias)
         pointers = (t.data_ptr() if t is not None else None for t in self._kept)
         self.struct = Matrix(*pointers, *self.shape, FORMATS.index(self.kind))

@@ -1,0 +1,150 @@
+"""Weights in fewer bits: every way to decode gives what the modules give, rows alone and together to the last bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from treadle.data.batch import Batch
+from treadle.errors import ConfigError
+from treadle.generation.decoding import Decoding
+from treadle.generation.dense import FEW, DenseDecoding
+from treadle.generation.reading import Reading, quantized, reading
+from treadle.layers.quantized_linear import with_quantized
+from treadle.models.base import build
+from treadle.ops.packed_linear import FORMATS, native
+
+needs_compiler = pytest.mark.skipif(native() is None, reason="no compiled step here")
+SHAPE: dict[str, Any] = {"vocab_size": 96, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "initializer_range": 0.2}
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "grouped queries": {"num_kv_heads": 2},
+    "normalised queries": {"qk_norm": True},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "half rotary": {"head_dim": 32, "partial_rotary_factor": 0.5},
+    "untied, scaled": {"tie_embeddings": False, "query_pre_attn_scalar": 40.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+}  # fmt: skip
+OTHERS: dict[str, dict[str, Any]] = {
+    "gpt2": {"style": "gpt2", "max_position_embeddings": 256},
+    "windows": {"sliding_window": 8, "layer_types": ["sliding_attention", "attention"]},
+    "capped": {"final_logit_softcapping": 5.0},
+    "post norms": {"post_norms": True},
+    "no norm before": {"pre_norm": False, "post_norms": True},
+    "geglu": {"gated_activation": "gelu_tanh"},
+    "steered": {"dynamics": "full"},
+    "scaled embedding": {"embedding_multiplier": 3.0},
+    "recurrent": {"layer_types": ["ssd", "attention"]},
+}
+
+
+def random_model(seed: int = 3, **keys: Any) -> Any:
+    model = build("transformer", seed=seed, **{**SHAPE, **keys}).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():  # gains and biases that matter
+        for p in model.parameters():
+            if p.dim() == 1:
+                p.add_(torch.randn(p.shape, generator=generator) * 0.1)
+    return model
+
+
+def prompts(*lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(0, 96, (length,), generator=generator).tolist() for length in lengths]
+
+
+@needs_compiler
+@pytest.mark.parametrize("weights", FORMATS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_compiled_step_is_the_modules(kind: str, weights: str) -> None:
+    model = random_model(**KINDS[kind])
+    ready = reading(model, weights)
+    assert ready.form is not None
+    ids = torch.tensor(prompts(9, 9))
+    expected = Decoding(with_quantized(model, quantized(model, weights)), 2, 20)
+    found = ready.start(2, 20)
+    with torch.no_grad():
+        first, second = expected.prompt(Batch.from_ids(ids)), found.prompt(Batch.from_ids(ids))
+        for _ in range(3):
+            torch.testing.assert_close(second, first, rtol=1e-4, atol=1e-4 * float(first.abs().max()))
+            new = first.argmax(-1)
+            first, second = expected.step(new), found.step(new)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_the_compiled_step_does_not_compute_takes_the_modules(kind: str) -> None:
+    model = random_model(**OTHERS[kind])
+    assert reading(model, "int8").form is None
+    out = model.generate(prompts(6), 5, temperature=0, weights="int8")
+    copy = with_quantized(model, quantized(model, "int8"))
+    assert torch.equal(out, copy.generate(prompts(6), 5, temperature=0))
+
+
+@needs_compiler
+def test_a_kind_unknown_here_is_found_out_by_trying() -> None:
+    """A block that computes something else with the same modules."""
+    model = random_model()
+    model.layers[1].mlp.forward = lambda x: 1.5 * type(model.layers[1].mlp).forward(model.layers[1].mlp, x)
+    assert reading(model).form is None and reading(model, "int8").form is None
+
+
+@needs_compiler
+@pytest.mark.parametrize("weights", FORMATS)
+def test_rows_of_different_lengths_go_on_as_they_would_alone(weights: str) -> None:
+    """Among them one that is long enough for products of many rows, and one of a single token."""
+    model, rows = random_model(num_kv_heads=2), prompts(5, FEW + 9, 1, 17)
+    together = model.generate(rows, 12, temperature=0, weights=weights, eos_id=7)
+    for number, row in enumerate(rows):
+        alone = model.generate(row, 12, temperature=0, weights=weights, eos_id=7)
+        assert together[number, -12:].tolist()[: alone.shape[1] - len(row)] == alone[0, len(row) :].tolist()
+
+
+@needs_compiler
+def test_a_long_prompt_in_chunks_is_the_same_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("treadle.generation.dense.CHUNK", 150)
+    monkeypatch.setattr("treadle.generation.dense.QUERIES", 64)
+    model = random_model(num_kv_heads=2, qk_norm=True)
+    ids = torch.tensor(prompts(400))
+    with torch.no_grad():
+        expected = model(Batch.from_ids(ids)).logits[:, -1]
+        found = reading(model).start(1, 401)
+        assert isinstance(found, DenseDecoding)
+        torch.testing.assert_close(found.prompt(Batch.from_ids(ids)), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+        after = model(Batch.from_ids(torch.cat([ids, torch.tensor([[5]])], 1))).logits[:, -1]
+        torch.testing.assert_close(found.step(torch.tensor([5])), after, rtol=1e-4, atol=1e-4 * float(after.abs().max()))
+
+
+@needs_compiler
+def test_going_back() -> None:
+    """After some of several tokens are kept, the rest was never there: to the last bit where the step is compiled."""
+    model = random_model()
+    for ready in (reading(model), Reading(model, "fp32", {}), Reading(random_model(layer_types=["ssd", "attention"]), "fp32", {})):
+        with torch.no_grad():
+            found, straight = ready.start(1, 20), ready.start(1, 20)
+            for decoding in (found, straight):
+                decoding.prompt(Batch.from_ids(torch.tensor(prompts(6))))
+            found.begin()
+            found.several(torch.tensor([1, 2, 3, 4]))
+            found.several(torch.tensor([5]))
+            found.keep(2)
+            for token in (1, 2):
+                straight.step(torch.tensor([token]))
+            bound = 0.0 if ready.form is not None else 1e-5
+            torch.testing.assert_close(found.step(torch.tensor([9])), straight.step(torch.tensor([9])), rtol=bound, atol=bound)
+
+
+def test_it_is_kept_until_the_weights_change() -> None:
+    model = random_model()
+    first = reading(model, "int8")
+    assert reading(model, "int8") is first and reading(model, "int4") is not first
+    model.head.weight.data.add_(1.0)  # leaves no version behind
+    assert reading(model, "int8") is not first
+    model.train()
+    assert reading(model, "int8") is not reading(model, "int8")
+
+
+def test_unknown_formats_are_refused() -> None:
+    with pytest.raises(ConfigError, match="int8"):
+        random_model().generate([1], 2, weights="int3")

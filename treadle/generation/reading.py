@@ -1,0 +1,83 @@
+"""A model made ready for reading: its weights in fewer bits, laid out for decoding, once and kept while they do not change."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from treadle.errors import ConfigError
+from treadle.generation.decoding import DecodableModel, Decoding
+from treadle.generation.dense import DenseDecoding, DenseForm, agrees, is_dense
+from treadle.layers.quantized_linear import quantizable, quantized_layers, with_quantized
+from treadle.ops.packed_linear import FORMATS, Quantized
+
+LARGEST_COPY = 1 << 31  # bytes of fp32 weights that are laid out anew for decoding; beyond, the ordinary way reads them in place
+SAMPLED = 64  # numbers of each parameter that tell whether it was written to
+_kept: WeakKeyDictionary[Any, tuple[Any, dict[str, Reading]]] = WeakKeyDictionary()
+
+
+class Reading:
+    """What generation reads: a model with its weights in a format, and the compiled step where there is one."""
+
+    def __init__(self, model: Any, weights: str, layers: dict[str, Quantized] | None = None) -> None:
+        """layers: the matrices, where they are known already."""
+        self.weights, self.form = weights, None
+        layers = quantized(model, weights) if layers is None else layers
+        if is_dense(model) and quantizable(model, []).keys() == layers.keys() and "head" in layers:
+            form = DenseForm(model, layers)
+            reference = model if weights == "fp32" else with_quantized(model, layers, packed=False)
+            if agrees(model, form, reference):
+                self.form = form
+        self.model: DecodableModel = model
+        if self.form is None and weights != "fp32":
+            self.model = with_quantized(model, layers)
+
+    def start(self, rows: int, max_len: int, ordinary: bool = False) -> Decoding:
+        """A generation of so many rows. ordinary: the model reads more than tokens."""
+        if self.form is None or ordinary:
+            return Decoding(self.model, rows, max_len)
+        return DenseDecoding(self.model, self.form, rows, max_len)
+
+
+def checked(weights: str | None) -> str:
+    """The format that is meant; ConfigError for one that there is not."""
+    if weights is not None and weights not in FORMATS:
+        raise ConfigError(f"weights = {weights!r}: use {', '.join(FORMATS)}")
+    return weights or "fp32"
+
+
+def quantized(model: Any, weights: str) -> dict[str, Quantized]:
+    """A model's linear layers in a format, by name; those that have to stay in full precision are left out."""
+    spared = model.full_precision_modules() if hasattr(model, "full_precision_modules") else []
+    return quantized_layers(model, spared, weights)
+
+
+@torch.no_grad()
+def reading(model: Any, weights: str | None = None) -> Reading:
+    """A model ready for reading. It is kept for the next time while the model is in evaluation mode and its weights stay."""
+    weights = checked(weights)
+    if weights == "fp32" and (not is_dense(model) or 4 * sum(p.numel() for p in model.parameters()) > LARGEST_COPY):
+        return Reading(model, weights, {})
+    if model.training:  # optimisers write weights without a trace
+        return Reading(model, weights)
+    mark = _mark(model)
+    known = _kept.get(model)
+    if known is None or known[0] != mark:
+        known = _kept[model] = (mark, {})
+    if weights not in known[1]:
+        known[1][weights] = Reading(model, weights)
+    return known[1][weights]
+
+
+def _mark(model: Any) -> list[tuple[int, int, float]]:
+    """Where the parameters are, how often they were written to in place, and a sample of their values: fused optimisers, and
+    processes that share weights, count no writes."""
+    return [(p.data_ptr(), -1 if p.is_inference() else p._version, _sample(p)) for p in model.parameters()]
+
+
+def _sample(parameter: Tensor) -> float:
+    flat = parameter.detach().reshape(-1)
+    return float(flat[:: max(1, flat.shape[0] // SAMPLED)].double().sum())

@@ -1,0 +1,111 @@
+"""One decoding step of a whole dense transformer in one compiled call (csrc/decoding.c).
+
+Layer by layer in torch, a step of 14M parameters is some hundred and fifty operations, which cost more around them than in
+them once the weights are small. Here each is a loop over one token's numbers, in fp32, and a token has the same bits alone,
+among other rows, and among other tokens of its row.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from treadle.ops.packed_linear import Matrix, PackedMatrix, native
+
+LANES = 16  # widths are multiples of it
+
+
+class _Layer(ctypes.Structure):
+    """struct layer of csrc/decoding.c."""
+
+    _fields_ = (
+        *((name, Matrix) for name in ("qkv", "out", "gate_up", "down")),
+        *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")),
+    )  # fmt: skip
+
+
+class _Decoder(ctypes.Structure):
+    """struct decoder of csrc/decoding.c."""
+
+    _fields_ = (
+        ("layers", ctypes.c_void_p), ("head", Matrix),
+        *((name, ctypes.c_void_p) for name in ("embedding", "norm", "cosines", "sines")),
+        *((name, ctypes.c_int64) for name in ("count", "width", "inner", "heads", "groups", "head_width", "turned", "slots")),
+        ("eps", ctypes.c_float), ("scale", ctypes.c_float),
+    )  # fmt: skip
+
+
+@dataclass
+class DenseLayer:
+    """What one block computes with. qkv: rows of queries, keys, values; gate_up: of gates, then ups; norms' gains [D], and
+    [E] of each head's query and key where those are normalised."""
+
+    qkv: PackedMatrix
+    out: PackedMatrix
+    gate_up: PackedMatrix
+    down: PackedMatrix
+    attention_norm: Tensor
+    mlp_norm: Tensor
+    query_norm: Tensor | None = None
+    key_norm: Tensor | None = None
+
+
+class DenseStep:
+    """Embedding -> blocks of RMSNorm, rotary attention over a cache, SwiGLU -> norm -> head; only where `native()`."""
+
+    def __init__(
+        self, layers: Sequence[DenseLayer], head: PackedMatrix, embedding: Tensor, norm: Tensor, *, heads: int, groups: int,
+        head_width: int, eps: float, scale: float,
+    ) -> None:  # fmt: skip
+        self.vocabulary, self.width = head.shape[0], embedding.shape[1]
+        self.embedding, self.norm = (t.detach().float().contiguous() for t in (embedding, norm))
+        gains = [[None if t is None else t.detach().float().contiguous()
+                  for t in (la.attention_norm, la.mlp_norm, la.query_norm, la.key_norm)] for la in layers]  # fmt: skip
+        self._kept = (list(layers), head, gains)
+        made = (_Layer * len(layers))(*(
+            _Layer(*(m.struct for m in (la.qkv, la.out, la.gate_up, la.down)), *(t.data_ptr() if t is not None else None for t in four))
+            for la, four in zip(layers, gains)
+        ))  # fmt: skip
+        self._layers = made
+        inner = layers[0].down.shape[1]
+        self._struct = _Decoder(ctypes.addressof(made), head.struct, self.embedding.data_ptr(), self.norm.data_ptr(), None, None,
+                                len(layers), self.width, inner, heads, groups, head_width, 0, 0, eps, scale)  # fmt: skip
+        self._at, self._call = ctypes.addressof(self._struct), native().decoding_step  # type: ignore[union-attr]
+        self._angles: tuple[Tensor, Tensor] | None = None
+
+    def use(self, cosines: Tensor, sines: Tensor) -> None:
+        """The angles [places, turned / 2] of all positions from here on."""
+        self._angles = (cosines.float().contiguous(), sines.float().contiguous())
+        self._struct.cosines, self._struct.sines = (t.data_ptr() for t in self._angles)
+        self._struct.turned = 2 * cosines.shape[1]
+
+    def __call__(
+        self, keys: Caches, values: Caches, ids: Tensor, rows: Tensor, positions: Tensor, logits: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """ids, rows, positions int64 [count]: tokens, the row of the caches that each belongs to, and its position there; a
+        row's tokens in order. Writes their keys and values; -> hidden [count, D] after the last norm, logits [count, V]."""
+        assert self._angles is not None
+        self._struct.slots = keys.slots
+        count = ids.shape[0]
+        hidden = torch.empty(count, self.width)
+        out = torch.empty(count, self.vocabulary) if logits else None
+        failed = self._call(
+            self._at, keys.at, values.at, ids.data_ptr(), rows.data_ptr(), positions.data_ptr(), count, hidden.data_ptr(),
+            out.data_ptr() if out is not None else None, torch.get_num_threads(),
+        )  # fmt: skip
+        if failed:
+            raise MemoryError("no memory for the buffers of a decoding step")
+        return hidden, out
+
+
+class Caches:
+    """The layers' keys, or values, [B, G, slots, E] in fp32 each, as the compiled call takes them."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors, self.slots = list(tensors), tensors[0].shape[2]
+        self._pointers = (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
+        self.at = ctypes.addressof(self._pointers)
