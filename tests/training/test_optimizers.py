@@ -70,6 +70,11 @@ def test_soap_has_the_blocks_matrices_and_refuses_parts() -> None:
         Optimizers(model, OptimSettings(name="soap"), sharded=True)
 
 
+def test_soap_is_planned() -> None:
+    shown = treadle("plan", "--model.arch", "transformer", *flags(**{"optim.name": "soap", "model.vocab_size": 256}))
+    assert shown.returncode == 0 and "optimiser" in shown.stdout, shown.stderr
+
+
 # ---- the average ----
 
 

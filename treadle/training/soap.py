@@ -37,13 +37,13 @@ class SOAP(torch.optim.Optimizer):
     def _step(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state, (first, second) = self.state[parameter], group["betas"]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["step"] = 0
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
             state["left"], state["right"] = gradient @ gradient.T, gradient.T @ gradient
             state["left_basis"], state["right_basis"] = _eigenvectors(state["left"]), _eigenvectors(state["right"])
             return
-        state["step"] += 1
-        step, left, right = int(state["step"]), state["left_basis"], state["right_basis"]
+        state["step"] = int(state["step"]) + 1  # a tensor where it comes from a checkpoint
+        step, left, right = state["step"], state["left_basis"], state["right_basis"]
         turned = left.T @ gradient @ right
         state["exp_avg"].lerp_(gradient, 1 - first)
         state["exp_avg_sq"].lerp_(turned.square(), 1 - second)
