@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from treadle.ops import fused
+from treadle.ops.linear import linears
 from treadle.ops.residual import residual_sum
 from treadle.ops.rms_norm import add_rms_norm, keep_rms_norm, rms_norm
+from treadle.ops.swiglu import gated, swiglu, swiglu_reference
 
 DTYPES = [torch.float32, torch.bfloat16]
 needs_compiler = pytest.mark.skipif(fused.kernels() is None, reason="no C compiler")
@@ -83,3 +87,33 @@ def test_norms(shape: tuple[int, ...], dtype: torch.dtype, autocast: bool, plain
     if dtype == torch.float32 and not autocast:
         expected = [x + added, (x + added) / (x + added).pow(2).mean(-1, keepdim=True).add(1e-6).sqrt() * weight]
         same(results(add_rms_norm, [x, added, weight])[:2], expected, 2e-6)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("rows", [3, 300])
+def test_gated_activation_between_its_products(rows: int, autocast: bool, plain: Any) -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, rows, 24), *(torch.randn(shape) * 0.2 for shape in ((56, 24), (56, 24), (24, 56)))]
+    check(swiglu, inputs, plain, autocast, 4e-6)
+    same(results(swiglu, inputs, autocast), results(swiglu_reference, inputs, autocast), 3e-2 if autocast else 4e-6)
+    extreme = torch.tensor([-1e4, -200.0, -1e-30, 0.0, 200.0, 1e4, float("nan"), float("inf")])
+    torch.testing.assert_close(gated(extreme, torch.ones(8)), torch.nn.functional.silu(extreme), equal_nan=True, atol=1e-30, rtol=2e-6)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("rows", [2, 150])
+def test_products_of_one_input(rows: int, autocast: bool) -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, rows, 24), torch.randn(40, 24), torch.randn(8, 24), torch.randn(24, 24)]
+    one, other = (results(f, inputs, autocast) for f in (linears, lambda x, *ws: tuple(F.linear(x, w) for w in ws)))
+    same(one, other, 2e-2 if autocast else 4e-6)
+    frozen = inputs[1].clone().requires_grad_()
+    linears(inputs[0], frozen, inputs[2])[0].sum().backward()
+    torch.testing.assert_close(frozen.grad, inputs[0].sum((0, 1)).expand(40, 24), atol=1e-4, rtol=1e-4)
+
+
+def test_products_are_counted() -> None:
+    x, weight = torch.randn(512, 32, requires_grad=True), torch.randn(16, 32, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        sum(linears(x, weight, weight)).sum().backward()  # type: ignore[union-attr]
+    assert counter.get_total_flops() == 6 * 2 * 512 * 32 * 16

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from treadle.layers.linear import are_plain
+from treadle.ops.swiglu import swiglu
+
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # GPT-2's own
@@ -23,8 +26,11 @@ class SwiGLU(nn.Module):
         self.up = nn.Linear(width, inner, bias=bias)
         self.down = nn.Linear(inner, width, bias=bias)
         self.activation = ACTIVATIONS[activation]
+        self.fused = activation == "silu"
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fused and are_plain(self.gate, self.up, self.down):
+            return swiglu(x, self.gate.weight, self.up.weight, self.down.weight)
         return self.down(self.activation(self.gate(x)) * self.up(x))
 
 

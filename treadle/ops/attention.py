@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -17,23 +16,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from treadle.errors import ConfigError
+from treadle.ops.planned import gpu_is_planned
 from treadle.ops.sliding_window_attention import sliding_window_attention
 
 QUERY_BLOCK = 128  # measured on CPU at T = 256 and 512: 64 and 256 are 3-10% slower
-
-# Memory is planned here for a GPU: its kernel keeps no probabilities, and neither does torch's for whole rows on a CPU.
-_GPU_PLANNED: ContextVar[bool] = ContextVar("gpu_planned", default=False)
-
-
-@contextmanager
-def planned_for_gpu() -> Iterator[None]:
-    """Inside, attention of tensors on the CPU takes the way that it takes on a GPU."""
-    token = _GPU_PLANNED.set(True)
-    try:
-        yield
-    finally:
-        _GPU_PLANNED.reset(token)
-
 
 Segments = tuple[tuple[int, ...], ...]
 
@@ -215,7 +201,7 @@ def causal_attention(
     """The fastest exact path for what is known on the host: whole rows, documents by segments, else the dense mask. window:
     position t sees t - window + 1 .. t; softcap c: the scores s become c tanh(s / c)."""
     whole = all(len(row) == 1 and row[0] > 0 for row in segments) if segments is not None else doc_ids is None
-    plain = q.device.type == "cpu" and not torch.compiler.is_compiling() and _backend == "auto" and not _GPU_PLANNED.get()
+    plain = q.device.type == "cpu" and not torch.compiler.is_compiling() and _backend == "auto" and not gpu_is_planned()
     if window is not None and window < q.shape[2]:
         if dropout == 0 and softcap is None and plain and (whole or segments is not None):
             return block_causal(q, k, v, segments if segments is not None else ((q.shape[2],),) * q.shape[0], window)

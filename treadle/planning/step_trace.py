@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from treadle.data.batch import Batch
 from treadle.models.base import Model, ModelConfig
 from treadle.objectives.base import ModelWithObjective, Objective
-from treadle.ops.attention import planned_for_gpu
+from treadle.ops.planned import planned_for_gpu
 from treadle.ops.precision import autocast
 from treadle.planning.ledger import Ledger, Moment, Watch, leaf_of, storages
 from treadle.training import resolve

@@ -1,0 +1,106 @@
+"""y = x W^T of one input with one or several weights, and its gradients, as training on a CPU computes them.
+
+One function for several weights adds the input's gradients inside the products. In fp32 torch multiplies through MKL, which
+on AMD's processors reaches 75 to 96 GFLOP/s a core where oneDNN reaches 100 to 108 (Zen 4, 4096 rows, widths 384 to 2048; the
+gradient of a weight, whose sum is the long one, is the exception). So there oneDNN is asked; the choice depends on the
+machine's make alone, since each library rounds in an order of its own and a resumed run has to round likewise.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
+
+from treadle.ops.planned import runs_on_cpu
+from treadle.ops.precision import compute_dtype, without_autocast
+
+ONEDNN_FROM_ROWS = 256  # fewer are decoded or evaluated, where MKL's lower start cost counts
+
+
+_SCHEMAS = {
+    "default": "(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm) -> Tensor Y",
+    "binary": "(Tensor X, Tensor other, Tensor W, Tensor? B, str attr) -> Tensor Y",
+}
+
+
+def _onednn() -> Any:
+    """torch's name for oneDNN's product of fp32 tensors as they lie; private, so it may be missing."""
+    return getattr(getattr(torch.ops, "mkldnn", None), "_linear_pointwise", None)
+
+
+@functools.cache
+def _prefers_onednn() -> bool:
+    """Decided without a product of its own, which a counter of operations would see."""
+    try:
+        if not torch.backends.mkldnn.is_available() or "AuthenticAMD" not in Path("/proc/cpuinfo").read_text()[:4096]:
+            return False
+        return all(str(getattr(_onednn(), name)._schema).endswith(schema) for name, schema in _SCHEMAS.items())
+    except (OSError, AttributeError):
+        return False
+
+
+def _product_flops(x: tuple[int, ...], *_: object, out_shape: tuple[int, ...], **__: object) -> int:
+    return 2 * x[0] * x[1] * out_shape[-1]
+
+
+if _onednn() is not None:  # torch's counter does not know it
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_product_flops)
+
+
+def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
+    return (type(x) is Tensor and x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
+            and x.shape[0] >= ONEDNN_FROM_ROWS and _prefers_onednn())  # fmt: skip
+
+
+def product(x: Tensor, weight: Tensor, added: Tensor | None = None) -> Tensor:
+    """x [N, K], weight [O, K] of any strides -> x weight^T (+ added) [N, O]; `added` may be overwritten."""
+    if _takes_onednn(x, weight):
+        if added is None:
+            return _onednn()(x, weight, None, "none", [], "")  # type: ignore[no-any-return]
+        return _onednn().binary(x, added, weight, None, "add")  # type: ignore[no-any-return]
+    return x @ weight.t() if added is None else added.addmm_(x, weight.t())
+
+
+class _Linears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        dtype = compute_dtype(x)
+        ctx.types, ctx.input_shape = [t.dtype for t in (x, *weights)], x.shape
+        flat, narrow = x.reshape(-1, x.shape[-1]).to(dtype), [w.to(dtype) for w in weights]
+        ctx.save_for_backward(flat, *narrow)
+        with without_autocast(x):
+            return tuple(product(flat, w).view(*x.shape[:-1], w.shape[0]) for w in narrow)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc]
+    def backward(ctx, *grads: Tensor):  # type: ignore[override]
+        flat, *weights = ctx.saved_tensors
+        slopes = [g.reshape(-1, g.shape[-1]) for g in grads]
+        grad_x, grad_weights = linears_backward(flat, weights, slopes, ctx.needs_input_grad)
+        if grad_x is not None:
+            grad_x = grad_x.view(ctx.input_shape).to(ctx.types[0])
+        return grad_x, *(g if g is None else g.to(kind) for g, kind in zip(grad_weights, ctx.types[1:]))
+
+
+def linears_backward(
+    x: Tensor, weights: list[Tensor], slopes: list[Tensor], wanted: tuple[bool, ...]
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """x [N, K], weights [O, K], gradients [N, O] of their products -> the gradients of x and of each weight, where wanted."""
+    grad_x = None
+    for weight, slope in zip(weights, slopes) if wanted[0] else ():
+        grad_x = product(slope, weight.t(), grad_x)
+    return grad_x, [slope.t() @ x if want else None for slope, want in zip(slopes, wanted[1:])]
+
+
+def linears(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """x [..., K], weights [O_i, K] -> x W_i^T [..., O_i], in autocast's type where that is on."""
+    if not runs_on_cpu(x, *weights):
+        return tuple(F.linear(x, w) for w in weights)
+    return _Linears.apply(x, *weights)  # type: ignore[no-untyped-call, no-any-return]
