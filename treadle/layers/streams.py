@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from treadle.ops import rotations
-from treadle.ops.streams import read, rms_norm_linear
+from treadle.ops import rotations, stream_kernels
+from treadle.ops.streams import read, rms_norm_linear, write
 
 Routing = Literal["cayley_lie", "cayley_mixture", "sinkhorn", "birkhoff", "none"]
 GAIN = 0.01  # the part of a router's answer that depends on the token starts this small
@@ -31,6 +31,26 @@ class Routed:
     mixing: Tensor
     shares: Tensor | None = None
     rank: Tensor | None = None  # [N], streams in use
+
+
+@dataclass
+class Reading:
+    """What one half of a block works on, and where its answer goes."""
+
+    u: Tensor  # [B, T, D]
+    shape: torch.Size  # of the streams
+    routed: stream_kernels.Read | None = None  # by the compiled kernels
+    held: Tensor | None = None  # otherwise: H X [N, n, D]
+    post: Tensor | None = None  # [N, n]
+
+    def write(self, y: Tensor) -> Tensor:
+        """y [B, T, D] -> the streams after it [B, T, n, D]."""
+        with torch.autocast(y.device.type, enabled=False):
+            y = y.reshape(-1, self.shape[-1])
+            if self.routed is not None:
+                return stream_kernels.write_streams(self.routed, y).view(self.shape)
+            assert self.held is not None and self.post is not None
+            return write(self.held, self.post, y.to(self.held.dtype)).view(self.shape)
 
 
 class Router(nn.Module):
@@ -63,18 +83,42 @@ class Router(nn.Module):
         inside = {"cayley_lie": lie, "cayley_mixture": k * n * n, "sinkhorn": 0, "birkhoff": k * n * n}
         return 2 * (self.weight.numel() + (n + 1) * n * width + inside[self.routing])
 
-    def forward(self, x: Tensor, record: list[Routed] | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """X [B, T, n, D] -> (u [B, T, D], H X [B, T, n, D], post [B, T, n])."""
+    def forward(self, x: Tensor, record: list[Routed] | None = None) -> Reading:
+        """X [B, T, n, D] -> what to work on, and how to write."""
         rows, length, n, width = x.shape
         if self.routing == "none":
-            return x.mean(2), x, x.new_ones(rows, length, n)
+            return Reading(x.mean(2), x.shape, None, x.flatten(0, 1), x.new_ones(rows * length, n))
         with torch.autocast(x.device.type, enabled=False):
             flat = x.float().reshape(rows * length, n, width)
-            routed = self.route(flat)
+            if record is None and self._kernels_fit(flat):
+                routed = stream_kernels.read_streams(flat, *self._prepared(), self.eps, self.source == "mean")
+                return Reading(routed.u.view(rows, length, width), x.shape, routed)
+            decided = self.route(flat)
             if record is not None:
-                record.append(routed)
-            u, held = read(flat, routed.pre, routed.mixing)
-        return u.view(rows, length, width), held.view(rows, length, n, width), routed.post.view(rows, length, n)
+                record.append(decided)
+            u, held = read(flat, decided.pre, decided.mixing)
+        return Reading(u.view(rows, length, width), x.shape, None, held, decided.post)
+
+    def _kernels_fit(self, x: Tensor) -> bool:
+        lie = self.routing == "cayley_lie" and self.streams != 4  # other sizes solve a system
+        return not lie and not self.adaptive_rank and stream_kernels.available(x, self.weight, sum(self.sizes))
+
+    def _prepared(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, stream_kernels.Kind]:
+        """Weight, bias with the constants of `route` in it, gain, table and kind, as the kernels take them."""
+        n, device = self.streams, self.bias.device
+        closed = torch.zeros(self.sizes[2], device=device)
+        table, kind = None, "mixture"
+        if self.routing == "cayley_lie":
+            table, kind = self.generators.float(), "lie"
+        elif self.routing == "cayley_mixture":
+            table = rotations.cayley_reference(self.generators.float(), n).flatten(1)
+        elif self.routing == "sinkhorn":
+            kind, closed = "sinkhorn", (CLOSED * (1.0 - torch.eye(n, device=device))).flatten()
+        else:
+            table = rotations.permutations(n, device)
+            closed[1:] += CLOSED
+        start = torch.cat([torch.full((n,), -math.log(n - 1), device=device), torch.zeros(n, device=device), closed])
+        return self.weight.float(), self.bias.float() + start, self.gain.float(), table, kind  # type: ignore[return-value]
 
     def route(self, x: Tensor) -> Routed:
         """X [N, n, D] in fp32 -> what to do with each token."""

@@ -20,7 +20,6 @@ from treadle.layers.streams import GAIN, Routed, Router, composite, statistics
 from treadle.models.backbone import Backbone
 from treadle.models.base import ParameterRule
 from treadle.models.decoder import DecoderConfig
-from treadle.ops.streams import write
 from treadle.settings import option
 
 
@@ -103,21 +102,13 @@ class Block(nn.Module):
     def forward(self, x: Tensor, context: Context, memory: Any = None) -> Tensor:
         if context.token_mixer_only:
             return self.attention(x, context)
-        u, held, post = self._read(self.attention_router, x, context)
-        x = self._write(held, post, self.dropout(self.attention(self.attention_norm(u), context, memory)))
-        u, held, post = self._read(self.mlp_router, x, context)
-        return self._write(held, post, self.dropout(self.mlp(self.mlp_norm(u))))
-
-    @staticmethod
-    def _read(router: Router | None, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor | None]:
-        return (x, x, None) if router is None else router(x, context.routed)
-
-    @staticmethod
-    def _write(held: Tensor, post: Tensor | None, y: Tensor) -> Tensor:
-        if post is None:
-            return held + y
-        with torch.autocast(y.device.type, enabled=False):
-            return write(held.flatten(0, 1), post.flatten(0, 1), y.to(held.dtype).flatten(0, 1)).view(held.shape)
+        if self.attention_router is None or self.mlp_router is None:
+            x = x + self.dropout(self.attention(self.attention_norm(x), context, memory))
+            return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        reading = self.attention_router(x, context.routed)
+        x = reading.write(self.dropout(self.attention(self.attention_norm(reading.u), context, memory)))
+        reading = self.mlp_router(x, context.routed)
+        return reading.write(self.dropout(self.mlp(self.mlp_norm(reading.u))))
 
 
 def _router(config: SHCConfig) -> Router:
