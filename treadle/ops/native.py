@@ -32,7 +32,8 @@ def library(name: str) -> ctypes.CDLL | None:
     if compiler is None:
         return None
     source = SOURCES / f"{name}.c"
-    mark = hashlib.sha256(f"{FLAGS} {_processor()} {compiler}".encode() + source.read_bytes()).hexdigest()[:16]
+    text = source.read_bytes() + b"".join(header.read_bytes() for header in sorted(SOURCES.glob("*.h")))
+    mark = hashlib.sha256(f"{FLAGS} {_processor()} {compiler}".encode() + text).hexdigest()[:16]
     target = cache_root(None) / "native" / f"{name}-{mark}.so"
     try:
         if not target.is_file():
