@@ -16,6 +16,10 @@ def mock_step(dataset: Dataset, plan: BatchPlan, assembly: Assembly, recipe: Rec
     if first is None:
         raise DataError("the data holds no batch to train on")
     micro_batches, _ = first
+    if assembly.stepper.device.type == "cpu" and not recipe.train.torch_compile:
+        # The system ends a process that needs too much memory without an error to catch, so the shapes alone are tried: half a
+        # second less on one core until the demo's first loss.
+        micro_batches = [micro_batches[0].rows(0, 2)]
     try:
         result = assembly.stepper.run(0, micro_batches, 0.0, update=False)
     except Exception as problem:
