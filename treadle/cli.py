@@ -41,6 +41,7 @@ Split = Annotated[str, typer.Option(help="Which held-out text: validation or tes
 MostRows = Annotated[int | None, typer.Option(min=1, help="At most this many rows, spread over the text.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows in one pass.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Weights = Annotated[str | None, typer.Option(help="fp32, bf16, int8 or int4: what the weights of linear layers are read in.")]
 
 
 def _request(arguments: list[str]) -> Any:
@@ -175,6 +176,7 @@ def evaluate(
     batch_size: BatchSize = 16,
     stats: Annotated[bool, typer.Option("--stats", help="The architecture's own numbers too (routing, ...).")] = False,
     output: Annotated[str | None, typer.Option("--output", "--output-dir", help="Folder for the results; default RUN/results.")] = None,
+    weights: Weights = None,
     device: Device = "auto",
     trust_code: Trust = None,
 ) -> None:
@@ -185,7 +187,7 @@ def evaluate(
 
     reports = []
     for run in _runs(runs, model_path):
-        reports.append(evaluate_run(run, data, rows, samples, batch_size, device=device, stats=stats, split=split))
+        reports.append(evaluate_run(run, data, rows, samples, batch_size, device=device, stats=stats, split=split, weights=weights))
         checkpoint = Path(reports[-1]["checkpoint"])
         if output or not is_foreign(checkpoint):  # nothing is written into a folder of somebody else's
             write_results(Path(output) if output else home_of(checkpoint) / "results", reports[-1])
@@ -250,6 +252,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     stop: Annotated[str | None, typer.Option(help="End before this text.")] = None,
     show_chunks: Annotated[bool, typer.Option("--show-chunks", help="Colour by learned chunk (hnet).")] = False,
+    weights: Weights = None,
     device: Device = "auto",
     trust_code: Trust = None,
 ) -> None:
@@ -266,11 +269,12 @@ def generate(
     Sampling(**typed_over({}, typed)[0])  # what is wrong with it is said before a model is loaded
     from treadle.generation.session import Session
     from treadle.models.pretrained import generation_defaults, load_run, tokenizer_of
+    from treadle.models.quantized import quantize_once
 
     loaded = load_run(_runs([run or "last"] if run or not model_path else None, model_path)[0], device)
     tokenizer = tokenizer_of(loaded)
     sampling, count = typed_over(generation_defaults(loaded.checkpoint.folder), typed)
-    session = Session(loaded.model, tokenizer, Sampling(**sampling), count, seed, stop)
+    session = Session(loaded.model, tokenizer, Sampling(**sampling), count, seed, stop, weights=quantize_once(loaded, weights))
 
     def write(text: str) -> None:
         echo(text, end="")
@@ -297,6 +301,7 @@ def export(
     output: Annotated[str | None, typer.Option(help="The folder to write; default RUN/export.")] = None,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16: how the weights are stored.")] = "fp32",
     packed: Annotated[bool, typer.Option("--packed", help="Ternary weights in 1.6 bits each; same answers.")] = False,
+    quantize: Annotated[str | None, typer.Option(help="int8 or int4: linear layers' weights as they are read with them.")] = None,
     layout: Annotated[str, typer.Option("--format", help="treadle, or huggingface: what transformers loads, in RUN/huggingface.")] = "treadle",
     trust_code: Trust = None,
 ) -> None:
@@ -304,7 +309,7 @@ def export(
     from treadle.models.export import FORMATS
     from treadle.models.export import export as write
 
-    folder = write(run, output, precision, packed, layout=layout)
+    folder = write(run, output, precision, packed, layout=layout, quantize=quantize)
     size = (folder / "model.safetensors").stat().st_size
     if FORMATS[layout.lower()] == "huggingface":
         echo(f"{folder}: {size / 1e6:.1f} MB of weights in {precision}, for transformers: AutoModelForCausalLM.from_pretrained({str(folder)!r}); "
@@ -312,7 +317,7 @@ def export(
         if not (folder / "tokenizer.json").is_file() and not list(folder.glob("*.model")):
             echo("note: this run's tokenizer has no form in transformers; give it the ids yourself (of bytes: their values)")
         return
-    ternary = ", ternary ones packed" if packed else ""
+    ternary = (", ternary ones packed" if packed else "") + (f", linear layers in {quantize}" if quantize else "")
     echo(f"{folder}: {size / 1e6:.1f} MB of weights in {precision}{ternary}; use it like a run: treadle generate {folder}, "
                f"treadle train --from {folder}")  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from treadle.data.settings import DataSettings
 from treadle.errors import InputError
 from treadle.evaluation.evaluator import Evaluator
 from treadle.files import write_atomically
+from treadle.generation.reading import in_format
 from treadle.models.pretrained import Loaded, load_run
+from treadle.models.quantized import quantize_once
 from treadle.monitor.records import write_json
 from treadle.objectives.base import OBJECTIVES, Metric, Objective
 from treadle.objectives.settings import DEFAULT_OBJECTIVE
@@ -59,9 +62,15 @@ def evaluator_of(loaded: Loaded) -> Evaluator:
 def evaluate_run(
     run: str, data: str | None = None, rows: int | None = None, samples: int = 0, batch_size: int = 16,
     with_baselines: bool = True, device: str = "auto", stats: bool = False, split: str = "validation",
+    weights: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Everything `treadle eval` says about one run, as a table of plain numbers."""
+    """Everything `treadle eval` says about one run, as a table of plain numbers. weights: what its linear layers are read in;
+    all is computed in fp32 then, and "weights" says what they cost."""
     loaded = load_run(run, device)
+    whole = loaded.model
+    if weights is not None:
+        loaded = replace(loaded, model=in_format(whole, quantize_once(loaded, weights)),
+                         config={**loaded.config, "train": {**loaded.config.get("train", {}), "precision": "fp32"}})  # fmt: skip
     splits = held_out(loaded.config, loaded.tokenizer, data, split)
     evaluator, held = evaluator_of(loaded), splits[split]
     objective = evaluator.objective
@@ -74,6 +83,9 @@ def evaluate_run(
         "data": data or f"{split} split of the run",
         "metrics": metrics,
     }
+    if weights is not None:
+        before = evaluator_of(replace(loaded, model=whole)).evaluate(held, batch_size, rows) or {}
+        report["weights"] = {"format": weights, "loss_fp32": before["loss"], "loss_change": metrics["loss"] - before["loss"]}
     if stats:
         report["stats"] = evaluator.inspect(held)
     if with_baselines and (found := objective.baselines(splits.get("train", held), held)):
@@ -109,6 +121,11 @@ def table_of(reports: list[dict[str, Any]]) -> list[str]:
     for name, values in reports[0].get("baselines", {}).items():
         numbers = ", ".join(f"{metric} {value:.4f}" for metric, value in sorted(values.items()))
         lines.append(f"{name}: {numbers}")
+    for report in reports:
+        if "weights" in report:
+            cost = report["weights"]
+            lines.append(f"{report['run']}: {cost['format']} weights change the loss by {cost['loss_change']:+.5f} from "
+                         f"{cost['loss_fp32']:.5f} in fp32")  # fmt: skip
     if any(r["outside_customary"] for r in reports):
         lines.append("* outside the customary range")
     return lines

@@ -65,7 +65,8 @@ class DenseForm:
 
 def is_dense(model: Any) -> bool:
     """Whether a model's modules are those that the compiled step computes, on a CPU, in fp32."""
-    if native() is None or getattr(model, "arch", "") != "transformer" or model.device.type != "cpu" or model.dtype != torch.float32:
+    parts = all(hasattr(model, name) for name in OF_MODEL) and hasattr(getattr(model, "config", None), "rope_scaling")
+    if native() is None or not parts or model.device.type != "cpu" or model.dtype != torch.float32:
         return False
     config = model.config
     plain = (

@@ -16,7 +16,9 @@ from treadle.ops.packed_linear import FORMATS, Quantized
 
 LARGEST_COPY = 1 << 31  # bytes of fp32 weights that are laid out anew for decoding; beyond, the ordinary way reads them in place
 SAMPLED = 64  # numbers of each parameter that tell whether it was written to
+HEAD = "head"  # takes 8 bits where the rest takes 4: its share of the loss is larger than its share of the bytes
 _kept: WeakKeyDictionary[Any, tuple[Any, dict[str, Reading]]] = WeakKeyDictionary()
+_stored: WeakKeyDictionary[Any, tuple[Any, str, dict[str, Quantized]]] = WeakKeyDictionary()
 
 
 class Reading:
@@ -26,7 +28,7 @@ class Reading:
         """layers: the matrices, where they are known already."""
         self.weights, self.form = weights, None
         layers = quantized(model, weights) if layers is None else layers
-        if is_dense(model) and quantizable(model, []).keys() == layers.keys() and "head" in layers:
+        if is_dense(model) and quantizable(model, []).keys() == layers.keys() and HEAD in layers:
             form = DenseForm(model, layers)
             reference = model if weights == "fp32" else with_quantized(model, layers, packed=False)
             if agrees(model, form, reference):
@@ -52,13 +54,30 @@ def checked(weights: str | None) -> str:
 def quantized(model: Any, weights: str) -> dict[str, Quantized]:
     """A model's linear layers in a format, by name; those that have to stay in full precision are left out."""
     spared = model.full_precision_modules() if hasattr(model, "full_precision_modules") else []
-    return quantized_layers(model, spared, weights)
+    return quantized_layers(model, spared, weights, {HEAD: "int8"} if weights == "int4" else {})
+
+
+def remember(model: Any, layers: dict[str, Quantized], weights: str) -> None:
+    """A model's weights were read from these, or are known in this format: nothing is quantised again while they stay."""
+    _stored[model] = (_mark(model), weights, layers)
+
+
+def remembered(model: Any) -> str | None:
+    """The format in which a model's weights are known."""
+    stored = _stored.get(model)
+    return stored[1] if stored is not None and stored[0] == _mark(model) else None
+
+
+def layers_of(model: Any, weights: str) -> dict[str, Quantized]:
+    """A model's linear layers in a format: as they are known, else quantised now."""
+    return _stored[model][2] if weights == remembered(model) else quantized(model, weights)
 
 
 @torch.no_grad()
 def reading(model: Any, weights: str | None = None) -> Reading:
-    """A model ready for reading. It is kept for the next time while the model is in evaluation mode and its weights stay."""
-    weights = checked(weights)
+    """A model ready for reading, by default in the format of the file that it came from. It is kept for the next time while
+    the model is in evaluation mode and its weights stay."""
+    weights = (remembered(model) if weights is None else None) or checked(weights)
     if weights == "fp32" and (not is_dense(model) or 4 * sum(p.numel() for p in model.parameters()) > LARGEST_COPY):
         return Reading(model, weights, {})
     if model.training:  # optimisers write weights without a trace
@@ -68,8 +87,15 @@ def reading(model: Any, weights: str | None = None) -> Reading:
     if known is None or known[0] != mark:
         known = _kept[model] = (mark, {})
     if weights not in known[1]:
-        known[1][weights] = Reading(model, weights)
+        known[1][weights] = Reading(model, weights, layers_of(model, weights))
     return known[1][weights]
+
+
+@torch.no_grad()
+def in_format(model: Any, weights: str) -> Any:
+    """A model like this one whose linear layers are read in a format, for evaluation."""
+    weights = checked(weights)
+    return model if weights == "fp32" else with_quantized(model, layers_of(model, weights))
 
 
 def _mark(model: Any) -> list[tuple[int, int, float]]:

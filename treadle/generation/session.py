@@ -27,15 +27,16 @@ class Session:
     """A model, its tokenizer and the options that the commands change."""
 
     def __init__(self, model: DecodableModel, tokenizer: Tokenizer, sampling: Sampling, max_new_tokens: int, seed: int = 0,
-                 stop: str | None = None) -> None:  # fmt: skip
+                 stop: str | None = None, **options: Any) -> None:  # fmt: skip
+        """options: more of `generate`'s, as weights."""
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
-        self.max_new_tokens, self.seed, self.stop = max_new_tokens, seed, stop
+        self.max_new_tokens, self.seed, self.stop, self.options = max_new_tokens, seed, stop, options
 
     def say(self, prompt: str, number: int = 0, on_text: Callable[[str], None] | None = None) -> str:
         """The continuation of a prompt; sample `number` has its own seed."""
         return generate_text(
             self.model, self.tokenizer, prompt, self.max_new_tokens, on_text=on_text, stop=self.stop,
-            seed=self.seed + number, **vars(self.sampling),
+            seed=self.seed + number, **vars(self.sampling), **self.options,
         )  # fmt: skip
 
     def run_file(self, prompt_file: str, output_file: str | None, samples: int, write: Callable[[str], None]) -> None:

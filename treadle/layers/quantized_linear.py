@@ -110,9 +110,6 @@ def _copied(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
     return made[id(module)]
 
 
-def quantized_layers(model: nn.Module, spared: list[nn.Module], kind: str, head_kind: str | None = None) -> dict[str, Quantized]:
-    """What `with_quantized` takes, computed from a model's weights; the head may have a format of its own."""
-    return {
-        name: quantize(layer.weight, head_kind if head_kind is not None and name == "head" else kind)
-        for name, layer in quantizable(model, spared).items()
-    }
+def quantized_layers(model: nn.Module, spared: list[nn.Module], kind: str, others: dict[str, str]) -> dict[str, Quantized]:
+    """What `with_quantized` takes, computed from a model's weights; others: module name -> another format."""
+    return {name: quantize(layer.weight, others.get(name, kind)) for name, layer in quantizable(model, spared).items()}

@@ -23,7 +23,8 @@ from treadle.checkpoint.tensors import read_tensors, write_tensors
 from treadle.data.batch import Batch
 from treadle.errors import CheckpointError, ConfigError, InputError, ShapeError
 from treadle.generation.decode import generate
-from treadle.layers import packed_weights
+from treadle.generation.reading import remember
+from treadle.layers import packed_weights, quantized_files
 from treadle.layers.bitlinear import BitLinear
 from treadle.layers.state import State
 from treadle.models.catalogue import MODELS
@@ -279,8 +280,9 @@ class Model(nn.Module):
         return {**dict(self.named_parameters()), **buffers}
 
     def load_weights(self, tensors: dict[str, Tensor]) -> None:
-        """Copies tensors in by name, ternary layers packed or not; ShapeError names what is missing, surplus or of another
-        shape."""
+        """Copies tensors in by name, ternary layers packed or not, linear ones quantised or not; ShapeError names what is
+        missing, surplus or of another shape."""
+        tensors, layers = quantized_files.unpack(self, tensors)
         tensors, quantized = packed_weights.unpack(self, tensors)
         self.refuse_other_weights({name: list(tensor.shape) for name, tensor in tensors.items()})
         with torch.no_grad():
@@ -288,6 +290,8 @@ class Model(nn.Module):
                 copy_whole(tensor, tensors[name])
         for name, (ternary, scale) in quantized.items():
             self.get_submodule(name).cache_quantized(ternary, scale)  # type: ignore[operator]
+        if layers:
+            remember(self, layers, "int4" if any(matrix.kind == "int4" for matrix in layers.values()) else "int8")
 
     def refuse_other_weights(self, shapes: dict[str, list[int]]) -> None:
         """ShapeError unless these are the names and shapes of this model's weights."""

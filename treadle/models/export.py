@@ -15,8 +15,9 @@ from treadle.checkpoint.layout import MANIFEST
 from treadle.checkpoint.reader import Checkpoint
 from treadle.checkpoint.tensors import write_tensors
 from treadle.errors import CheckpointError, ConfigError, InputError
-from treadle.layers import packed_weights
-from treadle.models.base import CONFIG_FILE, WEIGHTS_FILE, Model, ModelConfig, describe
+from treadle.generation.reading import quantized as quantize_layers
+from treadle.layers import packed_weights, quantized_files
+from treadle.models.base import CONFIG_FILE, WEIGHTS_FILE, Model, ModelConfig, allocated, describe
 from treadle.models.huggingface.reading import ForeignModel
 from treadle.models.huggingface.writing import TOKEN_KEYS, for_transformers
 from treadle.models.pretrained import (
@@ -38,10 +39,11 @@ FORMATS = {"treadle": "treadle", "huggingface": "huggingface", "hf": "huggingfac
 
 def export(
     run: str, output: str | None = None, precision: str = "fp32", packed: bool = False, warn: Any = None, layout: str = "treadle",
+    quantize: str | None = None,
 ) -> Path:  # fmt: skip
     """Writes config.json, model.safetensors and the tokenizer of a run (or checkpoint) and returns the folder, by default
     RUN/export. Shards are joined. `packed` stores ternary layers in 1.6 bits a weight; with fp32 for the rest, answers stay the
-    same bit for bit. The folder is checked like a checkpoint and serves wherever a run is asked for; `from_pretrained` reads it
+    same bit for bit. `quantize` (int8, int4) stores linear layers as they are read with these weights. The folder is checked like a checkpoint and serves wherever a run is asked for; `from_pretrained` reads it
     too. layout "huggingface" (by default in RUN/huggingface): as transformers and what builds on it read it. InputError when the
     folder is in use for something else, or nothing in it is ternary; ConfigError for a model that transformers has none of.
     """
@@ -50,6 +52,10 @@ def export(
     layout = FORMATS[layout.lower()]
     if packed and layout == "huggingface":
         raise InputError("--packed is a format of treadle's own; leave it out, or leave --format huggingface out")
+    if quantize is not None and quantize not in ("int8", "int4"):
+        raise InputError(f"--quantize {quantize!r}: use int8 or int4 (for bf16: --precision bf16)")
+    if quantize is not None and layout == "huggingface":
+        raise InputError("--quantize is a format of treadle's own; leave it out, or leave --format huggingface out")
     if precision not in DTYPES:
         raise InputError(f"--precision {precision!r}: use {', '.join(DTYPES)}")
     checkpoint = locate(run, warn)
@@ -61,15 +67,21 @@ def export(
     _refuse_foreign(folder)
     with torch.device("meta"):
         model = cls(shape)  # type: ignore[call-arg]
-    weights, quantized = packed_weights.unpack(model, checkpoint.tensors("model"))
+    weights, _ = quantized_files.unpack(model, checkpoint.tensors("model"))
+    weights, quantized = packed_weights.unpack(model, weights)
     model.refuse_other_weights({n: list(t.shape) for n, t in weights.items()})
+    smaller: set[str] = set()
+    if quantize is not None:
+        whole, weights = weights, _quantized(cls, shape, weights, quantize)
+        smaller = {name for name, tensor in weights.items() if name in whole and tensor.dtype != whole[name].dtype}
     if packed:
         if not packed_weights.ternary_layers(model):
             raise InputError(f"--packed: {run} has no ternary layers to pack; leave it out")
         weights = packed_weights.pack(model, weights)
         for name, (_, scale) in quantized.items():  # of an export that is packed already: the scale as it is
             weights[name + packed_weights.SCALE] = scale
-    weights = {n: t if n.endswith(packed_weights.SCALE) or not t.is_floating_point() else t.to(DTYPES[precision]) for n, t in weights.items()}
+    kept = (packed_weights.SCALE, quantized_files.SCALES)
+    weights = {n: t if n.endswith(kept) or n in smaller or not t.is_floating_point() else t.to(DTYPES[precision]) for n, t in weights.items()}
     tokenizer = read_tokenizer(checkpoint)
     text = {Path(name).name: checkpoint.raw(name) for name in checkpoint.members("tokenizer/")}
     if tokenizer is not None and not text:
@@ -82,9 +94,16 @@ def export(
         files.update({f"tokenizer/{name}": data for name, data in text.items()})
         if told := generation_defaults(checkpoint.folder):
             files[GENERATION_FILE] = (json.dumps(told, indent=1) + "\n").encode()
-    described = {"weights_only": True, "source": str(checkpoint.folder), "precision": precision, "packed": packed}
+    described = {"weights_only": True, "source": str(checkpoint.folder), "precision": precision, "packed": packed,
+                 "quantized": quantize}  # fmt: skip
     writer.save(folder.parent, checkpoint.step, {"model": weights}, files, described, name=folder.name)
     return folder
+
+
+def _quantized(cls: type[Model], shape: ModelConfig, weights: dict[str, Tensor], quantize: str) -> dict[str, Tensor]:
+    model = allocated(cls, shape, sum(t.nbytes for t in weights.values()), "cpu")
+    model.load_weights(weights)
+    return quantized_files.pack(model, weights, quantize_layers(model, quantize))
 
 
 def save_for_transformers(model: Model, folder: str | Path, tokenizer: Tokenizer | None = None, precision: str = "fp32") -> None:
