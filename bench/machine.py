@@ -33,8 +33,9 @@ def cores() -> int:
 
 
 def loaded() -> bool:
-    """More than half a core is busy with something else: then only CPU seconds on one thread compare."""
-    return os.getloadavg()[0] > 0.5
+    """More than half a core is busy with something else: then only CPU seconds on one thread compare. The whole bench asks once, before
+    it is a load itself, and leaves the answer in BENCH_LOADED."""
+    return os.environ.get("BENCH_LOADED", "") == "1" if "BENCH_LOADED" in os.environ else os.getloadavg()[0] > 0.5
 
 
 def describe() -> dict[str, Any]:

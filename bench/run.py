@@ -64,7 +64,7 @@ def main() -> None:
     given = parser.parse_args()
     loaded = machine.loaded()
     threads = given.threads or (1 if loaded else machine.cores())
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["OMP_NUM_THREADS"], os.environ["BENCH_LOADED"] = str(threads), str(int(loaded))
     import torch
 
     torch.set_num_threads(threads)
