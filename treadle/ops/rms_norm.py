@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from treadle.ops.fused import KINDS, ROWS_TOGETHER, at, kernels, threads_for
 from treadle.ops.precision import compute_dtype
@@ -83,6 +84,7 @@ class _RMSNorm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable  # type: ignore[misc]
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         x, weight, scale = ctx.saved_tensors
         grad_x, _, grad_weight = _backward(grad, x, weight, scale, None, None)
@@ -99,6 +101,7 @@ class _KeepRMSNorm(torch.autograd.Function):
         return x, out
 
     @staticmethod
+    @once_differentiable  # type: ignore[misc]
     def backward(ctx, grad_kept: Tensor, grad: Tensor):  # type: ignore[override]
         x, weight, scale = ctx.saved_tensors
         grad_x, _, grad_weight = _backward(grad, x, weight, scale, grad_kept, None)
@@ -116,6 +119,7 @@ class _AddRMSNorm(torch.autograd.Function):
         return total, out
 
     @staticmethod
+    @once_differentiable  # type: ignore[misc]
     def backward(ctx, grad_total: Tensor, grad: Tensor):  # type: ignore[override]
         total, weight, scale = ctx.saved_tensors
         grad_x, narrow, grad_weight = _backward(grad, total, weight, scale, grad_total, ctx.added_dtype)

@@ -64,21 +64,30 @@ static inline float dot(const float *restrict a, const float *restrict b, int64_
     return total(lanes) + rest;
 }
 
+/* a b + c, rounded once where the processor does it at no cost. */
+static inline float multiply_add(float a, float b, float c) {
+#ifdef __FMA__
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
 /* e^x to 2 units in the last place on [-87.3, 88.3], held there outside; NaN gives NaN. (Cody and Waite 1980: e^x = 2^n e^r,
    n = round(x / ln 2), ln 2 in two parts; e^r by its Taylor series of degree 7, |r| <= ln 2 / 2.) */
 static inline float exponential(float x) {
     const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
     x = x < -87.3f ? -87.3f : x;
     x = x > 88.3f ? 88.3f : x;
-    float n = (x * 1.44269504f + magic) - magic;
-    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float n = multiply_add(x, 1.44269504f, magic) - magic;
+    float r = multiply_add(n, 2.12194440e-4f, multiply_add(n, -0.693359375f, x));
     float p = 1.0f / 5040;
-    p = p * r + 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r * r + r + 1.0f;
+    p = multiply_add(p, r, 1.0f / 720);
+    p = multiply_add(p, r, 1.0f / 120);
+    p = multiply_add(p, r, 1.0f / 24);
+    p = multiply_add(p, r, 1.0f / 6);
+    p = multiply_add(p, r, 0.5f);
+    p = multiply_add(p * r, r, r) + 1.0f;
     uint32_t bits = (uint32_t)((int32_t)n + 127) << 23;
     float power;
     memcpy(&power, &bits, 4);
