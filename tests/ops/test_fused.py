@@ -11,10 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from treadle.layers.rope import rotate, rotation
 from treadle.ops import fused
+from treadle.ops.attention import block_causal
 from treadle.ops.linear import linears
 from treadle.ops.residual import residual_sum
 from treadle.ops.rms_norm import add_rms_norm, keep_rms_norm, rms_norm
+from treadle.ops.rotary import turn_reference
 from treadle.ops.swiglu import gated, gated_backward, swiglu, swiglu_reference
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -123,3 +126,31 @@ def test_products_are_counted() -> None:
     with FlopCounterMode(display=False) as counter:
         sum(linears(x, weight, weight)).sum().backward()  # type: ignore[union-attr]
     assert counter.get_total_flops() == 6 * 2 * 512 * 32 * 16
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("angles", [(1, 16), (3, 16), (3, 10)])
+def test_rotation(angles: tuple[int, int], dtype: torch.dtype, plain: Any) -> None:
+    """Of heads that lie inside a projection, for all dimensions and for the first of them."""
+    torch.manual_seed(0)
+    turned = rotation(torch.randint(0, 500, (angles[0], 50)), angles[1])
+    inputs = [torch.randn(3, 50, 4, 16).to(dtype)]
+    check(lambda x: rotate(x.transpose(1, 2), *turned), inputs, plain, tolerance=1e-6)
+    check(lambda x: rotate(x, *turned), [inputs[0].transpose(1, 2).contiguous()], plain, tolerance=1e-6)
+    exact = [turn_reference(x.transpose(1, 2).float(), *turned) for x in inputs]
+    same([t.float() for t in results(lambda x: rotate(x.transpose(1, 2), *turned), inputs)[:1]], exact, 1e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 40, 150])
+def test_attention(window: int | None, dtype: torch.dtype, plain: Any) -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(3, 4, 300, 16).to(dtype) * 2 for _ in range(3)]
+    segments = ((300,), (170, 130), (60, 211, -29))
+    check(lambda *x: block_causal(*x, segments, window), inputs, plain, tolerance=4e-6, products=True)
+    mask = torch.ones(300, 300, dtype=torch.bool).tril()
+    mask &= ~torch.ones_like(mask).tril(-(window or 300))
+    if dtype == torch.float32:
+        row = [x[:1] for x in inputs]
+        exact = results(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask), row)
+        same(results(lambda *x: block_causal(*x, segments[:1], window), row), exact, 1e-5)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from treadle.layers.context import Context
+from treadle.layers.linear import outputs
 from treadle.layers.norm import RMSNorm
 from treadle.layers.rope import rotate
 from treadle.layers.state import KeyValueCache, LayerState, SlidingWindowCache
@@ -92,18 +93,18 @@ class Attention(TokenMixer):
     def _split(self, x: Tensor, heads: int) -> Tensor:
         return split_heads(x, heads)
 
-    def _values(self, x: Tensor, context: Context) -> Tensor:
-        """v [B, G, T, E]."""
-        v = self._split(self.value(x), self.groups)
+    def _values(self, v: Tensor, x: Tensor, context: Context) -> Tensor:
+        """The projected values as [B, G, T, E], with what the values' embedding adds."""
+        v = self._split(v, self.groups)
         if self.value_embedding is None or self.value_gate is None:
             return v
         gate = 2 * self.value_gate(x[..., : self.value_gate.in_features]).sigmoid()  # [B, T, G]
         own = self._split(self.value_embedding(context.input_ids), self.groups)
         return v + gate.transpose(1, 2)[..., None] * own.to(v.dtype)
 
-    def _queries_and_keys(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """q [B, H, T, E] and k [B, G, T, E], normalised, turned and scaled."""
-        q, k = self.query(x), self.key(x)
+    def _queries_keys_values(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, H, T, E] and k [B, G, T, E], normalised, turned and scaled, and v [B, G, T, E]."""
+        q, k, v = outputs(x, self.query, self.key, self.value)
         if self.whole_norm and self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         q, k = self._split(q, self.heads), self._split(k, self.groups)
@@ -112,12 +113,12 @@ class Attention(TokenMixer):
         rotary = context.rotary if self.sliding_window is None else context.local_rotary or context.rotary
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        return q if self.query_factor is None else q * self.query_factor, k
+        return q if self.query_factor is None else q * self.query_factor, k, self._values(v, x, context)
 
     def forward(self, x: Tensor, context: Context, cache: Any = None) -> Tensor:
         rows, length, _ = x.shape
-        q, k = self._queries_and_keys(x, context)
-        v, softcap, positions = self._values(x, context), self.softcap, context.token_positions
+        q, k, v = self._queries_keys_values(x, context)
+        softcap, positions = self.softcap, context.token_positions
         if cache is None:
             dropout = self.dropout if self.training else 0.0
             y = causal_attention(q, k, v, doc_ids=context.doc_ids, segments=context.segments, dropout=dropout,
@@ -129,7 +130,8 @@ class Attention(TokenMixer):
             assert positions is not None
             keys, values = cache.append(k, v, positions, context.used)
             y = cached_attention(q, keys.to(q.dtype), values.to(q.dtype), positions.position_ids, softcap)
-        return self.out(y.transpose(1, 2).reshape(rows, length, self.heads * self.head_width))
+        y = y.transpose(1, 2).reshape(rows, length, self.heads * self.head_width)
+        return outputs(y, self.out)[0]
 
 
 class SlidingAttention(Attention):

@@ -16,8 +16,8 @@ class BidirectionalAttention(Attention):
 
     def forward(self, x: Tensor, context: Context, cache: Any = None) -> Tensor:
         rows, length, _ = x.shape
-        q, k = self._queries_and_keys(x, context)
-        v, documents = self._split(self.value(x), self.groups), context.doc_ids
+        q, k, v = self._queries_keys_values(x, context)
+        documents = context.doc_ids
         mask = None if documents is None else documents[:, :, None] == documents[:, None]
         y = bidirectional_attention(q, k, v, mask, self.dropout if self.training else 0.0)
         return self.out(y.transpose(1, 2).reshape(rows, length, self.heads * self.head_width))

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from treadle.errors import ConfigError
+from treadle.ops.fused import KINDS, kernels, threads_for
 from treadle.ops.planned import gpu_is_planned
 from treadle.ops.sliding_window_attention import sliding_window_attention
 
@@ -111,42 +113,66 @@ class _BlockCausal(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, spans: tuple[Span, ...], window: int | None) -> Tensor:  # type: ignore[override]
-        scale = q.shape[2] ** -0.5
-        out = torch.zeros_like(q)  # padding belongs to no span
-        kept, masks = [], {}
+    def forward(  # type: ignore[override]
+        ctx, q: Tensor, k: Tensor, v: Tensor, spans: tuple[Span, ...], window: int | None, heads: int
+    ) -> Tensor:
+        _, length, width = q.shape
+        # [B, T, H, E] in memory, as the projection that follows reads it; padding belongs to no span.
+        out = q.new_zeros(q.shape[0] // heads, length, heads, width)
+        kept = []
         for first, last, begin, end in spans:
+            rows = out[first // heads : last // heads].transpose(1, 2)
             for start in range(begin, end, QUERY_BLOCK):
                 stop, low = min(start + QUERY_BLOCK, end), _first_key(begin, start, window)
-                shape = (stop - start, stop - low)
-                if shape not in masks:  # equal shapes have equal masks: their first key is the span's, or `window` before
-                    masks[shape] = q.new_full((1, *shape), float("-inf")).triu_(start - low + 1)
-                    if window is not None:
-                        masks[shape] += q.new_full((1, *shape), float("-inf")).tril_(start - low - window)
-                keys = k[first:last, low:stop].transpose(1, 2)
-                share = torch.softmax(torch.baddbmm(masks[shape], q[first:last, start:stop], keys, alpha=scale), -1)
-                out[first:last, start:stop] = torch.bmm(share, v[first:last, low:stop])
+                share = _shares(q[first:last, start:stop], k[first:last, low:stop], start - low, window)
+                rows[:, :, start:stop] = torch.bmm(share, v[first:last, low:stop]).unflatten(0, (-1, heads))
                 kept.append(share)
         ctx.save_for_backward(q, k, v, *kept)
         ctx.spans, ctx.window = spans, window
-        return out
+        return out.transpose(1, 2)
 
     @staticmethod
+    @once_differentiable  # type: ignore[misc]
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         q, k, v, *kept = ctx.saved_tensors
-        scale, shares = q.shape[2] ** -0.5, iter(kept)
-        grad = grad.contiguous()
+        shares = iter(kept)
+        grad = grad.reshape(q.shape)
         grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for first, last, begin, end in ctx.spans:
             for start in range(begin, end, QUERY_BLOCK):
                 stop, share = min(start + QUERY_BLOCK, end), next(shares)
                 rows, part, low = slice(first, last), grad[first:last, start:stop], _first_key(begin, start, ctx.window)
                 grad_v[rows, low:stop].baddbmm_(share.transpose(1, 2), part)
-                slope = torch.bmm(part, v[rows, low:stop].transpose(1, 2))
-                slope = torch._softmax_backward_data(slope, share, -1, share.dtype)
-                grad_q[rows, start:stop] = torch.bmm(slope, k[rows, low:stop]).mul_(scale)
-                grad_k[rows, low:stop].baddbmm_(slope.transpose(1, 2), q[rows, start:stop], alpha=scale)
-        return grad_q, grad_k, grad_v, None, None
+                slope = _slopes(torch.bmm(part, v[rows, low:stop].transpose(1, 2)), share, q.shape[2] ** -0.5, start - low, ctx.window)
+                grad_q[rows, start:stop] = torch.bmm(slope, k[rows, low:stop])
+                grad_k[rows, low:stop].baddbmm_(slope.transpose(1, 2), q[rows, start:stop])
+        return grad_q, grad_k, grad_v, None, None, None
+
+
+def _shares(q: Tensor, k: Tensor, offset: int, window: int | None) -> Tensor:
+    """q [N, Q, E], k [N, K, E] -> softmax of their scaled products [N, Q, K]; query i stands at key offset + i, and sees that
+    one and those before it, `window` at most."""
+    scale, keys = q.shape[2] ** -0.5, k.transpose(1, 2)
+    native = kernels(q, k)
+    if native is not None:
+        share = torch.bmm(q, keys)
+        native.causal_softmax(share.data_ptr(), KINDS[share.dtype], scale, *share.shape, offset, window or 0, threads_for(share.numel()))
+        return share
+    mask = q.new_full((1, q.shape[1], k.shape[1]), float("-inf")).triu_(offset + 1)
+    if window is not None:
+        mask += torch.full_like(mask, float("-inf")).tril_(offset - window)
+    return torch.softmax(torch.baddbmm(mask, q, keys, alpha=scale), -1)
+
+
+def _slopes(grad: Tensor, share: Tensor, scale: float, offset: int, window: int | None) -> Tensor:
+    """The gradient of the shares [N, Q, K] -> that of the products before they were scaled; `grad` may be overwritten."""
+    native = kernels(grad, share)
+    if native is None:
+        return torch._softmax_backward_data(grad, share, -1, share.dtype).mul_(scale)
+    native.causal_softmax_backward(
+        grad.data_ptr(), share.data_ptr(), KINDS[grad.dtype], scale, *grad.shape, offset, window or 0, threads_for(grad.numel())
+    )
+    return grad
 
 
 def _first_key(begin: int, start: int, window: int | None) -> int:
@@ -184,7 +210,7 @@ def block_causal(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: in
     rows, heads, length, width = q.shape
     k, v = _expand_groups(q, k, v)
     flat = [x.reshape(rows * heads, length, width) for x in (q, k, v)]
-    return _BlockCausal.apply(*flat, spans_of(segments, heads), window).view(rows, heads, length, width)  # type: ignore[no-untyped-call]
+    return _BlockCausal.apply(*flat, spans_of(segments, heads), window, heads)  # type: ignore[no-untyped-call]
 
 
 def causal_attention(

@@ -99,8 +99,13 @@ def linears_backward(
     return grad_x, [slope.t() @ x if want else None for slope, want in zip(slopes, wanted[1:])]
 
 
+def is_short(x: Tensor) -> bool:
+    """Whether what is computed once, for a few rows, is over before a function with gradients has begun."""
+    return not torch.is_grad_enabled() and x.numel() < ONEDNN_FROM_ROWS * x.shape[-1]
+
+
 def linears(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     """x [..., K], weights [O_i, K] -> x W_i^T [..., O_i], in autocast's type where that is on."""
-    if not runs_on_cpu(x, *weights):
+    if is_short(x) or not runs_on_cpu(x, *weights):
         return tuple(F.linear(x, w) for w in weights)
     return _Linears.apply(x, *weights)  # type: ignore[no-untyped-call, no-any-return]

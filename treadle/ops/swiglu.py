@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from treadle.ops.fused import KINDS, kernels, threads_for
-from treadle.ops.linear import linears_backward, product
+from treadle.ops.linear import is_short, linears_backward, product
 from treadle.ops.planned import runs_on_cpu
 from treadle.ops.precision import compute_dtype, without_autocast
 
@@ -76,6 +76,6 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """x [..., D]; gate, up [I, D]; down [D, I] -> [..., D], in autocast's type where that is on."""
-    if not runs_on_cpu(x, gate, up, down):
+    if is_short(x) or not runs_on_cpu(x, gate, up, down):
         return swiglu_reference(x, gate, up, down)
     return _SwiGLU.apply(x, gate, up, down)  # type: ignore[no-untyped-call, no-any-return]
