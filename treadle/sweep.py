@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import json
 import math
 import os
 import re
@@ -21,9 +22,9 @@ from treadle.distributed.launch import GRACE_SECONDS, threads_of_each
 from treadle.errors import ConfigError, TreadleError
 from treadle.monitor.records import write_json
 from treadle.processes import end_with_parent, orderly_end
+from treadle.reporting.bars import svg_bars
 
 EXAMPLE = "treadle sweep RECIPE --over optim.learning_rate=1e-3,3e-3 --seeds 3"
-METRICS = ("bpb", "loss")  # columns of eval_log.csv, the first that a run has; lower is better for both
 BAR = 40  # characters
 
 
@@ -39,8 +40,10 @@ class Cell:
     seed: int
     folder: Path
     value: float | None = None  # at the newest evaluation
-    metric: str = ""
+    metric: str = ""  # the one that the objective ranks by
+    lower_is_better: bool = True
     step: int = 0
+    cpu_seconds: float = 0.0  # of training
     failed: str = ""
 
     @property
@@ -102,6 +105,8 @@ def run(asked: Sweep, say: Callable[[str], None]) -> list[Cell]:
             for child in [child for child in running if child.poll() is not None]:
                 _ended(child.returncode, running.pop(child), say)
     write_json(asked.output / "sweep.json", {"cells": [_record(cell) for cell in cells]})
+    if (picture := picture_of(cells)) is not None:
+        (asked.output / "sweep.svg").write_text(picture, encoding="utf-8")
     return cells
 
 
@@ -125,43 +130,74 @@ def _ended(code: int, cell: Cell, say: Callable[[str], None]) -> None:
             raise ConfigError(f"{cell.label}: {cell.failed.removeprefix('error: ')}")
         say(f"{cell.label} seed {cell.seed}: {cell.failed} ({cell.folder / 'sweep.out'})")
         return
-    cell.metric, cell.value, cell.step = _newest(cell.folder / "eval_log.csv")
+    summary = json.loads((cell.folder / "summary.json").read_text(encoding="utf-8"))
+    cell.cpu_seconds, cell.metric = summary["cpu_seconds"], summary["ranking_metric"]
+    cell.lower_is_better = summary["lower_is_better"]
+    cell.value, cell.step = _newest(cell.folder / "eval_log.csv", cell.metric)
     shown = "no evaluation" if cell.value is None else f"{cell.metric} {cell.value:.4f} at step {cell.step}"
     say(f"{cell.label} seed {cell.seed}: {shown}")
 
 
-def _newest(log: Path) -> tuple[str, float | None, int]:
+def _newest(log: Path, metric: str) -> tuple[float | None, int]:
     if not log.is_file():
-        return "", None, 0
+        return None, 0
     with log.open(encoding="utf-8") as stream:
         rows = [row for row in csv.DictReader(stream) if row.get("split", "validation") == "validation"]
-    for metric in METRICS:
-        if rows and rows[-1].get(metric):
-            return metric, float(rows[-1][metric]), int(rows[-1]["step"])
-    return "", None, 0
+    if rows and rows[-1].get(metric):
+        return float(rows[-1][metric]), int(rows[-1]["step"])
+    return None, 0
+
+
+@dataclass
+class Point:
+    """The runs of one combination of values."""
+
+    label: str
+    cells: list[Cell]
+
+    @property
+    def values(self) -> list[float]:
+        return [cell.value for cell in self.cells if cell.value is not None and math.isfinite(cell.value)]
+
+    @property
+    def cpu_seconds(self) -> float:
+        return statistics.mean(cell.cpu_seconds for cell in self.cells if cell.value is not None)
+
+
+def ranked(cells: list[Cell]) -> list[Point]:
+    """The points of the grid, the best mean first, those without an evaluation last."""
+    points: dict[str, Point] = {}
+    for cell in cells:
+        points.setdefault(cell.label, Point(cell.label, [])).cells.append(cell)
+    sign = 1 if all(cell.lower_is_better for cell in cells) else -1
+    return sorted(points.values(), key=lambda point: sign * statistics.mean(point.values) if point.values else math.inf)
 
 
 def lines_of(cells: list[Cell]) -> list[str]:
-    """The table, best mean first: mean, largest - smallest over the seeds, and a bar from the best (empty) to the worst."""
-    points: dict[str, list[Cell]] = {}
-    for cell in cells:
-        points.setdefault(cell.label, []).append(cell)
-    metric = next((cell.metric for cell in cells if cell.metric), METRICS[0])
-    found = {label: [c.value for c in own if c.value is not None and math.isfinite(c.value)] for label, own in points.items()}
-    means = {label: statistics.mean(values) for label, values in found.items() if values}
-    ranked = sorted(points, key=lambda label: means.get(label, math.inf))
-    best, worst = min(means.values(), default=0.0), max(means.values(), default=0.0)
-    width = max(len(label) for label in points)
-    lines = [f"{'':<{width}}  {metric:>8}  {'spread':>7}  seeds"]
-    for label in ranked:
-        values, missing = found[label], len(points[label]) - len(found[label])
-        if label not in means:
-            lines.append(f"{label:<{width}}  {'-':>8}  {'-':>7}  0 of {missing}")
+    """The table, best mean first: mean, largest - smallest over the seeds, CPU seconds of training, and a bar from the best
+    (empty) to the worst."""
+    points = ranked(cells)
+    means = [statistics.mean(point.values) for point in points if point.values]
+    metric = next((cell.metric for cell in cells if cell.metric), "loss")
+    width = max(len(point.label) for point in points)
+    lines = [f"{'':<{width}}  {metric:>8}  {'spread':>7}  {'CPU s':>7}  seeds"]
+    for point in points:
+        values, missing = point.values, len(point.cells) - len(point.values)
+        if not values:
+            lines.append(f"{point.label:<{width}}  {'-':>8}  {'-':>7}  {'-':>7}  0 of {missing}")
             continue
-        bar = "#" * round(BAR * (means[label] - best) / (worst - best)) if worst > best else ""
-        count = f"{len(values)}" + (f" of {len(points[label])}" if missing else "")
-        lines.append(f"{label:<{width}}  {means[label]:>8.4f}  {max(values) - min(values):>7.4f}  {count:<5}  {bar}".rstrip())
+        mean = statistics.mean(values)
+        bar = "#" * round(BAR * abs(mean - means[0]) / abs(means[-1] - means[0])) if means[-1] != means[0] else ""
+        count = f"{len(values)}" + (f" of {len(point.cells)}" if missing else "")
+        lines.append(f"{point.label:<{width}}  {mean:>8.4f}  {max(values) - min(values):>7.4f}  {point.cpu_seconds:>7.1f}  "
+                     f"{count:<5}  {bar}".rstrip())  # fmt: skip
     return lines
+
+
+def picture_of(cells: list[Cell]) -> str | None:
+    """The same as SVG; None where nothing was evaluated."""
+    rows = [(p.label, statistics.mean(p.values), min(p.values), max(p.values)) for p in ranked(cells) if p.values]
+    return svg_bars(next(cell.metric for cell in cells if cell.metric), rows) if rows else None
 
 
 def unfinished(cells: list[Cell]) -> SweepFailed | None:
@@ -174,7 +210,7 @@ def unfinished(cells: list[Cell]) -> SweepFailed | None:
 
 def _record(cell: Cell) -> dict[str, Any]:
     return {"point": dict(cell.point), "seed": cell.seed, "folder": str(cell.folder), "metric": cell.metric,
-            "value": cell.value, "step": cell.step, "failed": cell.failed}  # fmt: skip
+            "value": cell.value, "step": cell.step, "cpu_seconds": cell.cpu_seconds, "failed": cell.failed}  # fmt: skip
 
 
 def _folder(point: tuple[tuple[str, str], ...], seed: int) -> str:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -31,6 +32,9 @@ def test_a_grid_runs_and_the_same_command_repeats_nothing(text_file: Path, tmp_p
     again = treadle(*line)
     assert again.stdout.splitlines()[-3:] == first.stdout.splitlines()[-3:]
     assert all((Path(folder) / "training_log.csv").read_bytes() == log for folder, log in logs.items())
+    assert all(c["metric"] == "bpb" and c["cpu_seconds"] > 0 for c in cells)
+    drawn = ElementTree.parse(tmp_path / "grid" / "sweep.svg").getroot()
+    assert {"optim.learning_rate=1e-3", "optim.learning_rate=3e-2"} < {element.text for element in drawn.iter()}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -71,9 +75,11 @@ def test_a_list_is_one_value_and_points_multiply() -> None:
 
 
 def test_the_table_ranks_by_the_mean_and_keeps_what_failed() -> None:
-    def cell(value: str, seed: int, found: float | None) -> Cell:
-        return Cell((("lr", value),), seed, Path(), found, "bpb" if found else "", 4, "" if found else "exit code 76")
+    def cell(value: str, seed: int, found: float | None, lower: bool = True) -> Cell:
+        return Cell((("lr", value),), seed, Path(), found, "bpb" if found else "", lower, 4, 8.0 + seed, "" if found else "exit code 76")
 
     lines = lines_of([cell("1", 0, 3.0), cell("2", 0, 1.0), cell("3", 0, None), cell("1", 1, 2.0), cell("2", 1, 2.0), cell("3", 1, None)])
     assert [line.split()[0] for line in lines[1:]] == ["lr=2", "lr=1", "lr=3"]
-    assert lines[1].split()[1:] == ["1.5000", "1.0000", "2"] and lines[2].endswith("#" * 40) and lines[3].endswith("0 of 2")
+    assert lines[1].split()[1:] == ["1.5000", "1.0000", "8.5", "2"] and lines[2].endswith("#" * 40) and lines[3].endswith("0 of 2")
+    upward = lines_of([cell("1", 0, 3.0, False), cell("2", 0, 1.0, False)])
+    assert [line.split()[0] for line in upward[1:]] == ["lr=1", "lr=2"]

@@ -112,6 +112,7 @@ class RunFolder:
             "max_steps": context.plan.max_steps,
             "tokens": state.tokens,
             "seconds": state.seconds,
+            "cpu_seconds": state.cpu_seconds,
             "parameters": self.parameter_count,
             "architecture": context.model.arch,
             "precision": context.precision,
@@ -121,6 +122,8 @@ class RunFolder:
             "best_metric": best.get("value"),
             "best_metric_name": context.config.checkpoint.metric_for_best_model,
             "best_step": best.get("step"),
+            "ranking_metric": (ranking := context.objective.ranking_metric),
+            "lower_is_better": context.objective.metric(ranking).lower_is_better,
             "skipped_steps": state.skipped_steps,
             "data_fingerprint": state.data_fingerprint,
         }

@@ -16,6 +16,7 @@ class RunState:
     position: Any = None  # where the dataset goes on, as the dataset itself says it; None is its start
     tokens: int = 0  # real positions seen
     seconds: float = 0.0  # spent training, over all starts
+    cpu_seconds: float = 0.0  # of this process and its threads meanwhile
     skipped_steps: int = 0
     rollbacks: int = 0
     ended: str = ""  # why training ended before max_steps, as the callback `ended_by` wanted it
@@ -25,6 +26,13 @@ class RunState:
     threads: int = 0
     data_fingerprint: str = ""
     callbacks: dict[str, dict[str, Any]] = field(default_factory=dict)  # each one's state_dict, by name
+
+    def advance(self, tokens: int, seconds: float, cpu_seconds: float) -> None:
+        """One step is done."""
+        self.step += 1
+        self.tokens += tokens
+        self.seconds += seconds
+        self.cpu_seconds += cpu_seconds
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -137,16 +137,14 @@ class Trainer:
 
     def _step(self, micro_batches: list[Batch], position: Position) -> None:
         """One optimiser step, and what the run remembers of it."""
-        state, context, begun = self.state, self.context, time.perf_counter()
+        state, context, begun, cpu = self.state, self.context, time.perf_counter(), time.process_time()
         context.warmed_up = state.step >= warmup_steps(self.recipe.optim, self.plan.max_steps)
         context.learning_rate = learning_rate(self.recipe.optim, state.step, self.plan.max_steps)
         context.result = self.assembly.stepper.run(state.step, micro_batches, context.learning_rate, veto=self.callbacks.skip_update)
         context.step_seconds = time.perf_counter() - begun
         context.data_wait, context.data_wait_share, context.computed = self.feed.waits(context.step_seconds)
         context.step_positions, state.position = self.feed.begun_at, position
-        state.step += 1
-        state.tokens += context.result.counts.get("tokens", 0)
-        state.seconds += context.step_seconds
+        state.advance(context.result.counts.get("tokens", 0), context.step_seconds, time.process_time() - cpu)
 
     def _between_steps(self) -> bool:
         """Carries out, in this order, what was asked for since the last step; true when training ends here."""
