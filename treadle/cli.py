@@ -253,6 +253,8 @@ def generate(
     stop: Annotated[str | None, typer.Option(help="End before this text.")] = None,
     show_chunks: Annotated[bool, typer.Option("--show-chunks", help="Colour by learned chunk (hnet).")] = False,
     weights: Weights = None,
+    speculative: Annotated[str | None, typer.Option(help="ngram: guess tokens from the text so far; same outcome.")] = None,
+    draft: Annotated[str | None, typer.Option(help="A smaller run with the same tokenizer that guesses; same outcome.")] = None,
     device: Device = "auto",
     trust_code: Trust = None,
 ) -> None:
@@ -274,7 +276,8 @@ def generate(
     loaded = load_run(_runs([run or "last"] if run or not model_path else None, model_path)[0], device)
     tokenizer = tokenizer_of(loaded)
     sampling, count = typed_over(generation_defaults(loaded.checkpoint.folder), typed)
-    session = Session(loaded.model, tokenizer, Sampling(**sampling), count, seed, stop, weights=quantize_once(loaded, weights))
+    session = Session(loaded.model, tokenizer, Sampling(**sampling), count, seed, stop, weights=quantize_once(loaded, weights),
+                      speculative=speculative, draft=load_run(draft, device).model if draft is not None else None)  # fmt: skip
 
     def write(text: str) -> None:
         echo(text, end="")

@@ -13,6 +13,7 @@ from treadle.errors import ConfigError
 from treadle.generation.decoding import DecodableModel
 from treadle.generation.reading import Reading, reading
 from treadle.generation.sampling import Sampling, next_ids
+from treadle.generation.speculation import Draft, NGrams, Proposer, speculated
 from treadle.text.base import Tokenizer
 
 
@@ -31,6 +32,9 @@ def generate(
     on_ids: Callable[[Tensor], bool | None] | None = None,
     extras: dict[str, Any] | None = None,
     weights: str | None = None,
+    speculative: str | None = None,
+    draft: DecodableModel | None = None,
+    statistics: dict[str, int] | None = None,
 ) -> Tensor:
     """Prompt ids [B, T] or [T] -> prompt + new ids [B, T + N], int64. Prompts of different lengths, as a list of lists, get
     padding (0) on the left; each goes on as it would alone.
@@ -38,7 +42,10 @@ def generate(
     No stop unless eos_id is given: then rows end after it and are filled with it. Positions with attention_mask 0 are
     padding. extras: what else the model reads, by name and with the rows first, as in Batch; it comes with the prompt
     alone, so that the model keeps it in its state. `on_ids` sees each new column [B] and stops the generation by
-    returning True. weights: fp32, bf16, int8 or int4, what the linear layers' weights are read in. Raises ConfigError for an empty prompt, ids outside the vocabulary, or settings out of range.
+    returning True. weights: fp32, bf16, int8 or int4, what the linear layers' weights are read in.
+    speculative = "ngram" (what followed the last tokens before) or draft (a smaller model with the same tokens): several tokens
+    of a single row are read at once, with the same outcome (generation/speculation.py); statistics gets the sums of steps,
+    tokens proposed and kept. Raises ConfigError for an empty prompt, ids outside the vocabulary, or settings out of range.
     """
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
     if attention_mask is None and _is_ragged(input_ids):
@@ -52,12 +59,18 @@ def generate(
         raise ConfigError(f"the prompt has ids outside 0..{vocabulary - 1}; is this the model's own tokenizer?")
     if max_new_tokens < 0:
         raise ConfigError(f"max_new_tokens = {max_new_tokens}: must be >= 0")
+    _check_speculation(model, ids, speculative, draft, extras)
     was_training = model.training
     ready = reading(model, weights) if max_new_tokens else Reading(model, "fp32", {})
     model.eval()
     try:
         with torch.inference_mode():
-            columns = list(_columns(ready, ids, max_new_tokens, sampling, eos_id, attention_mask, seed, on_ids, extras))
+            if speculative is None and draft is None:
+                columns = list(_columns(ready, ids, max_new_tokens, sampling, eos_id, attention_mask, seed, on_ids, extras))
+            else:
+                if attention_mask is not None:
+                    ids = ids[torch.as_tensor(attention_mask).reshape(ids.shape) != 0][None]
+                columns = _speculated(ready, ids, max_new_tokens, sampling, eos_id, seed, on_ids, speculative, draft, weights, statistics)
     finally:
         model.train(was_training)
     return torch.cat([ids, *(column[:, None].cpu() for column in columns)], dim=1)
@@ -111,6 +124,47 @@ def _columns(
         if seen is not None:
             seen.scatter_(1, new[:, None], True)
         logits = decoding.step(new, None if eos_id is None else (~finished).nonzero()[:, 0])
+
+
+def _check_speculation(model: DecodableModel, ids: Tensor, speculative: str | None, draft: DecodableModel | None, extras: Any) -> None:
+    if speculative is None and draft is None:
+        return
+    if speculative not in (None, "ngram"):
+        raise ConfigError(f"speculative = {speculative!r}: use ngram, or give a smaller model as draft")
+    if speculative is not None and draft is not None:
+        raise ConfigError("speculative and draft exclude one another; keep one")
+    if ids.shape[0] != 1 or extras is not None:
+        raise ConfigError(f"speculation reads one row of tokens at a time, not {ids.shape[0]}; leave it out, or give one prompt")
+    if draft is not None and draft.vocab_size != model.vocab_size:
+        raise ConfigError(f"the draft has {draft.vocab_size} tokens, the model {model.vocab_size}; a draft has the same tokenizer")
+
+
+def _speculated(
+    ready: Reading, ids: Tensor, count: int, sampling: Sampling, eos_id: int | None, seed: int,
+    on_ids: Callable[[Tensor], bool | None] | None, speculative: str | None, draft: DecodableModel | None, weights: str | None,
+    statistics: dict[str, int] | None,
+) -> list[Tensor]:  # fmt: skip
+    """The new columns of a single row."""
+    if count == 0:
+        return []
+    generator = torch.Generator().manual_seed(seed)
+    longest = ids.shape[1] + count
+    proposer: Proposer = NGrams()
+    draft_trains = draft is not None and draft.training
+    if draft is not None:
+        of_draft = reading(draft, weights)
+        draft.eval()
+        proposer = Draft(of_draft.start(1, longest), sampling, generator)
+    columns = []
+    try:
+        for token in speculated(ready.start(1, longest), ids, count, sampling, generator, proposer, statistics):
+            columns.append(torch.tensor([token]))
+            if (on_ids is not None and on_ids(columns[-1])) or token == eos_id:
+                break
+    finally:
+        if draft is not None:
+            draft.train(draft_trains)
+    return columns
 
 
 def _seen(batch: Batch, vocabulary: int) -> Tensor:

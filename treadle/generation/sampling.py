@@ -59,26 +59,54 @@ def stored_defaults(table: dict[str, Any], place: str) -> dict[str, Any]:
     return found
 
 
-def next_ids(logits: Tensor, seen: Tensor | None, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """logits [B, V], seen: bool [B, V] (tokens that occurred; needed by a penalty alone), -> ids [B].
-
-    The repetition penalty divides positive and multiplies negative logits of seen tokens (Keskar et al. 2019, arXiv
-    1909.05858); then temperature, top-k, and the smallest set of probability top_p (Holtzman et al. 2020, 1904.09751).
-    """
+def penalised(logits: Tensor, seen: Tensor | None, penalty: float) -> Tensor:
+    """logits [B, V] in fp32; those of seen tokens (bool [B, V]; needed by a penalty other than 1 alone) divided by the penalty
+    where positive and multiplied by it where negative (Keskar et al. 2019, arXiv 1909.05858)."""
     logits = logits.float()
-    if sampling.repetition_penalty != 1 and seen is not None:
-        scaled = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
-        logits = torch.where(seen, scaled, logits)
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
-    logits = logits / sampling.temperature
+    if penalty == 1 or seen is None:
+        return logits
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def _limited(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor] | None:
+    """(weights [B, K] of the likeliest tokens, zero where they are cut off, and their ids); None where all may be drawn."""
     count = logits.shape[-1]
     limited = 0 < sampling.top_k < count
     if not limited and sampling.top_p == 1:
-        return torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
+        return None
     ordered, index = logits.topk(sampling.top_k if limited else count, -1)  # likeliest first
     share = ordered.softmax(-1)
     if sampling.top_p < 1:
         share = share.masked_fill(share.cumsum(-1) - share >= sampling.top_p, 0.0)  # the set before a token is already enough
+    return share, index
+
+
+def next_ids(logits: Tensor, seen: Tensor | None, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """logits [B, V], seen: bool [B, V] (tokens that occurred), -> ids [B].
+
+    First the repetition penalty; then temperature, top-k, and the smallest set of probability top_p (Holtzman et al. 2020,
+    1904.09751).
+    """
+    logits = penalised(logits, seen, sampling.repetition_penalty)
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / sampling.temperature
+    limited = _limited(logits, sampling)
+    if limited is None:
+        return torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
+    share, index = limited
     drawn = torch.multinomial(share.cpu(), 1, generator=generator).to(logits.device)
     return index.gather(-1, drawn)[:, 0]
+
+
+def probabilities(logits: Tensor, seen: Tensor | None, sampling: Sampling) -> Tensor:
+    """What `next_ids` draws from, [B, V]; greedily all of it lies on one token."""
+    logits = penalised(logits, seen, sampling.repetition_penalty)
+    if sampling.temperature == 0:
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    logits = logits / sampling.temperature
+    limited = _limited(logits, sampling)
+    if limited is None:
+        return logits.softmax(-1)
+    share, index = limited
+    return torch.zeros_like(logits).scatter_(-1, index, share / share.sum(-1, keepdim=True))
