@@ -44,7 +44,7 @@ class PlainGPT(nn.Module):
                 nn.init.normal_(parameter, 0, 0.02)
 
     def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
-        x = self.embedding(ids) + self.positions(torch.arange(ids.shape[1]))
+        x = self.embedding(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
         for block in self.blocks:
             x = block(x)
         logits = self.head(self.norm(x))
