@@ -38,7 +38,7 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
         {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 1, "layer_types": ["local", "full"], "sliding_window": 6,
          "qk_norm": True, "qk_norm_over": "projection", "pre_norm": False, "post_norms": True, "attention_bias": True, "mlp_bias": True,
          "partial_rotary_factor": 0.5, "initializer_range": 0.2, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
-        {"hidden_size": 32, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "mlp": "relu2", "value_embeddings": True, "logit_softcap": 5.0},
+        {"hidden_size": 32, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "mlp": "relu2", "value_embeddings": True, "logit_softcap": 5.0, "token_shift": True},
         {**MIXER, "num_layers": 8, "num_kv_heads": 2, "layer_types": [*KINDS, "full_attention"]},
         *({**MIXER, "layer_types": [kind], "style": "gpt2" if index % 2 else "llama"} for index, kind in enumerate(KINDS)),
     ],

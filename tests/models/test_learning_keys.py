@@ -51,7 +51,7 @@ def test_a_value_is_the_projection_plus_the_gated_vector_of_its_token() -> None:
     with torch.no_grad():
         attention.value_gate.weight.normal_()  # type: ignore
     x, context = torch.randn(2, 12, 32), model.context(rows, None)  # type: ignore
-    found = attention._values(x, context)  # type: ignore
+    found = attention._values(attention.value(x), x, context)  # type: ignore
     gates = 2 / (1 + torch.exp(-x @ attention.value_gate.weight.T))  # type: ignore
     own = attention.value_embedding.weight[rows.input_ids].view(2, 12, 2, 8)  # type: ignore
     wanted = attention.value(x).view(2, 12, 2, 8) + gates[..., None] * own  # type: ignore
@@ -71,6 +71,39 @@ def test_blocks_that_start_at_zero_add_nothing() -> None:
     rows, model = batch(), build("transformer", **SMALL, zero_init_residual=True)
     x = model.embedding(rows.input_ids)  # type: ignore
     torch.testing.assert_close(model.hidden(rows).hidden, model.norm(x))  # type: ignore
+
+
+def test_a_shifted_embedding_has_a_share_of_the_one_before_in_its_document() -> None:
+    model = build("transformer", **SMALL, token_shift=True)
+    with torch.no_grad():
+        model.token_shift.gate.weight.normal_()  # type: ignore
+    documents = torch.tensor([[0] * 5 + [1] * 7, [0] * 9 + [-1] * 3])
+    rows = Batch.for_training(batch().input_ids, documents)
+    x = model.embedding(rows.input_ids)  # type: ignore
+    found = model.embed(rows, model.context(rows, None))  # type: ignore
+    for row, t in [(0, 0), (0, 5), (1, 0)]:
+        torch.testing.assert_close(found[row, t], x[row, t])
+    for row, t in [(0, 1), (0, 6), (1, 8)]:
+        share = torch.sigmoid(x[row, t] @ model.token_shift.gate.weight[0])  # type: ignore
+        torch.testing.assert_close(found[row, t], x[row, t] + share * x[row, t - 1])
+
+
+def test_a_shift_goes_on_over_padding_from_its_state() -> None:
+    model = build("transformer", **SMALL, token_shift=True).eval()
+    with torch.no_grad():
+        model.token_shift.gate.weight.normal_()  # type: ignore
+    ids = batch(1, 7).input_ids
+    whole = model(Batch.from_ids(ids)).logits
+    state, padded = model.new_state(1, 16), torch.full((1, 12), 3)
+    at = torch.tensor([1, 2, 6, 8, 9])
+    padded[0, at] = ids[0, :5]
+    documents = torch.full((1, 12), -1)
+    documents[0, at] = 0
+    out = model(Batch.from_ids(padded, documents), state)
+    torch.testing.assert_close(out.logits[0, at], whole[0, :5])
+    for t in (5, 6):
+        out = model(Batch.from_ids(ids[:, t : t + 1]), out.state)
+        torch.testing.assert_close(out.logits[0, 0], whole[0, t])
 
 
 def test_value_embeddings_want_attention_where_they_would_be() -> None:

@@ -12,11 +12,9 @@ from treadle.layers.norm import RMSNorm
 from treadle.layers.rope import rotate
 from treadle.layers.state import KeyValueCache, LayerState, SlidingWindowCache
 from treadle.layers.token_mixers import TokenMixer
+from treadle.layers.token_shift import GATE_FEATURES
 from treadle.ops.attention import cached_attention, causal_attention, scores_computed
 from treadle.ops.sliding_window_attention import sliding_window_flops
-
-GATE_FEATURES = 32  # of x, that the gates of value embeddings read
-
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """[B, T, H E] -> [B, H, T, E]."""

@@ -23,5 +23,6 @@ class Context:
     used: int = 0
     token_mixer_only: bool = False  # a block answers with its mixer alone, for matching it in distillation
     input_ids: Tensor | None = None  # int64 [B, T], where blocks have vectors of the tokens' own
+    previous: Any = None  # with a decoding state: what a token shift of the embeddings keeps
     routed: list[Any] | None = None  # what routers decide is kept here when somebody looks
     steered: list[Any] | None = None  # and what dynamics do

@@ -79,6 +79,10 @@ class DenseConfig(DecoderConfig):
     """Every other block, the last among them, adds a vector of each token's own to its attention's values, through a gate
     that a head learns: vocab_size x (num_kv_heads x head_dim) more weights a block, and no more matrix products."""
 
+    token_shift: bool = option(False, aliases=("smear",))
+    """Each token's embedding takes a share of the one before it in its document, through a gate that reads the token's own: 32
+    weights, and two positions are seen before the first attention."""
+
     zero_init_residual: bool = option(False)
     """Projections into the residual stream start at zero, so that a fresh block adds nothing."""
 

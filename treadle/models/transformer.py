@@ -20,6 +20,7 @@ from treadle.layers.norm import keeping, make_norm, of_sum
 from treadle.layers.rope import rotation, scaled_rotation
 from treadle.layers.state import State
 from treadle.layers.token_mixers import TOKEN_MIXERS, TokenMixer, layer_types_of
+from treadle.layers.token_shift import TokenShift
 from treadle.models.backbone import Backbone
 from treadle.models.base import ParameterRule
 from treadle.models.dense_keys import DenseConfig
@@ -165,6 +166,7 @@ class Transformer(Backbone):
             self.tie()
         learned = config.style == "gpt2"
         self.positions = nn.Embedding(config.max_position_embeddings, config.hidden_size) if learned else None
+        self.token_shift = TokenShift(config.hidden_size) if config.token_shift else None
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def make_block(self, index: int) -> nn.Module:
@@ -174,6 +176,7 @@ class Transformer(Backbone):
         context = super().context(batch, state)
         context.steered = self._steered
         context.input_ids = batch.input_ids if self.config.value_embeddings else None
+        context.previous = state.layers[-1] if state is not None and self.token_shift is not None else None
         if self.positions is None:
             c, ids = self.config, self._position_ids(batch, context)
             if c.rope_scaling is None:
@@ -194,6 +197,8 @@ class Transformer(Backbone):
         x = super().embed(batch, context)
         if self.config.embedding_multiplier != 1:
             x = x * self.config.embedding_multiplier
+        if self.token_shift is not None:
+            x = self.token_shift(x, self._position_ids(batch, context), context.token_positions, context.previous)
         if self.positions is not None:
             longest = context.used if context.token_positions is not None else batch.shape[1]
             if longest > self.config.max_position_embeddings:
@@ -213,6 +218,12 @@ class Transformer(Backbone):
 
     def layer_state(self, index: int, batch_size: int, max_len: int, device: Any, dtype: Any) -> Any:
         return self.layers[index].attention.new_state(batch_size, max_len, device, dtype)  # type: ignore[operator, union-attr]
+
+    def new_state(self, batch_size: int, max_len: int, device: Any = None, dtype: Any = None) -> State:
+        state = super().new_state(batch_size, max_len, device, dtype)
+        if self.token_shift is not None:
+            state.layers.append(self.token_shift.new_state(batch_size, device or self.device, dtype or self.dtype))
+        return state
 
     def flops(self, length: int) -> int:
         c = self.config
@@ -263,7 +274,7 @@ class Transformer(Backbone):
         layer, _, rest = name.partition(".dynamics.")
         if rest and (own_start := self.get_submodule(f"{layer}.dynamics").initial(rest)) is not None:  # type: ignore[operator]
             return own_start
-        if name.endswith(".bias"):
+        if name.endswith(".bias") or name == "token_shift.gate.weight":
             return "zeros"
         if parameter.dim() == 1:
             return "ones"
