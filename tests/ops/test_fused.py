@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from treadle.layers.rope import rotate, rotation
 from treadle.ops import fused
 from treadle.ops.attention import block_causal
+from treadle.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from treadle.ops.linear import linears
 from treadle.ops.residual import residual_sum
 from treadle.ops.rms_norm import add_rms_norm, keep_rms_norm, rms_norm
@@ -75,7 +76,7 @@ def check(function: Callable[..., Any], inputs: list[Tensor], plain: Any, autoca
     assert products or all(torch.equal(a, b) for a, b in zip(one, three))
     with plain():
         slow = results(function, inputs, autocast)
-    rough = any(t.dtype == torch.bfloat16 for t in (*one, *inputs))
+    rough = autocast or any(t.dtype == torch.bfloat16 for t in (*one, *inputs))
     same(one, slow, 2e-2 if rough else tolerance)
 
 
@@ -154,3 +155,15 @@ def test_attention(window: int | None, dtype: torch.dtype, plain: Any) -> None:
         row = [x[:1] for x in inputs]
         exact = results(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask), row)
         same(results(lambda *x: block_causal(*x, segments[:1], window), row), exact, 1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_cross_entropy(autocast: bool, softcap: float | None, plain: Any) -> None:
+    torch.manual_seed(0)
+    labels = torch.randint(0, 333, (2, 200))
+    labels[0, ::3] = -100
+    inputs = [torch.randn(2, 200, 24), torch.randn(333, 24)]
+    check(lambda h, w: linear_cross_entropy(h, w, labels, softcap), inputs, plain, autocast, 1e-5, products=True)
+    exact = results(lambda h, w: linear_cross_entropy_reference(h, w, labels, softcap), inputs, autocast)
+    same(results(lambda h, w: linear_cross_entropy(h, w, labels, softcap), inputs, autocast), exact, 3e-2 if autocast else 1e-5)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from treadle.ops.fused import KINDS, kernels, threads_for
+from treadle.ops.linear import product
 from treadle.ops.precision import compute_dtype, without_autocast
 
 IGNORE = -100
@@ -24,6 +26,31 @@ def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tenso
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
+def _nats(logits: Tensor, labels: Tensor, softcap: float | None, slopes: bool) -> Tensor:
+    """logits [C, V], labels [C] -> the sum of nats where scored; with slopes the logits become its derivative by them, zero
+    where no label is."""
+    native = kernels(logits)
+    if native is not None:
+        nats, labels = torch.empty(logits.shape[0]), labels.contiguous()
+        native.cross_entropy(
+            logits.data_ptr(), KINDS[logits.dtype], labels.data_ptr(), IGNORE, softcap or 0.0, nats.data_ptr(), slopes, *logits.shape,
+            threads_for(logits.numel()),
+        )  # fmt: skip
+        return nats.sum()
+    scored, target = (labels != IGNORE)[:, None], labels[:, None].clamp_min(0)
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
+    nats = torch.log_softmax(logits, -1, dtype=torch.float32).gather(1, target)
+    if slopes:
+        # A second softmax pass in the logits' type costs less than exp of the first and a conversion.
+        slope = torch.softmax(logits, -1)
+        slope.scatter_add_(1, target, torch.full_like(target, -1, dtype=logits.dtype))
+        if softcap is not None:  # d c tanh(z / c) / d z = 1 - tanh^2
+            slope -= slope * logits.div_(softcap).square_()
+        torch.mul(slope, scored, out=logits)
+    return -(nats * scored).sum()
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
@@ -35,26 +62,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if train else None
         for start in range(0, hidden.shape[0], chunk):
             part = hidden[start : start + chunk].to(dtype)
-            scored = labels[start : start + chunk, None] != IGNORE
-            target = labels[start : start + chunk, None].clamp_min(0)
-            logits = part @ cast_weight.t()  # [C, V]
-            if softcap is not None:
-                logits = logits.div_(softcap).tanh_().mul_(softcap)
-            nats = torch.log_softmax(logits, -1, dtype=torch.float32).gather(1, target)
-            total -= (nats * scored).sum()
+            logits = product(part, cast_weight)  # [C, V]
+            total += _nats(logits, labels[start : start + chunk], softcap, train)
             if grad_hidden is None or grad_weight is None:
                 continue
-            # d nats / d logits. A second softmax pass in `dtype` costs less than exp of the first and a conversion, and
-            # unscored positions are masked in the narrow factors of the products, not in [C, V].
-            slope = torch.softmax(logits, -1)
-            slope.scatter_add_(1, target, torch.full_like(target, -1, dtype=dtype))
-            if softcap is not None:  # d c tanh(z / c) / d z = 1 - tanh^2
-                slope -= slope * logits.div_(softcap).square_()
-            torch.mul(slope @ cast_weight, scored, out=grad_hidden[start : start + chunk])
+            torch.mm(logits, cast_weight, out=grad_hidden[start : start + chunk])
             if dtype == torch.float32:
-                grad_weight.addmm_(slope.t(), part * scored)
+                grad_weight.addmm_(logits.t(), part)
             else:
-                grad_weight += slope.t() @ (part * scored)
+                grad_weight += logits.t() @ part
         if train:
             ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype, ctx.hidden_dtype = weight.dtype, hidden.dtype

@@ -244,16 +244,15 @@ void swiglu_backward(const void *grad, const void *gate, const void *up, void *g
 
 /* ---- residual sums ---- */
 
-/* out = x + added, x and out of one kind. */
+/* out = x + added, x and out of one kind; they may be the same. */
 void add(const void *x, int kind, const void *added, int added_kind, void *out, int64_t count, int threads) {
     int64_t chunks = (count + CHUNK - 1) / CHUNK;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
-        float first[CHUNK], second[CHUNK];
+        float first[CHUNK], second[CHUNK], to[CHUNK];
         int64_t from = chunk * CHUNK, width = count - from < CHUNK ? count - from : CHUNK;
         const float *a = loaded(at(x, kind, from), kind, first, width);
         const float *b = loaded(at(added, added_kind, from), added_kind, second, width);
-        float *to = target(at(out, kind, from), kind, first);
         for (int64_t k = 0; k < width; k++) to[k] = a[k] + b[k];
         store(at(out, kind, from), kind, to, width);
     }
