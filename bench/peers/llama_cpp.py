@@ -111,7 +111,7 @@ def compare(quick: bool) -> dict[str, Any]:
                 "ours": lambda count, ours=ours: treadle_generate(model, prompt, count, ours), "theirs": other
             }
             taken: dict[str, list[float]] = {name: [] for name in ways}
-            for name, way in ways.items():
+            for way in ways.values():
                 way(counts[0])
             for _ in range(1 if quick else 5):
                 for name, way in ways.items():

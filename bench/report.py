@@ -1,0 +1,169 @@
+"""docs/performance.md's tables and pictures from the results of `python -m bench`.
+
+    python -m bench.report [RESULT.json]         # default: the newest bench/results/cpu-*.json that has parts
+
+Only what stands between the marks `<!-- NAME -->` and `<!-- end -->` is written; the words around them are the document's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench import pictures
+from bench.run import as_text
+
+ROOT = Path(__file__).parents[1]
+RESULTS, DOCUMENT, IMAGES = ROOT / "bench" / "results", ROOT / "docs" / "performance.md", ROOT / "docs" / "images"
+Values = dict[str, Any]
+TOKENS = ": tokens per CPU-second"
+
+
+def table(heads: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(["| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(heads), *rows]])
+
+
+def number(values: Values, name: str) -> float | None:
+    found = values.get(name)
+    return float(found) if isinstance(found, (int, float)) else None
+
+
+def picture(name: str, title: str, rows: list[tuple[str, float | None]], mark: float | None = None) -> str:
+    """Writes it and returns the line that shows it; nothing where no row has a figure."""
+    known = [(row, value) for row, value in rows if value is not None]
+    if not known:
+        return ""
+    pictures.bars(IMAGES / f"performance_{name}.svg", title, known, mark)
+    return f"\n\n![{title}](images/performance_{name}.svg)"
+
+
+def machine(result: Values) -> str:
+    about = result["machine"]
+    versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "transformers", "accelerate", "litgpt", "xllamacpp") if name in about)
+    return (f"{about['processor']} with {', '.join(about['features']) or 'no vector extensions of note'}; {about['cores']} cores, {about['threads']} thread(s) "
+            f"in every process, load {about['load'][0]} when it began; Python {about['python']}, {versions}.")  # fmt: skip
+
+
+def goals(result: Values) -> str:
+    rows = []
+    for goal in result["goals"]:
+        figure = "" if goal["value"] is None else f"{goal['value']:.3g}"
+        outcome = goal["outcome"]
+        rows.append([goal["name"], goal["wanted"], figure, f"**{outcome}**" if outcome.startswith("MISSED") else outcome])
+    met = sum(goal["outcome"] == "met" for goal in result["goals"])
+    missed = sum(goal["outcome"].startswith("MISSED") for goal in result["goals"])
+    return f"{met} met, {missed} missed, {len(rows) - met - missed} not measured.\n\n" + table(["goal", "wanted", "measured", ""], rows)
+
+
+def training(result: Values) -> str:
+    values, rows = result["parts"].get("contest", {}), []
+    names = [name.removesuffix(TOKENS) for name in values if name.endswith(TOKENS)]
+    for name in names:
+        speed = values[name + TOKENS]
+        if isinstance(speed, str):
+            rows.append([name, speed, "", "", ""])
+            continue
+        rows.append([name, f"{speed:,.0f}", f"{values[f'{name}: share of peak']:.0%}", f"{values[f'{name}: peak GB']:.2f}",
+                     f"{values[f'{name}: CPU seconds to the first step']:.1f}"])  # fmt: skip
+    shown = table(["", "tokens per CPU-second", "share of the matrix peak", "peak GB", "CPU seconds from start to first step"], rows)
+    order = sorted((name for name in names if number(values, name + TOKENS)), key=lambda name: -values[name + TOKENS])
+    return shown + picture("training", "training, tokens per CPU-second", [(name, number(values, name + TOKENS)) for name in order])
+
+
+def memory(result: Values) -> str:
+    values, text = result["parts"].get("memory", {}), ""
+    names = [name for name in values if name.endswith(": GB")]
+    text = table(["peak memory of the process", "GB"], [[name.removesuffix(": GB"), as_text(values[name])] for name in names])
+    rows = [(name.split(", ", 1)[1].removesuffix(": GB") + (" (32k)" if "32k" in name else ""), number(values, name)) for name in names if ", " in name]
+    return text + picture("memory", "peak memory, GB (10.8M parameters; 32k: with a vocabulary of 32k)", rows)
+
+
+def plain(part: str, what: str = "") -> Callable[[Values], str]:
+    """A part as it is: name and figure."""
+
+    def render(result: Values) -> str:
+        values = result["parts"].get(part, {})
+        return table([what or part, ""], [[name, as_text(value)] for name, value in values.items()])
+
+    return render
+
+
+def decoding(result: Values) -> str:
+    parts = result["parts"]
+    rows = [[name, as_text(value)] for part in ("generate", "llama_cpp") for name, value in parts.get(part, {}).items()]
+    unit = ": CPU ms a token"
+    drawn = [(("ours " + name.split(",")[0]) if "ours" in name else name.split(", ")[1].removesuffix(unit), number(parts["llama_cpp"], name))
+             for name in parts.get("llama_cpp", {}) if name.endswith(unit)]  # fmt: skip
+    return table(["generation", ""], rows) + picture("decoding", "decoding beside llama.cpp, CPU ms a token (14M parameters)", drawn)
+
+
+def scale(result: Values) -> str:
+    values, rows, drawn = result["parts"].get("scale", {}), [], []
+    for size in dict.fromkeys(name.rsplit(", ", 1)[0] for name in values):
+        if number(values, f"{size}, plain fp32{TOKENS}") is None:
+            continue
+        speeds = [as_text(values[f"{size}, {name}{TOKENS}"]) for name in ("ours auto", "ours fp32", "plain fp32")]
+        ratios = [f"{values[f'{size}, {name} over plain fp32']:.2f}" for name in ("ours auto", "ours fp32")]
+        peaks = [f"{values[f'{size}, {name}: peak GB']:.2f}" for name in ("ours auto", "plain fp32")]
+        rows.append([size, *speeds, *ratios, *peaks])
+        drawn.append((f"ours, {size}", number(values, f"{size}, ours auto over plain fp32")))
+    heads = ["", "ours auto", "ours fp32", "plain fp32", "auto over plain", "fp32 over plain", "peak GB, ours auto", "peak GB, plain"]
+    return table(heads, rows) + picture("scale", "tokens per CPU-second, ours auto over the plain fp32 loop (line: equal)", drawn, 1.0)
+
+
+def architectures(result: Values) -> str:
+    values = result["parts"].get("architectures", {})
+    rows = [[name, as_text(value)] for name, value in values.items()]
+    drawn = [(f"ours, {name.split(':')[0].split(' over ')[0]}", number(values, name)) for name in values if "dense" in name and "step" in name.lower()]
+    return table(["architectures", ""], rows) + picture("architectures", "CPU seconds a step over a dense model of equal size (line: equal)", drawn, 1.0)
+
+
+def gpu(result: Values) -> str:
+    for path in sorted(RESULTS.glob("gpu-*.json"), reverse=True):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not found.get("tiny"):
+            about = found["machine"]
+            rows = [[name, as_text(value)] for name, value in found["parts"]["gpu"].items()]
+            return f"{about.get('gpu', 'a GPU')}, torch {about['torch']}, CUDA {about.get('cuda')}.\n\n" + table(["", ""], rows)
+    return "Not measured: no GPU was at hand. `python -m bench.gpu` writes this table, in under ten minutes."
+
+
+SECTIONS: dict[str, Callable[[Values], str]] = {
+    "machine": machine, "goals": goals, "training": training, "memory": memory, "startup": plain("startup", "start"), "decoding": decoding,
+    "packing": plain("packing", "data"), "kernels": plain("kernels"), "architectures": architectures, "scale": scale,
+    "demo": plain("demo", "learning"), "collatz": plain("collatz"), "gpu": gpu,
+}  # fmt: skip
+
+
+def render(text: str, result: Values) -> str:
+    """The document with its marked places written anew."""
+    for name, section in SECTIONS.items():
+        mark = re.compile(rf"<!-- {name} -->\n.*?<!-- end -->", flags=re.S)
+        if mark.search(text):
+            body = section(result)
+            text = mark.sub(lambda _, body=body, name=name: f"<!-- {name} -->\n{body}\n<!-- end -->", text)  # type: ignore[misc]
+    return text
+
+
+def newest() -> Path:
+    for path in sorted(RESULTS.glob("cpu-*.json"), reverse=True):
+        if "parts" in json.loads(path.read_text(encoding="utf-8")):
+            return path
+    raise SystemExit("no result yet; python -m bench writes one")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("result", nargs="?", type=Path)
+    path = parser.parse_args().result or newest()
+    result = json.loads(path.read_text(encoding="utf-8"))
+    DOCUMENT.write_text(render(DOCUMENT.read_text(encoding="utf-8"), result), encoding="utf-8")
+    print(f"{DOCUMENT.relative_to(ROOT)} from {path.name}")
+
+
+if __name__ == "__main__":
+    main()
