@@ -1,6 +1,6 @@
 """`python -m bench`: every part of the bench, its goals, and a JSON with the machine and the versions.
 
-    python -m bench [--quick] [--only contest memory] [--write]
+    python -m bench [--quick] [--only contest memory] [--rounds 1]
 
 A part is a module with `measure(quick) -> {name: number, or why it was skipped}`. What is missing (a peer, a GPU, a part) is skipped
 with the reason and is never a win. `--quick` is for correctness: two minutes on two cores, and it never fails on a timing.
@@ -37,7 +37,7 @@ PARTS = {
 }
 
 
-def measure_part(name: str, quick: bool) -> dict[str, Any]:
+def measure_part(name: str, quick: bool, **options: Any) -> dict[str, Any]:
     """Numbers by name; a text instead of one says why there is none, and the name alone that the whole part was left out."""
     module = PARTS[name][0]
     if importlib.util.find_spec(module) is None:
@@ -46,7 +46,7 @@ def measure_part(name: str, quick: bool) -> dict[str, Any]:
     if found is None:
         return {name: f"skipped (python -m {module} prints its own table)"}
     try:
-        return dict(found(quick))
+        return dict(found(quick, **options))
     except Exception as problem:  # one broken part must not hide the others
         return {name: f"FAILED ({type(problem).__name__}: {str(problem)[-300:]})"}
 
@@ -59,6 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small and few: for correctness, not for figures")
     parser.add_argument("--only", nargs="*", choices=list(PARTS), help="some parts")
+    parser.add_argument("--rounds", type=int, default=2, help="of training, A B C ... C B A each")
     parser.add_argument("--threads", type=int, help="of every process; default: one where the machine is loaded, else all cores")
     parser.add_argument("--output", type=Path, help="the JSON to write or add to; default results/cpu-DATE.json, none with --quick")
     given = parser.parse_args()
@@ -75,7 +76,8 @@ def main() -> None:
     for name in given.only or PARTS:
         print(f"\n{name}: {PARTS[name][1]}", flush=True)
         begun = time.perf_counter()
-        parts[name] = measure_part(name, given.quick)
+        options = {"rounds": given.rounds} if name == "contest" else {}
+        parts[name] = measure_part(name, given.quick, **options)
         for what, value in parts[name].items():
             print(f"  {what}: {as_text(value)}")
         print(f"  ({time.perf_counter() - begun:.0f} s)", flush=True)

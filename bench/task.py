@@ -21,7 +21,7 @@ class Task:
     vocabulary: int = 256
     length: int = 256
     rows: int = 16
-    steps: int = 12
+    steps: int = 10
     learning_rate: float = 1e-3
     weight_decay: float = 0.1
     seed: int = 0  # of the weights
