@@ -104,7 +104,7 @@ def test_rows_of_different_lengths_go_on_as_they_would_alone(weights: str) -> No
 @needs_compiler
 def test_a_long_prompt_in_chunks_is_the_same_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("treadle.generation.dense.CHUNK", 150)
-    monkeypatch.setattr("treadle.generation.dense.QUERIES", 64)
+    monkeypatch.setattr("treadle.generation.dense.STEP", 150)
     model = random_model(num_kv_heads=2, qk_norm=True)
     ids = torch.tensor(prompts(400))
     with torch.no_grad():

@@ -19,13 +19,13 @@ from treadle.layers.attention import Attention
 from treadle.layers.mlp import SwiGLU
 from treadle.layers.norm import RMSNorm
 from treadle.layers.quantized_linear import multiplies_bf16
-from treadle.ops.dense_step import LANES, Caches, DenseLayer, DenseStep
+from treadle.ops.dense_step import LANES, Caches, DenseLayer, DenseStep, prompt_attention
 from treadle.ops.packed_linear import PackedMatrix, Quantized, joined, native
 from treadle.ops.rms_norm import rms_norm_reference
 
 CHUNK = 1024  # tokens of a prompt that go through the blocks together
-FEW = 64  # tokens of a row that the compiled step takes one by one; more are faster as products of matrices
-QUERIES = 128  # that attention computes together
+STEP = 256  # the same where the compiled step takes them
+FEW = 64  # tokens of a prompt from which on products in bf16 pay
 TRIED = 5  # tokens on which both ways have to agree
 OF_BLOCK = {"attention_norm", "attention", "attention_post_norm", "mlp_norm", "mlp", "mlp_post_norm", "dropout", "dynamics"}
 OF_MODEL = {"embedding", "layers", "norm", "head", "dropout", "positions"}
@@ -156,65 +156,55 @@ class DenseDecoding(Decoding):
         hidden = torch.zeros(1, self.form.step.width)
         if not ids.shape[0]:
             return hidden
-        if ids.shape[0] <= FEW:
+        if ids.shape[0] <= FEW or not rounds(self.form.made[0].qkv.kind):
             self.form.step.use(*self.angles)
-            rows = torch.full_like(ids, row)
-            return self.form.step(self.keys, self.values, ids.contiguous(), rows, torch.arange(start, start + ids.shape[0]), False)[0][-1:]
+            for part in ids.split(STEP):
+                places = torch.arange(start, start + part.shape[0])
+                hidden = self.form.step(self.keys, self.values, part.contiguous(), torch.full_like(part, row), places, False, True)[0]
+                start += part.shape[0]
+            return hidden
         for part in ids.split(CHUNK):
             hidden = self._chunk(row, part, start)
             start += part.shape[0]
-        return rms_norm_reference(hidden[-1:], self.form.step.norm, self.form.eps)
+        return rms_norm_reference(hidden, self.form.step.norm, self.form.eps)
 
     def _chunk(self, row: int, ids: Tensor, start: int) -> Tensor:
+        """Some tokens [T] through all blocks, with products in bf16 -> the last one's [1, D]."""
         form, count, end = self.form, ids.shape[0], start + ids.shape[0]
-        cosines, sines = (t[start:end] for t in self.angles)
-        heads, groups, width = form.heads, form.groups, form.head_width
+        cosines, sines = (t[start:end, None] for t in self.angles)
         x = self.embedding[ids].float()
         for number, layer in enumerate(form.made):
-            made = product_of_many(layer.qkv, rms_norm_reference(x, layer.attention_norm, form.eps)).view(count, -1, width)
-            q, k, v = (t.transpose(0, 1) for t in made.split([heads, groups, groups], 1))
+            made = product_in_bf16(layer.qkv, rms_norm_reference(x, layer.attention_norm, form.eps)).view(count, -1, form.head_width)
+            q, k, v = made.split([form.heads, form.groups, form.groups], 1)
             if layer.query_norm is not None and layer.key_norm is not None:
                 q, k = rms_norm_reference(q, layer.query_norm, form.eps), rms_norm_reference(k, layer.key_norm, form.eps)
-            q = turned(q, cosines, sines)
             keys, values = self.keys.tensors[number][row], self.values.tensors[number][row]
-            keys[:, start:end], values[:, start:end] = turned(k, cosines, sines), v
-            y = attended(q, keys[:, :end], values[:, :end], start, form.scale, layer.qkv.kind != "fp32" and multiplies_bf16())
-            x = x + product_of_many(layer.out, y.transpose(0, 1).reshape(count, heads * width))
-            gate, up = product_of_many(layer.gate_up, rms_norm_reference(x, layer.mlp_norm, form.eps)).chunk(2, -1)
-            x = x + product_of_many(layer.down, F.silu(gate) * up)
+            keys[:, start:end], values[:, start:end] = turned(k, cosines, sines).transpose(0, 1), v.transpose(0, 1)
+            if layer is form.made[-1]:  # what follows the last keys and values matters for the last token alone
+                x, q, cosines, sines, start = x[-1:], q[-1:], cosines[-1:], sines[-1:], end - 1
+            x = x + product_in_bf16(layer.out, prompt_attention(turned(q, cosines, sines), keys, values, start, form.scale))
+            gate, up = product_in_bf16(layer.gate_up, rms_norm_reference(x, layer.mlp_norm, form.eps)).chunk(2, -1)
+            x = x + product_in_bf16(layer.down, F.silu(gate) * up)
         return x
 
 
-def product_of_many(matrix: PackedMatrix, x: Tensor) -> Tensor:
-    """x fp32 [T, K] -> fp32 [T, N]: in bf16 where the weights are rounded anyway and the machine is faster so."""
-    if matrix.kind == "fp32" or not multiplies_bf16():
-        return matrix.product(x)
+def rounds(kind: str) -> bool:
+    """Whether products of many rows take their factors in bf16: where the weights are rounded anyway, and the machine is faster
+    so."""
+    return kind != "fp32" and multiplies_bf16()
+
+
+def product_in_bf16(matrix: PackedMatrix, x: Tensor) -> Tensor:
+    """x fp32 [T, K] -> fp32 [T, N], both factors and the sums rounded to bf16."""
     y = (x.to(torch.bfloat16) @ matrix.dequantize().to(torch.bfloat16).t()).float()
     return y if matrix.bias is None else y + matrix.bias
 
 
 def turned(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """x [H, T, E] turned by its positions' angles [T, turned / 2]; other dimensions stay as they are."""
+    """x [T, H, E] turned by its positions' angles [T, 1, turned / 2]; other dimensions stay as they are."""
     half = cosines.shape[-1]
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat((first * cosines - second * sines, second * cosines + first * sines, rest), -1)
-
-
-def attended(q: Tensor, keys: Tensor, values: Tensor, start: int, scale: float, in_bf16: bool) -> Tensor:
-    """q [H, T, E] of positions start.. over keys and values [G, start + T, E] -> [H, T, E], by blocks of queries."""
-    count, repeat = q.shape[1], q.shape[0] // keys.shape[0]
-    if repeat > 1:
-        keys, values = keys.repeat_interleave(repeat, 0), values.repeat_interleave(repeat, 0)
-    if in_bf16:
-        q, keys, values = q.to(torch.bfloat16), keys.to(torch.bfloat16), values.to(torch.bfloat16)
-    out = torch.empty_like(q)
-    hidden_keys = torch.ones(min(QUERIES, count), min(QUERIES, count), dtype=torch.bool).triu_(1)
-    for first in range(0, count, QUERIES):
-        last = min(first + QUERIES, count)
-        scores = torch.bmm(q[:, first:last] * scale, keys[:, : start + last].transpose(1, 2))
-        scores[:, :, start + first :].masked_fill_(hidden_keys[: last - first, : last - first], float("-inf"))
-        out[:, first:last] = torch.bmm(scores.softmax(-1), values[:, : start + last])
-    return out.float()
 
 
 def agrees(model: DecodableModel, form: DenseForm, reference: DecodableModel) -> bool:

@@ -84,22 +84,40 @@ class DenseStep:
         self._struct.turned = 2 * cosines.shape[1]
 
     def __call__(
-        self, keys: Caches, values: Caches, ids: Tensor, rows: Tensor, positions: Tensor, logits: bool = True
+        self, keys: Caches, values: Caches, ids: Tensor, rows: Tensor, positions: Tensor, logits: bool = True, prompt: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """ids, rows, positions int64 [count]: tokens, the row of the caches that each belongs to, and its position there; a
-        row's tokens in order. Writes their keys and values; -> hidden [count, D] after the last norm, logits [count, V]."""
+        row's tokens in order. Writes their keys and values; -> hidden [count, D] after the last norm, logits [count, V]. prompt:
+        they follow one another in one row; the outcome is that of the last one alone, [1, ...], sooner, with other last bits."""
         assert self._angles is not None
         self._struct.slots = keys.slots
         count = ids.shape[0]
-        hidden = torch.empty(count, self.width)
-        out = torch.empty(count, self.vocabulary) if logits else None
+        kept = 1 if prompt else count
+        hidden = torch.empty(kept, self.width)
+        out = torch.empty(kept, self.vocabulary) if logits else None
         failed = self._call(
-            self._at, keys.at, values.at, ids.data_ptr(), rows.data_ptr(), positions.data_ptr(), count, hidden.data_ptr(),
+            self._at, keys.at, values.at, ids.data_ptr(), rows.data_ptr(), positions.data_ptr(), count, int(prompt), hidden.data_ptr(),
             out.data_ptr() if out is not None else None, torch.get_num_threads(),
         )  # fmt: skip
-        if failed:
-            raise MemoryError("no memory for the buffers of a decoding step")
+        _check(failed)
         return hidden, out
+
+
+def prompt_attention(q: Tensor, keys: Tensor, values: Tensor, start: int, scale: float) -> Tensor:
+    """q [T, H, E] of positions start.. over a row's keys and values [G, slots, E], which hold those positions too -> [T, H E]."""
+    count, heads, width = q.shape
+    groups, slots, _ = keys.shape
+    y = torch.empty(count, heads * width)
+    _check(native().prompt_attention(  # type: ignore[union-attr]
+        q.data_ptr(), q.stride(0), keys.data_ptr(), values.data_ptr(), slots, start, count, heads, groups, width, scale,
+        y.data_ptr(), heads * width, torch.get_num_threads(),
+    ))  # fmt: skip
+    return y
+
+
+def _check(failed: int) -> None:
+    if failed:
+        raise MemoryError("no memory for the buffers of a decoding step")
 
 
 class Caches:

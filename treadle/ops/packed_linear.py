@@ -120,7 +120,8 @@ def native() -> ctypes.CDLL | None:
         pointer, size, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         made.product.argtypes = [pointer, pointer, pointer, size, threads]
         made.unpacked.argtypes = [pointer, pointer, size, size, threads]
-        made.decoding_step.argtypes = [*[pointer] * 6, size, pointer, pointer, threads]
+        made.decoding_step.argtypes = [*[pointer] * 6, size, threads, pointer, pointer, threads]
+        made.prompt_attention.argtypes = [pointer, size, pointer, pointer, *[size] * 6, ctypes.c_float, pointer, size, threads]
         made.product.restype = made.unpacked.restype = None
     return made
 

@@ -335,11 +335,107 @@ static void attend(const float *q, const float *keys, const float *values, int64
     }
 }
 
+#define QUERIES 32 /* of a prompt that read a panel of 64 keys together */
+
+/* rows of x [8, inputs] times a panel [inputs, width] from column `first` on, added to y [8, width]. */
+INLINE void eight_rows(const float *x, int64_t stride, const float *panel, int64_t inputs, int64_t width, float *y) {
+    vector even[ROWS], odd[ROWS];
+    for (int r = 0; r < ROWS; r++) even[r] = loaded(y + r * width), odd[r] = zero();
+    int64_t k = 0;
+    for (; k + 2 <= inputs; k += 2) {
+        vector w = loaded(panel + k * width), u = loaded(panel + (k + 1) * width);
+        for (int r = 0; r < ROWS; r++) {
+            even[r] = multiply_add(all(x[r * stride + k]), w, even[r]);
+            odd[r] = multiply_add(all(x[r * stride + k + 1]), u, odd[r]);
+        }
+    }
+    if (k < inputs)
+        for (int r = 0; r < ROWS; r++) even[r] = multiply_add(all(x[r * stride + k]), loaded(panel + k * width), even[r]);
+    for (int r = 0; r < ROWS; r++) store(y + r * width, even[r] + odd[r]);
+}
+
+/* Softmax over earlier positions and their own for `count` <= QUERIES queries from position `start` on, key panel by key panel
+   (Milakov & Gimelshein 2018, arXiv 1805.02867): the sums so far shrink when a larger score is met. panels: keys [S / 64,
+   width, 64]; scratch: QUERIES * (2 width + 64) numbers. */
+static void attend_together(const float *q, int64_t stride, const float *panels, const float *values, int64_t start, int64_t count,
+                            int64_t width, float scale, float *y, int64_t out_stride, float *scratch) {
+    float *own = scratch, *sums = own + QUERIES * width, *scores = sums + QUERIES * width, most[QUERIES], whole[QUERIES];
+    for (int64_t r = 0; r < QUERIES; r++) {
+        most[r] = -INFINITY, whole[r] = 0;
+        for (int64_t i = 0; i < width; i++) own[r * width + i] = r < count ? q[r * stride + i] * scale : 0;
+    }
+    memset(sums, 0, sizeof(float) * (size_t)(QUERIES * width));
+    const int64_t rows = (count + ROWS - 1) / ROWS * ROWS, keys = start + count;
+    for (int64_t first = 0; first < keys; first += PANEL) {
+        const float *panel = panels + first * width;
+        const int64_t here = keys - first < PANEL ? keys - first : PANEL;
+        memset(scores, 0, sizeof(float) * (size_t)(rows * PANEL));
+        for (int64_t r = 0; r < rows; r += ROWS)
+            for (int v = 0; v < VECTORS; v++) eight_rows(own + r * width, width, panel + v * LANES, width, PANEL, scores + r * PANEL + v * LANES);
+        for (int64_t r = 0; r < rows; r++) {
+            float *row = scores + r * PANEL;
+            for (int64_t s = start + r - first + 1 > 0 ? start + r - first + 1 : 0; s < PANEL; s++) row[s] = -INFINITY;
+            vector high = loaded(row);
+            for (int v = 1; v < VECTORS; v++) high = higher(high, loaded(row + v * LANES));
+            const float top = largest(high), now = top > most[r] ? top : most[r];
+            vector added = zero(), shift = all(now);
+            for (int v = 0; v < VECTORS; v++) {
+                vector score = loaded(row + v * LANES), share = exponential(score - shift);
+                share = (vector)((integers)share & (integers)(score > all(-INFINITY)));
+                store(row + v * LANES, share);
+                added += share;
+            }
+            if (now > most[r]) {
+                const vector factor = exponential(all(most[r] - now));
+                whole[r] *= factor[0];
+                for (int64_t i = 0; i < width; i += LANES) store(sums + r * width + i, loaded(sums + r * width + i) * factor);
+                most[r] = now;
+            }
+            whole[r] += total(added);
+        }
+        for (int64_t r = 0; r < rows; r += ROWS)
+            for (int64_t i = 0; i < width; i += LANES)
+                eight_rows(scores + r * PANEL, PANEL, values + first * width + i, here, width, sums + r * width + i);
+    }
+    for (int64_t r = 0; r < count; r++)
+        for (int64_t i = 0; i < width; i += LANES) store(y + r * out_stride + i, loaded(sums + r * width + i) * all(1.0f / whole[r]));
+}
+
+/* Attention of positions start.. of one row: q and y [count, heads * width], rows `stride` and `out_stride` numbers apart; keys and
+   values [groups, slots, width] of the row. Nonzero: no memory. */
+int prompt_attention(const float *q, int64_t stride, const float *keys, const float *values, int64_t slots, int64_t start, int64_t count,
+                     int64_t heads, int64_t groups, int64_t width, float scale, float *y, int64_t out_stride, int threads) {
+    const int64_t panels = (start + count + PANEL - 1) / PANEL, blocks = (count + QUERIES - 1) / QUERIES, crew = threads > 1 ? threads : 1;
+    const int64_t room = QUERIES * (2 * width + PANEL);
+    float *turned = malloc(sizeof(float) * (size_t)(groups * panels * PANEL * width + crew * room));
+    if (turned == NULL) return 1;
+    float *scratch = turned + groups * panels * PANEL * width;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (int64_t job = 0; job < groups * panels; job++) {
+        const int64_t g = job / panels, first = job % panels * PANEL;
+        float *panel = turned + job * PANEL * width;
+        for (int64_t s = 0; s < PANEL; s++)
+            for (int64_t i = 0; i < width; i++)
+                panel[i * PANEL + s] = first + s < start + count ? keys[(g * slots + first + s) * width + i] : 0;
+    }
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (int64_t thread = 0; thread < crew; thread++)
+        for (int64_t job = thread; job < heads * blocks; job += crew) {
+            const int64_t h = job / blocks, from = job % blocks * QUERIES, g = h / (heads / groups);
+            const int64_t some = count - from < QUERIES ? count - from : QUERIES;
+            attend_together(q + from * stride + h * width, stride, turned + g * panels * PANEL * width, values + g * slots * width,
+                            start + from, some, width, scale, y + from * out_stride + h * width, out_stride, scratch + thread * room);
+        }
+    free(turned);
+    return 0;
+}
+
 /* Tokens ids [count], each of row rows[i] at position positions[i]; the earlier ones of a row are in its cache, or before it
    here. keys, values: for each layer [batch, groups, slots, head_width]. -> hidden [count, width] after the last norm and, unless
-   NULL, logits [count, vocabulary]. Nonzero: no memory. */
+   NULL, logits [count, vocabulary]. prompt: they are consecutive tokens of one row, which attend together (with other last bits
+   than one by one), and the outcome is that of the last one alone. Nonzero: no memory. */
 int decoding_step(const struct decoder *d, float *const *keys, float *const *values, const int64_t *ids, const int64_t *rows,
-                  const int64_t *positions, int64_t count, float *hidden, float *logits, int threads) {
+                  const int64_t *positions, int64_t count, int prompt, float *hidden, float *logits, int threads) {
     const int64_t width = d->width, e = d->head_width, queries = d->heads * e, shared = d->groups * e, all_three = queries + 2 * shared;
     int64_t longest = 0;
     for (int64_t i = 0; i < count; i++) longest = positions[i] > longest ? positions[i] : longest;
@@ -368,9 +464,20 @@ int decoding_step(const struct decoder *d, float *const *keys, float *const *val
                 memcpy(all_values + at, row + queries + shared + g * e, sizeof(float) * (size_t)e);
             }
         }
-        const int64_t repeat = d->heads / d->groups;
+        if (prompt && number + 1 == d->count) { /* what follows the last keys and values matters for the last token alone */
+            const int64_t before = count - 1;
+            memmove(x, x + before * width, sizeof(float) * (size_t)width);
+            memmove(made, made + before * all_three, sizeof(float) * (size_t)all_three);
+            rows += before, positions += before, count = 1, prompt = 0;
+        }
+        const int64_t repeat = d->heads / d->groups, own = rows[0] * d->groups * d->slots * e;
+        if (prompt && prompt_attention(made, all_three, all_keys + own, all_values + own, d->slots, positions[0], count, d->heads,
+                                       d->groups, e, d->scale, joined, queries, threads)) {
+            free(memory);
+            return 1;
+        }
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-        for (int64_t thread = 0; thread < crew; thread++)
+        for (int64_t thread = 0; thread < (prompt ? 0 : crew); thread++)
             for (int64_t job = count * d->heads * thread / crew; job < count * d->heads * (thread + 1) / crew; job++) {
                 const int64_t i = job / d->heads, h = job % d->heads;
                 const int64_t at = (rows[i] * d->groups + h / repeat) * d->slots * e;
