@@ -88,7 +88,7 @@ def key_lines(name: str, cls: type[Settings], key: str, flag: str | None = None)
     info = cls.model_fields[key]
     default = info.get_default(call_default_factory=True)
     shown = "" if default is None else f", default {default!r}"
-    meaning = re.sub(r"\s+", " ", info.description or "")
+    meaning = re.sub(r"\s+", " ", cls.meaning(key))
     aliases = cls.key_info(key)["aliases"]
     if aliases:
         meaning += f" Also: {', '.join(aliases)}."

@@ -7,9 +7,13 @@ means: naming.py). Values given as text (flags, YAML's `3e-4`) are read by TOML'
 
 from __future__ import annotations
 
+import ast
 import functools
+import inspect
+import itertools
 import json
 import re
+import textwrap
 import tomllib
 import types
 import typing
@@ -41,11 +45,29 @@ def option(
     return Field(default, json_schema_extra=extra, **constraints)
 
 
+@functools.cache
+def _documented(cls: type) -> dict[str, str]:
+    """Key -> the docstring under it, of the class itself; nothing where its source is not at hand."""
+    if cls.__module__.startswith(("builtins", "pydantic")):
+        return {}
+    try:
+        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    except (OSError, TypeError, SyntaxError):
+        return {}
+    statements = body.body if isinstance(body, ast.ClassDef) else []
+    return {
+        key.target.id: inspect.cleandoc(words.value.value)
+        for key, words in itertools.pairwise(statements)
+        if isinstance(key, ast.AnnAssign) and isinstance(key.target, ast.Name) and isinstance(words, ast.Expr)
+        and isinstance(words.value, ast.Constant) and isinstance(words.value.value, str)
+    }  # fmt: skip
+
+
 class Settings(BaseModel):
     """Base of every section. Unknown keys are errors, types are strict, docstrings under the keys are their help."""
 
     model_config = ConfigDict(
-        strict=True, extra="forbid", use_attribute_docstrings=True, validate_assignment=True, protected_namespaces=(),
+        strict=True, extra="forbid", validate_assignment=True, protected_namespaces=(),
         defer_build=True,  # help reads keys alone: no validator is built for it (a third of the time of --help)
     )  # fmt: skip
 
@@ -79,6 +101,14 @@ class Settings(BaseModel):
         extra = cls.model_fields[name].json_schema_extra
         base: dict[str, Any] = {"aliases": (), "change": None, "spellings": {}}
         return {**base, **extra} if isinstance(extra, dict) else base
+
+    @classmethod
+    def meaning(cls, name: str) -> str:
+        """What the docstring under a key says, in the class that declares it. Read when help is shown: for all sections together
+        their sources take .15 s, which a start need not pay."""
+        if given := cls.model_fields[name].description:
+            return given
+        return next((_documented(base)[name] for base in cls.__mro__ if name in _documented(base)), "")
 
     @classmethod
     def first_key(cls) -> str:

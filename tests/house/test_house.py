@@ -161,8 +161,8 @@ def test_every_model_key_is_read(name: str) -> None:
     "cls", [*SECTIONS.values(), *(MODELS.get(n).Config for n in MODELS.names())], ids=lambda c: c.__name__
 )
 def test_every_key_has_help(cls: type[Settings]) -> None:
-    for key, info in cls.model_fields.items():
-        assert info.description and len(info.description) > 10, f"{cls.__name__}.{key} has no documentation"
+    for key in cls.model_fields:
+        assert len(cls.meaning(key)) > 10, f"{cls.__name__}.{key} has no documentation"
 
 
 def test_no_key_shares_a_section_name() -> None:
