@@ -1,6 +1,6 @@
 """`python -m bench`: every part of the bench, its goals, and a JSON with the machine and the versions.
 
-    python -m bench [--quick] [--only contest memory] [--rounds 1]
+    python -m bench [--quick] [--only contest memory] [--rounds 1 --steps 6]
 
 A part is a module with `measure(quick) -> {name: number, or why it was skipped}`. What is missing (a peer, a GPU, a part) is skipped
 with the reason and is never a win. `--quick` is for correctness: two minutes on two cores, and it never fails on a timing.
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import goals, machine
+from bench.task import Task
 
 HERE = Path(__file__).parent
 # name -> (module, what it measures)
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small and few: for correctness, not for figures")
     parser.add_argument("--only", nargs="*", choices=list(PARTS), help="some parts")
     parser.add_argument("--rounds", type=int, default=2, help="of training, A B C ... C B A each")
+    parser.add_argument("--steps", type=int, default=Task.steps, help="of training, each; the first three are not timed")
     parser.add_argument("--threads", type=int, help="of every process; default: one where the machine is loaded, else all cores")
     parser.add_argument("--output", type=Path, help="the JSON to write or add to; default results/cpu-DATE.json, none with --quick")
     given = parser.parse_args()
@@ -76,7 +78,7 @@ def main() -> None:
     for name in given.only or PARTS:
         print(f"\n{name}: {PARTS[name][1]}", flush=True)
         begun = time.perf_counter()
-        options = {"rounds": given.rounds} if name == "contest" else {}
+        options = {"rounds": given.rounds, "steps": given.steps} if name == "contest" else {}
         parts[name] = measure_part(name, given.quick, **options)
         for what, value in parts[name].items():
             print(f"  {what}: {as_text(value)}")
