@@ -9,13 +9,14 @@ from treadle.layers.weight_cache import ModuleWithWeightCache, weight_version
 from treadle.ops.precision import without_autocast
 from treadle.ops.rms_norm import rms_norm_same_dtype
 from treadle.ops.ternary import PackedLayer, dequantized, quantize_weights, ternary_linear
+from treadle.ops.ternary_training import normed_ternary_linear
 
 EPS = 1e-8
 
 
 class BitLinear(ModuleWithWeightCache):
-    """y = ternary(W) int8(RMSNorm(x) gain), no bias. fp32 throughout, whatever autocast says: its integers are exact, and
-    its scales would not be.
+    """y = ternary(W) int8(RMSNorm(x) gain), no bias. fp32 whatever autocast says, but for the products of the gradients: its
+    integers are exact, and its scales would not be.
 
     In evaluation weights are quantised once and kept (`packed` in 2 bits, for decoding row by row).
     """
@@ -30,10 +31,10 @@ class BitLinear(ModuleWithWeightCache):
         return rms_norm_same_dtype(x.float(), self.gain, EPS)
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or self.training:
+            self.clear_weight_cache()
+            return normed_ternary_linear(x, self.gain, self.weight.float(), EPS)
         with without_autocast(x):
-            if torch.is_grad_enabled() or self.training:
-                self.clear_weight_cache()
-                return ternary_linear(self.normalize(x), self.weight.float())
             return self._infer(x.float())
 
     def linear(self, x: Tensor) -> tuple[Tensor, Tensor]:
