@@ -20,6 +20,7 @@ from treadle.layers.reproducible import (
 )
 from treadle.layers.state import LayerState
 from treadle.ops.documents import document_starts
+from treadle.ops.gates import gated_norm, gated_product, gated_scan
 from treadle.ops.precision import without_autocast
 from treadle.ops.scan import Backend, scan
 
@@ -104,6 +105,8 @@ class HGRN(nn.Module):
         if self.convolution is not None and not self.shared:
             forget, value = self._convolve(torch.cat([forget, value], -1), context, state).chunk(2, -1)
         gate = self.output_gate(x)
+        if torch.is_grad_enabled() and state is None and self.backend == "auto":
+            return self.out(self._trained(forget, value, gate, bound, context, x))
         with without_autocast(x):
             f = reproducible_sigmoid(forget.float())
             if bound is not None:
@@ -113,6 +116,15 @@ class HGRN(nn.Module):
             gate = gate.float()
             o = self._norm(gate) * reproducible_silu(h) if self.gate == "matmulfree" else self._norm(h) * reproducible_silu(gate)
         return self.out(o.to(x.dtype))
+
+    def _trained(self, forget: Tensor, value: Tensor, gate: Tensor, bound: Tensor | None, context: Context, x: Tensor) -> Tensor:
+        """What goes into the last product, by two functions that compute gates where they use them."""
+        with without_autocast(x):
+            starts = document_starts(context.doc_ids) if context.doc_ids is not None else None
+            h, gate = gated_scan(forget.float(), value.float(), bound, starts), gate.float()
+            normed, opened = (gate, h) if self.gate == "matmulfree" else (h, gate)
+            o = gated_norm(normed, opened, self.norm.float(), self.heads, self.eps)
+            return o if isinstance(self.out, BitLinear) else o.to(x.dtype)  # a ternary layer reads fp32
 
     def flops(self, length: int) -> int:
         """Of the products of one row's forward pass."""
@@ -151,7 +163,10 @@ class GatedMLP(nn.Module):
         self.down = linear(inner, width, ternary, reproducible)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, -1)
+        both = self.gate_up(x)
+        if torch.is_grad_enabled() and both.dtype == torch.float32:
+            return self.down(gated_product(both))
+        gate, up = both.chunk(2, -1)
         return self.down(reproducible_silu(gate) * up)
 
     def flops(self, length: int) -> int:

@@ -1,0 +1,139 @@
+"""Gates around recurrences and products, each forward and backward in one compiled pass (csrc/gates.c), with its equation in
+operations of torch beside it, which runs wherever the kernels do not. fp32."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from treadle.ops.kernel_inputs import address, ordinary
+from treadle.ops.native import library
+from treadle.ops.scan import scan
+
+
+def _fit(*tensors: Tensor | None) -> bool:
+    return ordinary(*tensors) and all(t is None or t.dtype == torch.float32 for t in tensors) and library("gates") is not None
+
+
+def _sizes(*sizes: int) -> tuple[ctypes.c_int64, ...]:
+    return tuple(map(ctypes.c_int64, sizes))
+
+
+class _GatedScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate: Tensor, value: Tensor, bound: Tensor | None, starts: Tensor | None) -> Tensor:  # type: ignore[override]
+        gate, value = gate.contiguous(), value.contiguous()
+        bound = bound.contiguous() if bound is not None else None
+        starts = starts.to(torch.uint8).contiguous() if starts is not None else None
+        rows, length, width = gate.shape
+        out = torch.empty_like(gate)
+        library("gates").gated_scan(  # type: ignore[union-attr]
+            address(gate), address(value), *_sizes(width), address(bound), address(starts), address(out), *_sizes(rows, length, width),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        ctx.save_for_backward(gate, value, bound, starts, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        gate, value, bound, starts, out = ctx.saved_tensors
+        rows, length, width = gate.shape
+        grad, grad_gate, grad_value = grad.contiguous(), torch.empty_like(gate), torch.empty_like(gate)
+        of_bound = torch.empty(rows, width) if bound is not None else None
+        library("gates").gated_scan_gradient(  # type: ignore[union-attr]
+            address(gate), address(value), *_sizes(width), *map(address, (bound, starts, out, grad, grad_gate, grad_value)), *_sizes(width),
+            address(of_bound), *_sizes(rows, length, width), torch.get_num_threads(),
+        )  # fmt: skip
+        return grad_gate, grad_value, of_bound.sum(0) if of_bound is not None else None, None
+
+
+def gated_scan_reference(gate: Tensor, value: Tensor, bound: Tensor | None, starts: Tensor | None) -> Tensor:
+    """The equation of `gated_scan` as it stands."""
+    f = torch.sigmoid(gate)
+    if bound is not None:
+        f = bound + (1.0 - bound) * f
+    i = F.silu(value) * (1.0 - f)
+    if starts is not None:
+        f = f.masked_fill(starts[..., None], 0.0)
+    return scan(f, i)
+
+
+def gated_scan(gate: Tensor, value: Tensor, bound: Tensor | None = None, starts: Tensor | None = None) -> Tensor:
+    """h_t = f_t h_{t-1} + silu(value_t) (1 - f_t), f = bound + (1 - bound) sigmoid(gate) (HGRN, arXiv 2311.04823): gate, value
+    [B, T, D], bound [D] in [0, 1], starts bool [B, T] (positions that forget all before them) -> h [B, T, D]."""
+    if not _fit(gate, value, bound):
+        return gated_scan_reference(gate, value, bound, starts)
+    return _GatedScan.apply(gate, value, bound, starts)  # type: ignore[no-untyped-call]
+
+
+class _GatedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, gate: Tensor, weight: Tensor, heads: int, eps: float) -> Tensor:  # type: ignore[override]
+        x, gate, weight = x.contiguous(), gate.contiguous(), weight.contiguous()
+        width = weight.numel() // heads
+        count = x.numel() // width
+        inverse, out = torch.empty(count), torch.empty_like(x)
+        library("gates").gated_norm(  # type: ignore[union-attr]
+            address(x), address(gate), address(weight), ctypes.c_double(eps), address(inverse), address(out), *_sizes(count, heads, width),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        ctx.save_for_backward(x, gate, weight, inverse)
+        ctx.sizes = count, heads, width
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        saved = ctx.saved_tensors
+        grads = [torch.empty_like(t) for t in saved[:3]]
+        if library("gates").gated_norm_gradient(  # type: ignore[union-attr]
+            *map(address, (grad.contiguous(), *saved, *grads)), *_sizes(*ctx.sizes), torch.get_num_threads()
+        ):
+            raise MemoryError("no memory for the gradient of a norm's weight")
+        return *grads, None, None
+
+
+def gated_norm_reference(x: Tensor, gate: Tensor, weight: Tensor, heads: int, eps: float) -> Tensor:
+    """The equation of `gated_norm` as it stands."""
+    parts = x.unflatten(-1, (heads, -1))
+    return (parts * torch.rsqrt(parts.square().mean(-1, keepdim=True) + eps)).flatten(-2) * weight * F.silu(gate)
+
+
+def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, heads: int, eps: float) -> Tensor:
+    """x / rms(x) weight silu(gate), x and gate [..., D], weight [D], the root mean square over each of `heads` parts of D."""
+    if not _fit(x, gate, weight):
+        return gated_norm_reference(x, gate, weight, heads, eps)
+    return _GatedNorm.apply(x, gate, weight, heads, eps)  # type: ignore[no-untyped-call]
+
+
+class _GatedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, both: Tensor) -> Tensor:  # type: ignore[override]
+        both = both.contiguous()
+        width = both.shape[-1] // 2
+        out = torch.empty(*both.shape[:-1], width)
+        library("gates").gated_product(address(both), address(out), *_sizes(out.numel() // width, width), torch.get_num_threads())  # type: ignore[union-attr]
+        ctx.save_for_backward(both)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        (both,) = ctx.saved_tensors
+        out, width = torch.empty_like(both), grad.shape[-1]
+        library("gates").gated_product_gradient(  # type: ignore[union-attr]
+            address(grad.contiguous()), address(both), address(out), *_sizes(grad.numel() // width, width), torch.get_num_threads()
+        )
+        return out
+
+
+def gated_product_reference(both: Tensor) -> Tensor:
+    """The equation of `gated_product` as it stands."""
+    gate, up = both.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def gated_product(both: Tensor) -> Tensor:
+    """[..., 2 D], gate and up side by side -> silu(gate) up [..., D]."""
+    return _GatedProduct.apply(both) if _fit(both) else gated_product_reference(both)  # type: ignore[no-untyped-call]
