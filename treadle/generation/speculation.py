@@ -112,8 +112,13 @@ def judged(
     generator: torch.Generator,
 ) -> tuple[int, int]:  # fmt: skip
     """Proposed tokens, logits [T + 1, V] of the model before and after each -> (how many are kept, the token after them)."""
+    if sampling.temperature == 0 and seen is None:
+        best = logits.argmax(-1).tolist()
+        kept = next((place for place, token in enumerate(tokens) if token != best[place]), len(tokens))
+        return kept, best[kept]
+    shares = probabilities(logits, None, sampling) if seen is None else None
     for place, token in enumerate(tokens):
-        share = probabilities(logits[place : place + 1], seen, sampling)[0]
+        share = shares[place] if shares is not None else probabilities(logits[place : place + 1], seen, sampling)[0]
         guess = None if drawn_from is None else drawn_from[place]
         odds = float(share[token]) / (1.0 if guess is None else float(guess[token]))
         if odds < 1 and float(torch.rand((), generator=generator)) >= odds:
@@ -125,7 +130,8 @@ def judged(
             return place, draw(left if float(left.sum()) > 0 else share, generator)
         if seen is not None:
             seen[0, token] = True
-    return len(tokens), draw(probabilities(logits[len(tokens) :], seen, sampling)[0], generator)
+    last = shares[-1] if shares is not None else probabilities(logits[-1:], seen, sampling)[0]
+    return len(tokens), draw(last, generator)
 
 
 def speculated(
