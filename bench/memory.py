@@ -2,6 +2,8 @@
 
     python -m bench.memory [--quick]
 
+In two halves: gradient_accumulation_steps = 2 over 8 rows each, which holds half of the activations.
+
 VmHWM of a process that takes a few steps: weights, gradients, optimiser, activations, and the interpreter with torch (.25 to .36 GB).
 """
 
@@ -46,7 +48,11 @@ def measure(quick: bool) -> dict[str, Any]:
     usual = Task(steps=3)
     if not quick:
         found = peaks(usual)
+        halves = contest.one_run("ours auto", replace(usual, accumulation=2, steps=5))
+        whole = contest.one_run("ours auto", replace(usual, steps=5))
         values |= {f"10.8M parameters, {name}: GB": value for name, value in found.items()}
+        values["10.8M parameters, ours auto in two halves: GB"] = halves["peak_gb"]
+        values["10.8M parameters, CPU time of two halves over one whole"] = halves["cpu"] / whole["cpu"]
         values["10.8M parameters, HF fp32 over ours auto"] = over(found, "huggingface fp32", "ours auto")
         values["10.8M parameters, HF fp32 over ours fp32"] = over(found, "huggingface fp32", "ours fp32")
     wide = replace(usual, vocabulary=32768, rows=2 if quick else 16, layers=1 if quick else 6)

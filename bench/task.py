@@ -22,6 +22,7 @@ class Task:
     length: int = 256
     rows: int = 16
     steps: int = 10
+    accumulation: int = 1  # ours alone: so many forward and backward passes a step, each over a part of the rows
     learning_rate: float = 1e-3
     weight_decay: float = 0.1
     seed: int = 0  # of the weights

@@ -28,7 +28,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = treadle.Dataset.load("austen", tokenizer="byte", seq_len=task.length)
         config = treadle.TrainConfig(
-            output_dir=folder, max_steps=task.steps, batch_size=task.rows, learning_rate=task.learning_rate,
+            output_dir=folder, max_steps=task.steps, batch_size=task.rows // task.accumulation,
+            gradient_accumulation_steps=task.accumulation, learning_rate=task.learning_rate,
             lr_scheduler_type="constant", weight_decay=task.weight_decay, precision=given.precision, warmup_steps=0,
             logging_steps=1, eval_steps=10_000, sample_tokens=0, save_steps=10_000,
         )  # fmt: skip
