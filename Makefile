@@ -44,8 +44,9 @@ lint: $(VENV)/ready
 	$(BIN)/mypy treadle
 
 bench: $(VENV)/ready
-	$(BIN)/python -m pip install -q --disable-pip-version-check $(CONSTRAINT) -e '.[bench]'
+	$(BIN)/python -m bench.peers.environment
 	$(BIN)/python -m bench
+	$(BIN)/python -m bench.report
 
 clean:
 	rm -rf $(VENV) runs build dist .pytest_cache .ruff_cache .mypy_cache
