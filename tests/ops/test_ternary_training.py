@@ -58,7 +58,10 @@ def test_under_autocast_values_stay_and_gradients_are_those_of_bf16() -> None:
         assert (grad - want).norm() < 0.02 * want.norm()
 
 
-def test_threads_change_no_bit() -> None:
+def test_threads_and_other_rows_change_no_bit() -> None:
+    x, gain, weight = given(200, 64, 30)
+    whole = normed_ternary_linear(x, gain, weight, EPS)
+    assert all(torch.equal(normed_ternary_linear(x[:rows], gain, weight, EPS), whole[:rows]) for rows in (1, 16, 17, 130))
     inputs, slope, before, found = given(1500, 64, 90), torch.randn(1500, 90), torch.get_num_threads(), []
     try:
         for threads in (1, 3):

@@ -19,7 +19,7 @@ from treadle.ops.linear import product
 from treadle.ops.native import library
 from treadle.ops.precision import compute_dtype, without_autocast
 from treadle.ops.rms_norm import rms_norm_same_dtype
-from treadle.ops.ternary import INTEGER_ROWS, SMALLEST, ternary_linear
+from treadle.ops.ternary import INTEGER_ROWS, SMALLEST, integer_product, ternary_linear
 
 FLOATS = (torch.float32, torch.bfloat16)
 
@@ -59,10 +59,12 @@ class _NormedTernaryLinear(torch.autograd.Function):
         a = made.ternary_weights(address(weight), ctypes.c_float(SMALLEST), address(ternary), ctypes.c_int64(weight.numel()),
                                  torch.get_num_threads())  # fmt: skip
         _done(a)
-        sums = torch._int_mm(q, ternary.t())
-        made.ternary_scale(address(sums), ctypes.c_float(a), address(unit), *_sizes(sums))
         ctx.save_for_backward(x, gain, q, unit, inverse, ternary)
         ctx.scale, ctx.products = a, products
+        if count < INTEGER_ROWS:  # the same bits: a row does not depend on how many there are
+            return integer_product(q, ternary) * (unit * a)[:, None]
+        sums = torch._int_mm(q, ternary.t())
+        made.ternary_scale(address(sums), ctypes.c_float(a), address(unit), *_sizes(sums))
         return sums.view(torch.float32)
 
     @staticmethod
@@ -92,7 +94,7 @@ def normed_ternary_linear(x: Tensor, gain: Tensor, weight: Tensor, eps: float) -
     products = compute_dtype(x) if compute_dtype(x) in FLOATS else torch.float32
     with without_autocast(x):
         flat = x.reshape(-1, x.shape[-1])
-        fits = flat.shape[0] >= INTEGER_ROWS and x.dtype in FLOATS and gain.dtype == weight.dtype == torch.float32
+        fits = flat.shape[0] > 0 and x.dtype in FLOATS and gain.dtype == weight.dtype == torch.float32
         if not fits or not ordinary(x, gain, weight) or _made() is None:
             return ternary_linear(rms_norm_same_dtype(x.float(), gain, eps), weight)
         y = _NormedTernaryLinear.apply(flat, gain, weight, eps, products)  # type: ignore[no-untyped-call]
