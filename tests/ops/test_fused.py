@@ -17,7 +17,7 @@ from treadle.ops.attention import block_causal
 from treadle.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from treadle.ops.linear import linears
 from treadle.ops.residual import residual_sum
-from treadle.ops.rms_norm import add_rms_norm, keep_rms_norm, rms_norm
+from treadle.ops.rms_norm import add_rms_norm, keep_rms_norm, rms_norm, rms_norm_reference
 from treadle.ops.rotary import turn_reference
 from treadle.ops.swiglu import gated, gated_backward, swiglu, swiglu_reference
 
@@ -90,6 +90,11 @@ def test_norms(shape: tuple[int, ...], dtype: torch.dtype, autocast: bool, plain
     check(lambda x, w: keep_rms_norm(x, w), [x, weight], plain, autocast)
     check(residual_sum, [x, added], plain, autocast)
     check(lambda x, y, w: add_rms_norm(x, y, w), [x, added, weight], plain, autocast)
+    weight[2] = 0.0  # nothing can be told from its column's result
+    check(keep_rms_norm, [x, weight], plain, autocast)
+    own, exact = results(rms_norm, [x, weight], autocast)[-2:], results(rms_norm_reference, [x, weight])[-2:]
+    assert not autocast or float(own[0][..., 2].abs().max()) > 0
+    same(own, exact, 2e-2 if autocast else 2e-6)
     if dtype == torch.float32 and not autocast:
         expected = [x + added, (x + added) / (x + added).pow(2).mean(-1, keepdim=True).add(1e-6).sqrt() * weight]
         same(results(add_rms_norm, [x, added, weight])[:2], expected, 2e-6)

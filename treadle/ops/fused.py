@@ -22,7 +22,7 @@ ALONE = 1 << 15  # numbers: up to here one thread is done before others have wok
 _POINTER, _SIZE, _INT, _FLOAT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_double
 _SIGNATURES = {
     "norm_forward": [_POINTER, _INT, _POINTER, _INT, _POINTER, _DOUBLE, _POINTER, _POINTER, _INT, _POINTER, _SIZE, _SIZE, _INT],
-    "norm_backward": [_POINTER, _INT, _POINTER, _INT, *[_POINTER] * 5, _INT, _POINTER, _POINTER, _SIZE, _SIZE, _INT],
+    "norm_backward": [_POINTER, _INT, _POINTER, _INT, *[_POINTER] * 5, _INT, _POINTER, _INT, _POINTER, _POINTER, _SIZE, _SIZE, _INT],
     "rotate": [*[_POINTER] * 4, _INT, _POINTER, _POINTER, _SIZE, _FLOAT, *[_SIZE] * 5, _INT],
     "swiglu_forward": [*[_POINTER] * 3, _INT, _SIZE, _INT],
     "swiglu_backward": [*[_POINTER] * 6, _INT, _SIZE, _INT],

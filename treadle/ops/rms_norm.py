@@ -1,20 +1,25 @@
 """RMS normalisation (Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4): y = x / sqrt(mean(x^2) + eps) * weight, alone or of a
 sum whose residual goes on.
 
-On CPU torch's own form runs as several passes that each save their result; here one autograd function saves the input and
-one number per token, and csrc/fused.c makes one pass each way. On other devices torch's kernel is used, which autocast runs
-in fp32 there.
+On CPU torch's own form runs as several passes that each save their result; here one autograd function saves the input (or the
+narrower result) and one number per token, and csrc/fused.c makes one pass each way. On other devices torch's kernel is used,
+which autocast runs in fp32 there.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from treadle.ops.fused import KINDS, ROWS_TOGETHER, at, kernels, threads_for
 from treadle.ops.precision import compute_dtype
+
+TINY = 1e-30  # of a weight that can be divided by
 
 
 def rms_norm_same_dtype(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -46,32 +51,43 @@ def _forward(x: Tensor, added: Tensor | None, weight: Tensor, eps: float, dtype:
     return total, out, scale
 
 
+def _remembered(ctx: Any, x: Tensor, out: Tensor, weight: Tensor, scale: Tensor) -> None:
+    """Saves x, or where that is wider the result, which the product that reads it saves anyhow: x scale = out / weight. A
+    weight of exactly 0 forgets its column."""
+    narrower = out.dtype == torch.bfloat16 and x.dtype == torch.float32
+    ctx.from_result = narrower and (weight.is_meta or isinstance(weight, FakeTensor) or bool((weight.abs() > TINY).all()))
+    ctx.x_dtype = x.dtype
+    ctx.save_for_backward(out if ctx.from_result else x, weight, scale)
+
+
 def _backward(
-    grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, kept: Tensor | None, copy_dtype: torch.dtype | None
+    ctx: Any, grad: Tensor, kept: Tensor | None = None, copy_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """With n = x scale and i = grad weight: d(x scale) / dx = scale (1 - n n^T / D), so (kept + scale (i - n mean(i n)), the
     same in `copy_dtype`, the weight's gradient)."""
-    native = kernels(grad, x, weight, kept) if weight.dtype == torch.float32 else None
+    saved, weight, scale = ctx.saved_tensors
+    width = saved.shape[-1]
+    native = kernels(grad, saved, weight, kept) if weight.dtype == torch.float32 else None
     if native is None:
         wide = grad.float()
-        normalized = x.float() * scale
-        grad_weight = (wide * normalized).reshape(-1, x.shape[-1]).sum(0)
+        normalized = saved.float() / weight if ctx.from_result else saved.float() * scale
+        grad_weight = (wide * normalized).reshape(-1, width).sum(0)
         inner = wide * weight
-        along = (inner * normalized).sum(-1, keepdim=True).div_(x.shape[-1])
-        grad_x = normalized.mul_(along).sub_(inner).mul_(-scale).to(x.dtype)
+        along = (inner * normalized).sum(-1, keepdim=True).div_(width)
+        grad_x = normalized.mul_(along).sub_(inner).mul_(-scale).to(ctx.x_dtype)
         if kept is not None:
             grad_x += kept
         return grad_x, None if copy_dtype is None else grad_x.to(copy_dtype), grad_weight.to(weight.dtype)
-    grad, weight, kept = grad.contiguous(), weight.contiguous(), kept.to(x.dtype).contiguous() if kept is not None else None
-    width = x.shape[-1]
-    rows = x.numel() // width
-    grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
+    grad, weight, kept = grad.contiguous(), weight.contiguous(), kept.to(ctx.x_dtype).contiguous() if kept is not None else None
+    inverse = weight.reciprocal() if ctx.from_result else None
+    rows = saved.numel() // width
+    grad_x, grad_weight = torch.empty(saved.shape, dtype=ctx.x_dtype), torch.empty_like(weight)
     parts = torch.empty(-(-rows // ROWS_TOGETHER), width)
-    narrow = torch.empty(x.shape, dtype=copy_dtype) if copy_dtype not in (None, x.dtype) else None
+    narrow = torch.empty(saved.shape, dtype=copy_dtype) if copy_dtype not in (None, ctx.x_dtype) else None
     native.norm_backward(
-        grad.data_ptr(), KINDS[grad.dtype], x.data_ptr(), KINDS[x.dtype], weight.data_ptr(), scale.data_ptr(), at(kept),
-        grad_x.data_ptr(), at(narrow), 0 if narrow is None else KINDS[narrow.dtype], parts.data_ptr(), grad_weight.data_ptr(),
-        rows, width, threads_for(x.numel()),
+        grad.data_ptr(), KINDS[grad.dtype], saved.data_ptr(), KINDS[saved.dtype], weight.data_ptr(), at(inverse), scale.data_ptr(),
+        at(kept), grad_x.data_ptr(), KINDS[grad_x.dtype], at(narrow), 0 if narrow is None else KINDS[narrow.dtype], parts.data_ptr(),
+        grad_weight.data_ptr(), rows, width, threads_for(saved.numel()),
     )  # fmt: skip
     return grad_x, narrow if narrow is not None or copy_dtype is None else grad_x, grad_weight
 
@@ -80,14 +96,13 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:  # type: ignore[override]
         x, out, scale = _forward(x, None, weight, eps, out_dtype)
-        ctx.save_for_backward(x, weight, scale)
+        _remembered(ctx, x, out, weight, scale)
         return out
 
     @staticmethod
     @once_differentiable  # type: ignore[misc]
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        x, weight, scale = ctx.saved_tensors
-        grad_x, _, grad_weight = _backward(grad, x, weight, scale, None, None)
+        grad_x, _, grad_weight = _backward(ctx, grad)
         return grad_x, grad_weight, None, None
 
 
@@ -97,14 +112,13 @@ class _KeepRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype):  # type: ignore[override]
         dense, out, scale = _forward(x, None, weight, eps, out_dtype)
-        ctx.save_for_backward(dense, weight, scale)
+        _remembered(ctx, dense, out, weight, scale)
         return x, out
 
     @staticmethod
     @once_differentiable  # type: ignore[misc]
     def backward(ctx, grad_kept: Tensor, grad: Tensor):  # type: ignore[override]
-        x, weight, scale = ctx.saved_tensors
-        grad_x, _, grad_weight = _backward(grad, x, weight, scale, grad_kept, None)
+        grad_x, _, grad_weight = _backward(ctx, grad, grad_kept)
         return grad_x, grad_weight, None, None
 
 
@@ -114,15 +128,14 @@ class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, added: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype):  # type: ignore[override]
         total, out, scale = _forward(x, added, weight, eps, out_dtype)
-        ctx.save_for_backward(total, weight, scale)
+        _remembered(ctx, total, out, weight, scale)
         ctx.added_dtype = added.dtype
         return total, out
 
     @staticmethod
     @once_differentiable  # type: ignore[misc]
     def backward(ctx, grad_total: Tensor, grad: Tensor):  # type: ignore[override]
-        total, weight, scale = ctx.saved_tensors
-        grad_x, narrow, grad_weight = _backward(grad, total, weight, scale, grad_total, ctx.added_dtype)
+        grad_x, narrow, grad_weight = _backward(ctx, grad, grad_total, ctx.added_dtype)
         return grad_x, narrow, grad_weight, None, None
 
 

@@ -123,10 +123,11 @@ void norm_forward(const void *x, int x_kind, const void *added, int added_kind, 
 }
 
 /* With n = s scale and i = grad weight: grad_x = kept + scale (i - n mean(i n)), also written as `copy` in its own kind;
-   kept (the gradient that s has from elsewhere) and copy may be NULL. parts: [rows / BLOCK, width], sums of grad n. */
-void norm_backward(const void *grad, int grad_kind, const void *s, int x_kind, const float *weight, const float *scales,
-                   const void *kept, void *grad_x, void *copy, int copy_kind, float *parts, float *grad_weight, int64_t rows,
-                   int64_t width, int threads) {
+   kept (the gradient that s has from elsewhere) and copy may be NULL. Where `inverse` (1 / weight) is given, s holds what
+   norm_forward wrote as `out`, and n = s inverse. parts: [rows / BLOCK, width], sums of grad n. */
+void norm_backward(const void *grad, int grad_kind, const void *s, int s_kind, const float *weight, const float *inverse,
+                   const float *scales, const void *kept, void *grad_x, int x_kind, void *copy, int copy_kind, float *parts,
+                   float *grad_weight, int64_t rows, int64_t width, int threads) {
     int64_t blocks = (rows + BLOCK - 1) / BLOCK;
 #pragma omp parallel num_threads(threads)
     {
@@ -139,13 +140,15 @@ void norm_backward(const void *grad, int grad_kind, const void *s, int x_kind, c
             int64_t stop = (block + 1) * BLOCK < rows ? (block + 1) * BLOCK : rows;
             for (int64_t row = block * BLOCK; row < stop; row++) {
                 const float *restrict g = loaded(at(grad, grad_kind, row * width), grad_kind, first, width);
-                const float *restrict from = loaded(at(s, x_kind, row * width), x_kind, second, width);
+                const float *restrict from = loaded(at(s, s_kind, row * width), s_kind, second, width);
                 float scale = scales[row];
+                if (inverse)
+                    for (int64_t k = 0; k < width; k++) normed[k] = from[k] * inverse[k];
+                else
+                    for (int64_t k = 0; k < width; k++) normed[k] = from[k] * scale;
                 for (int64_t k = 0; k < width; k++) {
-                    float n = from[k] * scale;
-                    normed[k] = n;
                     inner[k] = g[k] * weight[k];
-                    part[k] += g[k] * n;
+                    part[k] += g[k] * normed[k];
                 }
                 float along = dot(inner, normed, width) / (float)width;
                 float *to = target(at(grad_x, x_kind, row * width), x_kind, second);
