@@ -26,6 +26,7 @@ def seconds_to(line: list[str], mark: str | None, folder: str, cache: str) -> tu
     """(wall, CPU) until `mark` stands in the output, or until the end."""
     source = str(Path(__file__).parents[1])
     environment = {**os.environ, "TREADLE_CACHE": cache, "PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # a warm cache holds the bytecode too
     begun = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", "treadle", *line], cwd=folder, stdout=subprocess.PIPE, text=True, env=environment
