@@ -387,3 +387,20 @@ def test_an_error_in_the_background_surfaces(text: str, tmp_path: Path, monkeypa
         made.train()
     failures = [line for line in (tmp_path / "r" / "events.jsonl").open() if "save_failed" in line]
     assert len(failures) == 3
+
+
+def test_averages_and_schedules_are_the_same_in_shards(text: str, tmp_path: Path) -> None:
+    keys = {"max_steps": 8, "eval_steps": 4, "save_steps": 8, "optim.ema": 0.9, "batch_size_schedule": [[0, 1], [4, 2]],
+            "seq_len_schedule": [[0, 8], [2, 16]]}  # fmt: skip
+    train(text, tmp_path / "alone", keys)
+    want = checkpoint(tmp_path / "alone", 8)
+    for mode in ("ddp", "fsdp"):
+        run_in(2, train, text, tmp_path / mode, {**keys, "parallel.mode": mode})
+        agree(tmp_path / mode, tmp_path / "alone")
+        saved = checkpoint(tmp_path / mode, 8)
+        for stem in ("model", "optimizer"):
+            got, wanted = saved.tensors(stem), want.tensors(stem)
+            assert got.keys() == wanted.keys()
+            for key, tensor in wanted.items():
+                torch.testing.assert_close(got[key], tensor, atol=2e-4, rtol=1e-3, msg=f"{mode} {stem} {key}")
+    assert any(name.endswith("|ema_updates") for name in wanted)
