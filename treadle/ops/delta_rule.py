@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from treadle.ops.memories import available, recurrence
 from treadle.ops.ssd import chunk_decays, chunk_size, in_chunks, one_by_one
 
 
@@ -46,6 +47,8 @@ def delta_rule(
     (I + tril(beta_i D_ij k_i . k_j, -1)) u = beta (v - left k . H_0), whose right side is linear in the state H_0 before the
     chunk: one solve for both parts, then a loop over chunks.
     """
+    if chunk is None and available(q, k, v, log_decay, beta, initial):
+        return recurrence("delta", q, k, v, log_decay, documents, initial, beta=beta)
     length, size = k.shape[2], chunk or chunk_size(k.shape[2])
     q, k, v, decay, beta, documents = in_chunks(size, q, k, v, log_decay, beta, documents)
     weights, left, right, keep = chunk_decays(decay, documents, precise=True)

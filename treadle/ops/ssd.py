@@ -1,5 +1,5 @@
 """State-space duality (Mamba-2, Dao and Gu 2024, arXiv 2405.21060): a linear recurrence with a scalar decay, computed in
-chunks by matrix products.
+chunks by matrix products (on a CPU by a compiled loop, ops/memories.py).
 
     H_t = exp(la_t) H_{t-1} + b_t (x) x_t        [N, P] for each head
     y_t = c_t . H_t
@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from treadle.ops.memories import available, recurrence
 
 CHUNK = 64
 
@@ -65,6 +67,8 @@ def ssd(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The same in chunks: (y [B, H, T, P], last state [B, H, N, P]). `initial` is the state before the first position, of
     the first position's document. The loop runs over chunks only. `precise`: see chunk_decays."""
+    if chunk is None and available(x, log_decay, b, c, initial):
+        return recurrence("sum", c, b, x, log_decay, documents, initial)
     length, size = x.shape[2], chunk or chunk_size(x.shape[2])
     x, b, c, decay, documents = in_chunks(size, x, b, c, log_decay, documents)  # [B, H, C, Q, ...]
     weights, left, right, keep = chunk_decays(decay, documents, precise)

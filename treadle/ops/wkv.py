@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from treadle.ops.memories import available, recurrence
 from treadle.ops.ssd import CHUNK, chunk_documents, in_chunks, one_by_one
 
 
@@ -65,6 +66,8 @@ def wkv(
     initial: Tensor | None = None, chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The same in chunks (a power of two long): (y [B, H, T, P], last state [B, H, N, P])."""
+    if chunk is None and available(r, k, v, log_decay, bonus, initial):
+        return recurrence("bonus", r, k, v, log_decay, documents, initial, bonus=bonus)
     length, size = k.shape[2], chunk or chunk_size(k.shape[2])
     r, k, v, decay, documents = in_chunks(size, r, k, v, log_decay, documents)  # [B, H, C, Q, ...]
     y = (r * bonus[:, None, None] * k).sum(-1, keepdim=True) * v
