@@ -37,11 +37,15 @@ def test_gated_scan(width: int, bounded: bool, packed: bool) -> None:
     agree(gates.gated_scan, gates.gated_scan_reference, inputs, *more)
 
 
+@pytest.mark.parametrize("kind", gates.NORM_KINDS)
 @pytest.mark.parametrize("heads, width", [(1, 5), (4, 16), (2, 61), (3, 100)])
-def test_gated_norm(heads: int, width: int) -> None:
+def test_gated_norm(heads: int, width: int, kind: gates.NormKind) -> None:
     torch.manual_seed(0)
-    inputs = [torch.randn(2, 70, heads * width), torch.randn(2, 70, heads * width) * 4, torch.rand(heads * width) + 0.5]
-    agree(gates.gated_norm, gates.gated_norm_reference, inputs, heads, 1e-6)
+    inputs = [torch.randn(2, 70, heads * width) + 5.0, torch.randn(2, 70, heads * width) * 4, torch.rand(heads * width) + 0.5]
+    if kind != "centred":
+        return agree(gates.gated_norm, gates.gated_norm_reference, inputs, heads, 1e-6, kind)
+    ours, theirs = (lambda x, g, w, b, way=way: way(x, g, w, heads, 1e-6, kind, b) for way in (gates.gated_norm, gates.gated_norm_reference))
+    agree(ours, theirs, [*inputs, torch.randn(heads * width)])
 
 
 @pytest.mark.parametrize("width", [3, 64, 85])

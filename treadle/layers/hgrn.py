@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from treadle.layers.bitlinear import BitLinear
@@ -23,6 +22,7 @@ from treadle.ops.documents import document_starts
 from treadle.ops.gates import gated_norm, gated_product, gated_scan
 from treadle.ops.precision import without_autocast
 from treadle.ops.scan import Backend, scan
+from treadle.ops.short_convolution import short_convolution
 
 
 def linear(width: int, out: int, ternary: bool, reproducible: bool = False) -> BitLinear | nn.Linear:
@@ -65,14 +65,7 @@ class ShortConvolution(nn.Module):
         return y, kept.detach().to(before.dtype)
 
     def _sum(self, x: Tensor, doc_ids: Tensor | None) -> Tensor:
-        y = x * self.weight[:, 0]
-        for back in range(1, min(self.size, x.shape[1])):
-            earlier = F.pad(x, (0, 0, back, 0))[:, : x.shape[1]]
-            if doc_ids is not None:
-                same = doc_ids == F.pad(doc_ids, (back, 0), value=-2)[:, : x.shape[1]]
-                earlier = earlier * same[..., None]
-            y = y + earlier * self.weight[:, back]
-        return y
+        return short_convolution(x, self.weight, doc_ids)
 
 
 class HGRN(nn.Module):

@@ -4,6 +4,7 @@ operations of torch beside it, which runs wherever the kernels do not. fp32."""
 from __future__ import annotations
 
 import ctypes
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,9 @@ from torch import Tensor
 from treadle.ops.kernel_inputs import address, ordinary
 from treadle.ops.native import library
 from treadle.ops.scan import scan
+
+NormKind = Literal["inside", "after", "centred"]
+NORM_KINDS: dict[NormKind, int] = {"inside": 0, "after": 1, "centred": 2}
 
 
 def _fit(*tensors: Tensor | None) -> bool:
@@ -71,41 +75,54 @@ def gated_scan(gate: Tensor, value: Tensor, bound: Tensor | None = None, starts:
 
 class _GatedNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, gate: Tensor, weight: Tensor, heads: int, eps: float) -> Tensor:  # type: ignore[override]
+    def forward(ctx, x, gate, weight, bias, heads: int, eps: float, kind: NormKind):  # type: ignore[no-untyped-def, override]
         x, gate, weight = x.contiguous(), gate.contiguous(), weight.contiguous()
+        bias = bias.contiguous() if bias is not None else None
         width = weight.numel() // heads
         count = x.numel() // width
-        inverse, out = torch.empty(count), torch.empty_like(x)
+        kept, out, ctx.sizes = torch.empty(count, 2), torch.empty_like(x), (NORM_KINDS[kind], count, heads, width)
         library("gates").gated_norm(  # type: ignore[union-attr]
-            address(x), address(gate), address(weight), ctypes.c_double(eps), address(inverse), address(out), *_sizes(count, heads, width),
+            *map(address, (x, gate, weight, bias)), ctypes.c_double(eps), address(kept), address(out), *_sizes(*ctx.sizes),
             torch.get_num_threads(),
         )  # fmt: skip
-        ctx.save_for_backward(x, gate, weight, inverse)
-        ctx.sizes = count, heads, width
+        ctx.save_for_backward(x, gate, weight, bias, kept)
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        saved = ctx.saved_tensors
-        grads = [torch.empty_like(t) for t in saved[:3]]
+        x, gate, weight, bias, kept = ctx.saved_tensors
+        grads = torch.empty_like(x), torch.empty_like(gate), torch.empty(2, *weight.shape)
         if library("gates").gated_norm_gradient(  # type: ignore[union-attr]
-            *map(address, (grad.contiguous(), *saved, *grads)), *_sizes(*ctx.sizes), torch.get_num_threads()
+            *map(address, (grad.contiguous(), x, gate, weight, bias, kept, *grads)), *_sizes(*ctx.sizes), torch.get_num_threads()
         ):
             raise MemoryError("no memory for the gradient of a norm's weight")
-        return *grads, None, None
+        of_weight, of_bias = grads[2].unbind()
+        return *grads[:2], of_weight, of_bias if bias is not None else None, None, None, None
 
 
-def gated_norm_reference(x: Tensor, gate: Tensor, weight: Tensor, heads: int, eps: float) -> Tensor:
-    """The equation of `gated_norm` as it stands."""
-    parts = x.unflatten(-1, (heads, -1))
-    return (parts * torch.rsqrt(parts.square().mean(-1, keepdim=True) + eps)).flatten(-2) * weight * F.silu(gate)
+def gated_norm_reference(
+    x: Tensor, gate: Tensor, weight: Tensor, heads: int, eps: float, kind: NormKind = "inside", bias: Tensor | None = None
+) -> Tensor:
+    """The equations of `gated_norm` as they stand."""
+    opened = F.silu(gate)
+    parts = (x * opened if kind == "after" else x).unflatten(-1, (heads, -1))
+    if kind == "centred":
+        parts = F.layer_norm(parts, parts.shape[-1:], eps=eps)
+    else:
+        parts = parts * torch.rsqrt(parts.square().mean(-1, keepdim=True) + eps)
+    normed = parts.flatten(-2) * weight
+    normed = normed if bias is None else normed + bias
+    return normed if kind == "after" else normed * opened
 
 
-def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, heads: int, eps: float) -> Tensor:
-    """x / rms(x) weight silu(gate), x and gate [..., D], weight [D], the root mean square over each of `heads` parts of D."""
-    if not _fit(x, gate, weight):
-        return gated_norm_reference(x, gate, weight, heads, eps)
-    return _GatedNorm.apply(x, gate, weight, heads, eps)  # type: ignore[no-untyped-call]
+def gated_norm(
+    x: Tensor, gate: Tensor, weight: Tensor, heads: int, eps: float, kind: NormKind = "inside", bias: Tensor | None = None
+) -> Tensor:
+    """x and gate [..., D], weight and bias [D], norms over each of `heads` parts of D -> [..., D]: `inside` rms_norm(x) weight
+    silu(gate), `after` rms_norm(x silu(gate)) weight, `centred` (layer_norm(x) weight + bias) silu(gate)."""
+    if not _fit(x, gate, weight, bias) or (bias is not None) != (kind == "centred"):
+        return gated_norm_reference(x, gate, weight, heads, eps, kind, bias)
+    return _GatedNorm.apply(x, gate, weight, bias, heads, eps, kind)  # type: ignore[no-untyped-call]
 
 
 class _GatedProduct(torch.autograd.Function):

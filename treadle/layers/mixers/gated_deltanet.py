@@ -13,10 +13,10 @@ from treadle.layers.mixers.parts import (
     DecayMixer,
     HeadNorm,
     MatrixState,
+    convolved,
     heads_of,
     joined,
     past_of,
-    shifted,
     short_convolution,
     token_mask,
     wide,
@@ -68,14 +68,14 @@ class GatedDeltaNet(DecayMixer):
     def forward(self, x: Tensor, context: Context, state: MatrixState | None = None) -> Tensor:
         mixed, gate = torch.cat([self.query(x), self.key(x), self.value(x)], -1), self.gate(x)
         with without_autocast(x):
-            mixed = F.silu(shifted(self.convolution, wide(mixed), context, state))
+            mixed = convolved(self.convolution, wide(mixed), context, state)
             inner = self.heads * self.head_width
             q, k, v = (heads_of(t, self.heads) for t in mixed.split([inner, inner, self.heads * self.value_width], -1))
             q, k = (t * torch.rsqrt(t.square().sum(-1, keepdim=True) + 1e-6) for t in (q, k))
             log_decay = (-wide(self.rate).exp() * F.softplus(wide_linear(self.step, x))).transpose(1, 2)  # [B, H, T]
             beta = torch.sigmoid(wide_linear(self.beta, x)).transpose(1, 2)
             y = self._recur(q, k, v, log_decay, beta, context, state, gate.dtype)
-            y = self.norm(joined(y)) * F.silu(wide(gate))
+            y = self.norm.gated(joined(y), wide(gate))
         return self.out(y.to(x.dtype))
 
     def _recur(

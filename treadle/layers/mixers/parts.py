@@ -16,6 +16,8 @@ from treadle.layers.state import LayerState
 from treadle.layers.token_mixers import TokenMixer
 from treadle.ops.documents import document_starts
 from treadle.ops.flash_linear_attention import flash
+from treadle.ops.gates import NormKind, gated_norm
+from treadle.ops.short_convolution import short_convolution as short_convolution_of
 from treadle.ops.ssd import ssd, step
 
 
@@ -74,6 +76,12 @@ class HeadNorm(nn.Module):
             return F.layer_norm(x, x.shape[-1:], eps=self.eps).flatten(-2) * self.weight.to(x.dtype) + self.bias.to(x.dtype)
         return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)).flatten(-2) * self.weight.to(x.dtype)
 
+    def gated(self, x: Tensor, gate: Tensor, after: bool = False) -> Tensor:
+        """norm(x) silu(gate), or (`after`) norm(x silu(gate))."""
+        kind: NormKind = "after" if after else "inside" if self.bias is None else "centred"
+        bias = self.bias.to(x.dtype) if self.bias is not None else None
+        return gated_norm(x, gate, self.weight.to(x.dtype), self.parts, self.eps, kind, bias)
+
 
 class TokenShift(ShortConvolution):
     """y_t = x_{t-1}, zero for the first position of a document: a short convolution with nothing to learn."""
@@ -95,6 +103,13 @@ def shifted(layer: ShortConvolution | None, x: Tensor, context: Context, state: 
     if state is not None and kept is not None:
         state.before = kept
     return y
+
+
+def convolved(layer: ShortConvolution | None, x: Tensor, context: Context, state: MatrixState | None) -> Tensor:
+    """silu of `shifted`."""
+    if layer is None or state is not None:
+        return F.silu(shifted(layer, x, context, state))
+    return short_convolution_of(x, layer.weight, context.doc_ids, silu=True)
 
 
 def decayed(

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from treadle.layers.context import Context
@@ -54,5 +53,5 @@ class RetNet(TokenMixer):
             lost = torch.linspace(math.log(2.0**-5), math.log(2.0**-9), self.heads, device=x.device, dtype=q.dtype)
             log_decay = torch.log1p(-lost.exp())[None, :, None].expand(1, -1, x.shape[1])
             y = decayed(v, log_decay, k, q, context, state, dtype=dtype)
-            y = self.norm(joined(y)) * F.silu(wide(gate))
+            y = self.norm.gated(joined(y), wide(gate))
         return self.out(y.to(x.dtype))

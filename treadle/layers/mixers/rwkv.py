@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from treadle.layers.context import Context
@@ -81,7 +80,7 @@ class RWKV(TokenMixer):
             log_decay = heads_of(-decay.clamp(max=LARGEST_DECAY).exp(), self.heads)
             r, k, v = (heads_of(wide(t), self.heads) for t in (r, k, v))
             y = self._recur(r, k, v, log_decay, wide(self.bonus).view(self.heads, -1), context, state, gate.dtype)
-            y = self.norm(joined(y)) * F.silu(wide(gate))
+            y = self.norm.gated(joined(y), wide(gate))
         return self.out(y.to(x.dtype))
 
     def _recur(

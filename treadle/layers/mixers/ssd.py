@@ -13,11 +13,11 @@ from treadle.layers.mixers.parts import (
     DecayMixer,
     HeadNorm,
     MatrixState,
+    convolved,
     decayed,
     heads_of,
     joined,
     past_of,
-    shifted,
     short_convolution,
     wide,
     wide_linear,
@@ -61,12 +61,12 @@ class SSD(DecayMixer):
     def forward(self, x: Tensor, context: Context, state: MatrixState | None = None) -> Tensor:
         mixed, gate = self.input(x), self.gate(x)
         with without_autocast(x):
-            mixed = F.silu(shifted(self.convolution, wide(mixed), context, state))
+            mixed = convolved(self.convolution, wide(mixed), context, state)
             inputs, b, c = mixed.split([self.inner, self.state_size, self.state_size], -1)
             inputs, b, c = heads_of(inputs, self.heads), heads_of(b, 1), heads_of(c, 1)
             dt = F.softplus(wide_linear(self.step, x)).transpose(1, 2)  # [B, H, T]
             log_decay = -wide(self.rate).exp()[:, None] * dt
             y = decayed(inputs * dt[..., None], log_decay, b, c, context, state, dtype=gate.dtype)
             y = joined(y + wide(self.skip)[:, None, None] * inputs)
-            y = self.norm(y * F.silu(wide(gate)))
+            y = self.norm.gated(y, wide(gate), after=True)
         return self.out(y.to(x.dtype))

@@ -94,51 +94,98 @@ void gated_scan_gradient(const float *gate, const float *value, int64_t stride, 
         }
 }
 
-/* o = x / rms(x) weight silu(gate) over each of `count` pieces of `width` floats; piece c has weight [c % heads]. */
-void gated_norm(const float *x, const float *gate, const float *weight, double eps, float *inverse, float *out, int64_t count,
-                int64_t heads, int64_t width, int threads) {
+/* Over each of `count` pieces of `width` floats, piece c with the weight and bias [c % heads]:
+       INSIDE  o = norm(x) weight silu(gate)       AFTER  o = norm(x silu(gate)) weight       CENTRED  o = (norm(x) weight + bias) silu(gate)
+   norm(x) = (x - mean) / root mean square of that, the mean being 0 but for CENTRED. kept: [count, 2], the mean and the inverse root. */
+enum { INSIDE, AFTER, CENTRED };
+static const float ONES[TILE] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1}; /* zeros behind a row's end */
+
+INLINE void norm_piece(const int mode, const float *x, const float *gate, const float *w, const float *bias, float eps, float *kept, float *out,
+                       int64_t width) {
+    lanes sum = wide(0.0f), square = sum;
+    if (mode == CENTRED) {
+#define ADDED(LOAD, STORE) sum += LOAD(x + at);
+        ALONG(width, ADDED)
+        sum = wide(sum_of(sum) / (float)width);
+    }
+    float mean = sum_of(sum) / TILE;
+#define SQUARE(LOAD, STORE)                                                           \
+    {                                                                                 \
+        lanes g = LOAD(gate + at), v = LOAD(x + at) - wide(mean) * LOAD(ONES);        \
+        if (mode == AFTER) v *= g * sigmoid(g);                                       \
+        square += v * v;                                                              \
+    }
+    ALONG(width, SQUARE)
+    float r = 1.0f / sqrtf(sum_of(square) / (float)width + eps);
+    kept[0] = mean, kept[1] = r;
+#define NORMED(LOAD, STORE)                                                           \
+    {                                                                                 \
+        lanes g = LOAD(gate + at), open = g * sigmoid(g), n = (LOAD(x + at) - wide(mean)) * wide(r) * LOAD(w + at); \
+        if (mode == CENTRED) n += LOAD(bias + at);                                    \
+        STORE(out + at, n * open);                                                    \
+    }
+    ALONG(width, NORMED)
+}
+
+void gated_norm(const float *x, const float *gate, const float *weight, const float *bias, double eps, float *kept, float *out, int64_t mode,
+                int64_t count, int64_t heads, int64_t width, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && count * width > 32768)
     for (int64_t c = 0; c < count; c++) {
-        const float *a = x + c * width, *b = gate + c * width, *w = weight + c % heads * width;
-        float *o = out + c * width;
-        lanes square = wide(0.0f);
-#define SQUARE(LOAD, STORE) { lanes v = LOAD(a + at); square += v * v; }
-        ALONG(width, SQUARE)
-        float r = 1.0f / sqrtf(sum_of(square) / (float)width + (float)eps);
-        inverse[c] = r;
-#define GATED(LOAD, STORE) { lanes g = LOAD(b + at); STORE(o + at, LOAD(a + at) * wide(r) * LOAD(w + at) * (g * sigmoid(g))); }
-        ALONG(width, GATED)
+        const float *a = x + c * width, *b = gate + c * width, *w = weight + c % heads * width, *low = bias ? bias + c % heads * width : 0;
+        if (mode == INSIDE) norm_piece(INSIDE, a, b, w, low, (float)eps, kept + 2 * c, out + c * width, width);
+        else if (mode == AFTER) norm_piece(AFTER, a, b, w, low, (float)eps, kept + 2 * c, out + c * width, width);
+        else norm_piece(CENTRED, a, b, w, low, (float)eps, kept + 2 * c, out + c * width, width);
     }
 }
 
-int gated_norm_gradient(const float *grad, const float *x, const float *gate, const float *weight, const float *inverse, float *grad_x,
-                        float *grad_gate, float *grad_weight, int64_t count, int64_t heads, int64_t width, int threads) {
+INLINE void norm_piece_gradient(const int mode, const float *grad, const float *x, const float *gate, const float *w, const float *bias,
+                                const float *kept, float *grad_x, float *grad_gate, float *of_weight, float *of_bias, int64_t width) {
+    lanes inner = wide(0.0f), plain = inner, mean = wide(kept[0]), r = wide(kept[1]), one = wide(1.0f);
+#define INNER(LOAD, STORE)                                                                              \
+    {                                                                                                   \
+        lanes g = LOAD(gate + at), share = sigmoid(g), open = g * share, d = LOAD(grad + at), v = LOAD(x + at) - mean; \
+        lanes n = (mode == AFTER ? v * open : v) * r, scaled = n * LOAD(w + at);                        \
+        if (mode == CENTRED) scaled += LOAD(bias + at);                                                 \
+        if (mode != AFTER) STORE(grad_gate + at, d * scaled * (share + open * (one - share)));          \
+        if (mode != AFTER) d *= open;                                                                   \
+        STORE(of_weight + at, LOAD(of_weight + at) + d * n);                                            \
+        if (mode == CENTRED) STORE(of_bias + at, LOAD(of_bias + at) + d);                               \
+        d *= LOAD(w + at);                                                                              \
+        STORE(grad_x + at, d);                                                                          \
+        inner += d * n, plain += d;                                                                     \
+    }
+    ALONG(width, INNER)
+    lanes along = wide(sum_of(inner) / (float)width), level = wide(mode == CENTRED ? sum_of(plain) / (float)width : 0.0f);
+#define BACK(LOAD, STORE)                                                                               \
+    {                                                                                                   \
+        lanes v = LOAD(x + at) - mean, g = LOAD(gate + at), share = sigmoid(g), open = g * share;       \
+        lanes d = r * (LOAD(grad_x + at) - (mode == AFTER ? v * open : v) * r * along - level);         \
+        if (mode == AFTER) STORE(grad_gate + at, d * v * (share + open * (one - share)));               \
+        STORE(grad_x + at, mode == AFTER ? d * open : d);                                               \
+    }
+    ALONG(width, BACK)
+}
+
+/* grad_both: [2, heads width], of the weight and the bias. 0, or -1 when there is no memory. */
+int gated_norm_gradient(const float *grad, const float *x, const float *gate, const float *weight, const float *bias, const float *kept,
+                        float *grad_x, float *grad_gate, float *grad_both, int64_t mode, int64_t count, int64_t heads, int64_t width,
+                        int threads) {
     int64_t together = PART * heads, parts = (count + together - 1) / together, size = heads * width;
-    float *found = calloc(parts * size + 1, sizeof(float));
+    float *found = calloc(2 * parts * size + 1, sizeof(float));
     if (!found) return -1;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && count * width > 32768)
     for (int64_t part = 0; part < parts; part++)
         for (int64_t c = part * together; c < count && c < (part + 1) * together; c++) {
             const float *a = x + c * width, *b = gate + c * width, *w = weight + c % heads * width, *d = grad + c * width;
-            float *to_x = grad_x + c * width, *to_gate = grad_gate + c * width, *sums = found + part * size + c % heads * width;
-            lanes inner = wide(0.0f), r = wide(inverse[c]), one = wide(1.0f);
-#define INNER(LOAD, STORE)                                                                        \
-    {                                                                                             \
-        lanes g = LOAD(b + at), open = sigmoid(g), n = LOAD(a + at) * r, s = LOAD(d + at) * n;     \
-        lanes of_n = LOAD(d + at) * g * open * LOAD(w + at);                                      \
-        STORE(sums + at, LOAD(sums + at) + s * g * open);                                         \
-        STORE(to_gate + at, s * LOAD(w + at) * (open + g * open * (one - open)));                 \
-        STORE(to_x + at, of_n);                                                                   \
-        inner += of_n * n;                                                                        \
-    }
-            ALONG(width, INNER)
-            lanes mean = wide(sum_of(inner) / (float)width);
-#define BACK(LOAD, STORE) STORE(to_x + at, r * (LOAD(to_x + at) - LOAD(a + at) * r * mean));
-            ALONG(width, BACK)
+            const float *low = bias ? bias + c % heads * width : 0;
+            float *to_x = grad_x + c * width, *to_gate = grad_gate + c * width, *sums = found + 2 * part * size + c % heads * width;
+            if (mode == INSIDE) norm_piece_gradient(INSIDE, d, a, b, w, low, kept + 2 * c, to_x, to_gate, sums, sums + size, width);
+            else if (mode == AFTER) norm_piece_gradient(AFTER, d, a, b, w, low, kept + 2 * c, to_x, to_gate, sums, sums + size, width);
+            else norm_piece_gradient(CENTRED, d, a, b, w, low, kept + 2 * c, to_x, to_gate, sums, sums + size, width);
         }
-    for (int64_t k = 0; k < size; k++) grad_weight[k] = 0.0f;
+    for (int64_t k = 0; k < 2 * size; k++) grad_both[k] = 0.0f;
     for (int64_t part = 0; part < parts; part++)
-        for (int64_t k = 0; k < size; k++) grad_weight[k] += found[part * size + k];
+        for (int64_t k = 0; k < 2 * size; k++) grad_both[k] += found[2 * part * size + k];
     free(found);
     return 0;
 }
