@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from treadle.layers.rope import rotate, rotation
 from treadle.ops import fused
 from treadle.ops.attention import block_causal
 from treadle.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from treadle.ops.fused import without_kernels
 from treadle.ops.linear import linears
 from treadle.ops.residual import residual_sum
 from treadle.ops.rms_norm import add_rms_norm, keep_rms_norm, rms_norm, rms_norm_reference
@@ -24,20 +25,6 @@ from treadle.ops.swiglu import gated, gated_backward, swiglu, swiglu_reference
 DTYPES = [torch.float32, torch.bfloat16]
 needs_compiler = pytest.mark.skipif(fused.kernels() is None, reason="no C compiler")
 pytestmark = needs_compiler
-
-
-@pytest.fixture
-def plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Any]]:
-    """Inside, no kernel is used."""
-
-    class Without:
-        def __enter__(self) -> None:
-            monkeypatch.setattr(fused, "_made", lambda: None)
-
-        def __exit__(self, *_: object) -> None:
-            monkeypatch.undo()
-
-    yield Without
 
 
 def results(function: Callable[..., Any], inputs: list[Tensor], autocast: bool = False) -> list[Tensor]:
@@ -61,7 +48,7 @@ def same(a: list[Tensor], b: list[Tensor], tolerance: float) -> None:
         assert float(error) <= tolerance, f"{float(error):.2e}"
 
 
-def check(function: Callable[..., Any], inputs: list[Tensor], plain: Any, autocast: bool = False, tolerance: float = 2e-6,
+def check(function: Callable[..., Any], inputs: list[Tensor], autocast: bool = False, tolerance: float = 2e-6,
           products: bool = False) -> None:  # fmt: skip
     """The kernel against the torch form, and itself with another number of threads: bit for bit, unless a library's products
     are between."""
@@ -74,7 +61,7 @@ def check(function: Callable[..., Any], inputs: list[Tensor], plain: Any, autoca
     finally:
         torch.set_num_threads(before)
     assert products or all(torch.equal(a, b) for a, b in zip(one, three))
-    with plain():
+    with without_kernels():
         slow = results(function, inputs, autocast)
     rough = autocast or any(t.dtype == torch.bfloat16 for t in (*one, *inputs))
     same(one, slow, 2e-2 if rough else tolerance)
@@ -83,15 +70,15 @@ def check(function: Callable[..., Any], inputs: list[Tensor], plain: Any, autoca
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(5, 131, 72), (3, 40)])
-def test_norms(shape: tuple[int, ...], dtype: torch.dtype, autocast: bool, plain: Any) -> None:
+def test_norms(shape: tuple[int, ...], dtype: torch.dtype, autocast: bool) -> None:
     torch.manual_seed(0)
     x, added, weight = torch.randn(shape), torch.randn(shape).to(dtype), torch.rand(shape[-1]) + 0.5
-    check(lambda x, w: rms_norm(x, w), [x.to(dtype), weight], plain, autocast)
-    check(lambda x, w: keep_rms_norm(x, w), [x, weight], plain, autocast)
-    check(residual_sum, [x, added], plain, autocast)
-    check(lambda x, y, w: add_rms_norm(x, y, w), [x, added, weight], plain, autocast)
+    check(lambda x, w: rms_norm(x, w), [x.to(dtype), weight], autocast)
+    check(lambda x, w: keep_rms_norm(x, w), [x, weight], autocast)
+    check(residual_sum, [x, added], autocast)
+    check(lambda x, y, w: add_rms_norm(x, y, w), [x, added, weight], autocast)
     weight[2] = 0.0  # nothing can be told from its column's result
-    check(keep_rms_norm, [x, weight], plain, autocast)
+    check(keep_rms_norm, [x, weight], autocast)
     own, exact = results(rms_norm, [x, weight], autocast)[-2:], results(rms_norm_reference, [x, weight])[-2:]
     assert not autocast or float(own[0][..., 2].abs().max()) > 0
     same(own, exact, 2e-2 if autocast else 2e-6)
@@ -102,13 +89,13 @@ def test_norms(shape: tuple[int, ...], dtype: torch.dtype, autocast: bool, plain
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("rows", [3, 300])
-def test_gated_activation_between_its_products(rows: int, autocast: bool, plain: Any) -> None:
+def test_gated_activation_between_its_products(rows: int, autocast: bool) -> None:
     torch.manual_seed(0)
     inputs = [torch.randn(2, rows, 24), *(torch.randn(shape) * 0.2 for shape in ((56, 24), (56, 24), (24, 56)))]
-    check(swiglu, inputs, plain, autocast, 4e-6, products=True)
+    check(swiglu, inputs, autocast, 4e-6, products=True)
     gate, up, grad = (torch.randn(700, 40).to(torch.bfloat16 if autocast else torch.float32) for _ in range(3))
     kernel = [gated(gate, up), *gated_backward(grad.clone(), gate, up)]
-    with plain():
+    with without_kernels():
         same(kernel, [gated(gate, up), *gated_backward(grad, gate, up)], 2e-2 if autocast else 2e-6)
     same(results(swiglu, inputs, autocast), results(swiglu_reference, inputs, autocast), 3e-2 if autocast else 4e-6)
     extreme = torch.tensor([-1e4, -200.0, -1e-30, 0.0, 200.0, 1e4, float("nan"), float("inf")])
@@ -136,24 +123,24 @@ def test_products_are_counted() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("angles", [(1, 16), (3, 16), (3, 10)])
-def test_rotation(angles: tuple[int, int], dtype: torch.dtype, plain: Any) -> None:
+def test_rotation(angles: tuple[int, int], dtype: torch.dtype) -> None:
     """Of heads that lie inside a projection, for all dimensions and for the first of them."""
     torch.manual_seed(0)
     turned = rotation(torch.randint(0, 500, (angles[0], 50)), angles[1])
     inputs = [torch.randn(3, 50, 4, 16).to(dtype)]
-    check(lambda x: rotate(x.transpose(1, 2), *turned), inputs, plain, tolerance=1e-6)
-    check(lambda x: rotate(x, *turned), [inputs[0].transpose(1, 2).contiguous()], plain, tolerance=1e-6)
+    check(lambda x: rotate(x.transpose(1, 2), *turned), inputs, tolerance=1e-6)
+    check(lambda x: rotate(x, *turned), [inputs[0].transpose(1, 2).contiguous()], tolerance=1e-6)
     exact = [turn_reference(x.transpose(1, 2).float(), *turned) for x in inputs]
     same([t.float() for t in results(lambda x: rotate(x.transpose(1, 2), *turned), inputs)[:1]], exact, 1e-2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [None, 40, 150])
-def test_attention(window: int | None, dtype: torch.dtype, plain: Any) -> None:
+def test_attention(window: int | None, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     inputs = [torch.randn(3, 4, 300, 16).to(dtype) * 2 for _ in range(3)]
     segments = ((300,), (170, 130), (60, 211, -29))
-    check(lambda *x: block_causal(*x, segments, window), inputs, plain, tolerance=4e-6, products=True)
+    check(lambda *x: block_causal(*x, segments, window), inputs, tolerance=4e-6, products=True)
     mask = torch.ones(300, 300, dtype=torch.bool).tril()
     mask &= ~torch.ones_like(mask).tril(-(window or 300))
     if dtype == torch.float32:
@@ -164,11 +151,11 @@ def test_attention(window: int | None, dtype: torch.dtype, plain: Any) -> None:
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_cross_entropy(autocast: bool, softcap: float | None, plain: Any) -> None:
+def test_cross_entropy(autocast: bool, softcap: float | None) -> None:
     torch.manual_seed(0)
     labels = torch.randint(0, 333, (2, 200))
     labels[0, ::3] = -100
     inputs = [torch.randn(2, 200, 24), torch.randn(333, 24)]
-    check(lambda h, w: linear_cross_entropy(h, w, labels, softcap), inputs, plain, autocast, 1e-5, products=True)
+    check(lambda h, w: linear_cross_entropy(h, w, labels, softcap), inputs, autocast, 1e-5, products=True)
     exact = results(lambda h, w: linear_cross_entropy_reference(h, w, labels, softcap), inputs, autocast)
     same(results(lambda h, w: linear_cross_entropy(h, w, labels, softcap), inputs, autocast), exact, 3e-2 if autocast else 1e-5)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -43,12 +45,30 @@ def _made() -> ctypes.CDLL | None:
     return made
 
 
+_switched_off = False  # of this process
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Inside, the torch forms run: what the kernels are measured and tested against."""
+    global _switched_off
+    before, _switched_off = _switched_off, True
+    try:
+        yield
+    finally:
+        _switched_off = before
+
+
+def are_switched_off() -> bool:
+    return _switched_off
+
+
 def kernels(*tensors: Tensor | None) -> ctypes.CDLL | None:
     """The compiled file, where it is there and takes these tensors."""
     for t in tensors:
         if t is not None and not (type(t) in (Tensor, Parameter) and t.device.type == "cpu" and t.dtype in KINDS):
             return None
-    return _made()
+    return None if _switched_off else _made()
 
 
 def threads_for(numbers: int) -> int:

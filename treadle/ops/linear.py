@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
+from treadle.ops.fused import are_switched_off
 from treadle.ops.planned import runs_on_cpu
 from treadle.ops.precision import compute_dtype, without_autocast
 
@@ -56,7 +57,7 @@ if _onednn() is not None:  # torch's counter does not know it
 
 def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
     return (type(x) is Tensor and x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
-            and x.shape[0] >= ONEDNN_FROM_ROWS and _prefers_onednn())  # fmt: skip
+            and x.shape[0] >= ONEDNN_FROM_ROWS and _prefers_onednn() and not are_switched_off())  # fmt: skip
 
 
 def product(x: Tensor, weight: Tensor, added: Tensor | None = None) -> Tensor:

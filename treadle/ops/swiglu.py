@@ -36,9 +36,8 @@ def gated_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tens
     """The gradients of gate and up, and silu(gate) up once more, written over `grad` where the kernel runs."""
     native = kernels(grad, gate, up)
     if native is None:
-        share = gate.sigmoid()
-        active = gate * share
-        return grad * up * (share + active * (1 - share)), grad * active, active * up
+        active = F.silu(gate)
+        return torch.ops.aten.silu_backward(grad * up, gate), grad * active, active * up
     of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
     native.swiglu_backward(
         grad.data_ptr(), gate.data_ptr(), up.data_ptr(), of_gate.data_ptr(), of_up.data_ptr(), grad.data_ptr(), KINDS[gate.dtype],
