@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -159,3 +160,40 @@ def test_cross_entropy(autocast: bool, softcap: float | None) -> None:
     check(lambda h, w: linear_cross_entropy(h, w, labels, softcap), inputs, autocast, 1e-5, products=True)
     exact = results(lambda h, w: linear_cross_entropy_reference(h, w, labels, softcap), inputs, autocast)
     same(results(lambda h, w: linear_cross_entropy(h, w, labels, softcap), inputs, autocast), exact, 3e-2 if autocast else 1e-5)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("label", [50, 60, 10**8, 2**62, -1, -101])
+def test_a_label_outside_the_vocabulary_is_refused(label: int, compiled: bool) -> None:
+    torch.manual_seed(0)
+    hidden, weight, labels = torch.randn(300, 32), torch.randn(50, 32), torch.randint(0, 50, (300,))
+    labels[5] = label
+    with nullcontext() if compiled else without_kernels(), pytest.raises((IndexError, RuntimeError), match=str(label)):
+        linear_cross_entropy(hidden, weight, labels)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_labels_of_other_integers(compiled: bool) -> None:
+    torch.manual_seed(0)
+    hidden, weight, labels = torch.randn(300, 32), torch.randn(50, 32), torch.randint(0, 50, (300,))
+    labels[::3] = -100
+    with nullcontext() if compiled else without_kernels():
+        wide, narrow = (linear_cross_entropy(hidden, weight, kind) for kind in (labels, labels.int()))
+        assert torch.equal(wide, narrow) and torch.equal(wide, linear_cross_entropy(hidden, weight, labels.to(torch.int8)))
+
+
+def test_buffers_without_memory_are_an_error() -> None:
+    """Of no rows, but of a width that no machine has room for."""
+    native, wide, none = fused.kernels(), 1 << 50, (None, 0)
+    assert native is not None
+    calls: dict[str, tuple[Any, ...]] = {
+        "norm_forward": (*none, *none, None, 0.0, None, *none, None, 0, wide, 2),
+        "norm_backward": (*none, *none, None, None, None, None, *none, *none, None, None, 0, wide, 2),
+        "rotate": (None, None, None, None, 0, None, None, 1, 1.0, 0, 1, 1, wide, 0, 2),
+        "causal_softmax": (*none, 1.0, 0, 1, wide, 0, 0, 2),
+        "causal_softmax_backward": (None, None, 0, 1.0, 0, 1, wide, 0, 0, 2),
+        "cross_entropy": (*none, None, -100, 0.0, None, 0, 0, wide, 2),
+    }
+    for name, given in calls.items():
+        with pytest.raises(MemoryError):
+            getattr(native, name)(*given)

@@ -31,13 +31,17 @@ def _nats(logits: Tensor, labels: Tensor, softcap: float | None, slopes: bool) -
     where no label is."""
     native = kernels(logits)
     if native is not None:
-        nats, labels = torch.empty(logits.shape[0]), labels.contiguous()
-        native.cross_entropy(
+        nats, labels = logits.new_empty(logits.shape[0], dtype=torch.float32), labels.to(logits.device, torch.int64).contiguous()
+        failed = native.cross_entropy(
             logits.data_ptr(), KINDS[logits.dtype], labels.data_ptr(), IGNORE, softcap or 0.0, nats.data_ptr(), slopes, *logits.shape,
             threads_for(logits.numel()),
         )  # fmt: skip
+        if failed:
+            outside = labels[(labels != IGNORE) & ((labels < 0) | (labels >= logits.shape[1]))]
+            raise IndexError(f"a label is not in 0 .. {logits.shape[1] - 1}, nor {IGNORE}: {int(outside[0])}")
         return nats.sum()
-    scored, target = (labels != IGNORE)[:, None], labels[:, None].clamp_min(0)
+    scored = (labels != IGNORE)[:, None]
+    target = labels[:, None].to(torch.int64).masked_fill(~scored, 0)
     if softcap is not None:
         logits.div_(softcap).tanh_().mul_(softcap)
     nats = torch.log_softmax(logits, -1, dtype=torch.float32).gather(1, target)

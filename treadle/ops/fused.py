@@ -33,6 +33,14 @@ _SIGNATURES = {
     "causal_softmax_backward": [_POINTER, _POINTER, _INT, _FLOAT, *[_SIZE] * 5, _INT],
     "cross_entropy": [_POINTER, _INT, _POINTER, _SIZE, _FLOAT, _POINTER, _INT, _SIZE, _SIZE, _INT],
 }  # fmt: skip
+_CANNOT_FAIL = {"swiglu_forward", "swiglu_backward", "add"}  # they hold nothing but a stack's buffers
+NO_MEMORY = 1  # a flag, enum failure of csrc/fused.c
+
+
+def _done(code: int) -> int:
+    if code & NO_MEMORY:
+        raise MemoryError("no memory for the buffers of a kernel")
+    return code
 
 
 @functools.cache
@@ -41,7 +49,7 @@ def _made() -> ctypes.CDLL | None:
     if made is not None:
         for name, arguments in _SIGNATURES.items():
             function = getattr(made, name)
-            function.argtypes, function.restype = arguments, None
+            function.argtypes, function.restype = arguments, None if name in _CANNOT_FAIL else _done
     return made
 
 

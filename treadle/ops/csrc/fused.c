@@ -11,6 +11,7 @@
 #define BLOCK 64 /* rows whose weight gradients are summed together */
 
 enum kind { FP32 = 0, BF16 = 1 };
+enum failure { NO_MEMORY = 1, NO_SUCH_LABEL = 2 }; /* flags of what the functions that return a number return */
 
 static inline int64_t size_of(int kind) { return kind == BF16 ? 2 : 4; }
 static inline char *at(const void *base, int kind, int64_t index) { return (char *)base + index * size_of(kind); }
@@ -97,13 +98,16 @@ static inline float exponential(float x) {
 /* ---- RMS norm ---- */
 
 /* s = x + added (added may be NULL, then s is x and `sum` is not written), scale = 1 / sqrt(mean(s^2) + eps), out = s scale weight. */
-void norm_forward(const void *x, int x_kind, const void *added, int added_kind, const float *weight, double eps, void *sum,
-                  void *out, int out_kind, float *scales, int64_t rows, int64_t width, int threads) {
-#pragma omp parallel num_threads(threads)
+int norm_forward(const void *x, int x_kind, const void *added, int added_kind, const float *weight, double eps, void *sum,
+                 void *out, int out_kind, float *scales, int64_t rows, int64_t width, int threads) {
+    int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
     {
         float *first = malloc(4 * width * sizeof(float)), *second = first + width, *third = second + width, *last = third + width;
+        failed |= first == NULL ? NO_MEMORY : 0;
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < rows; row++) {
+            if (first == NULL) continue;
             const float *s = loaded(at(x, x_kind, row * width), x_kind, first, width);
             if (added) {
                 const float *more = loaded(at(added, added_kind, row * width), added_kind, second, width);
@@ -120,21 +124,25 @@ void norm_forward(const void *x, int x_kind, const void *added, int added_kind, 
         }
         free(first);
     }
+    return failed;
 }
 
 /* With n = s scale and i = grad weight: grad_x = kept + scale (i - n mean(i n)), also written as `copy` in its own kind;
    kept (the gradient that s has from elsewhere) and copy may be NULL. Where `inverse` (1 / weight) is given, s holds what
    norm_forward wrote as `out`, and n = s inverse. parts: [rows / BLOCK, width], sums of grad n. */
-void norm_backward(const void *grad, int grad_kind, const void *s, int s_kind, const float *weight, const float *inverse,
-                   const float *scales, const void *kept, void *grad_x, int x_kind, void *copy, int copy_kind, float *parts,
-                   float *grad_weight, int64_t rows, int64_t width, int threads) {
+int norm_backward(const void *grad, int grad_kind, const void *s, int s_kind, const float *weight, const float *inverse,
+                  const float *scales, const void *kept, void *grad_x, int x_kind, void *copy, int copy_kind, float *parts,
+                  float *grad_weight, int64_t rows, int64_t width, int threads) {
     int64_t blocks = (rows + BLOCK - 1) / BLOCK;
-#pragma omp parallel num_threads(threads)
+    int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
     {
         float *first = malloc(5 * width * sizeof(float)), *second = first + width, *third = second + width;
         float *normed = third + width, *inner = normed + width;
+        failed |= first == NULL ? NO_MEMORY : 0;
 #pragma omp for schedule(static)
         for (int64_t block = 0; block < blocks; block++) {
+            if (first == NULL) continue;
             float *restrict part = parts + block * width;
             memset(part, 0, width * sizeof(float));
             int64_t stop = (block + 1) * BLOCK < rows ? (block + 1) * BLOCK : rows;
@@ -163,25 +171,30 @@ void norm_backward(const void *grad, int grad_kind, const void *s, int s_kind, c
         }
         free(first);
     }
+    if (failed) return failed;
     memset(grad_weight, 0, width * sizeof(float));
     for (int64_t block = 0; block < blocks; block++)
         for (int64_t k = 0; k < width; k++) grad_weight[k] += parts[block * width + k];
+    return 0;
 }
 
 /* ---- rotary positions ---- */
 
 /* x, out: [rows, heads, length, 2 half + rest], the last dimension dense and the strides in numbers; pairs (k, k + half) are
    turned by the angles of cos, sin [angle_rows (rows or 1), length, half], the opposite way with sign -1; the rest is copied. */
-void rotate(const void *x, const int64_t *x_strides, void *out, const int64_t *out_strides, int kind, const float *cos,
-            const float *sin, int64_t angle_rows, float sign, int64_t rows, int64_t heads, int64_t length, int64_t half,
-            int64_t rest, int threads) {
+int rotate(const void *x, const int64_t *x_strides, void *out, const int64_t *out_strides, int kind, const float *cos,
+           const float *sin, int64_t angle_rows, float sign, int64_t rows, int64_t heads, int64_t length, int64_t half,
+           int64_t rest, int threads) {
     int64_t width = 2 * half + rest;
-#pragma omp parallel num_threads(threads)
+    int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
     {
         float *buffer = malloc(2 * width * sizeof(float)), *turned = buffer + width;
+        failed |= buffer == NULL ? NO_MEMORY : 0;
 #pragma omp for collapse(2) schedule(static)
         for (int64_t row = 0; row < rows; row++)
             for (int64_t t = 0; t < length; t++) {
+                if (buffer == NULL) continue;
                 const float *restrict c = cos + ((angle_rows > 1 ? row : 0) * length + t) * half;
                 const float *restrict s = sin + ((angle_rows > 1 ? row : 0) * length + t) * half;
                 for (int64_t head = 0; head < heads; head++) {
@@ -203,6 +216,7 @@ void rotate(const void *x, const int64_t *x_strides, void *out, const int64_t *o
             }
         free(buffer);
     }
+    return failed;
 }
 
 /* ---- gated activation: silu(gate) up ---- */
@@ -290,14 +304,17 @@ static inline float exponentials(const float *restrict from, float *restrict to,
 
 /* scores [heads, queries, keys], in place: softmax of factor * scores over the keys that each query sees, zero elsewhere. Query
    i stands at key offset + i, and sees that one and those before it, `window` at most (0: all). */
-void causal_softmax(void *scores, int kind, float factor, int64_t heads, int64_t queries, int64_t keys, int64_t offset,
-                    int64_t window, int threads) {
-#pragma omp parallel num_threads(threads)
+int causal_softmax(void *scores, int kind, float factor, int64_t heads, int64_t queries, int64_t keys, int64_t offset,
+                   int64_t window, int threads) {
+    int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
     {
         float *buffer = malloc(2 * keys * sizeof(float)), *share = buffer + keys;
+        failed |= buffer == NULL ? NO_MEMORY : 0;
 #pragma omp for collapse(2) schedule(static)
         for (int64_t head = 0; head < heads; head++)
             for (int64_t query = 0; query < queries; query++) {
+                if (buffer == NULL) continue;
                 void *row = at(scores, kind, (head * queries + query) * keys);
                 int64_t stop = offset + query + 1, first = window > 0 && stop > window ? stop - window : 0, seen = stop - first;
                 const float *s = loaded(at(row, kind, first), kind, buffer, seen);
@@ -309,17 +326,21 @@ void causal_softmax(void *scores, int kind, float factor, int64_t heads, int64_t
             }
         free(buffer);
     }
+    return failed;
 }
 
 /* grad, of the shares, in place becomes that of the scores before the factor: factor share (grad - sum(grad share)). */
-void causal_softmax_backward(void *grad, const void *shares, int kind, float factor, int64_t heads, int64_t queries,
-                             int64_t keys, int64_t offset, int64_t window, int threads) {
-#pragma omp parallel num_threads(threads)
+int causal_softmax_backward(void *grad, const void *shares, int kind, float factor, int64_t heads, int64_t queries,
+                            int64_t keys, int64_t offset, int64_t window, int threads) {
+    int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
     {
         float *buffer = malloc(3 * keys * sizeof(float)), *second = buffer + keys, *restrict to = second + keys;
+        failed |= buffer == NULL ? NO_MEMORY : 0;
 #pragma omp for collapse(2) schedule(static)
         for (int64_t head = 0; head < heads; head++)
             for (int64_t query = 0; query < queries; query++) {
+                if (buffer == NULL) continue;
                 int64_t stop = offset + query + 1, first = window > 0 && stop > window ? stop - window : 0, seen = stop - first;
                 int64_t start = (head * queries + query) * keys;
                 void *row = at(grad, kind, start);
@@ -333,24 +354,34 @@ void causal_softmax_backward(void *grad, const void *shares, int kind, float fac
             }
         free(buffer);
     }
+    return failed;
 }
 
 /* ---- cross-entropy rows ---- */
 
 /* logits [rows, width]; nats = -log softmax(z)[label] a row (0 where label is `ignored`), z = logits or cap tanh(logits / cap)
-   (cap > 0). With slopes the logits become d nats / d logits in place. */
-void cross_entropy(void *logits, int kind, const int64_t *labels, int64_t ignored, float cap, float *nats, int slopes,
-                   int64_t rows, int64_t width, int threads) {
-#pragma omp parallel num_threads(threads)
+   (cap > 0). With slopes the logits become d nats / d logits in place. A row with a label outside [0, width) has NaN nats and
+   keeps its logits. */
+int cross_entropy(void *logits, int kind, const int64_t *labels, int64_t ignored, float cap, float *nats, int slopes,
+                  int64_t rows, int64_t width, int threads) {
+    int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
     {
         float *buffer = malloc(3 * width * sizeof(float)), *share = buffer + width, *capped = share + width;
+        failed |= buffer == NULL ? NO_MEMORY : 0;
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < rows; row++) {
+            if (buffer == NULL) continue;
             void *place = at(logits, kind, row * width);
             int64_t label = labels[row];
             if (label == ignored) {
                 nats[row] = 0;
                 if (slopes) memset(place, 0, width * size_of(kind));
+                continue;
+            }
+            if ((uint64_t)label >= (uint64_t)width) {
+                nats[row] = NAN;
+                failed |= NO_SUCH_LABEL;
                 continue;
             }
             const float *z = loaded(place, kind, buffer, width);
@@ -370,4 +401,5 @@ void cross_entropy(void *logits, int kind, const int64_t *labels, int64_t ignore
         }
         free(buffer);
     }
+    return failed;
 }
