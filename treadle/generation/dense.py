@@ -47,6 +47,12 @@ class DenseForm:
         )  # fmt: skip
 
     @staticmethod
+    def takes(model: Any, layers: dict[str, Quantized]) -> bool:
+        """Whether each matrix is there: narrow ones are not packed (layers/quantized_linear.py), and then modules read them."""
+        parts = ("attention.query", "attention.key", "attention.value", "attention.out", "mlp.gate", "mlp.up", "mlp.down")
+        return {"head", *(f"layers.{number}.{part}" for number in range(len(model.layers)) for part in parts)} <= layers.keys()
+
+    @staticmethod
     def _layer(block: Any, name: str, layers: dict[str, Quantized]) -> DenseLayer:
         attention, mlp = block.attention, block.mlp
 

@@ -28,7 +28,7 @@ class Reading:
         """layers: the matrices, where they are known already."""
         self.weights, self.form = weights, None
         layers = quantized(model, weights) if layers is None else layers
-        if is_dense(model) and quantizable(model, []).keys() == layers.keys() and HEAD in layers:
+        if is_dense(model) and quantizable(model, []).keys() == layers.keys() and DenseForm.takes(model, layers):
             form = DenseForm(model, layers)
             reference = model if weights == "fp32" else with_quantized(model, layers, packed=False)
             if agrees(model, form, reference):

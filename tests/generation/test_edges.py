@@ -1,0 +1,25 @@
+"""What generation has to stand: narrow matrices, models that go away, training mode, padding before a prompt, several threads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from treadle.generation.reading import reading
+from treadle.models.base import build
+
+SHAPE: dict[str, Any] = {"vocab_size": 64, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "initializer_range": 0.2}
+PROMPT = [3, 9, 4, 1, 3, 9, 4]
+
+
+def model_of(**keys: Any) -> Any:
+    return build("transformer", **{**SHAPE, **keys}).eval()
+
+
+@pytest.mark.parametrize("weights", ["fp32", "int8", "int4"])
+@pytest.mark.parametrize("keys", [{"num_kv_heads": 1}, {"intermediate_size": 16}, {"hidden_size": 16, "num_heads": 1}])
+def test_matrices_too_narrow_for_the_compiled_step(keys: dict[str, Any], weights: str) -> None:
+    model = model_of(**keys)
+    assert reading(model, weights).form is None
+    assert model.generate(PROMPT, 4, temperature=0, weights=weights).shape == (1, 11)
