@@ -102,6 +102,20 @@ def stepped(optim: OptimSettings, steps: int, model: Any, optimizers: Optimizers
         stepper.run(step, [batch], optim.learning_rate)
 
 
+def test_soap_goes_on_from_a_copy_to_the_bit() -> None:
+    """A QR decomposition gives its basis by columns; narrow products of it round differently from those of its copy."""
+    weights = [torch.nn.Parameter(torch.zeros(8, 320)) for _ in range(2)]
+    one, other = (SOAP([w], lr=0.01, precondition_frequency=1) for w in weights)
+    for step in range(6):
+        for weight in weights:
+            weight.grad = torch.randn(8, 320, generator=torch.Generator().manual_seed(step))
+        one.step()
+        other.step()
+        for key, value in other.state[weights[1]].items():
+            other.state[weights[1]][key] = torch.as_tensor(value).clone(memory_format=torch.contiguous_format)
+    assert torch.equal(weights[0], weights[1])
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon", "soap"])
 def test_state_goes_and_comes_back(name: str) -> None:
     optim = OptimSettings(name=name, ema=0.9, soap_precondition_frequency=2, learning_rate=0.01)  # type: ignore[arg-type]
@@ -132,6 +146,22 @@ def test_without_the_average_training_goes_on_from_the_weights() -> None:
     other.load_weights(optimizers.named_weights(model))
     plain.load_state_tensors(optimizers.state_tensors())
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+
+
+def test_the_weights_come_back_before_training_goes_on() -> None:
+    optim = OptimSettings(ema=0.9, learning_rate=0.01)
+    model, other = tiny(), tiny()
+    optimizers, whole = Optimizers(model, optim), Optimizers(other, optim)
+    stepped(optim, 2, model, optimizers)
+    optimizers.use_average(True)
+    averaged = {n: p.clone() for n, p in model.named_parameters()}
+    assert all(torch.equal(t, averaged[n]) for n, t in optimizers.named_weights(model).items())
+    optimizers.use_average(False)
+    stepped(optim, 2, model, optimizers)
+    stepped(optim, 2, other, whole)
+    stepped(optim, 2, other, whole)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+    assert not torch.equal(averaged["embedding.weight"], model.embedding.weight)
 
 
 def test_a_run_evaluates_saves_and_resumes_its_average(text_file: Path, tmp_path: Path) -> None:

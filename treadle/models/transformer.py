@@ -148,6 +148,11 @@ class Block(nn.Module):
         return torch.stack((x, velocity), 2)
 
 
+def _grows_with_width(name: str) -> bool:
+    """A block's matrix that reads as many numbers as the model is wide, for muP."""
+    return name.startswith("layers.") and not name.endswith(("value_embedding.weight", "value_gate.weight"))
+
+
 class Transformer(Backbone):
     """Decoder-only transformer (Vaswani et al. 2017; Radford et al. 2019; Touvron et al. 2023)."""
 
@@ -259,7 +264,7 @@ class Transformer(Backbone):
         rules = {**super().parameter_rules(), **spared, **single}
         if self.config.mup_base_width is None:
             return rules
-        inside = [n for n, p in self.named_parameters() if n.startswith("layers.") and p.dim() == 2 and not n.endswith("value_embedding.weight")]
+        inside = [n for n, p in self.named_parameters() if p.dim() == 2 and _grows_with_width(n)]
         return rules | {n: replace(rules.get(n, ParameterRule()), width_ratio=self.config.width_ratio) for n in inside}
 
     def _in_mixer(self, name: str) -> tuple[TokenMixer, str] | None:
@@ -278,8 +283,7 @@ class Transformer(Backbone):
             return "zeros"
         if parameter.dim() == 1:
             return "ones"
-        in_block = name.startswith("layers.") and not name.endswith("value_embedding.weight")
-        std = self.config.initializer_range * (self.config.width_ratio**0.5 if in_block else 1.0)
+        std = self.config.initializer_range * (self.config.width_ratio**0.5 if _grows_with_width(name) else 1.0)
         into_stream = name.endswith(("attention.out.weight", "mlp.down.weight"))
         if into_stream and self.config.zero_init_residual:
             return "zeros"

@@ -147,9 +147,10 @@ class Optimizers:
         """The model has the average of its weights inside, where one is kept."""
         return nullcontext() if self.average is None else self.average.used()
 
-    def keep_average(self) -> None:
-        """After the last step: the model goes on with the average, where one is kept."""
-        if self.average is not None and not self.average.in_place_of_weights:
+    def use_average(self, wanted: bool) -> None:
+        """From here on the model has the average inside (after the last step), or the weights that are trained; nothing where no
+        average is kept."""
+        if self.average is not None and self.average.in_place_of_weights is not wanted:
             self.average.exchange()
 
     def named_weights(self, model: Model) -> dict[str, Tensor]:

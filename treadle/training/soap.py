@@ -55,8 +55,8 @@ class SOAP(torch.optim.Optimizer):
         state["left"].lerp_(gradient @ gradient.T, 1 - second)
         state["right"].lerp_(gradient.T @ gradient, 1 - second)
         if step % group["precondition_frequency"] == 0:
-            state["left_basis"] = torch.linalg.qr(state["left"] @ left).Q
-            state["right_basis"] = torch.linalg.qr(state["right"] @ right).Q
+            state["left_basis"] = torch.linalg.qr(state["left"] @ left).Q.contiguous()  # as a checkpoint gives it back
+            state["right_basis"] = torch.linalg.qr(state["right"] @ right).Q.contiguous()
 
 
 def _eigenvectors(matrix: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from treadle.monitor.console import Console
 from treadle.objectives.base import Losses, Objective
 from treadle.objectives.next_token import NextToken
 from treadle.objectives.overridden import with_overrides
-from treadle.training import resolve
+from treadle.training import compiling, resolve
 from treadle.training.advice import on_out_of_memory
 from treadle.training.assembly import assemble
 from treadle.training.callbacks.base import Callbacks, make_callbacks
@@ -70,6 +70,7 @@ class Trainer:
         self.assembly = assemble(model, self.objective, recipe, plan, world, self.device, precision)
         self.evaluator = Evaluator(model, None, precision, self.assembly.strategy, self.objective)
         share = BatchPlan(recipe.run.seed, plan.global_batch, plan.accumulation, world.rank, world.size)
+        compiling.settle(recipe, plan, self.assembly, dataset, share, world, self.console)
         state = RunState(0, dataset.start, threads=torch.get_num_threads(), data_fingerprint=dataset.fingerprint())
         self.context = context = Context(
             recipe, model, self.objective, dataset, eval_dataset, world, self.assembly.strategy, self.device, precision,
@@ -122,6 +123,7 @@ class Trainer:
 
     def _train(self) -> None:
         self.state.ended = self.state.ended_by = ""
+        self.assembly.optimizers.use_average(False)
         self.callbacks.call("on_train_start")
         self._open_data()
         if self.state.step == 0:
@@ -133,7 +135,7 @@ class Trainer:
                 self.callbacks.call("before_step")
                 self._step(*item)
                 self.callbacks.call("after_step")
-        self.assembly.optimizers.keep_average()
+        self.assembly.optimizers.use_average(True)
 
     def _step(self, micro_batches: list[Batch], position: Position) -> None:
         """One optimiser step, and what the run remembers of it."""
