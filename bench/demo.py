@@ -22,8 +22,30 @@ from bench.startup import cpu_seconds
 
 ROOT = Path(__file__).parents[1]
 STEPS, TIMED, SKIPPED = 1200, 40, 10
-FIRST_FORM = ["--optim.name", "adamw", "--learning_rate", "3e-3", "--lr_scheduler_type", "cosine", "--max_steps", str(STEPS),
-              "--batch_size", "16", "--seq_len", "256", "--logging_steps", "10", "--eval_steps", "100000"]  # fmt: skip
+FIRST_FORM = f"""
+[model]
+arch = "transformer"
+hidden_size = 192
+num_layers = 4
+num_heads = 3
+[tokenizer]
+name = "bpe"
+vocab_size = 2048
+[data]
+path = "austen"
+seq_len = 256
+[train]
+max_steps = {STEPS}
+per_device_train_batch_size = 16
+[optim]
+name = "adamw"
+learning_rate = 3e-3
+lr_scheduler_type = "cosine"
+[log]
+logging_steps = 10
+[eval]
+eval_steps = 100000
+"""
 STEP = re.compile(r"^step ([\d,]+)/")
 EVALUATION = re.compile(r"^evaluation at step ([\d,]+): .*bpb ([\d.]+)")
 
@@ -46,7 +68,8 @@ def budget() -> float:
     """CPU seconds of all steps of the first form."""
     seen: dict[int, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for used, line in lines([*FIRST_FORM, "--run_name", "first"], folder):
+        (Path(folder) / "first.toml").write_text(FIRST_FORM, encoding="utf-8")
+        for used, line in lines(["first.toml"], folder):
             if match := STEP.match(line):
                 seen[int(match[1].replace(",", ""))] = used
                 if max(seen) >= SKIPPED + TIMED:
