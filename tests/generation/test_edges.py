@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -23,3 +25,15 @@ def test_matrices_too_narrow_for_the_compiled_step(keys: dict[str, Any], weights
     model = model_of(**keys)
     assert reading(model, weights).form is None
     assert model.generate(PROMPT, 4, temperature=0, weights=weights).shape == (1, 11)
+
+
+@pytest.mark.parametrize("weights", ["fp32", "int8"])
+@pytest.mark.parametrize("keys", [{}, {"style": "gpt2"}, {"layer_types": ["ssd", "attention"]}])
+def test_a_model_goes_away_with_what_was_laid_out_for_it(keys: dict[str, Any], weights: str) -> None:
+    model = model_of(**keys)
+    model.generate(PROMPT, 4, temperature=0, weights=weights)
+    model.generate(PROMPT, 4, temperature=0, weights=weights, speculative="ngram")
+    alive, parameter = weakref.ref(model), weakref.ref(next(model.parameters()))
+    del model
+    gc.collect()
+    assert alive() is None and parameter() is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,25 +18,37 @@ from treadle.ops.packed_linear import FORMATS, Quantized
 LARGEST_COPY = 1 << 31  # bytes of fp32 weights that are laid out anew for decoding; beyond, the ordinary way reads them in place
 SAMPLED = 64  # numbers of each parameter that tell whether it was written to
 HEAD = "head"  # takes 8 bits where the rest takes 4: its share of the loss is larger than its share of the bytes
-_kept: WeakKeyDictionary[Any, tuple[Any, dict[str, Reading]]] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[Any, tuple[Any, dict[str, _Made]]] = WeakKeyDictionary()
 _stored: WeakKeyDictionary[Any, tuple[Any, str, dict[str, Quantized]]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What is laid out for a model: its compiled form, or a copy that reads other matrices. Not the model itself, so that what is
+    kept here does not keep it alive."""
+
+    form: DenseForm | None = None
+    copy: DecodableModel | None = None
+
+    @classmethod
+    def of(cls, model: Any, weights: str, layers: dict[str, Quantized]) -> _Made:
+        if is_dense(model) and quantizable(model, []).keys() == layers.keys() and DenseForm.takes(model, layers):
+            form = DenseForm(model, layers)
+            reference = model if weights == "fp32" else with_quantized(model, layers, packed=False)
+            if agrees(model, form, reference):
+                return cls(form)
+        return cls(copy=with_quantized(model, layers) if weights != "fp32" else None)
 
 
 class Reading:
     """What generation reads: a model with its weights in a format, and the compiled step where there is one."""
 
-    def __init__(self, model: Any, weights: str, layers: dict[str, Quantized] | None = None) -> None:
-        """layers: the matrices, where they are known already."""
-        self.weights, self.form = weights, None
-        layers = quantized(model, weights) if layers is None else layers
-        if is_dense(model) and quantizable(model, []).keys() == layers.keys() and DenseForm.takes(model, layers):
-            form = DenseForm(model, layers)
-            reference = model if weights == "fp32" else with_quantized(model, layers, packed=False)
-            if agrees(model, form, reference):
-                self.form = form
-        self.model: DecodableModel = model
-        if self.form is None and weights != "fp32":
-            self.model = with_quantized(model, layers)
+    def __init__(self, model: Any, weights: str, layers: dict[str, Quantized] | None = None, made: _Made | None = None) -> None:
+        """layers: the matrices, where they are known already; made: what was laid out before."""
+        if made is None:
+            made = _Made.of(model, weights, quantized(model, weights) if layers is None else layers)
+        self.weights, self.form = weights, made.form
+        self.model: DecodableModel = model if made.copy is None else made.copy
 
     def start(self, rows: int, max_len: int, ordinary: bool = False) -> Decoding:
         """A generation of so many rows. ordinary: the model reads more than tokens."""
@@ -75,8 +88,8 @@ def layers_of(model: Any, weights: str) -> dict[str, Quantized]:
 
 @torch.no_grad()
 def reading(model: Any, weights: str | None = None) -> Reading:
-    """A model ready for reading, by default in the format of the file that it came from. It is kept for the next time while
-    the model is in evaluation mode and its weights stay."""
+    """A model ready for reading, by default in the format of the file that it came from. What is laid out for it is kept for
+    the next time while the model is in evaluation mode and its weights stay."""
     weights = (remembered(model) if weights is None else None) or checked(weights)
     if weights == "fp32" and (not is_dense(model) or 4 * sum(p.numel() for p in model.parameters()) > LARGEST_COPY):
         return Reading(model, weights, {})
@@ -87,8 +100,8 @@ def reading(model: Any, weights: str | None = None) -> Reading:
     if known is None or known[0] != mark:
         known = _kept[model] = (mark, {})
     if weights not in known[1]:
-        known[1][weights] = Reading(model, weights, layers_of(model, weights))
-    return known[1][weights]
+        known[1][weights] = _Made.of(model, weights, layers_of(model, weights))
+    return Reading(model, weights, made=known[1][weights])
 
 
 @torch.no_grad()
