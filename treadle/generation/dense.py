@@ -132,7 +132,7 @@ class DenseDecoding(Decoding):
         if running is None or running.shape[0] == ids.shape[0]:
             logits = self._call(ids, self.rows, positions)
         else:
-            logits = torch.zeros(ids.shape[0], self.form.step.vocabulary)
+            logits = torch.zeros(ids.shape[0], self.form.step.vocabulary, dtype=torch.float32)
             logits[running] = self._call(ids[running], running, positions[running])
         self.state.lengths = positions + 1
         self.state.host_lengths = [length + 1 for length in self.state.host_lengths]
@@ -146,8 +146,7 @@ class DenseDecoding(Decoding):
         return logits
 
     def _call(self, ids: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-        self.form.step.use(*self.angles)
-        _, logits = self.form.step(self.keys, self.values, ids.contiguous(), rows.contiguous(), positions.contiguous())
+        _, logits = self.form.step(self.angles, self.keys, self.values, ids.contiguous(), rows.contiguous(), positions.contiguous())
         assert logits is not None
         return logits
 
@@ -159,14 +158,14 @@ class DenseDecoding(Decoding):
     def _row(self, row: int, ids: Tensor) -> Tensor:
         """Tokens ids [T] of one row -> hidden [1, D] of the last after the final norm; their keys and values are kept."""
         start = self.state.host_lengths[row]
-        hidden = torch.zeros(1, self.form.step.width)
+        hidden = torch.zeros(1, self.form.step.width, dtype=torch.float32)
         if not ids.shape[0]:
             return hidden
         if ids.shape[0] <= FEW or not rounds(self.form.made[0].qkv.kind):
-            self.form.step.use(*self.angles)
             for part in ids.split(STEP):
                 places = torch.arange(start, start + part.shape[0])
-                hidden = self.form.step(self.keys, self.values, part.contiguous(), torch.full_like(part, row), places, False, True)[0]
+                rows = torch.full_like(part, row)
+                hidden, _ = self.form.step(self.angles, self.keys, self.values, part.contiguous(), rows, places, False, True)
                 start += part.shape[0]
             return hidden
         for part in ids.split(CHUNK):

@@ -74,30 +74,26 @@ class DenseStep:
         inner = layers[0].down.shape[1]
         self._struct = _Decoder(ctypes.addressof(made), head.struct, self.embedding.data_ptr(), self.norm.data_ptr(), None, None,
                                 len(layers), self.width, inner, heads, groups, head_width, 0, 0, eps, scale)  # fmt: skip
-        self._at, self._call = ctypes.addressof(self._struct), native().decoding_step  # type: ignore[union-attr]
-        self._angles: tuple[Tensor, Tensor] | None = None
-
-    def use(self, cosines: Tensor, sines: Tensor) -> None:
-        """The angles [places, turned / 2] of all positions from here on."""
-        self._angles = (cosines.float().contiguous(), sines.float().contiguous())
-        self._struct.cosines, self._struct.sines = (t.data_ptr() for t in self._angles)
-        self._struct.turned = 2 * cosines.shape[1]
+        self._call = native().decoding_step  # type: ignore[union-attr]
 
     def __call__(
-        self, keys: Caches, values: Caches, ids: Tensor, rows: Tensor, positions: Tensor, logits: bool = True, prompt: bool = False,
+        self, angles: tuple[Tensor, Tensor], keys: Caches, values: Caches, ids: Tensor, rows: Tensor, positions: Tensor,
+        logits: bool = True, prompt: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """ids, rows, positions int64 [count]: tokens, the row of the caches that each belongs to, and its position there; a
-        row's tokens in order. Writes their keys and values; -> hidden [count, D] after the last norm, logits [count, V]. prompt:
-        they follow one another in one row; the outcome is that of the last one alone, [1, ...], sooner, with other last bits."""
-        assert self._angles is not None
-        self._struct.slots = keys.slots
+        """angles: cosines and sines [places, turned / 2] of all positions; ids, rows, positions int64 [count]: tokens, the
+        row of the caches that each belongs to, and its position there; a row's tokens in order. Writes their keys and values; ->
+        hidden [count, D] after the last norm, logits [count, V]. prompt: they follow one another in one row; the outcome is that
+        of the last one alone, [1, ...], sooner, with other last bits."""
+        cosines, sines = (t.float().contiguous() for t in angles)
+        own = _Decoder.from_buffer_copy(self._struct)  # of this call: other threads may be in theirs
+        own.cosines, own.sines, own.turned, own.slots = cosines.data_ptr(), sines.data_ptr(), 2 * cosines.shape[1], keys.slots
         count = ids.shape[0]
         kept = 1 if prompt else count
-        hidden = torch.empty(kept, self.width)
-        out = torch.empty(kept, self.vocabulary) if logits else None
+        hidden = self.norm.new_empty(kept, self.width)
+        out = self.norm.new_empty(kept, self.vocabulary) if logits else None
         failed = self._call(
-            self._at, keys.at, values.at, ids.data_ptr(), rows.data_ptr(), positions.data_ptr(), count, int(prompt), hidden.data_ptr(),
-            out.data_ptr() if out is not None else None, torch.get_num_threads(),
+            ctypes.addressof(own), keys.at, values.at, ids.data_ptr(), rows.data_ptr(), positions.data_ptr(), count, int(prompt),
+            hidden.data_ptr(), out.data_ptr() if out is not None else None, torch.get_num_threads(),
         )  # fmt: skip
         _check(failed)
         return hidden, out
@@ -107,7 +103,7 @@ def prompt_attention(q: Tensor, keys: Tensor, values: Tensor, start: int, scale:
     """q [T, H, E] of positions start.. over a row's keys and values [G, slots, E], which hold those positions too -> [T, H E]."""
     count, heads, width = q.shape
     groups, slots, _ = keys.shape
-    y = torch.empty(count, heads * width)
+    y = q.new_empty(count, heads * width)
     _check(native().prompt_attention(  # type: ignore[union-attr]
         q.data_ptr(), q.stride(0), keys.data_ptr(), values.data_ptr(), slots, start, count, heads, groups, width, scale,
         y.data_ptr(), heads * width, torch.get_num_threads(),
