@@ -38,8 +38,9 @@ class QuantizedLinear(nn.Linear):
         self.out_features, self.in_features = quantized.shape
         self.kind, self.reproducible = quantized.kind, reproducible
         self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
-        on_cpu = packed and native() is not None and quantized.codes.device.type == "cpu"
-        self.matrix: PackedMatrix | Quantized = PackedMatrix(quantized, bias) if on_cpu else quantized
+        self.matrix: PackedMatrix | Quantized = quantized
+        if packed and quantized.codes.device.type == "cpu":  # without the compiled product as fast as fp32, instead of unpacking at each use
+            self.matrix = PackedMatrix(quantized, bias) if native() is not None else Quantized("fp32", quantized.dequantize())
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]

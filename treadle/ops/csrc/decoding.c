@@ -20,7 +20,12 @@
 #define LANES 16
 #define VECTORS 4 /* of a panel */
 #define GROUP 32
+#define ALONE (1 << 18) /* multiplications, 6 microseconds: less is not worth waking threads for */
+#if defined(__AVX512F__)
 #define ROWS 8 /* that share a weight's conversion: 16 sums, or 24 in 4 bits, of 32 registers */
+#else
+#define ROWS 2 /* of 16 registers of half the width; more take four times as long to compile too */
+#endif
 
 typedef float vector __attribute__((vector_size(64), aligned(4)));
 typedef int32_t integers __attribute__((vector_size(64), aligned(4)));
@@ -69,12 +74,10 @@ INLINE float largest(vector v) {
     return most;
 }
 INLINE vector higher(vector a, vector b) {
-    integers more = a > b;
-    return (vector)(((integers)a & more) | ((integers)b & ~more));
+    return (vector)(((integers)a & (a > b)) | ((integers)b & ~(a > b)));
 }
 INLINE vector lower(vector a, vector b) {
-    integers less = a < b;
-    return (vector)(((integers)a & less) | ((integers)b & ~less));
+    return (vector)(((integers)a & (a < b)) | ((integers)b & ~(a < b)));
 }
 INLINE vector looked_up(integers index, const vector *table) {
     vector out;
@@ -101,7 +104,6 @@ INLINE vector from_fp16(const void *at) {
 #endif
 INLINE vector loaded(const float *at) { return *(const vector *)at; }
 INLINE void store(float *at, vector value) { *(vector *)at = value; }
-
 /* ---- one panel, or one vector of it, times some rows ---- */
 
 INLINE vector weight(const uint8_t *panel, int64_t k, int lane, const int format) {
@@ -189,34 +191,30 @@ INLINE void some(const struct matrix *m, int64_t p, const float *x, float *y, in
 
 INLINE void panel_of_format(const struct matrix *m, int64_t p, const float *x, float *y, int64_t rows, int64_t out_stride,
                             const int format) {
-    const int64_t in = m->inputs;
-    int64_t r = 0;
+    int64_t r = 0, in = m->inputs;
     for (; r + ROWS <= rows; r += ROWS)
         for (int v = 0; v < VECTORS; v++) some(m, p, x + r * in, y + r * out_stride, out_stride, v, ROWS, 1, format);
+#if ROWS > 4
     for (; r + 4 <= rows; r += 4)
         for (int v = 0; v < VECTORS; v++) some(m, p, x + r * in, y + r * out_stride, out_stride, v, 4, 1, format);
+#endif
     for (; r + 2 <= rows; r += 2)
         for (int v = 0; v < VECTORS; v += 2) some(m, p, x + r * in, y + r * out_stride, out_stride, v, 2, 2, format);
     if (r < rows) some(m, p, x + r * in, y + r * out_stride, out_stride, 0, 1, VECTORS, format);
 }
 
 static void one_panel(const struct matrix *m, int64_t p, const float *x, float *y, int64_t rows, int64_t out_stride) {
-    switch (m->format) {
-    case 0: panel_of_format(m, p, x, y, rows, out_stride, 0); break;
-    case 1: panel_of_format(m, p, x, y, rows, out_stride, 1); break;
-    case 2: panel_of_format(m, p, x, y, rows, out_stride, 2); break;
-    default: panel_of_format(m, p, x, y, rows, out_stride, 3);
-    }
+    if (m->format == 0) panel_of_format(m, p, x, y, rows, out_stride, 0);
+    else if (m->format == 1) panel_of_format(m, p, x, y, rows, out_stride, 1);
+    else if (m->format == 2) panel_of_format(m, p, x, y, rows, out_stride, 2);
+    else panel_of_format(m, p, x, y, rows, out_stride, 3);
 }
 
 /* x [rows, inputs] -> y [rows, outputs]. */
 void product(const struct matrix *m, const float *x, float *y, int64_t rows, int threads) {
     const int64_t panels = (m->outputs + PANEL - 1) / PANEL;
-    if (threads < 2) {
-        for (int64_t p = 0; p < panels; p++) one_panel(m, p, x, y, rows, m->outputs);
-        return;
-    }
-#pragma omp parallel for num_threads(threads) schedule(static)
+    if (m->outputs * m->inputs * rows < ALONE) threads = 1;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t p = 0; p < panels; p++) one_panel(m, p, x, y, rows, m->outputs);
 }
 
@@ -337,8 +335,8 @@ static void attend(const float *q, const float *keys, const float *values, int64
 
 #define QUERIES 32 /* of a prompt that read a panel of 64 keys together */
 
-/* rows of x [8, inputs] times a panel [inputs, width] from column `first` on, added to y [8, width]. */
-INLINE void eight_rows(const float *x, int64_t stride, const float *panel, int64_t inputs, int64_t width, float *y) {
+/* x [ROWS, inputs], rows `stride` apart, times 16 columns of a panel [inputs, width], added to y [ROWS, width]. */
+INLINE void block_of_rows(const float *x, int64_t stride, const float *panel, int64_t inputs, int64_t width, float *y) {
     vector even[ROWS], odd[ROWS];
     for (int r = 0; r < ROWS; r++) even[r] = loaded(y + r * width), odd[r] = zero();
     int64_t k = 0;
@@ -371,7 +369,7 @@ static void attend_together(const float *q, int64_t stride, const float *panels,
         const int64_t here = keys - first < PANEL ? keys - first : PANEL;
         memset(scores, 0, sizeof(float) * (size_t)(rows * PANEL));
         for (int64_t r = 0; r < rows; r += ROWS)
-            for (int v = 0; v < VECTORS; v++) eight_rows(own + r * width, width, panel + v * LANES, width, PANEL, scores + r * PANEL + v * LANES);
+            for (int v = 0; v < VECTORS; v++) block_of_rows(own + r * width, width, panel + v * LANES, width, PANEL, scores + r * PANEL + v * LANES);
         for (int64_t r = 0; r < rows; r++) {
             float *row = scores + r * PANEL;
             for (int64_t s = start + r - first + 1 > 0 ? start + r - first + 1 : 0; s < PANEL; s++) row[s] = -INFINITY;
@@ -395,7 +393,7 @@ static void attend_together(const float *q, int64_t stride, const float *panels,
         }
         for (int64_t r = 0; r < rows; r += ROWS)
             for (int64_t i = 0; i < width; i += LANES)
-                eight_rows(scores + r * PANEL, PANEL, values + first * width + i, here, width, sums + r * width + i);
+                block_of_rows(scores + r * PANEL, PANEL, values + first * width + i, here, width, sums + r * width + i);
     }
     for (int64_t r = 0; r < count; r++)
         for (int64_t i = 0; i < width; i += LANES) store(y + r * out_stride + i, loaded(sums + r * width + i) * all(1.0f / whole[r]));
@@ -439,7 +437,8 @@ int decoding_step(const struct decoder *d, float *const *keys, float *const *val
     const int64_t width = d->width, e = d->head_width, queries = d->heads * e, shared = d->groups * e, all_three = queries + 2 * shared;
     int64_t longest = 0;
     for (int64_t i = 0; i < count; i++) longest = positions[i] > longest ? positions[i] : longest;
-    const int64_t room = (longest + 1 + LANES) / LANES * LANES + LANES, crew = threads > 1 ? threads : 1;
+    const int64_t room = (longest + 1 + LANES) / LANES * LANES + LANES;
+    const int64_t crew = threads > 1 && count * queries * (longest + 1) >= ALONE ? threads : 1;
     const int64_t wide = all_three > 2 * d->inner ? all_three : 2 * d->inner, mixed = queries > d->inner ? queries : d->inner;
     float *memory = malloc(sizeof(float) * (size_t)(count * (2 * width + wide + mixed) + crew * room));
     if (memory == NULL) return 1;
@@ -472,11 +471,9 @@ int decoding_step(const struct decoder *d, float *const *keys, float *const *val
         }
         const int64_t repeat = d->heads / d->groups, own = rows[0] * d->groups * d->slots * e;
         if (prompt && prompt_attention(made, all_three, all_keys + own, all_values + own, d->slots, positions[0], count, d->heads,
-                                       d->groups, e, d->scale, joined, queries, threads)) {
-            free(memory);
-            return 1;
-        }
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+                                       d->groups, e, d->scale, joined, queries, threads))
+            return free(memory), 1;
+#pragma omp parallel for num_threads((int)crew) if (crew > 1) schedule(static)
         for (int64_t thread = 0; thread < (prompt ? 0 : crew); thread++)
             for (int64_t job = count * d->heads * thread / crew; job < count * d->heads * (thread + 1) / crew; job++) {
                 const int64_t i = job / d->heads, h = job % d->heads;
