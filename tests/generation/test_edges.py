@@ -7,9 +7,11 @@ import weakref
 from typing import Any
 
 import pytest
+import torch
 
 from treadle.generation.reading import reading
 from treadle.models.base import build
+from treadle.ops.packed_linear import native
 
 SHAPE: dict[str, Any] = {"vocab_size": 64, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "initializer_range": 0.2}
 PROMPT = [3, 9, 4, 1, 3, 9, 4]
@@ -37,3 +39,16 @@ def test_a_model_goes_away_with_what_was_laid_out_for_it(keys: dict[str, Any], w
     del model
     gc.collect()
     assert alive() is None and parameter() is None
+
+
+@pytest.mark.parametrize("keys", [{}, {"style": "gpt2"}])
+def test_a_model_in_training_generates_what_it_would_in_evaluation(keys: dict[str, Any]) -> None:
+    """Without dropout, by the compiled step where there is one; then it trains on."""
+    model = model_of(dropout=0.3, **keys)
+    for weights in ("fp32", "int8"):
+        expected = model.eval().generate(PROMPT, 8, temperature=0, weights=weights)
+        model.train()
+        assert torch.equal(model.generate(PROMPT, 8, temperature=0, weights=weights), expected)
+        assert torch.equal(model.generate(PROMPT, 8, temperature=0, weights=weights, draft=model), expected)
+        assert (reading(model, weights).form is not None) == (native() is not None and not keys)
+        assert all(module.training for module in model.modules())

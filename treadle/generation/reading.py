@@ -94,7 +94,11 @@ def reading(model: Any, weights: str | None = None) -> Reading:
     if weights == "fp32" and (not is_dense(model) or 4 * sum(p.numel() for p in model.parameters()) > LARGEST_COPY):
         return Reading(model, weights, {})
     if model.training:  # optimisers write weights without a trace
-        return Reading(model, weights)
+        model.eval()  # dropout would keep the two ways from agreeing, and stay on in a copy
+        try:
+            return Reading(model, weights)
+        finally:
+            model.train()
     mark = _mark(model)
     known = _kept.get(model)
     if known is None or known[0] != mark:
