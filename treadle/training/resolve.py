@@ -192,7 +192,7 @@ def settle(
     recipe.train.precision = chosen  # type: ignore[assignment]
     recipe.train.global_batch_size = plan.global_batch
     set_checkpointing(model, recipe.train.gradient_checkpointing)
-    if recipe.train.torch_compile:
+    if recipe.train.torch_compile is True:
         compile_blocks(model)
     return chosen
 

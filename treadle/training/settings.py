@@ -69,8 +69,9 @@ class TrainSettings(Settings):
     )
     """Recompute activations in backward to save memory: false, true (all blocks), n (every n-th), or a list of blocks."""
 
-    torch_compile: bool = option(False, aliases=("compile_model", "compile"))
-    """Compile each block (needs a working compiler; measured to gain nothing on CPU)."""
+    torch_compile: bool | Literal["auto"] = option(False, aliases=("compile_model", "compile"))
+    """Compile each block (needs a working compiler). auto: where steps measured before the first one say that it pays within
+    this run; the answer is remembered for the machine, and kept by the run."""
 
     nonfinite_limit: int = option(5, ge=1)
     """A step whose loss or gradient is not finite is skipped and counted; this many in a row stop the run."""
