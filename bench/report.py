@@ -117,9 +117,16 @@ def scale(result: Values) -> str:
 
 def architectures(result: Values) -> str:
     values = result["parts"].get("architectures", {})
-    rows = [[name, as_text(value)] for name, value in values.items()]
-    drawn = [(f"ours, {name.split(':')[0].split(' over ')[0]}", number(values, name)) for name in values if "dense" in name and "step" in name.lower()]
-    return table(["architectures", ""], rows) + picture("architectures", "CPU seconds a step over a dense model of equal size (line: equal)", drawn, 1.0)
+    ratio = " over dense: step time"
+    names = [name.removesuffix(ratio) for name in values if name.endswith(ratio)]
+    columns = ["parameters", "step ms", "kept MB", "kept, by dense", "decoding ms at 1k", "state bytes at 1k", "decoding ms at 8k", "state bytes at 8k"]
+    rows = []
+    for name in names:
+        cells = [as_text(values.get(f"{name}: {column}", "")) for column in columns]
+        rows.append([name, f"{values[name + ratio]:.2f}", *cells])
+    drawn = [(f"ours, {name}", number(values, name + ratio)) for name in names]
+    shown = table(["", "step over dense", *columns], rows) if rows else table(["architectures", ""], [[n, as_text(v)] for n, v in values.items()])
+    return shown + picture("architectures", "CPU time of a step over a dense model of equal parameters (line: equal)", drawn, 1.0)
 
 
 def gpu(result: Values) -> str:

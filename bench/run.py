@@ -13,6 +13,8 @@ import importlib
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -38,15 +40,28 @@ PARTS = {
 }
 
 
+def kernels(quick: bool) -> dict[str, Any]:
+    """bench.kernels prints JSON: CPU time of torch's form over the compiled kernel's, by dtype and operation."""
+    sizes = ["--shape", "2", "128", "128", "4", "2", "256", "--rounds", "2"] if quick else []
+    done = subprocess.run([sys.executable, "-m", "bench.kernels", *sizes], cwd=HERE.parent, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-300:])
+    table = json.loads(done.stdout)["table"]
+    return {f"{dtype}, {name}: torch over kernel": one["ratio"] for dtype, rows in table.items() for name, one in rows.items()}
+
+
+ADAPTED = {"kernels": kernels}  # parts that print a table of their own
+
+
 def measure_part(name: str, quick: bool, **options: Any) -> dict[str, Any]:
     """Numbers by name; a text instead of one says why there is none, and the name alone that the whole part was left out."""
     module = PARTS[name][0]
     if importlib.util.find_spec(module) is None:
         return {name: f"skipped ({module} is not there)"}
-    found = getattr(importlib.import_module(module), "measure", None)
-    if found is None:
-        return {name: f"skipped (python -m {module} prints its own table)"}
     try:
+        found = getattr(importlib.import_module(module), "measure", ADAPTED.get(name))
+        if found is None:
+            return {name: f"skipped (python -m {module} prints its own table)"}
         return dict(found(quick, **options))
     except Exception as problem:  # one broken part must not hide the others
         return {name: f"FAILED ({type(problem).__name__}: {str(problem)[-300:]})"}
@@ -70,6 +85,9 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"], os.environ["BENCH_LOADED"] = str(threads), str(int(loaded))
     import torch
 
+    from treadle.ops.memory import keep_freed_memory
+
+    keep_freed_memory()  # as every training does; for the parts that time in this process
     torch.set_num_threads(threads)
     about = machine.describe()
     print(f"{about['processor']} ({about['kind']}), {about['cores']} cores, torch {about['torch']}, {threads} threads, load {about['load'][0]}; "
