@@ -19,7 +19,8 @@ class Verdict:
     section: str
     wanted: str
     value: float | None
-    outcome: str  # "met", "missed by 12%", "skipped (reason)"
+    outcome: str  # "met", "MISSED by 12%", "skipped (reason)"
+    part: str  # of the bench, that measures it
 
     def text(self) -> str:
         figure = "" if self.value is None else f"{self.value:.3g}, "
@@ -59,8 +60,8 @@ def judge(values: dict[str, Any], kind: str, file: Path = FILE) -> list[Verdict]
             missed = value < least if least is not None else value > most
             off = abs(value / (least if least is not None else most) - 1)
             outcome = f"MISSED by {off:.0%}" if missed else "met"
-            said.append(Verdict(goal["name"], goal["section"], wanted, float(value), outcome))
+            said.append(Verdict(goal["name"], goal["section"], wanted, float(value), outcome, part))
         else:
             reason = value if isinstance(value, str) else values.get(part, "skipped (not measured)")
-            said.append(Verdict(goal["name"], goal["section"], wanted, None, str(reason)))
+            said.append(Verdict(goal["name"], goal["section"], wanted, None, str(reason), part))
     return said

@@ -112,7 +112,8 @@ def main() -> None:
     verdicts = goals.judge(values, about["kind"])
     print("\ngoals" + (" (figures of --quick are no measurement)" if given.quick else ""))
     for verdict in verdicts:
-        print(f"  {verdict.text()}")
+        if verdict.part in table["parts"] or verdict.value is not None:
+            print(f"  {verdict.text()}")
     if path is not None:
         table["goals"] = [verdict.as_json() for verdict in verdicts]
         path.parent.mkdir(exist_ok=True)
