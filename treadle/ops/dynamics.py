@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from treadle.ops import dynamics_kernels
 from treadle.ops.precision import compute_dtype, without_autocast
 
 
@@ -56,10 +57,18 @@ def _controller(
     h: Tensor, v: Tensor, w1: Tensor, c1: Tensor, w2: Tensor, c2: Tensor, products: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """(what silu reads [N, C], [a, b, g] [N, 3D]); without a copy of h and v side by side."""
+    inner, logits = _narrow_controller(h, v, w1, c1, w2, c2, products)
+    return inner, _wide(logits)
+
+
+def _narrow_controller(
+    h: Tensor, v: Tensor, w1: Tensor, c1: Tensor, w2: Tensor, c2: Tensor, products: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The same with [a, b, g] in the type of the products."""
     of_h, of_v = w1.to(products).split(h.shape[-1], 1)
     inner = torch.addmm(c1.to(products), h.to(products), of_h.t())
     inner = torch.addmm(inner, v.to(products), of_v.t())
-    return inner, _wide(torch.addmm(c2.to(products), F.silu(inner), w2.to(products).t()))
+    return inner, torch.addmm(c2.to(products), F.silu(inner), w2.to(products).t())
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -73,6 +82,11 @@ class _Dynamics(torch.autograd.Function):
         ctx.save_for_backward(h, v, mu, w1, c1, w2, c2)
         ctx.limits, ctx.products = limits, products
         rows, velocities = h.flatten(0, -2), v.flatten(0, -2)
+        ctx.compiled = dynamics_kernels.available(h, v, mu, w1, c1, w2, c2, products=products)
+        if ctx.compiled:
+            rows, velocities = rows.contiguous(), velocities.contiguous()
+            _, logits = _narrow_controller(rows, velocities, w1, c1, w2, c2, products)
+            return tuple(t.view(h.shape) for t in dynamics_kernels.moved(logits, rows, velocities, mu.contiguous(), limits))
         alpha, beta, gate = gains(rows, velocities, w1, c1, w2, c2, limits.beta_max, products)
         gap = _wide(rows) - mu.clamp(limits.mu_min, limits.mu_max)
         velocity = alpha.mul_(velocities).sub_(beta.mul_(gap)).clamp_(-limits.velocity_max, limits.velocity_max)
@@ -85,6 +99,13 @@ class _Dynamics(torch.autograd.Function):
         h, v, mu, w1, c1, w2, c2 = ctx.saved_tensors
         limits, products = ctx.limits, ctx.products
         rows, velocities, width = h.flatten(0, -2), v.flatten(0, -2), h.shape[-1]
+        if ctx.compiled:
+            rows, velocities = rows.contiguous(), velocities.contiguous()
+            inner, logits = _narrow_controller(rows, velocities, w1, c1, w2, c2, products)
+            narrow, *slopes = dynamics_kernels.slopes(
+                logits, rows, velocities, mu.contiguous(), limits, *(g.flatten(0, -2).contiguous() for g in (grad_h, grad_v))
+            )
+            return _Dynamics._through_controller(ctx, rows, velocities, inner, narrow, *slopes)
         inner, logits = _controller(rows, velocities, w1, c1, w2, c2, products)
         alpha, slope, gate = torch.sigmoid(logits).chunk(3, 1)  # slope: the derivative of softplus
         soft = F.softplus(logits[:, width : 2 * width])
@@ -105,8 +126,15 @@ class _Dynamics(torch.autograd.Function):
         grad_mu = pulled.sum(0) * inside
         grad_rows, grad_velocities = grad_h - pulled, grad_pull.mul_(alpha)
 
-        of_h, of_v = w1.to(products).split(width, 1)
         narrow = grad_logits.to(products)
+        return _Dynamics._through_controller(ctx, rows, velocities, inner, narrow, grad_rows, grad_velocities, grad_mu, grad_logits.sum(0))
+
+    @staticmethod
+    def _through_controller(ctx, rows, velocities, inner, narrow, grad_rows, grad_velocities, grad_mu, grad_c2):  # type: ignore[no-untyped-def]
+        """All gradients, from those of [a, b, g] in the type of the products, `narrow`, and of h and v but for the controller's."""
+        h, v, mu, w1, c1, w2, c2 = ctx.saved_tensors
+        products = ctx.products
+        of_h, of_v = w1.to(products).split(h.shape[-1], 1)
         grad_inner = torch.ops.aten.silu_backward(narrow @ w2.to(products), inner)
         grad_w1 = torch.cat((grad_inner.t() @ rows.to(products), grad_inner.t() @ velocities.to(products)), 1)
         grad_rows += grad_inner @ of_h
@@ -114,7 +142,7 @@ class _Dynamics(torch.autograd.Function):
         return (
             grad_rows.to(h.dtype).view(h.shape), grad_velocities.to(v.dtype).view(v.shape), grad_mu.to(mu.dtype),
             grad_w1.to(w1.dtype), _wide(grad_inner).sum(0).to(c1.dtype), (narrow.t() @ F.silu(inner)).to(w2.dtype),
-            grad_logits.sum(0).to(c2.dtype), None, None,
+            grad_c2.to(c2.dtype), None, None,
         )  # fmt: skip
 
 
