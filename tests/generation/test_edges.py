@@ -52,3 +52,11 @@ def test_a_model_in_training_generates_what_it_would_in_evaluation(keys: dict[st
         assert torch.equal(model.generate(PROMPT, 8, temperature=0, weights=weights, draft=model), expected)
         assert (reading(model, weights).form is not None) == (native() is not None and not keys)
         assert all(module.training for module in model.modules())
+
+
+def test_padding_stays_before_the_prompt_with_speculation() -> None:
+    model, mask = model_of(), [0, 0, *[1] * len(PROMPT)]
+    expected = model.generate([0, 0, *PROMPT], 8, temperature=0, attention_mask=mask)
+    assert expected[0, : len(mask)].tolist() == [0, 0, *PROMPT]
+    for way in ({"speculative": "ngram"}, {"draft": model}):
+        assert torch.equal(model.generate([0, 0, *PROMPT], 8, temperature=0, attention_mask=mask, **way), expected)

@@ -68,9 +68,8 @@ def generate(
             if speculative is None and draft is None:
                 columns = list(_columns(ready, ids, max_new_tokens, sampling, eos_id, attention_mask, seed, on_ids, extras))
             else:
-                if attention_mask is not None:
-                    ids = ids[torch.as_tensor(attention_mask).reshape(ids.shape) != 0][None]
-                columns = _speculated(ready, ids, max_new_tokens, sampling, eos_id, seed, on_ids, speculative, draft, weights, statistics)
+                read = ids if attention_mask is None else ids[torch.as_tensor(attention_mask).reshape(ids.shape) != 0][None]
+                columns = _speculated(ready, read, max_new_tokens, sampling, eos_id, seed, on_ids, speculative, draft, weights, statistics)
     finally:
         model.train(was_training)
     return torch.cat([ids, *(column[:, None].cpu() for column in columns)], dim=1)
