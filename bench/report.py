@@ -45,7 +45,8 @@ def machine(result: Values) -> str:
     about = result["machine"]
     versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "transformers", "accelerate", "litgpt", "xllamacpp") if name in about)
     return (f"{about['processor']} with {', '.join(about['features']) or 'no vector extensions of note'}; {about['cores']} cores, {about['threads']} thread(s) "
-            f"in every process, load {about['load'][0]} when it began; Python {about['python']}, {versions}.")  # fmt: skip
+            f"in every process, load {about['load'][0]} when it began; Python {about['python']}, {versions}."
+            + (f"\n\n{result['note']}" if "note" in result else ""))  # fmt: skip
 
 
 def goals(result: Values) -> str:
