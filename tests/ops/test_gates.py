@@ -65,3 +65,18 @@ def test_threads_change_no_bit() -> None:
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+def test_a_gradient_that_is_not_dense() -> None:
+    """That of a plain sum is one number at all places; the kernels get a copy, which has to live until they are done."""
+    torch.manual_seed(0)
+    for ours, shapes in (
+        (gates.gated_product, [(2, 3, 64)]),
+        (lambda x, g, w: gates.gated_norm(x, g, w, 2, 1e-6), [(2, 3, 32), (2, 3, 32), (32,)]),
+        (gates.gated_scan, [(2, 3, 32), (2, 3, 32)]),
+    ):
+        given = [torch.randn(shape, requires_grad=True) for shape in shapes]
+        out = ours(*given)
+        dense = torch.autograd.grad(out, given, torch.ones_like(out), retain_graph=True)
+        for grad in (torch.ones(()).expand(out.shape), torch.ones(out.shape[::-1]).permute(2, 1, 0)):
+            assert all(torch.equal(a, b) for a, b in zip(dense, torch.autograd.grad(out, given, grad, retain_graph=True)))

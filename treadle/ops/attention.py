@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from treadle.errors import ConfigError
+from treadle.ops.first_order import first_order
 from treadle.ops.fused import KINDS, kernels, threads_for
 from treadle.ops.planned import gpu_is_planned
 from treadle.ops.sliding_window_attention import sliding_window_attention
@@ -132,7 +132,7 @@ class _BlockCausal(torch.autograd.Function):
         return out.transpose(1, 2)
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @first_order
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         q, k, v, *kept = ctx.saved_tensors
         shares = iter(kept)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from treadle.ops.first_order import first_order
 from treadle.ops.fused import KINDS, kernels, threads_for
 from treadle.ops.linear import product
 from treadle.ops.precision import compute_dtype, without_autocast
@@ -81,6 +82,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @first_order
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         grad_hidden, grad_weight = ctx.saved_tensors
         return (

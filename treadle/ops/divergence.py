@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from treadle.ops.cross_entropy import CHUNK_NUMBERS, IGNORE
+from treadle.ops.first_order import first_order
 from treadle.ops.precision import compute_dtype
 
 
@@ -51,6 +52,7 @@ class _LinearDivergence(torch.autograd.Function):
         return total, agreed
 
     @staticmethod
+    @first_order
     def backward(ctx, grad: Tensor, _: Tensor):  # type: ignore[override]
         grad_hidden, grad_weight = ctx.saved_tensors
         return (grad_hidden * grad).to(ctx.dtypes[0]), (grad_weight * grad).to(ctx.dtypes[1]), *(None,) * 7

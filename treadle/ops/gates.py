@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from treadle.ops.first_order import first_order
 from treadle.ops.kernel_inputs import address, ordinary
 from treadle.ops.native import library
 from treadle.ops.scan import scan
@@ -42,6 +43,7 @@ class _GatedScan(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_order
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         gate, value, bound, starts, out = ctx.saved_tensors
         rows, length, width = gate.shape
@@ -89,11 +91,13 @@ class _GatedNorm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_order
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         x, gate, weight, bias, kept = ctx.saved_tensors
-        grads = torch.empty_like(x), torch.empty_like(gate), torch.empty(2, *weight.shape)
+        grad = grad.contiguous()  # by a name: an address alone would not keep it
+        grads = torch.empty_like(x), torch.empty_like(gate), weight.new_empty(2, *weight.shape)
         if library("gates").gated_norm_gradient(  # type: ignore[union-attr]
-            *map(address, (grad.contiguous(), x, gate, weight, bias, kept, *grads)), *_sizes(*ctx.sizes), torch.get_num_threads()
+            *map(address, (grad, x, gate, weight, bias, kept, *grads)), *_sizes(*ctx.sizes), torch.get_num_threads()
         ):
             raise MemoryError("no memory for the gradient of a norm's weight")
         of_weight, of_bias = grads[2].unbind()
@@ -136,11 +140,12 @@ class _GatedProduct(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_order
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         (both,) = ctx.saved_tensors
-        out, width = torch.empty_like(both), grad.shape[-1]
+        grad, out, width = grad.contiguous(), torch.empty_like(both), grad.shape[-1]
         library("gates").gated_product_gradient(  # type: ignore[union-attr]
-            address(grad.contiguous()), address(both), address(out), *_sizes(grad.numel() // width, width), torch.get_num_threads()
+            address(grad), address(both), address(out), *_sizes(grad.numel() // width, width), torch.get_num_threads()
         )
         return out
 

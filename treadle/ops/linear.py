@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
+from treadle.ops.first_order import first_order
 from treadle.ops.fused import are_switched_off
 from treadle.ops.planned import runs_on_cpu
 from treadle.ops.precision import compute_dtype, without_autocast
@@ -80,7 +80,7 @@ class _Linears(torch.autograd.Function):
             return tuple(product(flat, w).view(*x.shape[:-1], w.shape[0]) for w in narrow)
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @first_order
     def backward(ctx, *grads: Tensor):  # type: ignore[override]
         flat, *weights = ctx.saved_tensors
         slopes = [g.reshape(-1, g.shape[-1]) for g in grads]

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from treadle.ops.first_order import first_order
 from treadle.ops.kernel_inputs import ordinary
 from treadle.ops.native import library
 
@@ -88,6 +89,7 @@ class _Recurrence(torch.autograd.Function):
         return y, last
 
     @staticmethod
+    @first_order
     def backward(ctx, grad_y: Tensor, grad_last: Tensor | None):  # type: ignore[no-untyped-def, override]
         q, k, v, decay, beta, error, bonus, initial, starts = ctx.saved_tensors
         rows, heads, length, inner, width, *_ = ctx.sizes

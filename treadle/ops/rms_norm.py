@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.function import once_differentiable
 
+from treadle.ops.first_order import first_order
 from treadle.ops.fused import KINDS, ROWS_TOGETHER, at, kernels, threads_for
 from treadle.ops.precision import compute_dtype
 
@@ -100,7 +100,7 @@ class _RMSNorm(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @first_order
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         grad_x, _, grad_weight = _backward(ctx, grad)
         return grad_x, grad_weight, None, None
@@ -116,7 +116,7 @@ class _KeepRMSNorm(torch.autograd.Function):
         return x, out
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @first_order
     def backward(ctx, grad_kept: Tensor, grad: Tensor):  # type: ignore[override]
         grad_x, _, grad_weight = _backward(ctx, grad, grad_kept)
         return grad_x, grad_weight, None, None
@@ -133,7 +133,7 @@ class _AddRMSNorm(torch.autograd.Function):
         return total, out
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @first_order
     def backward(ctx, grad_total: Tensor, grad: Tensor):  # type: ignore[override]
         grad_x, narrow, grad_weight = _backward(ctx, grad, grad_total, ctx.added_dtype)
         return grad_x, narrow, grad_weight, None, None

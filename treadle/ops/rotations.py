@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from treadle.ops.first_order import first_order
+
 
 def generator_count(n: int) -> int:
     """Free numbers of a skew-symmetric n x n matrix."""
@@ -58,6 +60,7 @@ class _Cayley4(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_order
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         (inverse,) = ctx.saved_tensors
         turned = inverse.transpose(1, 2)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from treadle.ops.first_order import first_order
 from treadle.ops.native import library
 
 Backend = Literal["auto", "native", "loop", "triton"]
@@ -48,6 +49,7 @@ class _Scan(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_order
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         gate, out, start = ctx.saved_tensors
         grad = grad.contiguous()

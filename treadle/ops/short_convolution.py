@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from treadle.ops.first_order import first_order
 from treadle.ops.kernel_inputs import address, ordinary
 from treadle.ops.native import library
 
@@ -42,6 +43,7 @@ class _ShortConvolution(torch.autograd.Function):
         return y
 
     @staticmethod
+    @first_order
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         x, weight, doc_ids = ctx.saved_tensors
         grad, grad_x, of_weight = grad.contiguous(), torch.empty_like(x), torch.empty(x.shape[0], *weight.shape)

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from treadle.ops.first_order import first_order
 from treadle.ops.kernel_inputs import address, ordinary
 from treadle.ops.native import library
 
@@ -84,6 +85,7 @@ class _Read(torch.autograd.Function):
         return u, x.view_as(x), post, mixing
 
     @staticmethod
+    @first_order
     def backward(ctx, grad_u: Tensor, grad_held: Tensor, grad_post: Tensor, _: Any):  # type: ignore[no-untyped-def, override]
         x, weight, bias, gain, table, mixing, *kept = ctx.saved_tensors
         grads = [t.contiguous() for t in (grad_u, grad_held, grad_post)]
@@ -126,6 +128,7 @@ class _Write(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_order
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         post, y = ctx.saved_tensors
         grad = grad.contiguous()

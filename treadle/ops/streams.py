@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from treadle.ops.first_order import first_order
+
 
 class _RMSNormLinear(torch.autograd.Function):
     @staticmethod
@@ -19,6 +21,7 @@ class _RMSNormLinear(torch.autograd.Function):
         return z
 
     @staticmethod
+    @first_order
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         x, weight, scale, z = ctx.saved_tensors
         scaled = grad * scale

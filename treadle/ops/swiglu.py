@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from treadle.ops.first_order import first_order
 from treadle.ops.fused import KINDS, kernels, threads_for
 from treadle.ops.linear import is_short, linears_backward, product
 from treadle.ops.planned import runs_on_cpu
@@ -59,7 +59,7 @@ class _SwiGLU(torch.autograd.Function):
             return product(gated(g, u), narrow[2]).view(*x.shape[:-1], down.shape[0])
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @first_order
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         flat, g, u, gate, up, down = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1]).contiguous()

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from treadle.ops.first_order import first_order
 from treadle.ops.native import library
 from treadle.ops.rms_norm import rms_norm_same_dtype
 
@@ -61,6 +62,7 @@ class _TernaryLinear(torch.autograd.Function):
         return integer_product(q, ternary) * (a / s)
 
     @staticmethod
+    @first_order
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         q, s, ternary, a = ctx.saved_tensors
         grad_x = (grad * a) @ ternary.to(grad.dtype) if ctx.needs_input_grad[0] else None

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from treadle.ops.first_order import first_order
 from treadle.ops.kernel_inputs import address, ordinary
 from treadle.ops.linear import product
 from treadle.ops.native import library
@@ -68,6 +69,7 @@ class _NormedTernaryLinear(torch.autograd.Function):
         return sums.view(torch.float32)
 
     @staticmethod
+    @first_order
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         x, gain, q, unit, inverse, ternary = ctx.saved_tensors
         made, half = _made(), int(ctx.products == torch.bfloat16)
