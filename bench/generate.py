@@ -183,7 +183,11 @@ def measure(quick: bool, run: str | None = None) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for part in (decoding, mixed, first_token):
             values |= part(ours, other, quick)
-        return {**values, **quality(quick, run)}
+        try:
+            values |= quality(quick, run)
+        except Exception as problem:  # training a run for it must not cost the figures above
+            values["loss change"] = f"FAILED ({type(problem).__name__}: {str(problem)[-200:]})"
+        return values
     finally:
         torch.set_num_threads(threads)
 
