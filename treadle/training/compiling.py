@@ -1,4 +1,4 @@
-"""Whether blocks are compiled, where torch_compile = auto: by what a step takes here with and without.
+"""Changes whether blocks are compiled, where torch_compile = auto: by what a step takes here with and without.
 
 Compiled blocks cost 1.02 to 1.7 times less CPU than eager ones, depending on the machine, and 10 to 50 seconds before their
 first step. So both are measured, on steps that change nothing, and remembered in the cache by machine, versions, model and
