@@ -90,3 +90,27 @@ def test_a_residual_sum_has_a_second_derivative() -> None:
     (grad,) = torch.autograd.grad(residual_sum(x, y).pow(3).sum(), x, create_graph=True)
     grad.sum().backward()
     torch.testing.assert_close(x.grad, 6 * (x + y).detach())
+
+
+@pytest.mark.skipif(fused.kernels() is None, reason="no C compiler")
+@pytest.mark.parametrize("name", ONCE)
+def test_torchs_default_type_changes_nothing(name: str) -> None:
+    """What the kernels write is fp32, whatever torch makes where nothing is said."""
+    function, shapes = ONCE[name]
+    given = leaves(shapes)
+    if name in ("divergence", "reading streams", "writing streams"):
+        pytest.skip("the test's own constants take the default type")
+    plain = function(*given)
+    wanted = [plain, *torch.autograd.grad(plain.sum(), given)]
+    torch.set_default_dtype(torch.float64)
+    try:
+        other = function(*given)
+        found = [other, *torch.autograd.grad(other.sum(), given)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(wanted, found))
+
+
+def test_what_is_added_may_be_broadcast() -> None:
+    x, added, weight = torch.randn(64, 512), torch.randn(1, 512), torch.ones(512)
+    assert torch.equal(add_rms_norm(x, added, weight)[0], x + added)

@@ -48,7 +48,7 @@ class _GatedScan(torch.autograd.Function):
         gate, value, bound, starts, out = ctx.saved_tensors
         rows, length, width = gate.shape
         grad, grad_gate, grad_value = grad.contiguous(), torch.empty_like(gate), torch.empty_like(gate)
-        of_bound = torch.empty(rows, width) if bound is not None else None
+        of_bound = gate.new_empty(rows, width) if bound is not None else None
         library("gates").gated_scan_gradient(  # type: ignore[union-attr]
             address(gate), address(value), *_sizes(width), *map(address, (bound, starts, out, grad, grad_gate, grad_value)), *_sizes(width),
             address(of_bound), *_sizes(rows, length, width), torch.get_num_threads(),
@@ -82,7 +82,7 @@ class _GatedNorm(torch.autograd.Function):
         bias = bias.contiguous() if bias is not None else None
         width = weight.numel() // heads
         count = x.numel() // width
-        kept, out, ctx.sizes = torch.empty(count, 2), torch.empty_like(x), (NORM_KINDS[kind], count, heads, width)
+        kept, out, ctx.sizes = x.new_empty(count, 2), torch.empty_like(x), (NORM_KINDS[kind], count, heads, width)
         library("gates").gated_norm(  # type: ignore[union-attr]
             *map(address, (x, gate, weight, bias)), ctypes.c_double(eps), address(kept), address(out), *_sizes(*ctx.sizes),
             torch.get_num_threads(),
@@ -134,7 +134,7 @@ class _GatedProduct(torch.autograd.Function):
     def forward(ctx, both: Tensor) -> Tensor:  # type: ignore[override]
         both = both.contiguous()
         width = both.shape[-1] // 2
-        out = torch.empty(*both.shape[:-1], width)
+        out = both.new_empty(*both.shape[:-1], width)
         library("gates").gated_product(address(both), address(out), *_sizes(out.numel() // width, width), torch.get_num_threads())  # type: ignore[union-attr]
         ctx.save_for_backward(both)
         return out

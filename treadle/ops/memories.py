@@ -70,7 +70,7 @@ def _aligned(t: Tensor) -> Tensor:
 
 def _empty(rows: int, heads: int, length: int, *numbers: int) -> Tensor:
     """[B, H, T, ...], lying as [B, T, H, ...]: what joins heads afterwards copies nothing."""
-    return torch.empty(rows, length, heads, *numbers).transpose(1, 2)
+    return torch.empty(rows, length, heads, *numbers, dtype=torch.float32, device="cpu").transpose(1, 2)
 
 
 class _Recurrence(torch.autograd.Function):
@@ -78,7 +78,7 @@ class _Recurrence(torch.autograd.Function):
     def forward(ctx, kind: Kind, q, k, v, decay, beta, bonus, initial, starts):  # type: ignore[no-untyped-def, override]
         q, k, v, decay = (_aligned(t) for t in (q, k, v, decay))
         (rows, heads, length, width), inner = v.shape, k.shape[-1]
-        y, last = _empty(rows, heads, length, width), torch.empty(rows, heads, inner, width)
+        y, last = _empty(rows, heads, length, width), v.new_empty(rows, heads, inner, width)
         error = _empty(rows, heads, length, width) if kind == "delta" else None
         bonus, initial = (t.contiguous() if t is not None else None for t in (bonus, initial))
         tensors = q, k, v, decay, beta, y, error, bonus, initial, starts, last
@@ -96,9 +96,9 @@ class _Recurrence(torch.autograd.Function):
         grad_y = _aligned(grad_y)
         of_q, of_k, of_v = (_empty(rows, heads, length, numbers) for numbers in (inner, inner, width))
         of_decay = _empty(rows, heads, length, *decay.shape[3:])
-        of_beta = torch.empty(rows, heads, length) if beta is not None else None
-        of_initial = torch.empty(rows, heads, inner, width) if initial is not None else None
-        of_bonus = torch.empty(rows, heads, inner) if bonus is not None else None
+        of_beta = v.new_empty(rows, heads, length) if beta is not None else None
+        of_initial = v.new_empty(rows, heads, inner, width) if initial is not None else None
+        of_bonus = v.new_empty(rows, heads, inner) if bonus is not None else None
         grad_last = grad_last.contiguous() if grad_last is not None else None
         memory = _memory(ctx.sizes, (q, k, v, decay, beta, None, error, bonus, initial, starts, None))
         slopes = _Slopes(*map(_span, (grad_y, of_q, of_k, of_v, of_decay, of_beta)), *map(_at, (grad_last, of_initial, of_bonus)))

@@ -128,7 +128,7 @@ def native() -> ctypes.CDLL | None:
 
 @functools.cache
 def _table() -> Tensor:
-    return torch.tensor(LEVELS)
+    return torch.tensor(LEVELS, dtype=torch.float32, device="cpu")
 
 
 def _panels(t: Tensor) -> Tensor:
@@ -155,13 +155,13 @@ class PackedMatrix:
     def product(self, x: Tensor) -> Tensor:
         """x fp32 [M, K] -> fp32 [M, N]; a row has the same bits alone and among others."""
         x = x.contiguous()
-        y = torch.empty(x.shape[0], self.shape[0])
+        y = x.new_empty(x.shape[0], self.shape[0])
         self._library.product(self._at, x.data_ptr(), y.data_ptr(), x.shape[0], torch.get_num_threads())  # type: ignore[union-attr]
         return y
 
     def dequantize(self) -> Tensor:
         """W in fp32 [N, K], without the bias."""
-        out = torch.empty(self.shape)
+        out = torch.empty(self.shape, dtype=torch.float32, device="cpu")
         self._library.unpacked(self._at, out.data_ptr(), 0, self.shape[0], torch.get_num_threads())  # type: ignore[union-attr]
         return out
 

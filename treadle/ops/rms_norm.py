@@ -42,8 +42,8 @@ def _forward(x: Tensor, added: Tensor | None, weight: Tensor, eps: float, dtype:
         return total, (wide * scale).mul_(weight).to(dtype), scale
     x, added, weight = x.contiguous(), added.contiguous() if added is not None else None, weight.contiguous()
     total = x if added is None else torch.empty_like(x)
-    out = torch.empty(x.shape, dtype=dtype)
-    scale = torch.empty(*x.shape[:-1], 1)
+    out = x.new_empty(x.shape, dtype=dtype)
+    scale = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
     native.norm_forward(
         x.data_ptr(), KINDS[x.dtype], at(added), 0 if added is None else KINDS[added.dtype], weight.data_ptr(), eps,
         total.data_ptr(), out.data_ptr(), KINDS[dtype], scale.data_ptr(), scale.numel(), x.shape[-1], threads_for(x.numel()),
@@ -81,9 +81,9 @@ def _backward(
     grad, weight, kept = grad.contiguous(), weight.contiguous(), kept.to(ctx.x_dtype).contiguous() if kept is not None else None
     inverse = weight.reciprocal() if ctx.from_result else None
     rows = saved.numel() // width
-    grad_x, grad_weight = torch.empty(saved.shape, dtype=ctx.x_dtype), torch.empty_like(weight)
-    parts = torch.empty(-(-rows // ROWS_TOGETHER), width)
-    narrow = torch.empty(saved.shape, dtype=copy_dtype) if copy_dtype not in (None, ctx.x_dtype) else None
+    grad_x, grad_weight = saved.new_empty(saved.shape, dtype=ctx.x_dtype), torch.empty_like(weight)
+    parts = weight.new_empty(-(-rows // ROWS_TOGETHER), width)
+    narrow = saved.new_empty(saved.shape, dtype=copy_dtype) if copy_dtype not in (None, ctx.x_dtype) else None
     native.norm_backward(
         grad.data_ptr(), KINDS[grad.dtype], saved.data_ptr(), KINDS[saved.dtype], weight.data_ptr(), at(inverse), scale.data_ptr(),
         at(kept), grad_x.data_ptr(), KINDS[grad_x.dtype], at(narrow), 0 if narrow is None else KINDS[narrow.dtype], parts.data_ptr(),
@@ -160,7 +160,7 @@ def keep_rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor,
 
 def add_rms_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """(x + added, in x's dtype; its RMS norm, in autocast's dtype where that is on); x, added [..., D], weight [D]."""
-    if _ours(x) and torch.promote_types(x.dtype, added.dtype) == x.dtype:
+    if _ours(x) and x.shape == added.shape and torch.promote_types(x.dtype, added.dtype) == x.dtype:
         return _AddRMSNorm.apply(x, added, weight, eps, compute_dtype(x))  # type: ignore[no-untyped-call]
     total = x + added
     return total, rms_norm(total, weight, eps)

@@ -46,7 +46,7 @@ class _ShortConvolution(torch.autograd.Function):
     @first_order
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         x, weight, doc_ids = ctx.saved_tensors
-        grad, grad_x, of_weight = grad.contiguous(), torch.empty_like(x), torch.empty(x.shape[0], *weight.shape)
+        grad, grad_x, of_weight = grad.contiguous(), torch.empty_like(x), weight.new_empty(x.shape[0], *weight.shape)
         library("convolution").convolution_gradient(  # type: ignore[union-attr]
             *map(address, (x, weight, doc_ids)), int(ctx.silu), *map(address, (grad, grad_x, of_weight)),
             *map(ctypes.c_int64, (*x.shape, weight.shape[1])), torch.get_num_threads(),

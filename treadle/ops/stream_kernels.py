@@ -73,8 +73,8 @@ class _Read(torch.autograd.Function):
         table = table.contiguous() if table is not None else None
         (count, n, width), outputs = x.shape, weight.shape[0]
         tiles = -(-count // TILE)
-        kept = [torch.empty(tiles, numbers, TILE) for numbers in (outputs, 1, n, outputs - 2 * n)]
-        u, post, mixing = torch.empty(count, width), torch.empty(count, n), torch.empty(count, n, n)
+        kept = [weight.new_empty(tiles, numbers, TILE) for numbers in (outputs, 1, n, outputs - 2 * n)]
+        u, post, mixing = (weight.new_empty(count, *more) for more in ((width,), (n,), (n, n)))
         router, keep = _router(x, weight, bias, gain, table, kind, eps, mean), _Kept(*(t.data_ptr() for t in kept))
         made: Any = library("streams")
         _done(made.streams_read(ctypes.byref(router), ctypes.byref(keep), address(x), address(u), address(post), address(mixing),
@@ -90,7 +90,7 @@ class _Read(torch.autograd.Function):
         x, weight, bias, gain, table, mixing, *kept = ctx.saved_tensors
         grads = [t.contiguous() for t in (grad_u, grad_held, grad_post)]
         sizes = [weight.numel(), bias.numel(), gain.numel(), 0 if table is None else table.numel()]
-        grad_x, sums = torch.empty_like(x), torch.empty(sum(sizes))
+        grad_x, sums = torch.empty_like(x), weight.new_empty(sum(sizes))
         router, keep = _router(x, weight, bias, gain, table, *ctx.how), _Kept(*(t.data_ptr() for t in kept))
         made: Any = library("streams")
         _done(made.streams_read_gradient(

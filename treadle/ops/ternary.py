@@ -152,7 +152,7 @@ def rms_norm_rounded_once(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     made = native() if plain else None
     if made is None:
         return rms_norm_same_dtype(x.double(), weight, eps).float()
-    x, weight, out = x.float().contiguous(), weight.float().contiguous(), torch.empty(x.shape)
+    x, weight, out = x.float().contiguous(), weight.float().contiguous(), torch.empty(x.shape, dtype=torch.float32, device="cpu")
     made.rms_normed(x.data_ptr(), weight.data_ptr(), eps, out.data_ptr(), x.numel() // x.shape[-1], x.shape[-1])
     return out
 
@@ -195,7 +195,7 @@ class PackedLayer:
         count, width = x.shape
         how = ctypes.addressof(setting(self.eps, torch.get_num_threads()))
         if count < INTEGER_ROWS:
-            y = torch.empty(count, self.shape.rows)
+            y = x.new_empty(count, self.shape.rows, dtype=torch.float32)
             done(self.native.ternary_layer(self.at, how, x.data_ptr(), y.data_ptr(), count))
             return y
         q, s = torch.empty(count, width, dtype=torch.int8), torch.empty(count, 1, dtype=torch.float64)

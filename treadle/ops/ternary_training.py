@@ -51,7 +51,7 @@ class _NormedTernaryLinear(torch.autograd.Function):
     def forward(ctx, x: Tensor, gain: Tensor, weight: Tensor, eps: float, products: torch.dtype) -> Tensor:  # type: ignore[override]
         x, gain, weight = x.contiguous(), gain.contiguous(), weight.contiguous()
         (count, width), made = x.shape, _made()
-        q, unit, inverse = torch.empty(count, width, dtype=torch.int8), torch.empty(count), torch.empty(count)
+        q, unit, inverse = torch.empty(count, width, dtype=torch.int8), gain.new_empty(count), gain.new_empty(count)
         _done(made.ternary_quantize(
             address(x), _half(x), address(gain), ctypes.c_double(eps), ctypes.c_float(SMALLEST), address(q), address(unit), address(inverse),
             *_sizes(x),
