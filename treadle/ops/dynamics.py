@@ -96,7 +96,7 @@ class _Dynamics(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_h: Tensor, grad_v: Tensor):  # type: ignore[no-untyped-def, override]
-        h, v, mu, w1, c1, w2, c2 = ctx.saved_tensors
+        h, v, mu, w1, c1, w2, c2 = saved = ctx.saved_tensors  # read once, as checkpointing wants it
         limits, products = ctx.limits, ctx.products
         rows, velocities, width = h.flatten(0, -2), v.flatten(0, -2), h.shape[-1]
         if ctx.compiled:
@@ -105,7 +105,7 @@ class _Dynamics(torch.autograd.Function):
             narrow, *slopes = dynamics_kernels.slopes(
                 logits, rows, velocities, mu.contiguous(), limits, *(g.flatten(0, -2).contiguous() for g in (grad_h, grad_v))
             )
-            return _Dynamics._through_controller(ctx, rows, velocities, inner, narrow, *slopes)
+            return _Dynamics._through_controller(products, saved, rows, velocities, inner, narrow, *slopes)
         inner, logits = _controller(rows, velocities, w1, c1, w2, c2, products)
         alpha, slope, gate = torch.sigmoid(logits).chunk(3, 1)  # slope: the derivative of softplus
         soft = F.softplus(logits[:, width : 2 * width])
@@ -127,13 +127,14 @@ class _Dynamics(torch.autograd.Function):
         grad_rows, grad_velocities = grad_h - pulled, grad_pull.mul_(alpha)
 
         narrow = grad_logits.to(products)
-        return _Dynamics._through_controller(ctx, rows, velocities, inner, narrow, grad_rows, grad_velocities, grad_mu, grad_logits.sum(0))
+        return _Dynamics._through_controller(
+            products, saved, rows, velocities, inner, narrow, grad_rows, grad_velocities, grad_mu, grad_logits.sum(0)
+        )
 
     @staticmethod
-    def _through_controller(ctx, rows, velocities, inner, narrow, grad_rows, grad_velocities, grad_mu, grad_c2):  # type: ignore[no-untyped-def]
+    def _through_controller(products, saved, rows, velocities, inner, narrow, grad_rows, grad_velocities, grad_mu, grad_c2):  # type: ignore[no-untyped-def]
         """All gradients, from those of [a, b, g] in the type of the products, `narrow`, and of h and v but for the controller's."""
-        h, v, mu, w1, c1, w2, c2 = ctx.saved_tensors
-        products = ctx.products
+        h, v, mu, w1, c1, w2, c2 = saved
         of_h, of_v = w1.to(products).split(h.shape[-1], 1)
         grad_inner = torch.ops.aten.silu_backward(narrow @ w2.to(products), inner)
         grad_w1 = torch.cat((grad_inner.t() @ rows.to(products), grad_inner.t() @ velocities.to(products)), 1)
