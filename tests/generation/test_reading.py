@@ -24,6 +24,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "normalised queries": {"qk_norm": True},
     "biases": {"attention_bias": True, "mlp_bias": True},
     "half rotary": {"head_dim": 32, "partial_rotary_factor": 0.5},
+    "shifted embeddings": {"token_shift": True},
     "untied, scaled": {"tie_embeddings": False, "query_pre_attn_scalar": 40.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
 }  # fmt: skip
 OTHERS: dict[str, dict[str, Any]] = {
@@ -46,6 +47,8 @@ def random_model(seed: int = 3, **keys: Any) -> Any:
         for p in model.parameters():
             if p.dim() == 1:
                 p.add_(torch.randn(p.shape, generator=generator) * 0.1)
+        if model.token_shift is not None:
+            model.token_shift.gate.weight.normal_(generator=generator)
     return model
 
 

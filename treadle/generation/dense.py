@@ -28,7 +28,7 @@ STEP = 256  # the same where the compiled step takes them
 FEW = 64  # tokens of a prompt from which on products in bf16 pay
 TRIED = 5  # tokens on which both ways have to agree
 OF_BLOCK = {"attention_norm", "attention", "attention_post_norm", "mlp_norm", "mlp", "mlp_post_norm", "dropout", "dynamics"}
-OF_MODEL = {"embedding", "layers", "norm", "head", "dropout", "positions"}
+OF_MODEL = {"embedding", "layers", "norm", "head", "dropout", "positions", "token_shift"}
 
 
 class DenseForm:
@@ -107,7 +107,10 @@ class DenseDecoding(Decoding):
 
     def __init__(self, model: Any, form: DenseForm, rows: int, max_len: int) -> None:
         self.form, self.embedding = form, model.embedding.weight
+        self.token_shift = model.token_shift
         super().__init__(model, rows, max_len)
+        self.state.layers = self.state.layers[: len(model.layers)]
+        self.seen = torch.zeros(rows, max_len, dtype=torch.int64)  # the tokens, for a shift
         self.keys = Caches([layer.keys for layer in self.state.layers])
         self.values = Caches([layer.values for layer in self.state.layers])
         places = torch.zeros(1, max_len, dtype=torch.int64)
@@ -145,8 +148,18 @@ class DenseDecoding(Decoding):
         rewind(self.state, -count)
         return logits
 
+    def _shifted(self, ids: Tensor, rows: Tensor, positions: Tensor) -> Tensor | None:
+        """What the first block reads of tokens [N] where each has a share of the one before it, [N, D]; else None."""
+        if self.token_shift is None:
+            return None
+        self.seen[rows, positions] = ids
+        before = self.embedding[self.seen[rows, (positions - 1).clamp_min(0)]]
+        x: Tensor = self.token_shift.add(self.embedding[ids], before, positions)
+        return x.float().contiguous()
+
     def _call(self, ids: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-        _, logits = self.form.step(self.angles, self.keys, self.values, ids.contiguous(), rows.contiguous(), positions.contiguous())
+        x = self._shifted(ids, rows, positions)
+        _, logits = self.form.step(self.angles, self.keys, self.values, ids.contiguous(), rows.contiguous(), positions.contiguous(), x=x)
         assert logits is not None
         return logits
 
@@ -165,7 +178,8 @@ class DenseDecoding(Decoding):
             for part in ids.split(STEP):
                 places = torch.arange(start, start + part.shape[0])
                 rows = torch.full_like(part, row)
-                hidden, _ = self.form.step(self.angles, self.keys, self.values, part.contiguous(), rows, places, False, True)
+                x = self._shifted(part, rows, places)
+                hidden, _ = self.form.step(self.angles, self.keys, self.values, part.contiguous(), rows, places, False, True, x)
                 start += part.shape[0]
             return hidden
         for part in ids.split(CHUNK):
@@ -177,7 +191,8 @@ class DenseDecoding(Decoding):
         """Some tokens [T] through all blocks, with products in bf16 -> the last one's [1, D]."""
         form, count, end = self.form, ids.shape[0], start + ids.shape[0]
         cosines, sines = (t[start:end, None] for t in self.angles)
-        x = self.embedding[ids].float()
+        x = self._shifted(ids, torch.full_like(ids, row), torch.arange(start, end))
+        x = self.embedding[ids].float() if x is None else x
         for number, layer in enumerate(form.made):
             made = product_in_bf16(layer.qkv, rms_norm_reference(x, layer.attention_norm, form.eps)).view(count, -1, form.head_width)
             q, k, v = made.split([form.heads, form.groups, form.groups], 1)

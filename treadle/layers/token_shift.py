@@ -39,6 +39,10 @@ class TokenShift(nn.Module):
             before = F.pad(x[:, :-1], (0, 0, 1, 0))
         else:
             before = self._go_on(x, positions, state)
+        return self.add(x, before, position_ids)
+
+    def add(self, x: Tensor, before: Tensor, position_ids: Tensor) -> Tensor:
+        """x and `before`, which came before it, [..., D]; position_ids [...]."""
         share = self.gate(x[..., : self.gate.in_features]).sigmoid() * (position_ids > 0)[..., None]
         return x + share.to(x.dtype) * before
 

@@ -78,16 +78,19 @@ class DenseStep:
 
     def __call__(
         self, angles: tuple[Tensor, Tensor], keys: Caches, values: Caches, ids: Tensor, rows: Tensor, positions: Tensor,
-        logits: bool = True, prompt: bool = False,
+        logits: bool = True, prompt: bool = False, x: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """angles: cosines and sines [places, turned / 2] of all positions; ids, rows, positions int64 [count]: tokens, the
         row of the caches that each belongs to, and its position there; a row's tokens in order. Writes their keys and values; ->
         hidden [count, D] after the last norm, logits [count, V]. prompt: they follow one another in one row; the outcome is that
-        of the last one alone, [1, ...], sooner, with other last bits."""
+        of the last one alone, [1, ...], sooner, with other last bits. x fp32 [count, D]: what the first block reads, where that is
+        more than the tokens' embeddings."""
         cosines, sines = (t.float().contiguous() for t in angles)
         own = _Decoder.from_buffer_copy(self._struct)  # of this call: other threads may be in theirs
         own.cosines, own.sines, own.turned, own.slots = cosines.data_ptr(), sines.data_ptr(), 2 * cosines.shape[1], keys.slots
         count = ids.shape[0]
+        if x is not None:  # a table of its own, one row a token
+            own.embedding, ids = x.data_ptr(), torch.arange(count)
         kept = 1 if prompt else count
         hidden = self.norm.new_empty(kept, self.width)
         out = self.norm.new_empty(kept, self.vocabulary) if logits else None
