@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from treadle.errors import ConfigError
 from treadle.generation.reading import reading
 from treadle.models.base import build
 from treadle.ops.packed_linear import native
@@ -60,3 +61,13 @@ def test_padding_stays_before_the_prompt_with_speculation() -> None:
     assert expected[0, : len(mask)].tolist() == [0, 0, *PROMPT]
     for way in ({"speculative": "ngram"}, {"draft": model}):
         assert torch.equal(model.generate([0, 0, *PROMPT], 8, temperature=0, attention_mask=mask, **way), expected)
+
+
+def test_speculation_is_refused_where_angles_depend_on_how_many_tokens_are_read() -> None:
+    model = model_of(rope_scaling={"rope_type": "dynamic", "factor": 4.0}, max_position_embeddings=16)
+    for way in ({"speculative": "ngram"}, {"draft": model}):
+        within = model.generate(PROMPT, 16 - len(PROMPT), temperature=0, **way)
+        assert torch.equal(within, model.generate(PROMPT, 16 - len(PROMPT), temperature=0))
+        with pytest.raises(ConfigError, match="dynamic"):
+            model.generate(PROMPT, 17 - len(PROMPT), temperature=0, **way)
+    assert model_of().generate(PROMPT, 30, temperature=0, draft=model).shape == (1, 37)  # a draft's angles change no outcome

@@ -12,6 +12,7 @@ import torch
 from tests.conftest import flags, treadle
 from treadle.data.batch import IGNORE, Batch
 from treadle.errors import ConfigError
+from treadle.training.resolve import table_of
 from treadle.training.schedule import sum_before, value_at
 
 TABLE = [(0, 1), (4, 2), (7, 5)]
@@ -20,6 +21,14 @@ TABLE = [(0, 1), (4, 2), (7, 5)]
 def test_a_table_by_steps() -> None:
     assert [value_at(TABLE, step) for step in range(9)] == [1, 1, 1, 1, 2, 2, 2, 5, 5]
     assert [sum_before(TABLE, step) for step in range(10)] == [0, 1, 2, 3, 4, 6, 8, 10, 15, 20]
+
+
+def test_shares_of_a_run_and_lengths_beyond_the_rows() -> None:
+    assert table_of([[0, 64], [0.25, 128], [0.75, 512]], 100, 256) == ((0, 64), (25, 128), (75, 256))
+    short = table_of([[0, 64], [0.25, 128], [0.75, 512]], 1, 256)
+    assert short is not None and [value_at(short, step) for step in range(2)] == [128, 256]
+    assert [sum_before(((0, 1), (0, 2), (3, 4)), step) for step in range(5)] == [0, 2, 4, 6, 10]
+    assert table_of(None, 10) is None
 
 
 def test_rows_cut_keep_every_label_and_begin_anew() -> None:
@@ -83,7 +92,7 @@ def test_shorter_rows_change_what_attention_sees_and_nothing_else(text_file: Pat
         ({"seq_len_schedule": "[[0, 5]]", "max_steps": 2}, "they may be 1, 2, 4, 8, 16, 32"),
         ({"seq_len_schedule": "[[3, 8]]", "max_steps": 2}, "growing steps"),
         ({"batch_size_schedule": "[[0, 2]]"}, "give --max_steps"),
-        ({"batch_size_schedule": "[[0, 0]]", "max_steps": 2}, "growing steps and n >= 1"),
+        ({"batch_size_schedule": "[[0, 0]]", "max_steps": 2}, "growing steps (or shares of the run) and n >= 1"),
     ],
 )
 def test_schedules_that_cannot_be(text_file: Path, tmp_path: Path, keys: dict[str, object], says: str) -> None:

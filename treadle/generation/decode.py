@@ -138,6 +138,16 @@ def _check_speculation(model: DecodableModel, ids: Tensor, speculative: str | No
         raise ConfigError(f"the draft has {draft.vocab_size} tokens, the model {model.vocab_size}; a draft has the same tokenizer")
 
 
+def _check_length(model: Any, longest: int) -> None:
+    """ConfigError where several tokens at once have other angles than one after another, so that the outcome would change."""
+    config: Any = getattr(model, "config", None)
+    scaling = getattr(config, "rope_scaling", None)
+    if scaling is not None and scaling["rope_type"] == "dynamic" and longest > config.max_position_embeddings:
+        raise ConfigError(f"speculation would change what is written: with rope_type dynamic, the angles beyond max_position_embeddings = "
+                          f"{config.max_position_embeddings} depend on how many tokens are read at once; leave it out, or keep prompt and "
+                          f"new tokens ({longest}) within it")  # fmt: skip
+
+
 def _speculated(
     ready: Reading, ids: Tensor, count: int, sampling: Sampling, eos_id: int | None, seed: int,
     on_ids: Callable[[Tensor], bool | None] | None, speculative: str | None, draft: DecodableModel | None, weights: str | None,
@@ -148,6 +158,7 @@ def _speculated(
         return []
     generator = torch.Generator().manual_seed(seed)
     longest = ids.shape[1] + count
+    _check_length(ready.model, longest)
     proposer: Proposer = NGrams()
     draft_trains = draft is not None and draft.training
     if draft is not None:

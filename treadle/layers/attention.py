@@ -16,6 +16,7 @@ from treadle.layers.token_shift import GATE_FEATURES
 from treadle.ops.attention import cached_attention, causal_attention, scores_computed
 from treadle.ops.sliding_window_attention import sliding_window_flops
 
+
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """[B, T, H E] -> [B, H, T, E]."""
     rows, length, width = x.shape

@@ -235,6 +235,7 @@ class Transformer(Backbone):
         mlp = c.hidden_size * c.inner * (3 if c.gated else 2)
         mixers = sum(block.attention.flops(length) for block in self.layers)  # type: ignore[operator, union-attr]
         mixers += length * sum(layer.flops() for layer in self._dynamics())
+        mixers += 2 * length * self.token_shift.gate.in_features if self.token_shift is not None else 0
         return mixers + 2 * length * (c.num_layers * mlp + c.hidden_size * c.vocab_size)
 
     def _dynamics(self) -> list[INLDynamics]:

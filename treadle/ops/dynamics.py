@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from treadle.ops import dynamics_kernels
+from treadle.ops.first_order import first_order
 from treadle.ops.precision import compute_dtype, without_autocast
 
 
@@ -95,6 +96,7 @@ class _Dynamics(torch.autograd.Function):
         return moved.to(out).view(h.shape), velocity.to(out).view(h.shape)
 
     @staticmethod
+    @first_order
     def backward(ctx, grad_h: Tensor, grad_v: Tensor):  # type: ignore[no-untyped-def, override]
         h, v, mu, w1, c1, w2, c2 = saved = ctx.saved_tensors  # read once, as checkpointing wants it
         limits, products = ctx.limits, ctx.products

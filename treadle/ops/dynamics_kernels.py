@@ -45,7 +45,7 @@ def moved(logits: Tensor, h: Tensor, v: Tensor, mu: Tensor, limits: Sequence[flo
     """[a, b, g] [N, 3D], h, v [N, D], mu [D], all contiguous, limits as ops.dynamics.Limits -> (h', v') in the wider of the types of
     h and v."""
     out = torch.promote_types(h.dtype, v.dtype)
-    found = torch.empty(h.shape, dtype=out), torch.empty(h.shape, dtype=out)
+    found = h.new_empty(h.shape, dtype=out), h.new_empty(h.shape, dtype=out)
     given = _given(logits, h, v, mu, limits, out)
     _done(library("dynamics").dynamics_forward(ctypes.byref(given), *map(address, found), torch.get_num_threads()))  # type: ignore[union-attr]
     return found
@@ -56,8 +56,8 @@ def slopes(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of h' and v' (contiguous, in their type) -> of logits in their type, of h and v but for the controller's share
     in fp32, of mu, and the sum of those of logits over tokens [3D] in fp32."""
-    of_logits, of_h, of_v = torch.empty_like(logits), torch.empty(h.shape), torch.empty(h.shape)
-    sums, given = torch.empty(4 * h.shape[1]), _given(logits, h, v, mu, limits, grad_h.dtype)
+    of_logits, of_h, of_v = torch.empty_like(logits), *(h.new_empty(h.shape, dtype=torch.float32) for _ in range(2))
+    sums, given = h.new_empty(4 * h.shape[1], dtype=torch.float32), _given(logits, h, v, mu, limits, grad_h.dtype)
     _done(library("dynamics").dynamics_backward(  # type: ignore[union-attr]
         ctypes.byref(given), *map(address, (grad_h, grad_v, of_logits, of_h, of_v, sums)), torch.get_num_threads()
     ))  # fmt: skip

@@ -117,17 +117,21 @@ def schedule(recipe: Recipe, data: Dataset, world: int = 1) -> Schedule:
         save_steps=recipe.checkpoint.save_steps or max(1, max_steps // SAVES_A_RUN),
         eval_steps=recipe.eval.eval_steps or max(1, max_steps // EVALUATIONS_A_RUN),
         eval_batch=recipe.eval.per_device_eval_batch_size or micro,
-        batch_sizes=_table(recipe.train.batch_size_schedule) or ((0, 1),), lengths=_table(recipe.train.seq_len_schedule),
+        batch_sizes=table_of(recipe.train.batch_size_schedule, max_steps) or ((0, 1),),
+        lengths=table_of(recipe.train.seq_len_schedule, max_steps, data.seq_len),
     )  # fmt: skip
 
 
-def _table(rows: list[list[int]] | None) -> tuple[tuple[int, int], ...] | None:
-    return None if rows is None else tuple((step, value) for step, value in rows)
+def table_of(rows: list[list[float]] | None, max_steps: int, most: int | None = None) -> tuple[tuple[int, int], ...] | None:
+    """[[step or share, n], ...] as steps of a run of max_steps; n at most `most`. Of rows at one step the last counts."""
+    if rows is None:
+        return None
+    return tuple((round(step * max_steps) if step < 1 else int(step), int(n) if most is None else min(int(n), most)) for step, n in rows)
 
 
 def check_schedules(recipe: Recipe, data: Dataset) -> None:
     """ConfigError for schedules that do not fit the rows or the engine."""
-    train, lengths = recipe.train, [length for _, length in recipe.train.seq_len_schedule or []]
+    train, lengths = recipe.train, [min(int(length), data.seq_len) for _, length in recipe.train.seq_len_schedule or []]
     if train.batch_size_schedule is not None and train.max_steps is None:
         raise ConfigError("with a batch_size_schedule, epochs say too little about the number of steps; give --max_steps N")
     if train.batch_size_schedule is not None and (recipe.parallel.deepspeed or recipe.parallel.mode == "deepspeed"):

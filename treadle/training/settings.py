@@ -47,13 +47,15 @@ class TrainSettings(Settings):
     global_batch_size: int | None = option(None, change="guarded", ge=1)
     """Rows in one optimiser step over all devices; fixed at the first start of a run."""
 
-    batch_size_schedule: list[list[int]] | None = option(None, change="guarded")
+    batch_size_schedule: list[list[float]] | None = option(None, change="guarded")
     """[[0, 1], [2000, 2], [6000, 4]]: from each step on, an optimiser step takes so many times global_batch_size rows, by more
-    forward passes. Needs max_steps. The data's order does not depend on it."""
+    forward passes. A step between 0 and 1 is a share of the run, as in [[0, 1], [0.5, 2]]. Needs max_steps. The data's order
+    does not depend on it."""
 
-    seq_len_schedule: list[list[int]] | None = option(None, aliases=("sequence_length_schedule",), change="guarded")
+    seq_len_schedule: list[list[float]] | None = option(None, aliases=("sequence_length_schedule",), change="guarded")
     """[[0, 64], [500, 128], [1500, 256]]: from each step on, rows of text are cut into rows of so many tokens, which divides
-    seq_len. A step keeps its tokens and their labels; attention looks less far back and costs less."""
+    seq_len (seq_len itself where it is less). A step between 0 and 1 is a share of the run. A step keeps its tokens and their
+    labels; attention looks less far back and costs less."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
         "auto", aliases=("mixed_precision", "amp_dtype"), change="fixed", spellings=PRECISION_SPELLINGS
@@ -116,9 +118,10 @@ class TrainSettings(Settings):
         for name, table in (("batch_size_schedule", self.batch_size_schedule), ("seq_len_schedule", self.seq_len_schedule)):
             if table is None:
                 continue
-            steps = [row[0] for row in table if len(row) == 2 and row[1] >= 1]
+            sound = [row for row in table if len(row) == 2 and row[1] >= 1 and row[1] == int(row[1])]
+            steps = [step for step, _ in sound if 0 <= step < 1 or step == int(step)]
             if steps[:1] != [0] or len(steps) < len(table) or any(b <= a for a, b in itertools.pairwise(steps)):
-                raise ValueError(f"{name} is [[0, n], [step, n], ...] with growing steps and n >= 1")
+                raise ValueError(f"{name} is [[0, n], [step, n], ...] with growing steps (or shares of the run) and n >= 1")
         bad = [name for name, weight in self.loss_weights.items() if not 0 <= weight < float("inf")]
         if bad:
             raise ValueError(f"loss_weights.{bad[0]} must be a finite number >= 0")
