@@ -74,7 +74,8 @@ def test_weights_in_sixteen_bits_are_told_apart() -> None:
     assert most[0] == 2 * (sum(sizes.blocks) - vectors) + head and most[1] == head
     shape = Shape(2, 32, 1, "bf16", False)
     alone, sharded = (per_process(sizes, whole, shape, mode, world, None) for mode, world in (("none", 1), ("fsdp", 2)))
-    assert alone.casts_gb == pytest.approx(most[0] / 1e9) and sharded.casts_gb == 0.0
+    at_peak = max(m.casts for m in whole.moments if m.part == alone.phase)  # the head's share is there in the loss alone
+    assert most[0] - head <= at_peak <= most[0] and alone.casts_gb == pytest.approx(at_peak / 1e9) and sharded.casts_gb == 0.0
 
 
 def trace(arch: str, rows: int, exact: bool, checkpointing: bool = False, precision: str = "fp32", **keys: object):  # type: ignore[no-untyped-def]

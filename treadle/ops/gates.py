@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from treadle.ops.first_order import first_order
-from treadle.ops.kernel_inputs import address, ordinary
+from treadle.ops.kernel_inputs import address, kernels, ordinary, planned
 from treadle.ops.native import library
 from treadle.ops.scan import scan
 
@@ -20,7 +20,7 @@ NORM_KINDS: dict[NormKind, int] = {"inside": 0, "after": 1, "centred": 2}
 
 
 def _fit(*tensors: Tensor | None) -> bool:
-    return ordinary(*tensors) and all(t is None or t.dtype == torch.float32 for t in tensors) and library("gates") is not None
+    return (ordinary(*tensors) or planned(*tensors)) and all(t is None or t.dtype == torch.float32 for t in tensors) and library("gates") is not None
 
 
 def _sizes(*sizes: int) -> tuple[ctypes.c_int64, ...]:
@@ -35,7 +35,7 @@ class _GatedScan(torch.autograd.Function):
         starts = starts.to(torch.uint8).contiguous() if starts is not None else None
         rows, length, width = gate.shape
         out = torch.empty_like(gate)
-        library("gates").gated_scan(  # type: ignore[union-attr]
+        kernels(library("gates"), gate).gated_scan(
             address(gate), address(value), *_sizes(width), address(bound), address(starts), address(out), *_sizes(rows, length, width),
             torch.get_num_threads(),
         )  # fmt: skip
@@ -49,7 +49,7 @@ class _GatedScan(torch.autograd.Function):
         rows, length, width = gate.shape
         grad, grad_gate, grad_value = grad.contiguous(), torch.empty_like(gate), torch.empty_like(gate)
         of_bound = gate.new_empty(rows, width) if bound is not None else None
-        library("gates").gated_scan_gradient(  # type: ignore[union-attr]
+        kernels(library("gates"), grad).gated_scan_gradient(
             address(gate), address(value), *_sizes(width), *map(address, (bound, starts, out, grad, grad_gate, grad_value)), *_sizes(width),
             address(of_bound), *_sizes(rows, length, width), torch.get_num_threads(),
         )  # fmt: skip
@@ -83,7 +83,7 @@ class _GatedNorm(torch.autograd.Function):
         width = weight.numel() // heads
         count = x.numel() // width
         kept, out, ctx.sizes = x.new_empty(count, 2), torch.empty_like(x), (NORM_KINDS[kind], count, heads, width)
-        library("gates").gated_norm(  # type: ignore[union-attr]
+        kernels(library("gates"), x).gated_norm(
             *map(address, (x, gate, weight, bias)), ctypes.c_double(eps), address(kept), address(out), *_sizes(*ctx.sizes),
             torch.get_num_threads(),
         )  # fmt: skip
@@ -96,7 +96,7 @@ class _GatedNorm(torch.autograd.Function):
         x, gate, weight, bias, kept = ctx.saved_tensors
         grad = grad.contiguous()  # by a name: an address alone would not keep it
         grads = torch.empty_like(x), torch.empty_like(gate), weight.new_empty(2, *weight.shape)
-        if library("gates").gated_norm_gradient(  # type: ignore[union-attr]
+        if kernels(library("gates"), grad).gated_norm_gradient(
             *map(address, (grad, x, gate, weight, bias, kept, *grads)), *_sizes(*ctx.sizes), torch.get_num_threads()
         ):
             raise MemoryError("no memory for the gradient of a norm's weight")
@@ -135,7 +135,7 @@ class _GatedProduct(torch.autograd.Function):
         both = both.contiguous()
         width = both.shape[-1] // 2
         out = both.new_empty(*both.shape[:-1], width)
-        library("gates").gated_product(address(both), address(out), *_sizes(out.numel() // width, width), torch.get_num_threads())  # type: ignore[union-attr]
+        kernels(library("gates"), both).gated_product(address(both), address(out), *_sizes(out.numel() // width, width), torch.get_num_threads())
         ctx.save_for_backward(both)
         return out
 
@@ -144,7 +144,7 @@ class _GatedProduct(torch.autograd.Function):
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         (both,) = ctx.saved_tensors
         grad, out, width = grad.contiguous(), torch.empty_like(both), grad.shape[-1]
-        library("gates").gated_product_gradient(  # type: ignore[union-attr]
+        kernels(library("gates"), grad).gated_product_gradient(
             address(grad), address(both), address(out), *_sizes(grad.numel() // width, width), torch.get_num_threads()
         )
         return out

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from treadle.ops.planned import runs_on_cpu
 
 
 def ordinary(*tensors: Tensor | None) -> bool:
@@ -17,6 +22,25 @@ def ordinary(*tensors: Tensor | None) -> bool:
     return kinds and not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None
 
 
+def planned(*tensors: Tensor | None) -> bool:
+    """All stand for tensors of a CPU while memory is planned: a function keeps and makes what it does with numbers, and calls no
+    kernel (`kernels`)."""
+    some = [t for t in tensors if t is not None]
+    return all(isinstance(t, FakeTensor) for t in some) and runs_on_cpu(*some)
+
+
+class _NoKernels:
+    """Every function of a library, doing nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        return lambda *_: 0
+
+
+def kernels(made: Any, t: Tensor) -> Any:
+    """A compiled library, or one that does nothing where the tensor has no contents."""
+    return _NoKernels() if isinstance(t, FakeTensor) else made
+
+
 def address(t: Tensor | None) -> ctypes.c_void_p:
-    """Of the first number of a contiguous tensor; NULL for None."""
-    return ctypes.c_void_p(t.data_ptr() if t is not None else None)
+    """Of the first number of a contiguous tensor; NULL for None and for a tensor without contents."""
+    return ctypes.c_void_p(None if t is None or isinstance(t, FakeTensor) else t.data_ptr())

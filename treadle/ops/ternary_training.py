@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from treadle.ops.first_order import first_order
-from treadle.ops.kernel_inputs import address, ordinary
+from treadle.ops.kernel_inputs import address, kernels, ordinary, planned
 from treadle.ops.linear import product
 from treadle.ops.native import library
 from treadle.ops.precision import compute_dtype, without_autocast
@@ -50,13 +50,13 @@ class _NormedTernaryLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, gain: Tensor, weight: Tensor, eps: float, products: torch.dtype) -> Tensor:  # type: ignore[override]
         x, gain, weight = x.contiguous(), gain.contiguous(), weight.contiguous()
-        (count, width), made = x.shape, _made()
-        q, unit, inverse = torch.empty(count, width, dtype=torch.int8), gain.new_empty(count), gain.new_empty(count)
+        (count, width), made = x.shape, kernels(_made(), x)
+        q, unit, inverse = x.new_empty(count, width, dtype=torch.int8), gain.new_empty(count), gain.new_empty(count)
         _done(made.ternary_quantize(
             address(x), _half(x), address(gain), ctypes.c_double(eps), ctypes.c_float(SMALLEST), address(q), address(unit), address(inverse),
             *_sizes(x),
         ))  # fmt: skip
-        ternary = torch.empty(weight.shape, dtype=torch.int8)
+        ternary = weight.new_empty(weight.shape, dtype=torch.int8)
         a = made.ternary_weights(address(weight), ctypes.c_float(SMALLEST), address(ternary), ctypes.c_int64(weight.numel()),
                                  torch.get_num_threads())  # fmt: skip
         _done(a)
@@ -72,15 +72,15 @@ class _NormedTernaryLinear(torch.autograd.Function):
     @first_order
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         x, gain, q, unit, inverse, ternary = ctx.saved_tensors
-        made, half = _made(), int(ctx.products == torch.bfloat16)
+        made, half = kernels(_made(), x), int(ctx.products == torch.bfloat16)
         grad = grad.to(ctx.products)
         grad_x = grad_gain = grad_weight = None
         if ctx.needs_input_grad[2]:
-            values = torch.empty(q.shape, dtype=ctx.products)
+            values = q.new_empty(q.shape, dtype=ctx.products)
             made.ternary_values(address(q), address(unit), half, address(values), *_sizes(q))
             grad_weight = (grad.t() @ values).float()
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            values = torch.empty(ternary.shape, dtype=ctx.products)
+            values = ternary.new_empty(ternary.shape, dtype=ctx.products)
             made.ternary_values(address(ternary), None, half, address(values), *_sizes(ternary))
             slope = product(grad, values.t())
             grad_x, grad_gain = torch.empty_like(x), torch.empty_like(gain)
@@ -97,7 +97,7 @@ def normed_ternary_linear(x: Tensor, gain: Tensor, weight: Tensor, eps: float) -
     with without_autocast(x):
         flat = x.reshape(-1, x.shape[-1])
         fits = flat.shape[0] > 0 and x.dtype in FLOATS and gain.dtype == weight.dtype == torch.float32
-        if not fits or not ordinary(x, gain, weight) or _made() is None:
+        if not fits or not (ordinary(x, gain, weight) or planned(x, gain, weight)) or _made() is None:
             return ternary_linear(rms_norm_same_dtype(x.float(), gain, eps), weight)
         y = _NormedTernaryLinear.apply(flat, gain, weight, eps, products)  # type: ignore[no-untyped-call]
         return y.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
