@@ -16,7 +16,7 @@ $(VENV)/ready: pyproject.toml constraints-cpu.txt
 demo:
 	@echo "make demo does three things; Ctrl-C is safe at any time, and the same command goes on from there:"
 	@echo "  1. installs treadle into $(VENV)/: about 1 GB, one to five minutes (nothing when it is there already)"
-	@echo "  2. trains a model of 2 million parameters on six novels, 1200 steps: about 3 minutes on two fast, idle CPU cores,"
+	@echo "  2. trains a model of 2 million parameters on six novels, 1950 steps: about 3 minutes on two fast, idle CPU cores,"
 	@echo "     20 on slow or busy ones; every line says how long is left (ETA). The run goes to runs/austen/"
 	@echo "  3. lets it write 150 tokens and prints what to try next: seconds"
 	@echo
@@ -27,7 +27,7 @@ demo:
 	@echo "Next:"
 	@echo "  $(BIN)/treadle eval last                          # against simple baselines"
 	@echo "  $(BIN)/treadle generate last --interactive        # talk to it"
-	@echo "  $(BIN)/treadle train --max_steps 2400             # the same run, longer"
+	@echo "  $(BIN)/treadle train --max_steps 3000             # the same run, longer"
 	@echo "  $(BIN)/treadle train YOUR_TEXT.txt                # your own text"
 
 test: $(VENV)/ready
