@@ -71,3 +71,10 @@ def test_speculation_is_refused_where_angles_depend_on_how_many_tokens_are_read(
         with pytest.raises(ConfigError, match="dynamic"):
             model.generate(PROMPT, 17 - len(PROMPT), temperature=0, **way)
     assert model_of().generate(PROMPT, 30, temperature=0, draft=model).shape == (1, 37)  # a draft's angles change no outcome
+
+
+def test_a_draft_without_enough_positions_is_refused_before_it_starts() -> None:
+    draft = model_of(style="gpt2", max_position_embeddings=16)
+    with pytest.raises(ConfigError, match="positions for 16 tokens"):
+        model_of().generate(PROMPT, 30, temperature=0, draft=draft)
+    assert model_of().generate(PROMPT, 18 - len(PROMPT), temperature=0, draft=draft).shape == (1, 18)

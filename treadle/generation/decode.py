@@ -162,6 +162,10 @@ def _speculated(
     proposer: Proposer = NGrams()
     draft_trains = draft is not None and draft.training
     if draft is not None:
+        most = getattr(draft, "longest_row", None)
+        if most is not None and longest - 2 > most:  # it never reads the last token, nor the last one it proposes
+            raise ConfigError(f"the draft model has positions for {most} tokens, prompt and new tokens are {longest}; ask for fewer new tokens, "
+                              "or take another draft")  # fmt: skip
         of_draft = reading(draft, weights)
         draft.eval()
         proposer = Draft(of_draft.start(1, longest), sampling, generator)
