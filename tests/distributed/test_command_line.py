@@ -102,4 +102,4 @@ def test_under_torchrun(text_file: Path, tmp_path: Path) -> None:
         [*command, *arguments, "--shard_size", "3", "--parallel", "fsdp", "--fresh"],
         env=environ, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert broken.returncode != 0 and "rank 0: error: parallel.shard_size = 3" in broken.stderr
+    assert broken.returncode != 0 and ": error: parallel.shard_size = 3" in broken.stderr  # of the rank that was not ended first

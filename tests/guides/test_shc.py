@@ -57,7 +57,7 @@ def test_values_by_scale(size: str, rate: float, batch: int, warmup: int, typed:
     weakest = compose(Request({"model": {"preset": size, "arch": "shc"}}, {}).layers())
     assert (weakest.optim.learning_rate, weakest.train.global_batch_size) == (rate, batch)
     assert (weakest.optim.warmup_steps, weakest.optim.weight_decay) == (warmup, 0.1)
-    assert recipe.optim.learning_rate == 3e-3  # the recipe's own word
+    assert recipe.optim.learning_rate == 8e-3  # the recipe's own word
     said = typed("models", "--preset", size.upper())
     shown = said.split("\nssm ")[0]
     assert shown.startswith(f"shc {size}: ") and f"optim.learning_rate = {rate}" in shown
