@@ -254,6 +254,9 @@ def compose(layers: list[Layer], with_model: bool = True) -> Recipe:
                 continue  # who asks for a size asks for a tokenizer that is trained
             if key not in final or key in unasked:
                 final[key] = Given(key, value, "follows from the model's keys", False)
+    kind = final.get("data.dataset_class")
+    if kind is not None and kind.value != TEXT and "train.seq_len_schedule" in unasked:
+        del final["train.seq_len_schedule"]  # it cuts rows of text, and this data has rows of its own
     sections = {
         name: build_section(name, cls, {k: v for k, v in final.items() if k.startswith(name + ".")})
         for name, cls in SECTIONS.items()

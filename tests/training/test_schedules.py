@@ -98,3 +98,11 @@ def test_shorter_rows_change_what_attention_sees_and_nothing_else(text_file: Pat
 def test_schedules_that_cannot_be(text_file: Path, tmp_path: Path, keys: dict[str, object], says: str) -> None:
     done = treadle("train", text_file, "--output_dir", tmp_path / "run", *flags(**keys))
     assert done.returncode == 2 and says in done.stderr, done.stderr
+
+
+def test_the_built_in_recipe_leaves_rows_that_are_no_text_whole(tmp_path: Path) -> None:
+    line = ("train", "--data.dataset_class", "collatz", "--model.arch", "collatz", "--max_steps", 1, "--output_dir", tmp_path / "run")
+    done = treadle(*line)
+    assert done.returncode == 0, done.stderr
+    asked = treadle(*line, "--fresh", "--seq_len_schedule", "[[0, 4]]")
+    assert asked.returncode == 2 and "cuts rows of text" in asked.stderr
