@@ -8,7 +8,6 @@ one more token after so many.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 import treadle
-from bench.side_by_side import step_at
+from bench.side_by_side import in_turns, step_at
 from treadle.data.batch import Batch
 from treadle.models.base import Model, parameter_count
 from treadle.models.catalogue import MODELS
@@ -113,16 +112,9 @@ def stepper(model: Model, batch: Batch, precision: str) -> tuple[Callable[[], An
     return step, kept
 
 
-def in_turns(ways: list[Callable[[], Any]], rounds: int) -> list[float]:
-    """The least CPU seconds of each, A B A B: what else the machine does only ever adds."""
-    best = [float("inf")] * len(ways)
-    for number in range(rounds + 1):
-        for index, way in enumerate(ways):
-            begun = time.process_time()
-            way()
-            if number:  # the first warms up
-                best[index] = min(best[index], time.process_time() - begun)
-    return best
+def least(ways: dict[str, Callable[[], Any]], rounds: int) -> list[float]:
+    """The least CPU seconds of each: what else the machine does only ever adds."""
+    return [min(taken) for taken in in_turns(ways, rounds).values()]
 
 
 def measure(quick: bool, precision: str = "auto", only: list[str] | None = None) -> dict[str, Any]:
@@ -135,13 +127,13 @@ def measure(quick: bool, precision: str = "auto", only: list[str] | None = None)
         model = treadle.build(arch, vocab_size=256, **keys).train()
         dense = treadle.build("transformer", vocab_size=256, **dense_of(model.parameter_count(), size)).train()
         ways, kept = zip(*(stepper(one, batch_for(kind, size), precision) for one, kind in ((model, arch), (dense, "transformer"))))
-        own, plain = in_turns(list(ways), size.rounds)
+        own, plain = least(dict(zip(("own", "dense"), ways)), size.rounds)
         bytes_kept = [each() for each in kept]
         values = {"parameters": model.parameter_count(), "step ms": 1e3 * own, RATIO: own / plain, "kept MB": bytes_kept[0] / 1e6,
                   "kept, by dense": bytes_kept[0] / bytes_kept[1]}  # fmt: skip
         if arch != "encoder_decoder" and model.capabilities.decodes:
             for label, context in CONTEXTS.items():
-                values[f"decoding ms at {label}"] = 1e3 * in_turns([step_at(model.eval(), context)], size.rounds)[0]
+                values[f"decoding ms at {label}"] = 1e3 * least({"decoding": step_at(model.eval(), context)}, size.rounds)[0]
                 values[f"state bytes at {label}"] = model.state_bytes(1, context)
         found |= {f"{name}: {what}" if what != RATIO else f"{name} {RATIO}": value for what, value in values.items()}
     return found

@@ -11,30 +11,17 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from bench.side_by_side import medians
 
 SHAPE = {"vocab_size": 8192, "hidden_size": 384, "num_layers": 6, "num_heads": 6}
 FORMATS = ("fp32", "bf16", "int8", "int4")
 PROMPT, ROWS, LONG = 32, 16, 4096
 LOSS_LIMITS = {"bf16": 0.001, "int8": 0.005, "int4": 0.02}
-
-
-def in_turns(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median CPU seconds of each, taken A B C A B C after one turn that warms up."""
-    taken: dict[str, list[float]] = {name: [] for name in ways}
-    for way in ways.values():
-        way()
-    for _ in range(rounds):
-        for name, way in ways.items():
-            begun = time.process_time()
-            way()
-            taken[name].append(time.process_time() - begun)
-    return {name: statistics.median(values) for name, values in taken.items()}
 
 
 def models() -> tuple[Any, Any | None]:
@@ -74,7 +61,7 @@ def decoding(ours: Any, other: Any | None, quick: bool) -> dict[str, Any]:
                 ways[f"Hugging Face fp32 {count}"] = theirs(other, ids, count)
             for weights in FORMATS:
                 ways[f"{weights} {count}"] = lambda weights=weights, count=count, ids=ids: ours.generate(ids, count, temperature=0, weights=weights)
-        found = in_turns(ways, rounds)
+        found = medians(ways, rounds)
         steps = {name: (found[f"{name} {longer}"] - found[f"{name} {short}"]) / (longer - short) * 1e3
                  for name in ([] if other is None else ["Hugging Face fp32"]) + list(FORMATS)}  # fmt: skip
         for name, milliseconds in steps.items():
@@ -108,7 +95,7 @@ def mixed(ours: Any, other: Any | None, quick: bool) -> dict[str, Any]:
     ways: dict[str, Callable[[], Any]] = {"theirs": theirs(other, ids, count, mask)}
     for weights in FORMATS:
         ways[weights] = lambda weights=weights: ours.generate(prompts, count, temperature=0, weights=weights)
-    found = in_turns(ways, 1 if quick else 3)
+    found = medians(ways, 1 if quick else 3)
     for weights in FORMATS:
         values[f"mixed lengths, {weights} over Hugging Face fp32"] = found["theirs"] / found[weights]
     return values
@@ -123,7 +110,7 @@ def first_token(ours: Any, other: Any | None, quick: bool) -> dict[str, Any]:
     ways: dict[str, Callable[[], Any]] = {} if other is None else {"Hugging Face fp32": theirs(other, ids, 1)}
     for weights in FORMATS:
         ways[weights] = lambda weights=weights: ours.generate(ids, 1, temperature=0, weights=weights)
-    found = in_turns(ways, 1 if quick else 3)
+    found = medians(ways, 1 if quick else 3)
     values: dict[str, Any] = {f"first token after {length}, {name}: CPU s": seconds for name, seconds in found.items()}
     for weights in FORMATS if other is not None else ():
         values[f"first token after {length}, {weights} over Hugging Face fp32"] = found["Hugging Face fp32"] / found[weights]
@@ -166,7 +153,7 @@ def speculation(model: Any, tokenizer: Any, quick: bool) -> dict[str, Any]:
     guessed = model.generate(ids, count, temperature=0, speculative="ngram", statistics=tally)
     values["speculation by n-grams: same tokens"] = float(plain.tolist() == guessed.tolist())
     values["speculation by n-grams: tokens a step"] = (tally["steps"] + tally["kept"]) / max(1, tally["steps"])
-    found = in_turns({"plain": lambda: model.generate(ids, count, temperature=0),
+    found = medians({"plain": lambda: model.generate(ids, count, temperature=0),
                       "ngram": lambda: model.generate(ids, count, temperature=0, speculative="ngram")}, 1 if quick else 5)  # fmt: skip
     values["speculation by n-grams over one token a step"] = found["plain"] / found["ngram"]
     return values

@@ -15,8 +15,8 @@ from treadle.models.base import Model
 from treadle.ops.memory import keep_freed_memory
 
 
-def medians(ways: dict[str, Callable[[], Any]], rounds: int, repeats: int) -> dict[str, float]:
-    """CPU seconds of each, taken in turns."""
+def in_turns(ways: dict[str, Callable[[], Any]], rounds: int, repeats: int = 1) -> dict[str, list[float]]:
+    """CPU seconds of each in every round, A B C A B C, after one turn that warms up."""
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for way in ways.values():
         way()
@@ -25,8 +25,13 @@ def medians(ways: dict[str, Callable[[], Any]], rounds: int, repeats: int) -> di
             begun = time.process_time()
             for _ in range(repeats):
                 way()
-            taken[name].append(time.process_time() - begun)
-    return {name: statistics.median(values) / repeats for name, values in taken.items()}
+            taken[name].append((time.process_time() - begun) / repeats)
+    return taken
+
+
+def medians(ways: dict[str, Callable[[], Any]], rounds: int, repeats: int = 1) -> dict[str, float]:
+    """The median of each."""
+    return {name: statistics.median(values) for name, values in in_turns(ways, rounds, repeats).items()}
 
 
 def step_at(model: Model, context: int) -> Callable[[], Any]:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,22 @@ class Task:
         """Rows of length + 1 tokens at random positions, int64 [rows, length + 1]."""
         starts = np.random.default_rng(step).integers(0, len(data) - self.length - 1, self.rows)
         return np.stack([data[s : s + self.length + 1] for s in starts]).astype(np.int64)
+
+
+def train(task: Task, model: Any, optimizer: Any, loss_of: Callable[[Tensor, Tensor], Tensor]) -> list[float]:
+    """The loop of every contestant that is a loop; loss_of(inputs, labels), int64 [rows, length] each. -> the losses."""
+    import torch
+
+    data, losses = task.data(), []
+    for step in range(task.steps):
+        rows = torch.from_numpy(task.batch(data, step))
+        loss = loss_of(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+    return losses
 
 
 def arguments(description: str) -> tuple[argparse.Namespace, Task]:

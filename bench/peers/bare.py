@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bench import hook
 from bench.peers.ours import our_model
-from bench.task import arguments
+from bench.task import arguments, train
 
 
 def main() -> None:
@@ -25,19 +25,13 @@ def main() -> None:
     (optimizer,) = Optimizers(model, OptimSettings(learning_rate=task.learning_rate)).inner
     hook.watch(given.log, name="bare", parameters=model.parameter_count(), precision=chosen,
                tokens_per_step=task.tokens_per_step)  # fmt: skip
-    data, losses = task.data(), []
-    for step in range(task.steps):
-        rows = torch.from_numpy(task.batch(data, step))
-        batch = Batch.from_ids(rows[:, :-1].contiguous(), labels=rows[:, 1:].contiguous())
+
+    def loss_of(inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         with precision.autocast(chosen, model.device):
-            hidden = model.hidden(batch).hidden
-            loss = linear_cross_entropy(hidden, model.head.weight, batch.labels) / task.tokens_per_step
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
-    hook.describe(given.log, losses=losses)
+            hidden = model.hidden(Batch.from_ids(inputs, labels=labels)).hidden
+            return linear_cross_entropy(hidden, model.head.weight, labels) / task.tokens_per_step
+
+    hook.describe(given.log, losses=train(task, model, optimizer, loss_of))
 
 
 if __name__ == "__main__":

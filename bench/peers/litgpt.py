@@ -1,7 +1,7 @@
 """litgpt's GPT in the loop of its pretraining script (fp32, eager or compiled), at the shape of the task.
 
 Its GPT has rotary positions instead of learned ones (1% fewer parameters at this size) and GPT-NeoX's block, which is what it offers for
-a 4 x width MLP with biases. `--compile` is how its script runs.
+a 4 x width MLP with biases. BENCH_COMPILE=1 compiles it, as its script does.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 from bench import hook
-from bench.task import arguments
+from bench.task import arguments, train
 
 
 def main() -> None:
@@ -39,17 +39,12 @@ def main() -> None:
     hook.watch(given.log, name="litgpt", parameters=sum(p.numel() for p in model.parameters()), precision="fp32",
                tokens_per_step=task.tokens_per_step)  # fmt: skip
     step_model = torch.compile(model) if os.environ.get("BENCH_COMPILE") else model
-    data, losses = task.data(), []
-    for step in range(task.steps):
-        rows = torch.from_numpy(task.batch(data, step))
-        logits = step_model(rows[:, :-1].contiguous())
-        loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), rows[:, 1:].reshape(-1))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
-    hook.describe(given.log, losses=losses)
+
+    def loss_of(inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = step_model(inputs)
+        return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))
+
+    hook.describe(given.log, losses=train(task, model, optimizer, loss_of))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import hook
-from bench.task import Task, arguments
+from bench.task import Task, arguments, train
 
 
 class Block(nn.Module):
@@ -64,16 +64,7 @@ def main() -> None:
     )
     hook.watch(given.log, name="plain", parameters=sum(p.numel() for p in model.parameters()), precision="fp32",
                tokens_per_step=task.tokens_per_step)  # fmt: skip
-    data, losses = task.data(), []
-    for step in range(task.steps):
-        rows = torch.from_numpy(task.batch(data, step))
-        loss = model(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
-    hook.describe(given.log, losses=losses)
+    hook.describe(given.log, losses=train(task, model, optimizer, model))
 
 
 if __name__ == "__main__":
