@@ -488,23 +488,3 @@ def test_compiled_blocks_train_alike(tmp_path: Path, data: dict) -> None:
         pytest.skip(f"no compiler works here: {problem}")
     for a, b in zip(plain.model.parameters(), fast.model.parameters()):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-2)
-
-
-def test_the_mock_step_knows_the_counts_that_a_data_set_adds(tmp_path: Path, data: dict) -> None:
-    class Counted(NextToken):
-        def __call__(self, model: Any, batch: Batch) -> Any:
-            found = super().__call__(model, batch)
-            part = next(iter(found.losses.values()))
-            found.losses["again"] = treadle.LossTerm(part.total, "numbers")
-            return found
-
-    def counted(self: Dataset, source: Any, row: Any) -> Batch:
-        made = plain(self, source, row)
-        made.counts["numbers"] = made.input_ids.numel()
-        return made
-
-    plain = Dataset.batch
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Dataset, "batch", counted)
-        made = Trainer(tiny(), data["train"], None, treadle.TrainConfig(output_dir=str(tmp_path), max_steps=2, batch_size=4), Counted())
-        assert made.train()["step"] == 2

@@ -111,14 +111,15 @@ def schedule(recipe: Recipe, data: Dataset, world: int = 1) -> Schedule:
                               "long to train: --max_steps N")  # fmt: skip
         end = math.ceil(recipe.train.num_train_epochs * data.rows_per_epoch)
         max_steps = max(1, math.ceil(end / total))
-    check_schedules(recipe, data)
+    lengths = table_of(recipe.train.seq_len_schedule, max_steps, data.seq_len)
+    check_schedules(recipe, data, lengths)
     return Schedule(
         micro, accumulation, total, max_steps, end,
         save_steps=recipe.checkpoint.save_steps or max(1, max_steps // SAVES_A_RUN),
         eval_steps=recipe.eval.eval_steps or max(1, max_steps // EVALUATIONS_A_RUN),
         eval_batch=recipe.eval.per_device_eval_batch_size or micro,
         batch_sizes=table_of(recipe.train.batch_size_schedule, max_steps) or ((0, 1),),
-        lengths=table_of(recipe.train.seq_len_schedule, max_steps, data.seq_len),
+        lengths=lengths,
     )  # fmt: skip
 
 
@@ -129,16 +130,16 @@ def table_of(rows: list[list[float]] | None, max_steps: int, most: int | None = 
     return tuple((round(step * max_steps) if step < 1 else int(step), int(n) if most is None else min(int(n), most)) for step, n in rows)
 
 
-def check_schedules(recipe: Recipe, data: Dataset) -> None:
+def check_schedules(recipe: Recipe, data: Dataset, lengths: tuple[tuple[int, int], ...] | None) -> None:
     """ConfigError for schedules that do not fit the rows or the engine."""
-    train, lengths = recipe.train, [min(int(length), data.seq_len) for _, length in recipe.train.seq_len_schedule or []]
+    train = recipe.train
     if train.batch_size_schedule is not None and train.max_steps is None:
         raise ConfigError("with a batch_size_schedule, epochs say too little about the number of steps; give --max_steps N")
     if train.batch_size_schedule is not None and (recipe.parallel.deepspeed or recipe.parallel.mode == "deepspeed"):
         raise ConfigError("deepspeed has a fixed number of forward passes a step; leave out batch_size_schedule or deepspeed")
     if lengths and data.tokenizer is None:
         raise ConfigError("seq_len_schedule cuts rows of text, and this data has none; leave it out")
-    if bad := [length for length in lengths if data.seq_len % length]:
+    if bad := [length for _, length in lengths or () if data.seq_len % length]:
         raise ConfigError(f"seq_len_schedule has rows of {bad[0]} tokens, which do not divide seq_len = {data.seq_len}; they may be "
                           f"{', '.join(map(str, divisors(data.seq_len)))}")  # fmt: skip
 
