@@ -102,6 +102,22 @@ def test_03_states_can_be_selected(model: Model) -> None:
     torch.testing.assert_close(picked, whole[[2, 0]], atol=1e-5, rtol=1e-4)
 
 
+def test_03_rows_of_different_lengths_are_joined_and_replaced(model: Model) -> None:
+    needs(model, "decodes")
+    ids, more = random_ids(4, 9), random_ids(3, 2, seed=3)
+    with torch.no_grad():
+        states = [model(Batch.from_ids(ids[row : row + 1, :length]), state=model.new_state(1, 16)).state for row, length in enumerate((9, 4, 6, 2))]
+        alone = [model(Batch.from_ids(more[row : row + 1]), state=states[of].clone()).logits for row, of in enumerate((0, 3, 2))]
+        kept = states[0].clone()
+        state = states[0].joined(states[1], states[2])
+        state.put([1], states[3])
+        together = model(Batch.from_ids(more), state=state)
+    torch.testing.assert_close(together.logits, torch.cat(alone), atol=2e-5, rtol=1e-4)
+    assert together.state.lengths.tolist() == together.state.host_lengths == [11, 4, 8]
+    for old, new in zip(kept.layers, states[0].layers):  # what was joined is left as it was
+        assert all(torch.equal(value, getattr(new, name)) for name, value in vars(old).items())
+
+
 @pytest.mark.parametrize("with_segments", [True, False], ids=["segments", "mask"])
 def test_04_packed_documents_are_isolated(model: Model, with_segments: bool) -> None:
     needs(model, "packs")

@@ -27,6 +27,19 @@ class LayerState:
     def clone(self) -> Any:
         return self._each(lambda t: t.clone())
 
+    def joined(self, others: Sequence[Any]) -> Any:
+        """These rows and then the others', in memory of their own."""
+        made = {name: torch.cat([value, *(getattr(other, name) for other in others)]) for name, value in self._tensors()}
+        return replace(self, **made)
+
+    def put(self, rows: Tensor, other: Any) -> None:
+        """Row i of `other` takes the place of row rows[i], in place."""
+        for name, value in self._tensors():
+            value.index_copy_(0, rows, getattr(other, name).to(value.dtype))
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        return [(f.name, v) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)]
+
     @property
     def nbytes(self) -> int:
         return sum(v.nbytes for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor))
@@ -100,6 +113,26 @@ class State:
 
     def clone(self) -> State:
         return State(self.lengths.clone(), list(self.host_lengths), self.max_len, [la.clone() for la in self.layers])
+
+    def joined(self, *others: State) -> State:
+        """These rows and then the others', in memory of their own. ConfigError where the states hold different numbers of
+        tokens."""
+        if any(other.max_len != self.max_len for other in others):
+            raise ConfigError(f"states of {[self.max_len, *(o.max_len for o in others)]} tokens a row cannot be joined; make them with one max_len")
+        host = [length for state in (self, *others) for length in state.host_lengths]
+        layers = [layer.joined([other.layers[i] for other in others]) for i, layer in enumerate(self.layers)]
+        return State(torch.cat([self.lengths, *(other.lengths for other in others)]), host, self.max_len, layers)
+
+    def put(self, rows: Sequence[int], other: State) -> None:
+        """Row i of `other` takes the place of row rows[i], in place."""
+        if other.max_len != self.max_len or len(rows) != len(other.host_lengths):
+            raise ConfigError(f"{len(rows)} rows of {self.max_len} tokens cannot take {len(other.host_lengths)} rows of {other.max_len}")
+        index = torch.tensor(rows, dtype=torch.int64, device=self.lengths.device)
+        self.lengths = self.lengths.index_copy(0, index, other.lengths)
+        for row, length in zip(rows, other.host_lengths):
+            self.host_lengths[row] = length
+        for layer, of_other in zip(self.layers, other.layers):
+            layer.put(index, of_other)
 
     @property
     def nbytes(self) -> int:
