@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from treadle.errors import CheckpointError, ConfigError, InputError, MissingExtra
+from treadle.models.huggingface.gguf_tokens import files_of
 from treadle.models.huggingface.reading import ForeignModel, Stored
 from treadle.settings import shown
 from treadle.text.base import Tokenizer
@@ -85,8 +86,8 @@ class GGUFFile(ForeignModel):
             raise MissingExtra(f"reading {path}", "hf") from None
         try:
             reader = gguf.GGUFReader(str(path))
-            self.metadata = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.ggml.")}
-            self._tokens = "tokenizer.ggml.model" in reader.fields
+            self.metadata = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
+            self._tokens = {name: field.contents() for name, field in reader.fields.items() if name.startswith("tokenizer.")}
             found = {t.name: Blocks(path, t.tensor_type, tuple(map(int, reversed(t.shape))), int(t.data_offset), int(t.n_bytes))
                      for t in reader.tensors}  # fmt: skip
         except OSError as problem:
@@ -163,15 +164,34 @@ class GGUFFile(ForeignModel):
         if (folder / "tokenizer.json").is_file():
             return Tokenizer.load(folder)
         instead = f"put its tokenizer.json beside it in {folder}, or give --tokenizer.name FOLDER where a verb takes it"
-        if not self._tokens:
+        if "tokenizer.ggml.model" not in self._tokens:
             raise InputError(f"{self.path} holds no tokenizer; {instead}")
+        with tempfile.TemporaryDirectory(prefix="treadle-") as scratch:
+            try:
+                for name, data in self.tokenizer_files().items():
+                    Path(scratch, name).write_bytes(data)
+            except InputError as problem:
+                self._converted(scratch, f"{problem}; {instead}")
+            return Tokenizer.load(scratch)
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """Its own tokenizer as the files of a Hugging Face folder; InputError for a kind that is not read."""
+        try:
+            return files_of(self._tokens, str(self.path))
+        except (KeyError, IndexError, TypeError, AttributeError) as problem:
+            raise InputError(f"{self.path}: the tokenizer inside is not sound ({type(problem).__name__}: {problem})") from None
+
+    def _converted(self, scratch: str, instead: str) -> None:
+        """Other kinds (SentencePiece's) as transformers reads them. Byte-level BPE of an unknown cut into words is refused:
+        transformers would take one for another."""
+        if self._tokens.get("tokenizer.ggml.model") == "gpt2":
+            raise InputError(instead)
         try:
             from transformers import AutoTokenizer
         except ImportError:
             raise MissingExtra(f"the tokenizer inside {self.path}", "hf") from None
-        with tempfile.TemporaryDirectory(prefix="treadle-") as scratch:
-            try:
-                AutoTokenizer.from_pretrained(str(folder), gguf_file=self.path.name, local_files_only=True).save_pretrained(scratch)
-            except Exception as problem:  # whatever transformers runs into
-                raise InputError(f"the tokenizer inside {self.path} cannot be read ({problem}); {instead}") from None
-            return Tokenizer.load(scratch)
+        try:
+            found = AutoTokenizer.from_pretrained(str(self.path.parent), gguf_file=self.path.name, local_files_only=True)
+            found.save_pretrained(scratch)
+        except Exception as problem:  # whatever transformers runs into
+            raise InputError(f"the tokenizer inside {self.path} cannot be read ({problem}); {instead}") from None
