@@ -125,7 +125,7 @@ class DenseDecoding(Decoding):
         for row in range(ids.shape[0]):
             own = ids[row] if batch.doc_ids is None else ids[row, mask[row]]
             counts.append(own.shape[0])
-            last.append(self._row(row, own))
+            last.append(self._row(row, own, self.state.host_lengths[row], self.rounds_a_prompt_of(own.shape[0])))
         advance(self.state, mask, counts)
         return self.form.head.product(torch.cat(last))
 
@@ -168,13 +168,24 @@ class DenseDecoding(Decoding):
         if longest > self.max_len:
             raise ConfigError(f"the state holds {self.max_len} tokens per row, {longest} are needed")
 
-    def _row(self, row: int, ids: Tensor) -> Tensor:
+    def read(self, row: int, ids: Tensor, start: int, rounded: bool) -> Tensor:
+        """Tokens ids [T] of one row from position `start` on -> logits [1, V] after the last. rounded: in products of bf16."""
+        return self.form.head.product(self._row(row, ids, start, rounded))
+
+    def tokens(self, ids: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+        """Tokens ids [N] of some rows at their positions, whatever the other rows do -> logits [N, V] after each."""
+        return self._call(ids, rows, positions)
+
+    def rounds_a_prompt_of(self, count: int) -> bool:
+        """Whether a prompt of so many tokens is read in products of bf16."""
+        return count > FEW and rounds(self.form.made[0].qkv.kind)
+
+    def _row(self, row: int, ids: Tensor, start: int, rounded: bool) -> Tensor:
         """Tokens ids [T] of one row -> hidden [1, D] of the last after the final norm; their keys and values are kept."""
-        start = self.state.host_lengths[row]
         hidden = torch.zeros(1, self.form.step.width, dtype=torch.float32)
         if not ids.shape[0]:
             return hidden
-        if ids.shape[0] <= FEW or not rounds(self.form.made[0].qkv.kind):
+        if not rounded:
             for part in ids.split(STEP):
                 places = torch.arange(start, start + part.shape[0])
                 rows = torch.full_like(part, row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,8 +82,20 @@ def _limited(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor] | None
     return share, index
 
 
-def next_ids(logits: Tensor, seen: Tensor | None, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """logits [B, V], seen: bool [B, V] (tokens that occurred), -> ids [B].
+def _drawn(weights: Tensor, generators: torch.Generator | Sequence[torch.Generator]) -> Tensor:
+    """One index [B, 1] for each row of weights [B, K], from one generator, or each row from its own as it would be alone."""
+    weights = weights.cpu()
+    if isinstance(generators, torch.Generator):
+        return torch.multinomial(weights, 1, generator=generators)
+    # The least of exponential times with rates w is each one with probability w / sum: what multinomial computes for one draw.
+    times = torch.empty_like(weights)
+    for row, generator in zip(times, generators):
+        row.exponential_(generator=generator)
+    return (weights / times).argmax(-1, keepdim=True)
+
+
+def next_ids(logits: Tensor, seen: Tensor | None, sampling: Sampling, generator: torch.Generator | Sequence[torch.Generator]) -> Tensor:
+    """logits [B, V], seen: bool [B, V] (tokens that occurred), -> ids [B]. generator: of all rows, or one of each.
 
     First the repetition penalty; then temperature, top-k, and the smallest set of probability top_p (Holtzman et al. 2020,
     1904.09751).
@@ -93,9 +106,9 @@ def next_ids(logits: Tensor, seen: Tensor | None, sampling: Sampling, generator:
     logits = logits / sampling.temperature
     limited = _limited(logits, sampling)
     if limited is None:
-        return torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
+        return _drawn(logits.softmax(-1), generator)[:, 0].to(logits.device)
     share, index = limited
-    drawn = torch.multinomial(share.cpu(), 1, generator=generator).to(logits.device)
+    drawn = _drawn(share, generator).to(logits.device)
     return index.gather(-1, drawn)[:, 0]
 
 

@@ -1,0 +1,188 @@
+"""The rows that an engine decodes together: prompts are read beside them, join them, and leave when they have ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from treadle.data.batch import PAD, Batch
+from treadle.generation.decoding import one_column
+from treadle.generation.dense import DenseDecoding
+from treadle.generation.reading import Reading
+from treadle.layers.state import State
+
+
+@dataclass(eq=False)
+class Place:
+    """Where a request's row is kept. row: its number among the rows, which changes when others leave; state: its own while its
+    prompt is read, where it has one; length: tokens seen."""
+
+    row: int = -1
+    state: State | None = None
+    length: int = 0
+    rounded: bool = False
+
+
+class Slots(Protocol):
+    """Rows of a model that are at different lengths. Every method is called by one thread at a time."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the decoding state."""
+
+    def open(self, prompt_tokens: int) -> Place:
+        """A place for a prompt of so many tokens."""
+
+    def read(self, place: Place, ids: list[int], extras: dict[str, Tensor]) -> Tensor:
+        """Some more tokens of a prompt -> logits [1, V] after the last."""
+
+    def join(self, places: list[Place]) -> None:
+        """Prompts that have been read take part in `step` from here on."""
+
+    def step(self, places: list[Place], ids: list[int]) -> Tensor:
+        """One token each -> logits [N, V] of what follows; the rows of other places stay as they are."""
+
+    def close(self, places: list[Place]) -> None:
+        """The places are free again, wherever their requests were."""
+
+
+class AnySlots:
+    """Rows of any model: one state of the rows that run, which others are joined to and selected from.
+
+    A row that has ended stays in it, empty and padded, until another takes it, and the state is made smaller when more than half
+    of it is empty: so a state of keys and values is not copied at each coming and going.
+    """
+
+    def __init__(self, ready: Reading, max_len: int) -> None:
+        self.model, self.max_len = ready.model, max_len
+        self.head = self.model.heads()["lm_head"]
+        self.state: State | None = None
+        self.places: list[Place | None] = []  # of the state's rows; None where a row is empty
+        self._reading: list[Place] = []
+
+    @property
+    def nbytes(self) -> int:
+        states = [self.state, *(place.state for place in self._reading)]
+        return sum(state.nbytes for state in states if state is not None)
+
+    def open(self, prompt_tokens: int) -> Place:
+        place = Place(state=self.model.new_state(1, self.max_len))
+        self._reading.append(place)
+        return place
+
+    def read(self, place: Place, ids: list[int], extras: dict[str, Tensor]) -> Tensor:
+        batch = Batch.from_ids(torch.tensor([ids]), extras=extras or None).to(self.model.device)
+        out = self.model.hidden(batch, place.state)
+        place.state = out.state
+        place.length += len(ids)
+        logits: Tensor = self.head(out.hidden[:, -1])
+        return logits
+
+    def join(self, places: list[Place]) -> None:
+        left = list(places)
+        free = [row for row, kept in enumerate(self.places) if kept is None]
+        for row in free[: len(left)]:
+            place = left.pop(0)
+            assert self.state is not None and place.state is not None
+            self.state.put([row], place.state)
+            self._settle(place, row)
+        if not left:
+            return
+        states = [place.state for place in left if place.state is not None]
+        if self.state is not None:
+            self.state = self.state.joined(*states)
+        else:
+            self.state = states[0] if len(states) == 1 else states[0].joined(*states[1:])
+        for place in left:
+            self.places.append(None)
+            self._settle(place, len(self.places) - 1)
+
+    def _settle(self, place: Place, row: int) -> None:
+        place.state, place.row, self.places[row] = None, row, place
+        self._reading.remove(place)
+
+    def step(self, places: list[Place], ids: list[int]) -> Tensor:
+        column = [0] * len(self.places)
+        for place, token in zip(places, ids):
+            column[place.row] = token
+            place.length += 1
+        given = torch.tensor(column, device=self.model.device)
+        rows = [place.row for place in places]
+        batch = one_column(given) if len(places) == len(column) else self._padded(given, set(rows))
+        out = self.model.hidden(batch, self.state)
+        self.state = out.state
+        hidden = out.hidden[:, -1]
+        logits: Tensor = self.head(hidden if rows == list(range(len(column))) else hidden[rows])
+        return logits
+
+    @staticmethod
+    def _padded(ids: Tensor, running: set[int]) -> Batch:
+        runs = [1 if row in running else -1 for row in range(ids.shape[0])]
+        doc_ids = torch.tensor([0 if run > 0 else PAD for run in runs], device=ids.device)[:, None]
+        return Batch(ids[:, None], doc_ids=doc_ids, segments=tuple((run,) for run in runs), position_ids=torch.zeros_like(doc_ids))
+
+    def close(self, places: list[Place]) -> None:
+        ended = []
+        for place in places:
+            if place in self._reading:
+                self._reading.remove(place)
+            elif place.row >= 0:
+                self.places[place.row] = None
+                ended.append(place.row)
+            place.state, place.row = None, -1
+        kept = [row for row, place in enumerate(self.places) if place is not None]
+        if not kept:
+            self.state, self.places = None, []
+        elif 2 * len(kept) <= len(self.places):
+            assert self.state is not None
+            self.state, self.places = self.state.select(kept), [self.places[row] for row in kept]
+            for row, running in enumerate(self.places):
+                assert running is not None
+                running.row = row
+        elif ended:  # a row that is not read any more must not count among the longest
+            assert self.state is not None
+            self.state.put(ended, self.model.new_state(len(ended), self.max_len))
+
+
+class DenseSlots:
+    """Rows of a dense transformer in the compiled step: slots of one cache that is allocated once."""
+
+    def __init__(self, ready: Reading, rows: int, max_len: int) -> None:
+        decoding = ready.start(rows, max_len)
+        assert isinstance(decoding, DenseDecoding)
+        self.decoding, self.free = decoding, list(range(rows))[::-1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.decoding.state.nbytes  # type: ignore[no-any-return]
+
+    def open(self, prompt_tokens: int) -> Place:
+        return Place(row=self.free.pop(), rounded=self.decoding.rounds_a_prompt_of(prompt_tokens))
+
+    def read(self, place: Place, ids: list[int], extras: dict[str, Tensor]) -> Tensor:
+        logits = self.decoding.read(place.row, torch.tensor(ids), place.length, place.rounded)
+        place.length += len(ids)
+        return logits
+
+    def join(self, places: list[Place]) -> None:
+        pass
+
+    def step(self, places: list[Place], ids: list[int]) -> Tensor:
+        rows, positions = [place.row for place in places], [place.length for place in places]
+        logits = self.decoding.tokens(*torch.tensor([ids, rows, positions]))
+        for place in places:
+            place.length += 1
+        return logits
+
+    def close(self, places: list[Place]) -> None:
+        for place in places:
+            self.free.append(place.row)
+            place.row = -1
+
+
+def slots_of(ready: Reading, rows: int, max_len: int, ordinary: bool = False) -> Any:
+    """Slots for so many rows. ordinary: the model reads more than tokens."""
+    return AnySlots(ready, max_len) if ready.form is None or ordinary else DenseSlots(ready, rows, max_len)
