@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 
 from treadle.errors import ConfigError, InputError
 from treadle.registry import Registry, nearest
+from treadle.text.chat_template import ChatTemplate, Offsets
 
 META_FILE = "treadle_tokenizer.json"
 
@@ -38,6 +40,7 @@ class Tokenizer(ABC):
 
     kind: str
     prompt_start: tuple[int, ...] = ()  # what a model from elsewhere expects before every prompt
+    chat_template: ChatTemplate | None = None  # how a conversation is written; of its folder, or given to the run
 
     @property
     @abstractmethod
@@ -79,6 +82,56 @@ class Tokenizer(ABC):
     def decode(self, ids: Iterable[int], errors: str = "replace") -> str:
         """Ids -> text; specials are left out. errors="strict" raises UnicodeDecodeError on a broken character."""
 
+    @property
+    def control_tokens(self) -> dict[str, int]:
+        """Spelling -> id of the tokens that a chat template may write and a text never becomes."""
+        return {}
+
+    @property
+    def added_tokens(self) -> dict[str, int]:
+        """Spelling -> id of tokens added to the vocabulary that are read from every text."""
+        return {}
+
+    @property
+    def named_tokens(self) -> dict[str, str]:
+        """The names under which chat templates know control tokens: eos_token, bos_token, ..."""
+        return {}
+
+    def encode_controlled(self, text: str, first: bool = True) -> tuple[list[int], Offsets]:
+        """A text in which control tokens are spelled -> ids, and of each the characters (start, end) it stands for.
+
+        first: the text begins here. Raises ConfigError for a tokenizer of which nobody can tell what its tokens stand for.
+        """
+        spelled = "|".join(map(re.escape, sorted(self.control_tokens, key=len, reverse=True)))
+        ids: list[int] = []
+        offsets: Offsets = []
+        at = 0
+        for piece in re.split(f"({spelled})", text) if spelled else [text]:
+            if piece in self.control_tokens:
+                new, places = [self.control_tokens[piece]], [(0, len(piece))]
+            else:
+                new = self.encode(piece).tolist() if piece else []
+                places = self._places(piece, new)
+            ids, offsets = ids + new, offsets + [(at + a, at + b) for a, b in places]
+            at += len(piece)
+        return ids, offsets
+
+    def encode_literal(self, text: str) -> list[int]:
+        """A spelled control token as the ordinary text that it is."""
+        return self.encode(text).tolist()
+
+    def _places(self, text: str, ids: list[int]) -> Offsets:
+        """The characters each id stands for, by the bytes it stands for."""
+        ends = np.cumsum(self.byte_lengths[ids]) if ids else np.zeros(0, dtype=np.int64)
+        characters = np.repeat(np.arange(len(text)), [len(c.encode()) for c in text]) if text else np.zeros(0, dtype=np.int64)
+        more = (int(ends[-1]) if len(ends) else 0) - len(characters)
+        if more not in (0, 1):  # 1: a space that SentencePiece puts before a text
+            raise ConfigError(f"a {self.kind} tokenizer does not keep a text byte for byte, so chat templates cannot be masked with it")
+        starts = np.concatenate([[0], ends[:-1]]) if ids else ends
+        last = len(characters) - 1
+        return [(int(characters[min(max(a - more, 0), last)]), int(characters[max(b - more - 1, 0)]) + 1) if b - more > 0 else (0, 0)
+                for a, b in zip(starts.tolist(), ends.tolist())]  # fmt: skip
+
     @abstractmethod
     def save(self, folder: str | Path) -> None:
         """Writes the tokenizer into a folder that `Tokenizer.load` reads."""
@@ -100,14 +153,9 @@ class Tokenizer(ABC):
         if name.lower() in ("byte", "bytes"):
             return TOKENIZERS.get("byte")()
         if path.is_dir():
-            if (path / META_FILE).is_file():
-                return TOKENIZERS.get(str(read_table(path / META_FILE).get("kind"))).from_folder(path)
-            if (path / "tokenizer.json").is_file():
-                return TOKENIZERS.get("huggingface").from_folder(path)
-            models = sorted(path.glob("*.model"))
-            if models:
-                return TOKENIZERS.get("sentencepiece").from_file(models[0])
-            raise InputError(f"{path} holds no tokenizer.json, no *.model and no {META_FILE}")
+            made = Tokenizer._of_folder(path)
+            made.chat_template = ChatTemplate.of_folder(path)
+            return made
         if path.is_file():
             if path.suffix == ".model":
                 return TOKENIZERS.get("sentencepiece").from_file(path)
@@ -117,6 +165,22 @@ class Tokenizer(ABC):
             f"tokenizer {name!r} is no local folder or file ({hint}); "
             f"train one with `treadle tokenizer train FILE --kind bpe --output {path.name or 'tokenizer'}`"
         )
+
+    @staticmethod
+    def _of_folder(path: Path) -> Tokenizer:
+        if (path / META_FILE).is_file():
+            return TOKENIZERS.get(str(read_table(path / META_FILE).get("kind"))).from_folder(path)
+        if (path / "tokenizer.json").is_file():
+            return TOKENIZERS.get("huggingface").from_folder(path)
+        models = sorted(path.glob("*.model"))
+        if models:
+            return TOKENIZERS.get("sentencepiece").from_file(models[0])
+        raise InputError(f"{path} holds no tokenizer.json, no *.model and no {META_FILE}")
+
+    def save_template(self, folder: str | Path) -> None:
+        """Writes the chat template, where there is one, beside the tokenizer."""
+        if self.chat_template is not None:
+            self.chat_template.save(folder)
 
     @staticmethod
     def train(kind: str, texts: Iterator[str], vocab_size: int) -> Tokenizer:

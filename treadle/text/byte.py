@@ -10,6 +10,7 @@ import numpy as np
 from treadle.text.base import Tokenizer, write_meta
 
 BOS, EOS = 254, 255
+EOS_TOKEN = "<|endoftext|>"  # how a chat template spells it
 
 
 class ByteTokenizer(Tokenizer):
@@ -45,8 +46,17 @@ class ByteTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int], errors: str = "replace") -> str:
         return bytes(i for i in map(int, ids) if 0 <= i < BOS).decode("utf-8", errors)
 
+    @property
+    def control_tokens(self) -> dict[str, int]:
+        return {EOS_TOKEN: EOS}
+
+    @property
+    def named_tokens(self) -> dict[str, str]:
+        return {"eos_token": EOS_TOKEN}
+
     def save(self, folder: str | Path) -> None:
         write_meta(Path(folder), self.kind)
+        self.save_template(folder)
 
     def canonical(self) -> str:
         return "utf-8 bytes, BOS 254, EOS 255"

@@ -74,9 +74,19 @@ class SentencePieceTokenizer(Tokenizer):
         keep = [i for i in map(int, ids) if 0 <= i < self.vocab_size and not self.inner.is_control(i)]
         return self.inner.decode(keep)
 
+    @functools.cached_property
+    def control_tokens(self) -> dict[str, int]:  # type: ignore[override]
+        return {self.inner.id_to_piece(i): i for i in range(self.vocab_size) if self.inner.is_control(i)}
+
+    @property
+    def named_tokens(self) -> dict[str, str]:
+        named = {"eos_token": self.eos_id, "bos_token": self.bos_id}
+        return {name: self.inner.id_to_piece(i) for name, i in named.items() if i is not None}
+
     def save(self, folder: str | Path) -> None:
         write_meta(Path(folder), self.kind)
         (Path(folder) / MODEL_FILE).write_bytes(self.serialized)
+        self.save_template(folder)
 
     def canonical(self) -> str:
         return base64.b64encode(self.serialized).decode()

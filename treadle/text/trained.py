@@ -17,10 +17,10 @@ import numpy as np
 
 from treadle.errors import ConfigError, InputError
 from treadle.text.base import Tokenizer, read_table, write_meta
+from treadle.text.chat_template import CONFIG_FILE, ChatTemplate, Offsets
 from treadle.text.words import WordCache
 
 EOS_TOKEN = "<|endoftext|>"
-CONFIG_FILE, CHAT_FILE = "tokenizer_config.json", "chat_template.jinja"  # as transformers calls them
 MOST_TOKENS = 1 << 24  # fifty times the largest vocabulary in use
 # What other projects call the token that ends a document, in order of preference.
 EOS_NAMES = (EOS_TOKEN, "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>", "[SEP]", "<|eot_id|>")
@@ -48,7 +48,6 @@ class LibraryTokenizer(Tokenizer):
         inner.no_truncation()
         self.eos_token = eos_token
         self.config: dict[str, Any] = {}  # tokenizer_config.json, where there is one
-        self.chat_template: str | None = None
         found = inner.token_to_id(eos_token)
         if found is None:
             raise ConfigError(f"the tokenizer has no token {eos_token!r} to end documents with")
@@ -79,8 +78,7 @@ class LibraryTokenizer(Tokenizer):
         made = cls.from_file(folder / "tokenizer.json", eos_token)
         if (folder / CONFIG_FILE).is_file():
             made.config = {key: value for key, value in read_table(folder / CONFIG_FILE).items() if key != "auto_map"}
-        if (folder / CHAT_FILE).is_file():
-            made.chat_template = (folder / CHAT_FILE).read_text(encoding="utf-8", errors="replace")
+        made.chat_template = ChatTemplate.of_folder(folder)
         return made
 
     @property
@@ -161,6 +159,50 @@ class LibraryTokenizer(Tokenizer):
             raw += bytes(table[c] for c in token) if all(c in table for c in token) else token.encode()
         return raw.decode("utf-8", errors)
 
+    @functools.cached_property
+    def _reads_controls(self) -> Any:
+        """A copy that reads control tokens from text; of its own, since other threads encode meanwhile."""
+        copy = type(self.inner).from_str(self.inner.to_str())
+        copy.encode_special_tokens = False
+        return copy
+
+    @functools.cached_property
+    def control_tokens(self) -> dict[str, int]:  # type: ignore[override]
+        return {token.content: i for i, token in self.inner.get_added_tokens_decoder().items() if token.special}
+
+    @functools.cached_property
+    def added_tokens(self) -> dict[str, int]:  # type: ignore[override]
+        return {token.content: i for i, token in self.inner.get_added_tokens_decoder().items() if not token.special}
+
+    @property
+    def named_tokens(self) -> dict[str, str]:
+        found = {"eos_token": self.eos_token}
+        for name, token in self.config.items():
+            token = token.get("content") if isinstance(token, dict) else token
+            if name.endswith("_token") and isinstance(token, str):
+                found[name] = token
+        return found
+
+    def encode_controlled(self, text: str, first: bool = True) -> tuple[list[int], Offsets]:
+        if first or self._layout != "metaspace":
+            encoded = self._reads_controls.encode(text, add_special_tokens=False)
+            return encoded.ids, encoded.offsets
+        # A text that goes on: without the space that such a tokenizer puts before a text.
+        start = self._reads_controls.encode("\n", add_special_tokens=False).ids
+        encoded = self._reads_controls.encode("\n" + text, add_special_tokens=False)
+        if encoded.ids[: len(start)] != start:
+            return self.encode_controlled(text)
+        return encoded.ids[len(start) :], [(max(a - 1, 0), b - 1) for a, b in encoded.offsets[len(start) :]]
+
+    def encode_literal(self, text: str) -> list[int]:
+        # encode() would still read added tokens that are not special.
+        text = text if self.inner.normalizer is None else self.inner.normalizer.normalize_str(text)
+        words = [text] if self.inner.pre_tokenizer is None else [word for word, _ in self.inner.pre_tokenizer.pre_tokenize_str(text)]
+        ids = [token.id for word in words for token in self.inner.model.tokenize(word)]
+        if {**self.added_tokens, **self.control_tokens}.get(text) in ids:
+            raise InputError(f"a message says {text!r}, which this tokenizer cannot encode as ordinary text")
+        return ids
+
     def save(self, folder: str | Path) -> None:
         folder = Path(folder)
         write_meta(folder, self.kind, eos_token=self.eos_token)
@@ -168,9 +210,9 @@ class LibraryTokenizer(Tokenizer):
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.config, "eos_token": self.eos_token}
         if config["tokenizer_class"] == "TokenizersBackend":  # version 5's name for it, which 4 does not know
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config.pop("chat_template", None)  # it stands in a file of its own, and may be another one by now
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        if self.chat_template is not None:
-            (folder / CHAT_FILE).write_text(self.chat_template, encoding="utf-8")
+        self.save_template(folder)
 
     def canonical(self) -> str:
         # Scores lose their last digits each time the library writes and reads them; nine digits stay.
