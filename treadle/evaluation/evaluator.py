@@ -101,7 +101,7 @@ class Evaluator:
         """One row of metrics a checkpoint, its weights loaded into this model; the model's own weights come back."""
         from treadle.checkpoint.reader import Checkpoint
 
-        kept = {name: tensor.detach().clone() for name, tensor in self.model.named_weights().items()}
+        kept = {name: tensor.detach().clone() for name, tensor in self.model.trained_weights().items()}
         table = []
         try:
             for path in paths:

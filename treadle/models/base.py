@@ -24,7 +24,7 @@ from treadle.data.batch import Batch
 from treadle.errors import CheckpointError, ConfigError, InputError, ShapeError
 from treadle.generation.decode import generate
 from treadle.generation.reading import remember
-from treadle.layers import packed_weights, quantized_files
+from treadle.layers import lora, packed_weights, quantized_files
 from treadle.layers.bitlinear import BitLinear
 from treadle.layers.state import State
 from treadle.models.catalogue import MODELS
@@ -128,6 +128,7 @@ class Model(nn.Module):
     config: Any  # a Config
     head: nn.Linear  # of models that predict tokens
     logit_softcap: float | None = None  # the head's logits z are c tanh(z / c) of `linear_head`'s product
+    adapted: bool = False  # adapters are trained on weights that are not (models/adapters.py)
     _start: Mapping[str, Tensor] = MappingProxyType({})  # values to start with instead of random ones
 
     def __init_subclass__(cls, abstract: bool = False, **keys: Any) -> None:
@@ -262,7 +263,9 @@ class Model(nn.Module):
     def _initial_values(self, seed: int, name: str, parameter: Tensor) -> Tensor:
         if name in self._start:
             return self._start[name].cpu()
-        rule = self.initial(name, parameter)
+        if not parameter.is_floating_point():  # weights held in 8 bits, which come from a file
+            return torch.zeros(parameter.shape, dtype=parameter.dtype)
+        rule = lora.start_of(name, parameter) or self.initial(name, parameter)
         if isinstance(rule, Tensor):
             return rule
         if rule == "zeros":
@@ -279,23 +282,27 @@ class Model(nn.Module):
         buffers = {name: b for name, b in self.named_buffers() if name in persistent}
         return {**dict(self.named_parameters()), **buffers}
 
+    def trained_weights(self) -> dict[str, Tensor]:
+        """What a checkpoint of a training holds: all of them, of a model with adapters these alone."""
+        return {name: t for name, t in self.named_weights().items() if not self.adapted or lora.is_adapter(name)}
+
     def load_weights(self, tensors: dict[str, Tensor]) -> None:
-        """Copies tensors in by name, ternary layers packed or not, linear ones quantised or not; ShapeError names what is
-        missing, surplus or of another shape."""
+        """Copies `trained_weights` in by name, ternary layers packed or not, linear ones quantised or not; ShapeError names
+        what is missing, surplus or of another shape."""
         tensors, layers = quantized_files.unpack(self, tensors)
         tensors, quantized = packed_weights.unpack(self, tensors)
         self.refuse_other_weights({name: list(tensor.shape) for name, tensor in tensors.items()})
         with torch.no_grad():
-            for name, tensor in self.named_weights().items():
+            for name, tensor in self.trained_weights().items():
                 copy_whole(tensor, tensors[name])
         for name, (ternary, scale) in quantized.items():
             self.get_submodule(name).cache_quantized(ternary, scale)  # type: ignore[operator]
         if layers:
             remember(self, layers, "int4" if any(matrix.kind == "int4" for matrix in layers.values()) else "int8")
 
-    def refuse_other_weights(self, shapes: dict[str, list[int]]) -> None:
-        """ShapeError unless these are the names and shapes of this model's weights."""
-        own = {name: list(tensor.shape) for name, tensor in self.named_weights().items()}
+    def refuse_other_weights(self, shapes: dict[str, list[int]], wanted: Mapping[str, Tensor] | None = None) -> None:
+        """ShapeError unless these are the names and shapes of `trained_weights`, or of what is wanted."""
+        own = {name: list(tensor.shape) for name, tensor in (self.trained_weights() if wanted is None else wanted).items()}
         missing, surplus = sorted(own.keys() - shapes.keys()), sorted(shapes.keys() - own.keys())
         wrong = [f"{n} {shapes[n]} instead of {own[n]}" for n in own.keys() & shapes.keys() if own[n] != shapes[n]]
         problems = [f"missing: {', '.join(missing[:4])}"] if missing else []

@@ -217,7 +217,7 @@ class Checkpoints:
             return
         from treadle.checkpoint import sharded
 
-        own = model.named_weights()
+        own = model.trained_weights()
         model.refuse_other_weights(sharded.shapes(checkpoint, "model"))
         sharded.load_into(checkpoint, "model", own, self.world.group)
 

@@ -16,6 +16,7 @@ from treadle.data.settings import DataSettings
 from treadle.distributed.settings import ParallelSettings
 from treadle.errors import ConfigError
 from treadle.evaluation.settings import EvalSettings
+from treadle.models.settings import AdapterSettings
 from treadle.monitor.settings import AlertSettings, LogSettings
 from treadle.objectives.settings import DistillSettings
 from treadle.registry import nearest
@@ -56,6 +57,7 @@ SECTIONS: dict[str, type[Settings]] = {
     "train": TrainSettings,
     "optim": OptimSettings,
     "distill": DistillSettings,
+    "adapter": AdapterSettings,
     "parallel": ParallelSettings,
     "checkpoint": CheckpointSettings,
     "eval": EvalSettings,
@@ -82,6 +84,7 @@ class Recipe:
     train: TrainSettings = field(default_factory=TrainSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     distill: DistillSettings = field(default_factory=DistillSettings)
+    adapter: AdapterSettings = field(default_factory=AdapterSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)

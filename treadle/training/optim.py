@@ -155,7 +155,7 @@ class Optimizers:
 
     def named_weights(self, model: Model) -> dict[str, Tensor]:
         """What a checkpoint's model holds: the weights, or their average where one is kept."""
-        return model.named_weights() | (self.average.named_averages() if self.average is not None else {})
+        return model.trained_weights() | (self.average.named_averages() if self.average is not None else {})
 
     def zero_grad(self) -> None:
         for _, parameter in self.parameters:

@@ -1,0 +1,68 @@
+"""The [adapter] section."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import model_validator
+
+from treadle.settings import Settings, option
+
+ALL_LINEAR = "all-linear"
+
+
+class AdapterSettings(Settings):
+    """Training a product of low rank beside each linear layer (LoRA) instead of the weights of a trained model."""
+
+    lora_rank: int | None = option(None, aliases=("r", "lora_r"), change="fixed", ge=1)
+    """Rank of the adapters; with it the model of --from stays as it is and the adapters alone are trained and saved."""
+
+    lora_alpha: float | None = option(None, change="fixed", gt=0, allow_inf_nan=False)
+    """The adapters' products are multiplied by lora_alpha / lora_rank; default 2 lora_rank."""
+
+    lora_dropout: float = option(0.0, ge=0.0, lt=1.0)
+    """Share of an adapter's inputs that are set to 0 while training."""
+
+    lora_targets: list[str] = option([ALL_LINEAR], aliases=("target_modules", "lora_target_modules"), change="fixed")
+    """Which linear layers: all-linear (all but the head), or ends of their names (query, mlp.down), or patterns (layers.0.*).
+    Names that transformers gives them (q_proj) are known."""
+
+    use_rslora: bool = option(False, change="fixed")
+    """Divide lora_alpha by the root of the rank instead (rsLoRA), so that the rate need not follow the rank."""
+
+    base_precision: Literal["fp32", "bf16", "int8"] = option(
+        "fp32", aliases=("base_dtype",), change="fixed", spellings={"float32": "fp32", "bfloat16": "bf16", "8bit": "int8"}
+    )
+    """What the frozen linear layers (all but the head) are held in while training."""
+
+    base_model: str | None = option(None, aliases=("base_model_name_or_path",))
+    """Where the frozen model is; written by treadle from --from. Give it anew where that was moved."""
+
+    base_checksum: str | None = option(None, change="fixed")
+    """Written by treadle: the checksum of the frozen model's weights."""
+
+    @model_validator(mode="after")
+    def _sound(self) -> AdapterSettings:
+        if not self.lora_targets:
+            raise ValueError("lora_targets is empty; use all-linear, or names of linear layers")
+        return self
+
+    @property
+    def alpha(self) -> float:
+        return self.lora_alpha if self.lora_alpha is not None else 2.0 * (self.lora_rank or 1)
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by."""
+        return scale_of(self.alpha, self.lora_rank or 1, self.use_rslora)
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> AdapterSettings | None:
+        """Of a stored configuration's tables; None where no adapters were trained."""
+        made = cls(**config.get("adapter", {}))
+        return made if made.lora_rank is not None else None
+
+
+def scale_of(alpha: float, rank: int, rslora: bool) -> float:
+    """alpha / r, or alpha / sqrt(r)."""
+    return alpha / (rank**0.5 if rslora else rank)
