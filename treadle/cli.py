@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from treadle import cli_serving
 from treadle.cli_collatz import collatz_app
 from treadle.cli_text import Trust, data_app, data_prepare, tokenizer_app
 from treadle.terminal import write as echo
@@ -29,6 +30,8 @@ app.add_typer(data_app, name="data")
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(collatz_app, name="collatz")
 app.command("prepare", hidden=True)(data_prepare)
+app.command("chat")(cli_serving.chat)
+app.command("serve")(cli_serving.serve)
 
 # train and check take every key of the configuration as a flag; help.py writes their help from the sections.
 OPEN = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}

@@ -1,0 +1,113 @@
+"""The verbs for those who use a model: `treadle chat` and `treadle serve`. Everything heavy is imported inside the verb."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any
+
+import typer
+
+from treadle.cli_text import Trust
+from treadle.terminal import write as echo
+
+Run = Annotated[str, typer.Argument(help="A run, a checkpoint, `last`, RUN@best or RUN@STEP; a Hugging Face folder, .gguf or name.")]
+Template = Annotated[
+    str | None, typer.Option("--chat-template", help="chatml, llama3, plain or FILE.jinja; default the run's own, where it has one.")
+]
+Weights = Annotated[str | None, typer.Option(help="fp32, bf16, int8 or int4: what the weights of linear layers are read in.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+
+
+def _loaded(run: str, device: str, weights: str | None, chat_template: str | None) -> tuple[Any, Any, Any, str]:
+    """(what was loaded, its tokenizer, its chat template or None, what its weights are read in)."""
+    from treadle.models.pretrained import load_run, tokenizer_of
+    from treadle.models.quantized import quantize_once
+    from treadle.text.chat_template import ChatTemplate
+
+    template = ChatTemplate.named(chat_template) if chat_template is not None else None  # what is wrong with it is said first
+    loaded = load_run(run, device)
+    tokenizer = tokenizer_of(loaded)
+    return loaded, tokenizer, template or tokenizer.chat_template, quantize_once(loaded, weights)
+
+
+def chat(
+    run: Run = "last",
+    chat_template: Template = None,
+    system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", "--max-tokens", min=1, help="Tokens of an answer; 512.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Lower is safer, higher is wilder, 0 is greedy; 1.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the likeliest tokens; 0 is off; 50.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens of this total probability; 0.9.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: repeat less; 1.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed and words give the same conversation.")] = 0,
+    weights: Weights = None,
+    device: Device = "auto",
+    trust_code: Trust = None,
+) -> None:
+    """Talk to a trained model in the terminal; /help lists the commands, Ctrl-C ends an answer."""
+    from treadle.generation.sampling import Sampling, typed_over
+
+    typed = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
+             "repetition_penalty": repetition_penalty}  # fmt: skip
+    Sampling(**typed_over({}, typed)[0])  # what is wrong with it is said before a model is loaded
+    from treadle.files import cache_root
+    from treadle.models.pretrained import generation_defaults
+    from treadle.serving.chat import Conversation, history
+
+    loaded, tokenizer, template, read_in = _loaded(run, device, weights, chat_template)
+    sampling, count = typed_over({"max_new_tokens": 512, **generation_defaults(loaded.checkpoint.folder)}, typed)
+    conversation = Conversation(loaded.model, tokenizer, Sampling(**sampling), count, seed, template, system, weights=read_in)
+    with history(cache_root(None) / "chat_history"):
+        conversation.interactive(input, lambda text: echo(text, end=""))
+
+
+def serve(
+    run: Run = "last",
+    host: Annotated[str, typer.Option(help="The address to listen at; any but this machine's own needs a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
+    token: Annotated[str | None, typer.Option(help="What clients send as their API key; better in TREADLE_TOKEN, where no list of processes shows it.")] = None,
+    token_file: Annotated[str | None, typer.Option(help="A file with the token in its first line.")] = None,
+    name: Annotated[str | None, typer.Option(help="What the model is called; default the folder's name.")] = None,
+    chat_template: Template = None,
+    rows: Annotated[int, typer.Option(min=1, help="Requests that share a forward pass.")] = 16,
+    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt.")] = 2048,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "--max-tokens", min=1, help="Most tokens of an answer.")] = 512,
+    queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are told to come back (429).")] = 256,
+    weights: Weights = None,
+    device: Device = "auto",
+    trust_code: Trust = None,
+) -> None:
+    """A trained model behind OpenAI's API and a page to talk to it: http://127.0.0.1:8000. Ctrl-C finishes what runs."""
+    from treadle.serving.limits import Limits, checked_host
+    from treadle.serving.server import listening, read_token
+
+    secret = read_token(token, token_file) or read_token(os.environ.get("TREADLE_TOKEN") or None, None)
+    checked_host(host, secret)
+    listener = listening(host, port)  # before a model is loaded: a port that is taken is said at once
+    from treadle.generation.engine import Engine
+    from treadle.models.pretrained import generation_defaults, home_of
+    from treadle.serving.app import App
+    from treadle.serving.chunk_marks import ChunkMarks
+    from treadle.serving.protocol import Served
+    from treadle.serving.server import serve as answer
+
+    try:
+        loaded, tokenizer, template, read_in = _loaded(run, device, weights, chat_template)
+        model, checkpoint = loaded.model, loaded.checkpoint
+        limits = Limits(max_prompt_tokens, max_new_tokens).within(model.longest_row)
+        engine = Engine(model, rows=rows, max_len=limits.max_len, weights=read_in, queue=queue)
+        called = name or home_of(checkpoint.folder).name or checkpoint.folder.name
+        served = Served(called, tokenizer, model.vocab_size, limits, template, generation_defaults(checkpoint.folder))
+        app = App(engine, served, token=secret, marks=ChunkMarks.of_model(model, tokenizer), fingerprint=f"treadle-{read_in}",
+                  created=int(checkpoint.folder.stat().st_mtime))  # fmt: skip
+        address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+        engine.start()
+        echo(f"{called} at {address} (a page to talk to it) and {address}/v1 (OpenAI's API; {'with' if secret else 'without'} a token); "
+             f"prompts of {limits.max_prompt_tokens} tokens, answers of {limits.max_new_tokens}, {rows} at once; Ctrl-C ends it")  # fmt: skip
+        try:
+            code = answer(app, listener)
+        finally:
+            engine.stop(finish=False)
+    finally:
+        listener.close()
+    raise typer.Exit(code)
