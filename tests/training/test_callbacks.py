@@ -333,3 +333,20 @@ def test_of_two_stops_the_graver_counts() -> None:
     requests.ask("stop", "later", 75, "x")
     requests.agree(World())
     assert requests.exit_code == 143 and requests.reasons["stop"] == "SIGTERM" and requests.stopped_by == "commands"
+
+
+def test_the_weights_of_the_start_are_evaluated_once_where_that_is_asked_for(tmp_path: Path, data: Any) -> None:
+    """`--eval_on_start`; a run that goes on from the checkpoint of step 0 does not do it again."""
+
+    class Seen(Callback):
+        def __init__(self) -> None:
+            self.steps: list[int] = []
+
+        def on_evaluate(self, context: Context) -> None:
+            self.steps.append(context.step)
+
+    seen, again, plain = Seen(), Seen(), Seen()
+    trainer(tmp_path / "a", data, callbacks=[seen], max_steps=2, eval_steps=9, eval_on_start=True).train()
+    trainer(tmp_path / "a", data, callbacks=[again], resume=True, max_steps=3, eval_steps=9, eval_on_start=True).train()
+    trainer(tmp_path / "b", data, callbacks=[plain], max_steps=2, eval_steps=9).train()
+    assert (seen.steps, again.steps, plain.steps) == ([0, 2], [3], [2])

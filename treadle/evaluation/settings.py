@@ -24,6 +24,9 @@ class EvalSettings(Settings):
     eval_steps: int | None = option(None, aliases=("eval_interval",), ge=1)
     """Steps between evaluations on held-out text; without it a tenth of the run. The last step is always evaluated."""
 
+    eval_on_start: bool = option(False)
+    """Evaluate before the first step too: what the weights of --from were worth."""
+
     eval_rows: int | None = option(256, ge=1)
     """Rows of held-out text used while training; `treadle eval` uses all."""
 

@@ -1,4 +1,6 @@
-"""Changes nothing; asks for an evaluation every eval.eval_steps, and for one that the last start did not get to."""
+"""Changes nothing; asks for an evaluation every eval.eval_steps, before the first step where eval.eval_on_start says so, and for one
+that the last start did not get to.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ class EvaluationSchedule(Callback):
     name = "evaluation"
 
     def __init__(self) -> None:
-        self.evaluated_step = 0
+        self.evaluated_step = -1
 
     def wanted(self, context: Context) -> bool:
         return context.eval_dataset is not None
@@ -21,7 +23,8 @@ class EvaluationSchedule(Callback):
         self.after_step(context)
 
     def after_step(self, context: Context) -> None:
-        if context.step > self.evaluated_step and context.due(context.plan.eval_steps):
+        due = context.due(context.plan.eval_steps) if context.step else context.config.eval.eval_on_start
+        if due and context.step > self.evaluated_step:
             context.request("evaluate", "due")
 
     def on_evaluate(self, context: Context) -> None:
@@ -31,4 +34,4 @@ class EvaluationSchedule(Callback):
         return {"evaluated_step": self.evaluated_step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.evaluated_step = int(state.get("evaluated_step", 0))
+        self.evaluated_step = int(state.get("evaluated_step", -1))
