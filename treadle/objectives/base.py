@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 OBJECTIVES = Registry("objective", {
     DEFAULT_OBJECTIVE: "treadle.objectives.next_token:NextToken",
+    "dpo": "treadle.objectives.dpo:DirectPreference",
     "distill_mixer": "treadle.objectives.distill:MatchMixers",
     "distill_hidden": "treadle.objectives.distill:MatchHidden",
     "distill_logits": "treadle.objectives.distill:MatchLogits",
@@ -91,6 +92,10 @@ class Objective(ABC):
 
     def __init__(self, task: Any = None) -> None:
         self.task = task if task is not None else (self.Config() if self.Config is not None else None)
+
+    def starts_from(self, weights: str | None, seed: int) -> None:  # noqa: B027 - most need not know
+        """Told before `prepare` of a run on the command line: the place of the weights that it starts from, or None where they are drawn
+        from `seed`."""
 
     def prepare(self, model: Model, dataset: Dataset, device: torch.device) -> None:  # noqa: B027 - most need nothing
         """Called once before the model is spread over processes and optimisers are made; may freeze parameters, and raises

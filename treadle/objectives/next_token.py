@@ -80,7 +80,7 @@ class NextToken(Objective):
         assert out.hidden is not None
         losses = {self.headline: LossTerm(linear_cross_entropy(*model.linear_head(out.hidden), batch.labels, model.logit_softcap), "labels")}
         for name, (total, unit) in out.losses.items():
-            losses[name] = LossTerm(total, _unit(unit))
+            losses[name] = LossTerm(total, known_unit(unit))
         return Losses(losses, out.stats)
 
     def counts(self, batch: Batch) -> dict[str, int]:
@@ -164,7 +164,7 @@ def fitting(model: Model, tokenizer: Tokenizer, prompt: str, tokens: int) -> int
     return max(0, min(tokens, model.longest_row - len(tokenizer.prompt_ids(prompt))))
 
 
-def _unit(name: str) -> str:
+def known_unit(name: str) -> str:
     if name not in UNITS:
         raise ConfigError(f"a model's loss counts {name!r}; it must be {', '.join(UNITS)}")
     return name

@@ -1,4 +1,4 @@
-"""The [distill] section."""
+"""The [distill] section, and the [task] keys of objectives for language models."""
 
 from __future__ import annotations
 
@@ -50,3 +50,23 @@ class DistillSettings(Settings):
         if self.alpha_ce == self.alpha_kd == 0:
             raise ValueError("alpha_ce and alpha_kd are both 0, so there is nothing to learn; raise one of the two")
         return self
+
+
+class PreferenceSettings(Settings):
+    """How strongly preferences pull the model away from where it started."""
+
+    beta: float = option(0.1, aliases=("dpo_beta",), change="guarded", gt=0.0, allow_inf_nan=False)
+    """What the difference of log-probabilities is multiplied by: the smaller, the further the model may move from the reference."""
+
+    label_smoothing: float = option(0.0, change="guarded", ge=0.0, lt=0.5)
+    """The share of pairs that are assumed to be the wrong way round."""
+
+    reference: str | None = option(None, aliases=("ref_model", "reference_model"), change="guarded")
+    """The model whose answers the trained one is held to: a run, a checkpoint or a folder. Written by treadle from --from; a model with
+    adapters is held to itself without them."""
+
+    reference_seed: int | None = option(None, change="guarded")
+    """Written by treadle where nothing was named by --from: the seed that the weights of the start are drawn from."""
+
+    reference_checksum: str | None = option(None, change="guarded")
+    """Written by treadle: of the reference's weights. A run does not go on with another reference."""

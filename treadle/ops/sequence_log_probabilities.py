@@ -1,0 +1,39 @@
+"""How likely a model finds whole sequences: log-probabilities of labels, added up by document, without ever holding all logits."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from treadle.ops.cross_entropy import CHUNK_NUMBERS, IGNORE
+
+
+def _log_probabilities(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
+    """hidden [N, D], labels [N] -> log softmax(hidden weight^T)[label], fp32 [N]."""
+    logits = F.linear(hidden, weight).float()
+    if softcap is not None:
+        logits = softcap * (logits / softcap).tanh()
+    return logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+
+
+def sequence_log_probabilities(
+    hidden: Tensor, weight: Tensor, labels: Tensor, documents: Tensor, count: int, softcap: float | None = None
+) -> Tensor:
+    """hidden [B, T, D], weight [V, D], labels [B, T] (-100: not scored), documents [B, T] (which document of its row a position
+    belongs to, -1 for padding) -> fp32 [B, count]: of each of the first `count` documents of each row, the sum of the log-probabilities
+    of its labels. softcap c: logits z become c tanh(z / c).
+
+    Logits exist for some positions at a time; where gradients are wanted they are computed again in the backward pass. The sums are
+    over a fixed order, so that they are the same bits each time on a GPU too.
+    """
+    scored = labels != IGNORE
+    inputs, targets = hidden[scored], labels[scored]
+    chunk = max(64, CHUNK_NUMBERS // weight.shape[0])
+    found = [checkpoint(_log_probabilities, inputs[at : at + chunk], weight, targets[at : at + chunk], softcap, use_reentrant=False)
+             for at in range(0, len(targets), chunk)]  # fmt: skip
+    each = hidden.new_zeros(labels.shape, dtype=torch.float32)
+    if found:
+        each = each.masked_scatter(scored, torch.cat(found))
+    return torch.stack([torch.where(documents == number, each, 0.0).sum(-1) for number in range(count)], -1)
