@@ -184,7 +184,7 @@ def test_rows_that_are_no_pairs_are_refused() -> None:
     objective.prepare(policy, NO_TEXT, CPU)
     with pytest.raises(ConfigError, match="without its other one"):
         objective(policy, Batch.for_training(torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, 8, dtype=torch.int64)))
-    with pytest.raises(ConfigError, match="--data.dataset preferences"):
+    with pytest.raises(ConfigError, match="the data: --data"):
         objective(policy, Batch.from_ids(torch.zeros(1, 8, dtype=torch.int64)))
 
 
@@ -208,3 +208,44 @@ def test_sums_by_document_in_chunks_are_the_plain_ones(monkeypatch: pytest.Monke
         torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-3)
 
 
+
+
+def test_trl_computes_the_same_loss_and_metrics() -> None:
+    """trl's own loss (DPOTrainer._compute_loss) on the log-probabilities of each token, without its models and files."""
+    dpo_trainer = pytest.importorskip("trl.trainer.dpo_trainer", reason="trl is not installed (pip install trl), whose loss this compares with")
+    policy, reference = model(1), model(2)
+    batch, whole = pairs(3)
+    texts = [row[0] for row in whole] + [row[1] for row in whole]  # chosen, then rejected, as trl has them
+    ids = torch.stack([F.pad(text, (0, 12 - len(text))) for text in texts])
+    mask = torch.stack([(torch.arange(12) >= 4) & (torch.arange(12) < len(text)) for text in texts]).long()
+
+    def speaks(of: Model) -> Any:
+        class Speaks(torch.nn.Module):
+            is_gradient_checkpointing = False
+
+            def forward(self, **given: Any) -> SimpleNamespace:
+                logits = of(Batch.from_ids(given["input_ids"])).logits
+                assert logits is not None
+                each = F.log_softmax(logits[:, :-1], -1).gather(-1, ids[:, 1:, None])[..., 0]
+                return SimpleNamespace(log_probs=each * mask[:, 1:], entropy=each, mean_logits=each, is_top1=each > 0)
+
+        return Speaks()
+
+    alone = SimpleNamespace(device=CPU, gather=lambda value: value, gather_for_metrics=lambda value: value)
+    metrics = {"eval": {name: [] for name in ("entropy", "num_tokens", "mean_token_accuracy", "logits/chosen", "logits/rejected", "logps/chosen",
+                        "logps/rejected", *(f"rewards/{n}" for n in ("chosen", "rejected", "accuracies", "margins")))}}  # fmt: skip
+    ours = speaks(policy).eval()
+    trainer = SimpleNamespace(
+        model=ours, ref_model=speaks(reference), accelerator=alone, aux_loss_enabled=False, ld_alpha=None, precompute_ref_logps=False, beta=0.3,
+        args=SimpleNamespace(gradient_checkpointing_kwargs=None), f_divergence_type="reverse_kl", loss_types=["sigmoid"], loss_weights=[1.0],
+        label_smoothing=0.0, use_weighting=False, _metrics=metrics, _total_train_tokens=0,
+    )  # fmt: skip
+    inputs = {"input_ids": ids, "attention_mask": (ids >= 0).long(), "completion_mask": mask}
+    with torch.no_grad():
+        theirs = dpo_trainer.DPOTrainer._compute_loss(trainer, ours, inputs, False)
+        objective = DirectPreference(PreferenceSettings(beta=0.3), reference)
+        objective.prepare(policy, NO_TEXT, CPU)
+        found = objective.compute_metrics({name: float(value) for name, value in objective.evaluation_sums(policy, batch).items()})
+    assert found["loss"] == pytest.approx(float(theirs), abs=1e-6)
+    for ours_name, their_name in zip(FOUND, ("margins", "accuracies", "chosen", "rejected")):
+        assert found[ours_name] == pytest.approx(metrics["eval"][f"rewards/{their_name}"][0], abs=1e-5)
