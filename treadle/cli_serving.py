@@ -96,7 +96,8 @@ def serve(
         model, checkpoint = loaded.model, loaded.checkpoint
         limits = Limits(max_prompt_tokens, max_new_tokens).within(model.longest_row)
         engine = Engine(model, rows=rows, max_len=limits.max_len, weights=read_in, queue=queue)
-        called = name or home_of(checkpoint.folder).name or checkpoint.folder.name
+        of_a_run = checkpoint.folder.resolve().parent.name == "checkpoints"
+        called = name or (home_of(checkpoint.folder) if of_a_run else checkpoint.folder.resolve()).name
         served = Served(called, tokenizer, model.vocab_size, limits, template, generation_defaults(checkpoint.folder))
         app = App(engine, served, token=secret, marks=ChunkMarks.of_model(model, tokenizer), fingerprint=f"treadle-{read_in}",
                   created=int(checkpoint.folder.stat().st_mtime))  # fmt: skip
