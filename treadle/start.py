@@ -185,6 +185,7 @@ def make_trainer(request: Request, recipe: Recipe, console: Console, world: Worl
     from treadle.ops.attention import check_backend
     from treadle.ops.memory import keep_freed_memory, return_freed_memory
     from treadle.ops.precision import DTYPES
+    from treadle.training.adapting import load_frozen, load_start, put_on
     from treadle.training.trainer import Trainer
 
     return_freed_memory() if recipe.parallel.mode == "fsdp" else keep_freed_memory()
@@ -199,6 +200,7 @@ def make_trainer(request: Request, recipe: Recipe, console: Console, world: Worl
         tokenizer = read_tokenizer(locate(recipe.distill.teacher))
     splits = _shared_data(recipe, console, tokenizer, world)
     model = build_model(recipe, splits["train"])
+    base = put_on(model, recipe, start_weights, has_begun(folder))
     objective = _objective(recipe)
     for note in objective.notes(model):
         console.say(f"note: {note}")
@@ -215,6 +217,8 @@ def make_trainer(request: Request, recipe: Recipe, console: Console, world: Worl
     console.say(f"{model.arch}: {count_label(trainer.run_folder.parameter_count)} parameters, {trainer.plan.max_steps} steps of "
                 f"{trainer.plan.global_batch} rows x {splits['train'].seq_len}, {trainer.context.precision} on {trainer.device}, "
                 f"attention {attention}{shared}")  # fmt: skip
+    if base is not None:
+        console.say(f"adapters on {base.folder}: {load_frozen(model, base)}")
     if recipe.checkpoint.resume_from_checkpoint is not None:
         chosen = locate(recipe.checkpoint.resume_from_checkpoint, console.warn)
         world.on_main_first(lambda: _take_up(trainer, chosen))
@@ -231,7 +235,8 @@ def make_trainer(request: Request, recipe: Recipe, console: Console, world: Worl
         steps = world.all_gather_object(getattr(start_weights, "step", 0))
         if len(set(steps)) > 1:  # a copy that a training run is still adding to
             raise ConfigError(f"the processes found different checkpoints at {request.weights_from} (steps {steps}); name one: {request.weights_from}@{min(steps)}")
-        trainer.checkpoints.load_weights(start_weights)
+        if base is None:
+            load_start(trainer.checkpoints, start_weights)
         if world.is_main_process:
             keep_generation_file(start_weights, folder)
         console.say(f"Weights from {start_weights.folder}")

@@ -24,6 +24,19 @@ THEIR_NAMES = {
 }  # fmt: skip
 
 
+def alpha_of(settings: AdapterSettings) -> float:
+    return settings.lora_alpha if settings.lora_alpha is not None else 2.0 * (settings.lora_rank or 1)
+
+
+def scale_of(alpha: float, rank: int, rslora: bool) -> float:
+    """What B A is multiplied by: alpha / r, or alpha / sqrt(r)."""
+    return alpha / (rank**0.5 if rslora else rank)
+
+
+def _scale(settings: AdapterSettings) -> float:
+    return scale_of(alpha_of(settings), settings.lora_rank or 1, settings.use_rslora)
+
+
 def add_adapters(model: Model, settings: AdapterSettings) -> None:
     """Puts adapters on the model in place and freezes everything else; call it before the weights are allocated, or
     `materialise` the adapters' values yourself. ConfigError where nothing can be adapted, or a name fits nothing."""
@@ -37,7 +50,7 @@ def add_adapters(model: Model, settings: AdapterSettings) -> None:
         if name in chosen:
             AdaptedLinear.take(layer, settings.base_precision)
             assert isinstance(layer, AdaptedLinear)
-            layer.adapt(settings.lora_rank, settings.scale, settings.lora_dropout)
+            layer.adapt(settings.lora_rank, _scale(settings), settings.lora_dropout)
         else:
             FrozenLinear.take(layer, settings.base_precision)
     model.adapted = True
@@ -124,7 +137,7 @@ def merged(base: dict[str, Tensor], trained: dict[str, Tensor], settings: Adapte
         whole[f"{name}.weight"] = widened(held.codes, held.scales, torch.float32)
     for name in [n.removesuffix("." + LORA_A) for n in trained if n.endswith("." + LORA_A)]:
         a, b = trained[f"{name}.{LORA_A}"], trained[f"{name}.{LORA_B}"]
-        whole[f"{name}.weight"] = whole[f"{name}.weight"].float() + settings.scale * (b @ a)
+        whole[f"{name}.weight"] = whole[f"{name}.weight"].float() + _scale(settings) * (b @ a)
     return {**whole, **{n: t for n, t in trained.items() if not is_adapter(n)}}
 
 

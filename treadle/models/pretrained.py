@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import re
 import sys
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from treadle import terminal, trusted_code
 from treadle.checkpoint.fetching import fetched_run
@@ -22,11 +25,14 @@ from treadle.checkpoint.retention import best_step
 from treadle.errors import CheckpointError, ConfigError, InputError
 from treadle.files import cache_root, write_atomically
 from treadle.generation.sampling import stored_defaults
+from treadle.layers import packed_weights, quantized_files
 from treadle.models import base
+from treadle.models.adapters import adaptable, merged
 from treadle.models.base import CONFIG_FILE, Model, ModelConfig, allocated, build
 from treadle.models.catalogue import MODELS
 from treadle.models.huggingface import hub
 from treadle.models.huggingface.reading import ForeignModel, TransformersFolder, is_foreign
+from treadle.models.settings import AdapterSettings
 from treadle.storage.remote import RemotePath, is_url, local_copy, refuse_secrets
 from treadle.text.base import Tokenizer
 
@@ -190,6 +196,66 @@ def read_shape(checkpoint: Checkpoint, config: dict[str, Any]) -> tuple[type[Mod
     return cls, cls.Config.with_preset(None, **keys)
 
 
+def read_adapters(checkpoint: Checkpoint) -> AdapterSettings | None:
+    """How the adapters that a checkpoint holds were trained; None where it holds whole weights."""
+    if isinstance(checkpoint, ForeignModel) or checkpoint.manifest.get("weights_only"):
+        return None
+    return AdapterSettings.of(read_config(checkpoint))
+
+
+def base_of(settings: AdapterSettings, of: str) -> Checkpoint:
+    """The frozen model of adapters; InputError where it is not there, CheckpointError where it has other weights. of: what
+    needs it, for messages."""
+    try:
+        base = locate(str(settings.base_model))
+    except InputError as problem:
+        raise InputError(f"the frozen model of {of} is not where it was ({problem}). Say where it is: treadle train ... --base_model "
+                         "FOLDER, or base_model under [adapter] in the run's config.toml") from None  # fmt: skip
+    found = weights_checksum(base)
+    if found != settings.base_checksum:
+        raise CheckpointError(f"{base.folder} has other weights than the frozen model of {of} had (checksum {found[:12]} instead of "
+                              f"{str(settings.base_checksum)[:12]}): adapters work with the weights they were trained on alone. Bring those "
+                              "back, or say where they are with --base_model FOLDER")  # fmt: skip
+    return base
+
+
+def weights_checksum(checkpoint: Checkpoint) -> str:
+    """sha256 over those of the files that hold the weights (of a run with adapters, over its base's too)."""
+    if isinstance(checkpoint, ForeignModel):
+        path = Path(checkpoint.folder)
+        sums = []
+        for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
+            with file.open("rb") as stream:
+                sums.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    else:
+        sums = [entry["sha256"] for name, entry in sorted(checkpoint.manifest["files"].items()) if name.startswith("model")]
+        if (settings := read_adapters(checkpoint)) is not None:
+            sums.append(str(settings.base_checksum))
+    return hashlib.sha256(" ".join(sums).encode()).hexdigest()
+
+
+def whole_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The weights of a checkpoint by name; of a run with adapters, those of its base with the adapters merged."""
+    tensors = checkpoint.tensors("model")
+    if (settings := read_adapters(checkpoint)) is None:
+        return tensors
+    home = home_of(checkpoint.folder)
+    with contextlib.suppress(OSError, ValueError, ConfigError):  # said anew there, where the base was moved
+        told = AdapterSettings.of(tomllib.loads((home / "config.toml").read_text("utf-8")))
+        settings.base_model = told.base_model if told is not None else settings.base_model
+    weights, model = plain_weights(base_of(settings, str(home)))
+    return merged(weights, tensors, settings, list(adaptable(model)))
+
+
+def plain_weights(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], Model]:
+    """`whole_weights` with nothing packed or quantised, and the model without memory that they belong to."""
+    cls, shape = read_shape(checkpoint, read_config(checkpoint))
+    with torch.device("meta"):
+        model = cls(shape)  # type: ignore[call-arg]
+    weights, _ = quantized_files.unpack(model, whole_weights(checkpoint))
+    return packed_weights.unpack(model, weights)[0], model
+
+
 def generation_defaults(folder: Path) -> dict[str, Any]:
     """What the generation_config.json of a checkpoint's folder, or of its run, says; {} when there is none."""
     path, table = generation_file(folder)
@@ -227,7 +293,7 @@ def load_run(run: str, device: Any = None, warn: Any = None, tokenizer: bool = T
     if isinstance(checkpoint, ForeignModel):
         model = _foreign_model(checkpoint, device)
         return Loaded(model.eval(), checkpoint.tokenizer() if tokenizer else None, checkpoint, config)
-    weights = checkpoint.tensors("model")
+    weights = whole_weights(checkpoint)
     model = allocated(cls, shape, sum(tensor.nbytes for tensor in weights.values()), pick_device(device or "auto"))
     model.load_weights(weights)
     return Loaded(model.eval(), read_tokenizer(checkpoint), checkpoint, config)

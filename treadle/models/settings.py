@@ -47,22 +47,8 @@ class AdapterSettings(Settings):
             raise ValueError("lora_targets is empty; use all-linear, or names of linear layers")
         return self
 
-    @property
-    def alpha(self) -> float:
-        return self.lora_alpha if self.lora_alpha is not None else 2.0 * (self.lora_rank or 1)
-
-    @property
-    def scale(self) -> float:
-        """What B A is multiplied by."""
-        return scale_of(self.alpha, self.lora_rank or 1, self.use_rslora)
-
     @classmethod
     def of(cls, config: dict[str, Any]) -> AdapterSettings | None:
         """Of a stored configuration's tables; None where no adapters were trained."""
         made = cls(**config.get("adapter", {}))
         return made if made.lora_rank is not None else None
-
-
-def scale_of(alpha: float, rank: int, rslora: bool) -> float:
-    """alpha / r, or alpha / sqrt(r)."""
-    return alpha / (rank**0.5 if rslora else rank)
