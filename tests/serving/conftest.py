@@ -113,7 +113,7 @@ async def client(app: App, **headers: str) -> AsyncIterator[httpx.AsyncClient]:
 def byte_model(**shape: Any) -> Any:
     torch.manual_seed(1)
     cls = MODELS.get("transformer")
-    return build_from(cls, cls.Config(vocab_size=256, **{"hidden_size": 32, "num_layers": 2, "num_heads": 2, **shape})).eval()
+    return build_from(cls, cls.Config(vocab_size=256, **{"hidden_size": 32, "num_layers": 2, "num_heads": 2, "tie_embeddings": False, "initializer_range": 0.3, **shape})).eval()
 
 
 @contextlib.contextmanager

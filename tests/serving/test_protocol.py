@@ -66,7 +66,7 @@ def test_streams_hold_what_whole_answers_hold() -> None:
         assert "".join(part["text"] for part in own) == choice["text"] == "ein Faden 🧵, "
         assert own[-1]["finish_reason"] == choice["finish_reason"] == "stop"
         for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
-            assert sum((part["logprobs"][name] for part in own), []) == choice["logprobs"][name]
+            assert [one for part in own for one in part["logprobs"][name]] == choice["logprobs"][name]
         assert choice["logprobs"]["text_offset"][:3] == [0, 1, 2]
         assert "bytes:\\xf0" in choice["logprobs"]["tokens"] and "z" not in choice["logprobs"]["tokens"]
     assert all(part["usage"] is None for part in parts[:-1])
@@ -78,14 +78,14 @@ def test_a_chat_streams_its_role_first_and_its_reason_last() -> None:
     whole = ask(app, "/v1/chat/completions", body)[1]["choices"][0]
     assert whole["message"] == {"role": "assistant", "content": "Hi 🧵", "refusal": None}
     content = whole["logprobs"]["content"]
-    assert bytes(sum((one["bytes"] for one in content), [])).decode() == "Hi 🧵"
+    assert bytes(byte for one in content for byte in one["bytes"]).decode() == "Hi 🧵"
     assert content[0] == {"token": "H", "logprob": -0.5, "bytes": [72], "top_logprobs": [
         {"token": "H", "logprob": -0.5, "bytes": [72]}, {"token": "I", "logprob": -1.5, "bytes": [73]},
         {"token": "A", "logprob": -9999.0, "bytes": [65]}]}  # fmt: skip
     parts = [part["choices"][0] for part in events(app, "/v1/chat/completions", body)]
     assert parts[0]["delta"] == {"role": "assistant", "content": ""} and parts[-1] == {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop"}
     assert "".join(part["delta"].get("content", "") for part in parts) == "Hi 🧵"
-    assert sum((part["logprobs"]["content"] for part in parts[1:-1]), []) == content
+    assert [one for part in parts[1:-1] for one in part["logprobs"]["content"]] == content
 
 
 def test_echo_repeats_the_prompt_and_zero_tokens_ask_for_nothing_more() -> None:
