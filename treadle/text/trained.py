@@ -194,11 +194,17 @@ class LibraryTokenizer(Tokenizer):
             return self.encode_controlled(text)
         return encoded.ids[len(start) :], [(max(a - 1, 0), b - 1) for a, b in encoded.offsets[len(start) :]]
 
-    def encode_literal(self, text: str) -> list[int]:
-        # encode() would still read added tokens that are not special.
+    def _plain_ids(self, text: str) -> list[int]:
+        """Without any added token: encode() would still read those that are not special."""
         text = text if self.inner.normalizer is None else self.inner.normalizer.normalize_str(text)
         words = [text] if self.inner.pre_tokenizer is None else [word for word, _ in self.inner.pre_tokenizer.pre_tokenize_str(text)]
-        ids = [token.id for word in words for token in self.inner.model.tokenize(word)]
+        return [token.id for word in words for token in self.inner.model.tokenize(word)]
+
+    def encode_literal(self, text: str) -> list[int]:
+        ids = self._plain_ids(text)
+        if self._layout == "metaspace":  # it goes on a text: without the space that such a tokenizer puts before one
+            start, after = self._plain_ids("\n"), self._plain_ids("\n" + text)
+            ids = after[len(start) :] if after[: len(start)] == start else ids
         if {**self.added_tokens, **self.control_tokens}.get(text) in ids:
             raise InputError(f"a message says {text!r}, which this tokenizer cannot encode as ordinary text")
         return ids
