@@ -1,0 +1,145 @@
+"""Malformed bodies, headers and bytes: no 5xx but 503, no traceback, and the next request is answered."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import socket
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.serving.conftest import listening, scripted_app
+from treadle.serving.app import App
+
+GOOD = {
+    "/v1/completions": {"model": "tiny", "prompt": "ab", "max_tokens": 4, "temperature": 0.5, "top_p": 0.9, "top_k": 3, "n": 2, "seed": 1, "stop": ["x"],
+                        "logprobs": 2, "logit_bias": {"1": 2}, "stream": True, "stream_options": {"include_usage": True}},
+    "/v1/chat/completions": {"model": "tiny", "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": [{"type": "text", "text": "a"}]},
+                             {"role": "user", "content": "b"}], "max_completion_tokens": 4, "logprobs": True, "top_logprobs": 2, "stream": False},
+    "/v1/chunks": {"text": "abc"},
+}  # fmt: skip
+ODD: list[Any] = [
+    None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, -(2**70), 10**400, 0.5, -0.0, 1e308, 1e-320, "", "a", "\x00", "\ud800", "\udfff\ud800", "🧵" * 50, "x" * 5000,
+    "../../etc/passwd", "{{ 7*7 }}", "{% for m in messages %}", "<|im_start|>system", "%s%n", [], [[]], [None], [1, "a"], [[1], [2, [3]]], {}, {"a": {}},
+    {"role": "user"}, {"": ""}, [1] * 300, [256], [-1], [1.5], [True], ["a"] * 70, {str(n): 1 for n in range(1100)}, {"1": None}, {"-1": 1}, {"1e1": 1}, {"\u0661": 1},
+    {"\ud800": 1}, [{"role": "system", "content": "\ud800"}], [{"role": "\U0010fff0", "content": "\U0010fff1"}], "Infinity", "NaN",
+]  # fmt: skip
+RAW = [b"", b"{", b"null", b"[]", b"\xff\xfe", b'{"a":NaN}', b'{"prompt":Infinity}', b"[" * 100_000, b'{"a":' * 50_000, b'{"n":' + b"9" * 5000 + b"}", b'"x"', b"{}{}",
+       b'{"prompt":"\\ud800"}', b"\xef\xbb\xbf{}", b'{"prompt":"a","prompt":1}', "{}".encode("utf-16"), b"\x00" * 100, b'{"prompt": "a",}']  # fmt: skip
+
+
+async def asked(app: App, method: str, path: str, headers: list[tuple[bytes, bytes]], body: bytes) -> tuple[int, bytes]:
+    """The status and the body of one request, without a network and a client that would refuse to send it."""
+    scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "path": path, "raw_path": path.encode("utf-8", "replace"),
+             "query_string": b"a=%ff", "headers": headers, "scheme": "http", "server": ("localhost", 80), "client": ("127.0.0.1", 1), "root_path": ""}  # fmt: skip
+    told, status, parts = False, 0, []
+
+    async def receive() -> Any:
+        nonlocal told
+        if told:
+            await asyncio.sleep(3600)
+        told = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message: Any) -> None:
+        nonlocal status
+        if message["type"] == "http.response.start":
+            assert status == 0, "two beginnings of one answer"
+            status = message["status"]
+            assert all(b"\r" not in value and b"\n" not in value for _, value in message["headers"])
+        else:
+            parts.append(message["body"])
+
+    await app(scope, receive, send)
+    return status, b"".join(parts)
+
+
+def broken(draw: random.Random, value: Any) -> Any:
+    """`value` with something changed somewhere inside."""
+    if isinstance(value, dict) and value and draw.random() < 0.9:
+        key = draw.choice(list(value))
+        what = draw.random()
+        if what < 0.1:
+            return {name: other for name, other in value.items() if name != key}
+        if what < 0.2:
+            return {**value, draw.choice(["x", "", "\ud800", "tools", "suffix", "best_of", "prompt", "messages", "functions", "audio"]): draw.choice(ODD)}
+        return {**value, key: broken(draw, value[key])}
+    if isinstance(value, list) and value and draw.random() < 0.6:
+        place = draw.randrange(len(value))
+        return [broken(draw, one) if number == place else one for number, one in enumerate(value)]
+    return draw.choice(ODD)
+
+
+def request(draw: random.Random) -> tuple[str, str, list[tuple[bytes, bytes]], bytes]:
+    path = draw.choice([*GOOD, *list(GOOD)[:2] * 10, "/v1/models/" + draw.choice(["tiny", "..", "\ud800", "%00", "a" * 5000]), "/", "//", "/health", "/v1/../x", "/\x00"])
+    usual = "POST" if path in GOOD else "GET"
+    method = draw.choices([usual, "GET", "PUT", "", "\x00", "POST" * 999], [90, 4, 2, 1, 1, 1])[0]
+    body = draw.choice(RAW) if draw.random() < 0.03 else json.dumps(_several(draw, GOOD.get(path, {"a": 1}))).encode()
+    if draw.random() < 0.1 and body:  # bytes changed at random
+        at = draw.randrange(len(body))
+        body = body[:at] + bytes([draw.randrange(256)]) * draw.randrange(4) + body[at + 1 :]
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    if draw.random() < 0.2:
+        name = draw.choice([b"host", b"content-type", b"content-length", b"authorization", b"transfer-encoding", b"cookie", b"x-\xff", b""])
+        value = draw.choice([b"", b"\xff\xfe", b"\x00", b"a" * 9000, b"-1", b"1e9", b"9" * 30, "٣".encode(), b"application/json; charset=\xff", b"Bearer \xff", b"[::1", b"::", b";;="])
+        headers = draw.choice([[(name, value), *headers], [*headers, (name, value)], [(name, value)]])
+    return method, path, headers, body
+
+
+def _several(draw: random.Random, value: Any) -> Any:
+    for _ in range(draw.choice([1, 1, 1, 2, 3])):
+        value = broken(draw, value)
+    return value
+
+
+@pytest.mark.parametrize("token, count", [(None, 10_000), ("a-secret-of-length", 1_000)])
+def test_ten_thousand_malformed_requests(token: str | None, count: int, capfd: pytest.CaptureFixture[str]) -> None:
+    app, engine = scripted_app("Hi 🧵", token=token, max_body_bytes=60_000)
+    draw, seen = random.Random(3), dict.fromkeys((200, 400, 401, 403, 404, 405, 413, 415), 0)
+
+    async def all_of_them() -> None:
+        for number in range(count):
+            status, body = await asked(app, *request(draw))
+            seen[status] = seen.get(status, 0) + 1
+            assert 200 <= status < 500 or status == 503, (status, body[:300])
+            assert b"Traceback" not in body and b'File "' not in body and b"/treadle/" not in body
+            if status >= 400:
+                assert json.loads(body)["error"]["message"]
+            if number % 500 == 0:
+                good = [(b"host", b"localhost"), (b"content-type", b"application/json"), (b"authorization", b"Bearer a-secret-of-length")]
+                status, body = await asked(app, "POST", "/v1/completions", good, b'{"prompt": "a"}')
+                assert status == 200 and json.loads(body)["choices"][0]["text"] == "Hi 🧵"
+
+    asyncio.run(all_of_them())
+    assert engine.running == 0
+    assert (seen.pop(401) > 0) is (token is not None)
+    assert token or (min(seen.values()) > 20 and seen[400] > 5_000), seen  # each kind of refusal was met
+    out, err = capfd.readouterr()
+    assert "Traceback" not in out + err
+
+
+def test_bytes_that_are_no_http_and_clients_that_leave() -> None:
+    app, _ = scripted_app("Hi")
+    draw = random.Random(5)
+    body = b'{"prompt": "a"}'
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    with listening(app) as address:
+        place = (address.split("//")[1].split(":")[0], int(address.rsplit(":", 1)[1]))
+        for number in range(150):
+            whole = head % len(body) + body
+            at = draw.randrange(len(whole))
+            sent = [draw.randbytes(draw.randrange(1, 400)), whole[:at], whole[:at] + draw.randbytes(3) + whole[at:], head % 10**20, head % 5 + body,
+                    b"GET / HTTP/9.9\r\n\r\n", whole.replace(b"\r\n", b"\n"), b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\r\n" * 50][number % 9]  # fmt: skip
+            with socket.create_connection(place, timeout=5) as one:
+                one.sendall(sent)
+                one.shutdown(socket.SHUT_WR) if draw.random() < 0.5 else None
+                one.settimeout(0.02)
+                try:
+                    got = one.recv(4096)
+                except (TimeoutError, ConnectionError):
+                    got = b""
+                assert b" 500 " not in got.split(b"\r\n")[0] and b"Traceback" not in got
+        assert httpx.post(f"{address}/v1/completions", json={"prompt": "a"}).json()["choices"][0]["text"] == "Hi"
