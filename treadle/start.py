@@ -202,6 +202,8 @@ def make_trainer(request: Request, recipe: Recipe, console: Console, world: Worl
     model = build_model(recipe, splits["train"])
     base = put_on(model, recipe, start_weights, has_begun(folder))
     objective = _objective(recipe)
+    if (begins_with := base or start_weights) is not None or not has_begun(folder):
+        objective.starts_from(None if begins_with is None else str(Path(begins_with.folder).resolve()), recipe.run.seed)
     for note in objective.notes(model):
         console.say(f"note: {note}")
     teacher = getattr(objective, "teacher", None)

@@ -63,20 +63,20 @@ class DirectPreference(NextToken):
     def __init__(self, task: Any = None, reference: Model | None = None) -> None:
         super().__init__(task)
         self._given = reference is not None
+        self._start: str | None = None  # the place of the weights that the run starts with, where it has one
         self.reference = reference
 
     # ---- the reference ----
 
     def starts_from(self, weights: str | None, seed: int) -> None:
-        task = self.task
+        task, self._start = self.task, weights
         if task.reference is None and task.reference_seed is None and task.reference_checksum is None and not self._given:
             task.reference, task.reference_seed = weights, seed if weights is None else None
 
     def prepare(self, model: Model, dataset: Dataset, device: torch.device) -> None:
         super().prepare(model, dataset, device)
-        if model.adapted and not self._given:
-            self.task.reference = self.task.reference_seed = self.reference = None
-            return
+        if model.adapted and not self._given and self.task.reference in (None, self._start):
+            return  # the base is the reference
         if self.reference is None:
             self.reference = self._found(model)
         found = checksum(self.reference)
