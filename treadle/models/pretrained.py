@@ -31,6 +31,7 @@ from treadle.models.adapters import adaptable, merged
 from treadle.models.base import CONFIG_FILE, Model, ModelConfig, allocated, build
 from treadle.models.catalogue import MODELS
 from treadle.models.huggingface import hub
+from treadle.models.huggingface.peft import PeftFolder, is_peft
 from treadle.models.huggingface.reading import ForeignModel, TransformersFolder, is_foreign
 from treadle.models.settings import AdapterSettings
 from treadle.storage.remote import RemotePath, is_url, local_copy, refuse_secrets
@@ -52,12 +53,14 @@ class Loaded:
 
 def locate(run: str, warn: Any = None) -> Checkpoint:
     """RUN (a run folder, a checkpoint folder, `last`, RUN@best, RUN@STEP) -> its checkpoint, verified when it is the
-    newest of a run; also a folder of transformers, a .gguf file, or a name of the Hugging Face hub (NAME@REVISION). InputError
-    when there is nothing there."""
+    newest of a run; also a folder of transformers, of peft's, a .gguf file, or a name of the Hugging Face hub (NAME@REVISION).
+    InputError when there is nothing there."""
     if is_url(run):
         return _remote(run, warn or _warn)
     name, _, choice = run.partition("@")
     path = Path(name)
+    if is_peft(path):
+        return PeftFolder(path, locate, plain_weights)
     if is_foreign(path):
         if choice:
             raise InputError(f"{path} holds one set of weights, so @{choice} means nothing; leave it out")
@@ -169,6 +172,9 @@ def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     """The tokenizer inside a checkpoint, from its verified bytes; None for a model that reads no text."""
+    if isinstance(checkpoint, PeftFolder):
+        own = (checkpoint.folder / "tokenizer.json").is_file()
+        return Tokenizer.load(checkpoint.folder) if own else read_tokenizer(checkpoint.base)
     if isinstance(checkpoint, ForeignModel):
         return checkpoint.tokenizer()
     if not checkpoint.members("tokenizer/"):
@@ -181,6 +187,8 @@ def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
 
 def tokenizer_to_start_with(checkpoint: Checkpoint, chosen: str) -> Tokenizer | None:
     """The tokenizer of the weights that a run starts from; of a model of somebody else's, only where none is chosen."""
+    if isinstance(checkpoint, PeftFolder) and not (checkpoint.folder / "tokenizer.json").is_file():
+        return tokenizer_to_start_with(checkpoint.base, chosen)
     if isinstance(checkpoint, ForeignModel):  # rows of training begin without the token that a prompt begins with
         return checkpoint.own_tokenizer() if chosen == "auto" else None
     return read_tokenizer(checkpoint)
@@ -221,7 +229,9 @@ def base_of(settings: AdapterSettings, of: str) -> Checkpoint:
 
 def weights_checksum(checkpoint: Checkpoint) -> str:
     """sha256 over those of the files that hold the weights (of a run with adapters, over its base's too)."""
-    if isinstance(checkpoint, ForeignModel):
+    if isinstance(checkpoint, PeftFolder):
+        sums = [checkpoint.digest, weights_checksum(checkpoint.base)]
+    elif isinstance(checkpoint, ForeignModel):
         path = Path(checkpoint.folder)
         sums = []
         for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
@@ -296,7 +306,8 @@ def load_run(run: str, device: Any = None, warn: Any = None, tokenizer: bool = T
     weights = whole_weights(checkpoint)
     model = allocated(cls, shape, sum(tensor.nbytes for tensor in weights.values()), pick_device(device or "auto"))
     model.load_weights(weights)
-    return Loaded(model.eval(), read_tokenizer(checkpoint), checkpoint, config)
+    wanted = tokenizer or not isinstance(checkpoint, PeftFolder)
+    return Loaded(model.eval(), read_tokenizer(checkpoint) if wanted else None, checkpoint, config)
 
 
 def _foreign_model(checkpoint: ForeignModel, device: Any) -> Model:

@@ -12,6 +12,7 @@ from treadle.checkpoint.tensors import read_tensors, write_tensors
 from treadle.errors import CheckpointError, InputError
 from treadle.generation.reading import checked, quantized, remember, remembered
 from treadle.layers.quantized_files import from_tensors, to_tensors
+from treadle.models.huggingface.peft import PeftFolder
 from treadle.models.huggingface.reading import ForeignModel
 from treadle.models.pretrained import Loaded, home_of
 from treadle.ops.packed_linear import Quantized
@@ -30,7 +31,7 @@ def quantize_once(loaded: Loaded, weights: str | None) -> str:
     if wanted not in KEPT or wanted == stored:
         return wanted
     layers = None
-    path = None if isinstance(checkpoint, ForeignModel) else _place(checkpoint.folder, wanted, checkpoint.manifest)
+    path = None if isinstance(checkpoint, (ForeignModel, PeftFolder)) else _place(checkpoint.folder, wanted, checkpoint.manifest)
     shapes = {name: tuple(module.weight.shape) for name, module in model.named_modules() if hasattr(module, "in_features")}
     if path is not None and path.is_file():
         with contextlib.suppress(CheckpointError, InputError):
