@@ -14,8 +14,9 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -140,16 +141,20 @@ def save(
     files: dict[str, bytes],
     described: dict[str, Any],
     name: str | None = None,
+    beside: Mapping[str, bytes] = MappingProxyType({}),
 ) -> str:
     """Writes checkpoint `step` under `root` and returns its path once it would survive a power cut.
 
-    tensors: file stem -> tensors by name; files: member name -> contents; described: goes into the manifest.
+    tensors: file stem -> tensors by name; files: member name -> contents; described: goes into the manifest; beside: files that
+    the manifest does not name, since people edit them.
     Raises SaveError (the previous checkpoints are untouched) when the disk refuses.
     """
     final, temporary = places(str(root), step, name)
     with refusals(final, temporary):
         check_space(str(root), sum(t.nbytes for group in tensors.values() for t in group.values()))
         os.mkdir(temporary)
+        for member, data in beside.items():
+            _write_file(os.path.join(temporary, member), [data])
         write_members(temporary, step, tensors, files, described, {})
         publish(temporary, final)
     return final

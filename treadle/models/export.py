@@ -15,11 +15,15 @@ from treadle.checkpoint.layout import MANIFEST
 from treadle.checkpoint.reader import Checkpoint
 from treadle.checkpoint.tensors import write_tensors
 from treadle.errors import CheckpointError, ConfigError, InputError
+from treadle.files import write_atomically
 from treadle.generation.reading import quantized as quantize_layers
 from treadle.layers import packed_weights, quantized_files
+from treadle.models import model_card
 from treadle.models.base import CONFIG_FILE, WEIGHTS_FILE, Model, ModelConfig, allocated, describe
+from treadle.models.huggingface.gguf_writing import TYPES, refuse_foreign_file, write_gguf, written_for_llama_cpp
 from treadle.models.huggingface.reading import ForeignModel
 from treadle.models.huggingface.writing import TOKEN_KEYS, for_transformers
+from treadle.models.model_card import run_name
 from treadle.models.pretrained import (
     GENERATION_FILE,
     generation_defaults,
@@ -34,42 +38,38 @@ from treadle.models.transformer import TransformerConfig
 from treadle.text.base import Tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FORMATS = {"treadle": "treadle", "huggingface": "huggingface", "hf": "huggingface", "transformers": "huggingface"}
+FORMATS = {"treadle": "treadle", "huggingface": "huggingface", "hf": "huggingface", "transformers": "huggingface",
+           "gguf": "gguf", "llama.cpp": "gguf"}  # fmt: skip
 
 
 def export(
     run: str, output: str | None = None, precision: str = "fp32", packed: bool = False, warn: Any = None, layout: str = "treadle",
-    quantize: str | None = None,
+    quantize: str | None = None, gguf_type: str | None = None, license: str | None = None,
 ) -> Path:  # fmt: skip
     """Writes config.json, model.safetensors and the tokenizer of a run (or checkpoint) and returns the folder, by default
     RUN/export. Shards are joined. `packed` stores ternary layers in 1.6 bits a weight; with fp32 for the rest, answers stay the
     same bit for bit. `quantize` (int8, int4) stores linear layers as they are read with these weights. The folder is checked like a checkpoint and serves wherever a run is asked for; `from_pretrained` reads it
-    too. layout "huggingface" (by default in RUN/huggingface): as transformers and what builds on it read it. InputError when the
+    too. layout "huggingface" (by default in RUN/huggingface): as transformers and what builds on it read it; "gguf" (by default
+    RUN/gguf/NAME-TYPE.gguf, which is returned): what llama.cpp reads, of `gguf_type` f32 (the default), f16 or q8_0. A model card is
+    written beside, where no README.md of somebody's own is; license is what it states. InputError when the
     folder is in use for something else, or nothing in it is ternary; ConfigError for a model that transformers has none of.
     """
-    if layout.lower() not in FORMATS:
-        raise InputError(f"--format {layout!r}: use treadle, or huggingface for transformers")
-    layout = FORMATS[layout.lower()]
-    if packed and layout == "huggingface":
-        raise InputError("--packed is a format of treadle's own; leave it out, or leave --format huggingface out")
-    if quantize is not None and quantize not in ("int8", "int4"):
-        raise InputError(f"--quantize {quantize!r}: use int8 or int4 (for bf16: --precision bf16)")
-    if quantize is not None and layout == "huggingface":
-        raise InputError("--quantize is a format of treadle's own; leave it out, or leave --format huggingface out")
-    if precision not in DTYPES:
-        raise InputError(f"--precision {precision!r}: use {', '.join(DTYPES)}")
+    layout = _known(layout, precision, packed, quantize, gguf_type)
     checkpoint = locate(run, warn)
     config = read_config(checkpoint)
     cls, shape = read_shape(checkpoint, config)
     if output is None and isinstance(checkpoint, ForeignModel):
         raise InputError(f"{run} was not trained here, so say where the export goes: --output FOLDER")
     folder = Path(output) if output is not None else home_of(checkpoint.folder) / ("export" if layout == "treadle" else layout)
-    _refuse_foreign(folder)
+    file = _gguf_file(folder, run_name(checkpoint), gguf_type or "f32") if layout == "gguf" else None
+    _refuse_foreign(folder) if file is None else _refuse_without_form(file, shape)
     with torch.device("meta"):
         model = cls(shape)  # type: ignore[call-arg]
     weights, _ = quantized_files.unpack(model, checkpoint.tensors("model"))
     weights, quantized = packed_weights.unpack(model, weights)
     model.refuse_other_weights({n: list(t.shape) for n, t in weights.items()})
+    if file is not None:
+        return _as_gguf(file, checkpoint, shape, weights, gguf_type or "f32", license)
     smaller: set[str] = set()
     if quantize is not None:
         whole, weights = weights, _quantized(cls, shape, weights, quantize)
@@ -96,8 +96,71 @@ def export(
             files[GENERATION_FILE] = (json.dumps(told, indent=1) + "\n").encode()
     described = {"weights_only": True, "source": str(checkpoint.folder), "precision": precision, "packed": packed,
                  "quantized": quantize}  # fmt: skip
-    writer.save(folder.parent, checkpoint.step, {"model": weights}, files, described, name=folder.name)
+    card = model_card.card_of(checkpoint, layout, precision, license, folder)
+    writer.save(folder.parent, checkpoint.step, {"model": weights}, files, described, name=folder.name, beside={model_card.FILE: card})
     return folder
+
+
+def told(written: Path, layout: str, precision: str, packed: bool, quantize: str | None) -> list[str]:
+    """What the command line says of an export."""
+    layout = FORMATS[layout.lower()]
+    size = (written if layout == "gguf" else written / WEIGHTS_FILE).stat().st_size
+    if layout == "gguf":
+        return [f"{written}: {size / 1e6:.1f} MB, for llama.cpp: llama-cli -m {written}; treadle reads it too"]
+    if layout == "huggingface":
+        lines = [f"{written}: {size / 1e6:.1f} MB of weights in {precision}, for transformers: "
+                 f"AutoModelForCausalLM.from_pretrained({str(written)!r}); treadle reads it too"]  # fmt: skip
+        if not (written / "tokenizer.json").is_file() and not list(written.glob("*.model")):
+            lines.append("note: this run's tokenizer has no form in transformers; give it the ids yourself (of bytes: their values)")
+        return lines
+    ternary = (", ternary ones packed" if packed else "") + (f", linear layers in {quantize}" if quantize else "")
+    return [f"{written}: {size / 1e6:.1f} MB of weights in {precision}{ternary}; use it like a run: treadle generate {written}, "
+            f"treadle train --from {written}"]  # fmt: skip
+
+
+def _known(layout: str, precision: str, packed: bool, quantize: str | None, gguf_type: str | None) -> str:
+    """The format's own name; InputError for what is not known, or does not go together."""
+    if layout.lower() not in FORMATS:
+        raise InputError(f"--format {layout!r}: use treadle, huggingface for transformers, or gguf for llama.cpp")
+    layout = FORMATS[layout.lower()]
+    if packed and layout != "treadle":
+        raise InputError(f"--packed is a format of treadle's own; leave it out, or leave --format {layout} out")
+    if quantize is not None and quantize not in ("int8", "int4"):
+        raise InputError(f"--quantize {quantize!r}: use int8 or int4 (for bf16: --precision bf16)")
+    if quantize is not None and layout != "treadle":
+        instead = " (of a .gguf file: --gguf_type q8_0)" if layout == "gguf" else ""
+        raise InputError(f"--quantize is a format of treadle's own{instead}; leave it out, or leave --format {layout} out")
+    if precision not in DTYPES:
+        raise InputError(f"--precision {precision!r}: use {', '.join(DTYPES)}")
+    if gguf_type is not None and (layout != "gguf" or gguf_type not in TYPES):
+        raise InputError(f"--gguf_type {gguf_type!r}: it goes with --format gguf and is one of {', '.join(TYPES)}")
+    if layout == "gguf" and precision != "fp32":
+        raise InputError(f"--precision {precision} is not for --format gguf; say --gguf_type {' or '.join(TYPES)}")
+    return layout
+
+
+def _gguf_file(output: Path, name: str, kind: str) -> Path:
+    """The file that an export writes: `output` itself where it is called .gguf, else one in that folder."""
+    return output if output.suffix.lower() == ".gguf" else output / f"{name}-{kind}.gguf"
+
+
+def _refuse_without_form(file: Path, shape: ModelConfig) -> None:
+    """What llama.cpp has no form for, and a file of somebody else's, before any weight is read."""
+    written_for_llama_cpp(shape)
+    refuse_foreign_file(file)
+
+
+def _as_gguf(
+    file: Path, checkpoint: Checkpoint, shape: ModelConfig, weights: dict[str, Tensor], kind: str, license: str | None
+) -> Path:
+    tokenizer = read_tokenizer(checkpoint)
+    template = tokenizer.chat_template.source if tokenizer is not None and tokenizer.chat_template is not None else None
+    told = {"name": run_name(checkpoint), **({"license": license} if license is not None else {})}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_gguf(file, shape, weights, tokenizer, kind, template, told)
+    card = model_card.card_of(checkpoint, "gguf", kind, license, file.parent)
+    write_atomically(file.parent / model_card.FILE, card.decode())
+    return file
 
 
 def _quantized(cls: type[Model], shape: ModelConfig, weights: dict[str, Tensor], quantize: str) -> dict[str, Tensor]:

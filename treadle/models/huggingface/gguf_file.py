@@ -164,7 +164,7 @@ class GGUFFile(ForeignModel):
         if (folder / "tokenizer.json").is_file():
             return Tokenizer.load(folder)
         instead = f"put its tokenizer.json beside it in {folder}, or give --tokenizer.name FOLDER where a verb takes it"
-        if "tokenizer.ggml.model" not in self._tokens:
+        if self._tokens.get("tokenizer.ggml.model", "none") == "none":
             raise InputError(f"{self.path} holds no tokenizer; {instead}")
         with tempfile.TemporaryDirectory(prefix="treadle-") as scratch:
             try:

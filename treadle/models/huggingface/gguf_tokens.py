@@ -13,7 +13,7 @@ from typing import Any
 
 from treadle.errors import ConfigError, InputError
 from treadle.settings import shown
-from treadle.text.base import Tokenizer
+from treadle.text.base import META_FILE, Tokenizer
 from treadle.text.byte import BOS, EOS
 from treadle.text.trained import LibraryTokenizer, byte_characters
 
@@ -50,6 +50,8 @@ def files_of(metadata: Mapping[str, Any], place: str) -> dict[str, bytes]:
     if kind != "gpt2" or cut not in PRE:
         raise InputError(f"{place}: tokenizer.ggml.model = {shown(kind)} with tokenizer.ggml.pre = {shown(cut)} is not read; there "
                          f"is: gpt2 with {', '.join(PRE)}")  # fmt: skip
+    if own["tokens"] == _of_bytes()["tokens"]:
+        return {META_FILE: json.dumps({"kind": "byte"}).encode()}
     tokens, types = own["tokens"], own.get("token_type") or [NORMAL] * len(own["tokens"])
     added = [
         {"id": index, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
@@ -65,7 +67,7 @@ def files_of(metadata: Mapping[str, Any], place: str) -> dict[str, bytes]:
         "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
                   "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": cut == "llama-bpe",
                   "vocab": {token: index for index, token in enumerate(tokens)},
-                  "merges": [merge.split(" ") for merge in own.get("merges", [])]},
+                  "merges": [merge.split(" ") for merge in own.get("merges", []) if merge != NEVER]},
     }  # fmt: skip
     names = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
     special = {f"{name}_token": tokens[own[key]] for name, key in names.items() if own.get(key) is not None}

@@ -23,7 +23,12 @@ def for_transformers(
     says what no family can hold."""
     family, table = written(config)
     table = {**table, **tokens, "dtype": NAMES_OF_DTYPES[dtype], "torch_dtype": NAMES_OF_DTYPES[dtype]}
-    return table, {name: tensor.to(dtype).contiguous() for name, tensor in _renamed(family, config, weights)}
+    return table, for_family(family, config, weights, dtype)
+
+
+def for_family(family: Family, config: TransformerConfig, weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights by the names and in the forms of one family, in `dtype`."""
+    return {name: tensor.to(dtype).contiguous() for name, tensor in _renamed(family, config, weights)}
 
 
 def _renamed(family: Family, config: TransformerConfig, weights: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
