@@ -308,24 +308,18 @@ def export(
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16: how the weights are stored.")] = "fp32",
     packed: Annotated[bool, typer.Option("--packed", help="Ternary weights in 1.6 bits each; same answers.")] = False,
     quantize: Annotated[str | None, typer.Option(help="int8 or int4: linear layers' weights as they are read with them.")] = None,
-    layout: Annotated[str, typer.Option("--format", help="treadle, or huggingface: what transformers loads, in RUN/huggingface.")] = "treadle",
+    layout: Annotated[str, typer.Option("--format", help="treadle; huggingface, what transformers loads, in RUN/huggingface; or gguf, for llama.cpp, in RUN/gguf.")] = "treadle",
+    gguf_type: Annotated[str | None, typer.Option(help="f32 (the default), f16 or q8_0: the numbers of a .gguf file.")] = None,
+    licence: Annotated[str | None, typer.Option("--license", help="What the model card states, as in apache-2.0.")] = None,
     trust_code: Trust = None,
 ) -> None:
-    """The weights of a run as one folder: config.json, model.safetensors and the tokenizer; shards are joined."""
-    from treadle.models.export import FORMATS
+    """The weights of a run as one folder: config.json, model.safetensors, the tokenizer and a model card; shards are joined."""
     from treadle.models.export import export as write
+    from treadle.models.export import told
 
-    folder = write(run, output, precision, packed, layout=layout, quantize=quantize)
-    size = (folder / "model.safetensors").stat().st_size
-    if FORMATS[layout.lower()] == "huggingface":
-        echo(f"{folder}: {size / 1e6:.1f} MB of weights in {precision}, for transformers: AutoModelForCausalLM.from_pretrained({str(folder)!r}); "
-             "treadle reads it too")  # fmt: skip
-        if not (folder / "tokenizer.json").is_file() and not list(folder.glob("*.model")):
-            echo("note: this run's tokenizer has no form in transformers; give it the ids yourself (of bytes: their values)")
-        return
-    ternary = (", ternary ones packed" if packed else "") + (f", linear layers in {quantize}" if quantize else "")
-    echo(f"{folder}: {size / 1e6:.1f} MB of weights in {precision}{ternary}; use it like a run: treadle generate {folder}, "
-               f"treadle train --from {folder}")  # fmt: skip
+    written = write(run, output, precision, packed, layout=layout, quantize=quantize, gguf_type=gguf_type, license=licence)
+    for line in told(written, layout, precision, packed, quantize):
+        echo(line)
 
 
 @app.command()
