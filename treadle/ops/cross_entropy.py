@@ -64,14 +64,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         cast_weight = weight.to(dtype)
         grad_hidden = torch.empty_like(hidden, dtype=dtype) if train else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if train else None
+        # Of a frozen head no gradient is kept: with adapters it would be the largest tensor of all.
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if train and ctx.needs_input_grad[1] else None
         for start in range(0, hidden.shape[0], chunk):
             part = hidden[start : start + chunk].to(dtype)
             logits = product(part, cast_weight)  # [C, V]
             total += _nats(logits, labels[start : start + chunk], softcap, train)
-            if grad_hidden is None or grad_weight is None:
+            if grad_hidden is None:
                 continue
             torch.mm(logits, cast_weight, out=grad_hidden[start : start + chunk])
+            if grad_weight is None:
+                continue
             if dtype == torch.float32:
                 grad_weight.addmm_(logits.t(), part)
             else:
@@ -87,7 +90,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
             (grad_hidden * grad).to(ctx.hidden_dtype),
-            (grad_weight * grad).to(ctx.weight_dtype),
+            (grad_weight * grad).to(ctx.weight_dtype) if grad_weight is not None else None,
             None,
             None,
             None,

@@ -30,7 +30,7 @@ class _LinearDivergence(torch.autograd.Function):
         agreed = hidden.new_zeros((), dtype=torch.float32)
         cast, their_cast = weight.to(dtype), their_weight.to(dtype)
         grad_hidden = torch.empty_like(hidden, dtype=dtype) if train else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if train else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if train and ctx.needs_input_grad[1] else None
         for start in range(0, hidden.shape[0], chunk):
             here = slice(start, start + chunk)
             part, counted = hidden[here].to(dtype), scored[here, None]
@@ -40,11 +40,12 @@ class _LinearDivergence(torch.autograd.Function):
             theirs = torch.log_softmax(their_logits.float() / temperature, -1)
             share = theirs.exp()
             total += ((share * (theirs - ours)).sum(-1, keepdim=True) * counted).sum()
-            if grad_hidden is None or grad_weight is None:
+            if grad_hidden is None:
                 continue
             slope = ((ours.exp() - share) * counted / temperature).to(dtype)  # d KL / d logits
             grad_hidden[here] = slope @ cast
-            grad_weight += slope.t() @ part
+            if grad_weight is not None:
+                grad_weight += slope.t() @ part
         if train:
             ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
@@ -55,7 +56,8 @@ class _LinearDivergence(torch.autograd.Function):
     @first_order
     def backward(ctx, grad: Tensor, _: Tensor):  # type: ignore[override]
         grad_hidden, grad_weight = ctx.saved_tensors
-        return (grad_hidden * grad).to(ctx.dtypes[0]), (grad_weight * grad).to(ctx.dtypes[1]), *(None,) * 7
+        of_weight = (grad_weight * grad).to(ctx.dtypes[1]) if grad_weight is not None else None
+        return (grad_hidden * grad).to(ctx.dtypes[0]), of_weight, *(None,) * 7
 
 
 def linear_divergence(
