@@ -21,11 +21,14 @@ if TYPE_CHECKING:
     from treadle.data.batch import Batch
     from treadle.data.settings import DataSettings
     from treadle.text.base import Tokenizer
+    from treadle.text.settings import TokenizerSettings
 
 Position = Any  # JSON: numbers, strings, lists and tables
 
 DATASETS = Registry("dataset", {
     TEXT: "treadle.data.dataset:TokenDataset",
+    "conversations": "treadle.data.conversations:Conversations",
+    "preferences": "treadle.data.preferences:Preferences",
     "collatz": "treadle.collatz_tasks.parity:Parities",
     "collatz_delay": "treadle.collatz_tasks.parity:Digits",
     "collatz_long_step": "treadle.collatz_tasks.long_step:LongSteps",
@@ -81,8 +84,17 @@ class Dataset(ABC):
 
     Config: ClassVar[type[Settings] | None] = None
     name: ClassVar[str | None] = None  # in data.dataset_class, where other keys of [data] choose among several classes of a name
+    reads_files: ClassVar[bool] = False  # what data.path names, so that a run can be evaluated on another file
     seq_len: int
     tokenizer: Tokenizer | None = None
+
+    @classmethod
+    def splits_with(
+        cls, data: DataSettings, task: Any, seed: int, tokenizer_settings: TokenizerSettings, tokenizer: Tokenizer | None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> dict[str, Dataset]:  # fmt: skip
+        """`splits` for datasets of text. tokenizer: what the run has begun with, None where tokenizer_settings chooses one."""
+        return cls.splits(data, task, seed)
 
     @classmethod
     def splits(cls, data: DataSettings, task: Any, seed: int) -> dict[str, Dataset]:

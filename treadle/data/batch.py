@@ -211,6 +211,9 @@ def collate(rows: Sequence[Row | None], row_length: int) -> Batch:
             # The last token of a document predicts nothing: what follows it is another document.
             following = row.label_count(start, length)
             labels[r, at : at + following] = stream[1 : following + 1]
+            if row.shard.learnt is not None:
+                learnt = np.asarray(row.shard.learnt[start + 1 : start + 1 + following], dtype=bool)
+                labels[r, at : at + following][~learnt] = IGNORE
             positions[r, at : at + length] = np.arange(length)
             documents[r, at : at + length] = d
             at += length

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -36,6 +36,7 @@ class TokenDataset(IndexedDataset):
     """Rows of `seq_len` tokens from one or more token sets, in a keyed order."""
 
     tokenizer: Tokenizer
+    rows_class: ClassVar[type[Rows]] = Rows
 
     def __init__(
         self,
@@ -61,7 +62,7 @@ class TokenDataset(IndexedDataset):
             if tokens.vocab_size > tokenizer.vocab_size:
                 raise ConfigError(f"the data has {tokens.vocab_size} tokens, the tokenizer {tokenizer.vocab_size}")
         self._byte_lengths = scored_bytes(tokenizer)
-        self.parts = [Rows(tokens, packing, seq_len) for tokens in self.sets]
+        self.parts = [self.rows_class(tokens, packing, seq_len) for tokens in self.sets]
         if len(self) == 0:
             raise InputError("the data holds no row to train on")
         self.shaped_by.keep(self.fingerprint())
@@ -203,7 +204,7 @@ def splits_of(
         return stream_splits(settings, tokenizer_settings, tokenizer, progress, sources)
     if settings.dataset_class == TEXT:
         return dict(load_splits(settings, tokenizer_settings, tokenizer, progress, sources=sources))
-    return DATASETS.get(settings.dataset_class).splits(settings, task, seed)
+    return DATASETS.get(settings.dataset_class).splits_with(settings, task, seed, tokenizer_settings, tokenizer, progress)
 
 
 def load_splits(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from treadle.data.sources import Bad, Document
+from treadle.data.documents import Bad, Document, Encoded
 from treadle.errors import DataError
 from treadle.text.base import Tokenizer
 
@@ -71,6 +71,7 @@ class Encoder:
         self.tokenizer, self.min_length = tokenizer, min_length
         self.ids: list[np.ndarray] = []
         self.lengths: list[int] = []
+        self.masks: list[np.ndarray] = []  # of Encoded documents
         self.short = self.bytes = 0
         self._parts: list[str] = []
         self._counts: list[int] = []  # parts of each pending document
@@ -79,6 +80,15 @@ class Encoder:
 
     def add(self, document: Document, file: str) -> None:
         """DataError for ids (of `file`) outside the vocabulary."""
+        if isinstance(document, Encoded):  # ends as it was made to end
+            self.bytes += int(self.tokenizer.byte_lengths[document.ids].sum())
+            if len(document) < self.min_length:
+                self.short += 1
+                return
+            self.ids.append(document.ids)
+            self.masks.append(document.learnt)
+            self.lengths += document.lengths
+            return
         if isinstance(document, np.ndarray):
             if int(document.max(initial=0)) >= self.tokenizer.vocab_size:
                 raise DataError(
@@ -89,6 +99,7 @@ class Encoder:
             self.bytes += int(self.tokenizer.byte_lengths[document].sum())
             self._keep(document)
             return
+        assert isinstance(document, str)
         self.bytes += len(document.encode())
         cut = parts_of(document)
         self._parts += cut

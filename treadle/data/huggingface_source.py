@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from treadle.data.sources import FEWEST_PARTS, PIECE_BYTES, Bad, Document, Piece, Source, text_of
+from treadle.data.sources import FEWEST_PARTS, PIECE_BYTES, Bad, Document, Piece, Record, Source, text_of
 from treadle.errors import InputError, MissingExtra
 
 
@@ -37,7 +37,7 @@ class HuggingFaceSource(Source):
         except Exception as problem:  # the library's errors have no common base
             raise InputError(f"data set {name!r} cannot be loaded: {problem}. Without a connection, give local text: a .txt, "
                              ".jsonl or .parquet file, or a folder of them") from None  # fmt: skip
-        if column not in self.rows.column_names:
+        if column and column not in self.rows.column_names:  # "" where whole rows are read
             raise InputError(f"data set {name!r} has no column {column!r} (there is: "
                              f"{', '.join(self.rows.column_names)}); set --data.text_column")  # fmt: skip
         super().__init__([], column)
@@ -59,6 +59,10 @@ class HuggingFaceSource(Source):
         return [Piece((), a, min(a + step, total)) for a in range(0, total, step)]
 
     def read(self, piece: Piece) -> Iterator[Document | Bad]:
+        if self.whole_rows:
+            for number in range(piece.start, piece.stop):
+                yield Record(self.rows[number], self.name, number, 0)
+            return
         for row, value in enumerate(self.rows[piece.start : piece.stop][self.column]):
             yield text_of(value, self.name, piece.start + row, 0, self.column)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from treadle.data.sources import FEWEST_PARTS, PIECE_BYTES, Bad, Document, Piece, Source, text_of
+from treadle.data.sources import FEWEST_PARTS, PIECE_BYTES, Bad, Document, Piece, Record, Source, text_of
 from treadle.errors import DataError, InputError, MissingExtra
 from treadle.storage.remote import AnyPath, RemotePath
 
@@ -33,7 +33,7 @@ class ParquetSource(Source):
         for file in self.files:
             opened = self._open(file)
             names = opened.schema_arrow.names
-            if self.column not in names:
+            if self.column not in names and not self.whole_rows:
                 raise InputError(f"{file} has no column {self.column!r} (there is: {', '.join(names)}); set "
                                  "--data.text_column")  # fmt: skip
             for group in range(opened.num_row_groups):
@@ -46,15 +46,15 @@ class ParquetSource(Source):
     def read(self, piece: Piece) -> Iterator[Document | Bad]:
         file = str(self.file(piece))
         try:
-            column = self._open(self.file(piece)).read_row_group(piece.start, columns=[self.column]).column(0)
-            values = column.to_pylist()
+            group = self._open(self.file(piece)).read_row_group(piece.start, columns=None if self.whole_rows else [self.column])
+            values = group.to_pylist() if self.whole_rows else group.column(0).to_pylist()
         except DataError:
             raise
         except Exception as problem:
             yield Bad(file, None, 0, f"row group {piece.start} cannot be read ({problem})")
             return
         for row in range(piece.part, len(values), piece.parts):
-            yield text_of(values[row], file, row, 0, self.column)
+            yield Record(values[row], file, row, 0) if self.whole_rows else text_of(values[row], file, row, 0, self.column)
 
     def count(self) -> int:
         return sum(self._open(file).metadata.num_rows for file in self.files)

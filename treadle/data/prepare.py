@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 
 from treadle import trusted_code
+from treadle.data.documents import Document, Encoded
 from treadle.data.encoding import PLACES_KEPT, Encoder, LeftOut, parts_of, well_formed
 from treadle.data.order import key
 from treadle.data.shards import DATASET_FILE, SCHEMA, TokenSet, file_sha256, id_type
-from treadle.data.sources import Document, Piece, Source
+from treadle.data.sources import Piece, Source
 from treadle.errors import ConfigError, DataError, InputError
 from treadle.files import alone, write_atomically
 from treadle.storage.remote import AnyPath, RemotePath, path_of
@@ -50,7 +51,7 @@ class Split:
 
     @staticmethod
     def of(source: Source, held: Held) -> Split:
-        return Split(held, sum(held) > 0 and source.count() >= WHOLE_DOCUMENTS_FROM)
+        return Split(held, sum(held) > 0 and (source.indivisible or source.count() >= WHOLE_DOCUMENTS_FROM))
 
     def divide(self, document: Document, piece: int, ordinal: int) -> Iterator[tuple[str, Document]]:
         """(split, part) of one document; `piece` and `ordinal` identify it for the hash."""
@@ -61,6 +62,7 @@ class Split:
             drawn = key(0x5B117, piece, ordinal) / 2**64
             yield ("validation" if drawn < validation else "test" if drawn < validation + test else "train"), document
         else:
+            assert isinstance(document, (str, np.ndarray))
             first = _cut_point(document, int(len(document) * (1 - validation - test)))
             second = max(first, _cut_point(document, int(len(document) * (1 - test)))) if test else len(document)
             yield "train", document[:first]
@@ -68,7 +70,7 @@ class Split:
             yield "test", document[second:]
 
 
-def _cut_point(document: Document, at: int) -> int:
+def _cut_point(document: str | np.ndarray, at: int) -> int:
     """The first line end (else space) at or after `at`, so that no word is cut."""
     if isinstance(document, np.ndarray):
         return at
@@ -105,6 +107,7 @@ class PieceRecord:
     shards: dict[str, dict[str, Any]] = field(default_factory=dict)
     bad: int = 0
     ledger: list[str] = field(default_factory=list)
+    remarks: dict[str, int] = field(default_factory=dict)  # what documents brought to say, counted
 
 
 def _record_path(folder: Path, number: int) -> Path:
@@ -118,8 +121,10 @@ def prepare_piece(job: PieceJob, tokenizer: Tokenizer | None = None) -> PieceRec
     encoders = {split: Encoder(tokenizer, job.min_length) for split in SPLITS}
     left_out = LeftOut()
     for ordinal, document in well_formed(job.source.read(job.piece), job.on_bad, left_out):
+        if isinstance(document, Encoded) and document.remark:
+            record.remarks[document.remark] = record.remarks.get(document.remark, 0) + 1
         if len(document) == 0:
-            record.empty += 1
+            record.empty += not isinstance(document, Encoded)
             continue
         record.documents += 1
         for split, part in job.split.divide(document, job.number, ordinal):
@@ -138,13 +143,17 @@ def _write_shard(folder: Path, number: int, record: PieceRecord, split: str, enc
     folder.mkdir(parents=True, exist_ok=True)
     name, joined = f"shard-{number:05d}.bin", encoder.joined()
     write_atomically(folder / name, joined.astype(id_type(encoder.tokenizer.vocab_size)).tobytes())
-    index = name.replace(".bin", ".idx")
+    index, names = name.replace(".bin", ".idx"), [name, name.replace(".bin", ".idx")]
     write_atomically(folder / index, np.asarray(encoder.lengths, dtype="<i8").tobytes())
+    if encoder.masks:
+        names.append(name.replace(".bin", ".mask"))
+        write_atomically(folder / names[-1], np.concatenate(encoder.masks).astype(np.uint8).tobytes())
     record.shards[split] = {
         "file": name,
         "ids": len(joined),
         "documents": len(encoder.lengths),
-        "sha256": {n: file_sha256(folder / n) for n in (name, index)},
+        "sha256": {n: file_sha256(folder / n) for n in names},
+        **({"masked": True} if encoder.masks else {}),
     }
 
 
@@ -366,6 +375,7 @@ def _finish(folder: Path, records: list[PieceRecord], tokenizer: Tokenizer, spli
             "well_formed": sum(r.documents for r in records),
             "malformed": sum(r.bad for r in records),
             "malformed_first": [place for r in records for place in r.ledger][:PLACES_KEPT],
+            "remarks": {remark: sum(r.remarks.get(remark, 0) for r in records) for r in records for remark in r.remarks if name == "train"},
             "held_out": "whole documents" if split.whole_documents else "the end of each document",
         }
         described = {

@@ -22,6 +22,17 @@ def _pack_sequences(value: Any) -> dict[str, Any]:
     return {} if value else {"data.packing": "none"}
 
 
+def _only(train_on: str) -> Callable[[Any], dict[str, Any]]:
+    """A switch of other trainers for what is learnt."""
+
+    def translate(value: Any) -> dict[str, Any]:
+        if not isinstance(value, bool):
+            raise ValueError
+        return {"data.train_on": train_on if value else "all"}
+
+    return translate
+
+
 def _validation_split(value: Any) -> dict[str, Any]:
     """A share, a split of a Hugging Face data set, or a text of its own."""
     if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
@@ -39,9 +50,16 @@ class DataSettings(Settings):
     shards, a URL of one of these (s3://, gs://, hf://, https://), or a list.
     The word `austen` is the corpus that ships with treadle."""
 
-    dataset_class: str = option(TEXT, change="guarded")
-    """What kind of data: text (the other keys here), or FILE.py:CLASS, a treadle.Dataset of one's own with its keys in
-    [task]."""
+    dataset_class: str = option(TEXT, aliases=("dataset",), change="guarded")
+    """What kind of data: text (the other keys here), conversations (messages, or prompt and completion), preferences (chosen and
+    rejected), or FILE.py:CLASS, a treadle.Dataset of one's own with its keys in [task]."""
+
+    chat_template: str = option("auto", aliases=("chat_template_path",), change="guarded")
+    """How conversations are written: chatml, llama3, plain, a .jinja file, none (prompt and completion as they stand), or auto: the
+    tokenizer's own template, plain where it has none."""
+
+    train_on: Literal["assistant", "completion", "all"] = option("assistant", change="guarded")
+    """The tokens of conversations that are learnt: all turns of the assistant, its last one (completion), or all."""
 
     streaming: bool = option(False, change="guarded")
     """Read and tokenise text while training instead of preparing it before: for text of any size. The run's length is then
@@ -135,6 +153,8 @@ class DataSettings(Settings):
 
     translations: ClassVar[dict[str, Callable[[Any], dict[str, Any]]]] = {
         "pack_sequences": _pack_sequences,
+        "assistant_only_loss": _only("assistant"),
+        "completion_only_loss": _only("completion"),
         "validation_split": _validation_split,
     }
     switches: ClassVar[dict[str, tuple[str, ...]]] = {"pack_sequences": ("packing_strategy",)}

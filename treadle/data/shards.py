@@ -2,6 +2,7 @@
 
 shard-00000.bin    ids, little-endian uint16 or uint32
 shard-00000.idx    int64 numbers of ids of each document
+shard-00000.mask   uint8, where only some tokens are learnt: 1 for those
 dataset.json       counts, checksums, tokenizer and statistics; written last
 """
 
@@ -40,10 +41,12 @@ def file_sha256(path: AnyPath) -> str:
 
 @dataclass
 class Shard:
-    """One shard: ids [N], memory-mapped or read by ranges from a URL, and where its documents begin."""
+    """One shard: ids [N], memory-mapped or read by ranges from a URL, where its documents begin, and which tokens are learnt
+    (uint8 [N]; None: all)."""
 
     ids: Any  # np.ndarray or RemoteArray
     document_starts: np.ndarray
+    learnt: Any = None
 
 
 class TokenSet:
@@ -77,7 +80,10 @@ class TokenSet:
         path = self.folder / record["file"]
         dtype = id_type(self.vocab_size)
         index = path.with_suffix(".idx")
-        for file, size in ((path, record["ids"] * dtype.itemsize), (index, record["documents"] * 8)):
+        files = [(path, record["ids"] * dtype.itemsize), (index, record["documents"] * 8)]
+        if record.get("masked"):
+            files.append((path.with_suffix(".mask"), record["ids"]))
+        for file, size in files:
             if not file.is_file():
                 raise DataError(f"{file} is missing{again}")
             if size_of(file) != size:
@@ -86,12 +92,13 @@ class TokenSet:
         if (lengths <= 0).any() or int(lengths.sum()) != record["ids"]:
             raise DataError(f"{index} is damaged: document lengths do not add up to {record['ids']} ids{again}")
         starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-        return Shard(mapped(path, dtype), starts)
+        return Shard(mapped(path, dtype), starts, mapped(files[2][0], np.dtype("u1")) if len(files) > 2 else None)
 
     def verify(self) -> None:
         """Reads everything once: checksums and id range."""
         for record in self.described["shards"]:
-            for name in (record["file"], record["file"].replace(".bin", ".idx")):
+            kinds = (".bin", ".idx", ".mask")[: 3 if record.get("masked") else 2]
+            for name in (record["file"].replace(".bin", kind) for kind in kinds):
                 if file_sha256(self.folder / name) != record["sha256"][name]:
                     raise DataError(f"{self.folder / name} is damaged (checksum differs); prepare the data again")
         for shard in self.shards:
@@ -191,12 +198,12 @@ class Rows:
             return None
         # Kept beside the shard: packing 10 million documents takes seconds, reading the plan does not.
         if not isinstance(self.tokens.folder, Path):
-            return plan(self.packing, shard.document_starts, len(shard.ids), self.row_length)
+            return plan(self.packing, self.unit_starts(shard), len(shard.ids), self.row_length)
         path = self.tokens.folder / f"plan-{number:05d}-{self.packing}-{self.row_length}.npz"
         stored = _stored_plan(path, len(shard.ids))
         if stored is not None:
             return stored
-        made = plan(self.packing, shard.document_starts, len(shard.ids), self.row_length)
+        made = plan(self.packing, self.unit_starts(shard), len(shard.ids), self.row_length)
         try:
             data = io.BytesIO()
             np.savez(data, row_starts=made.row_starts, start=made.start, length=made.length)
@@ -204,6 +211,10 @@ class Rows:
         except OSError:
             pass  # a read-only folder: the plan is made anew each time
         return made
+
+    def unit_starts(self, shard: Shard) -> np.ndarray:
+        """Where what stays in one row begins."""
+        return shard.document_starts
 
     def __len__(self) -> int:
         return int(self._first_row[-1])

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from treadle.data.compressed import COMPRESSED, content_size, open_bytes, reopened
+from treadle.data.documents import Bad, Document, Record
 from treadle.errors import ConfigError, InputError
 from treadle.registry import Registry
 from treadle.storage.arrays import mapped
@@ -49,20 +50,6 @@ SOURCES = Registry(
 
 
 @dataclass(frozen=True)
-class Bad:
-    """A malformed document: where it is and what is wrong with it."""
-
-    file: str
-    line: int | None
-    offset: int
-    reason: str
-
-    def __str__(self) -> str:
-        line = f", line {self.line}" if self.line is not None else ""
-        return f"{self.file}{line}, byte {self.offset}: {self.reason}"
-
-
-@dataclass(frozen=True)
 class Piece:
     """One unit of reading: whole files, or the byte (or row) range [start, stop) of one file; of its documents, every `parts`-th."""
 
@@ -73,13 +60,13 @@ class Piece:
     parts: int = 1
 
 
-Document = str | np.ndarray  # text, or the ids of an already tokenised document
-
-
 class Source:
-    """A set of documents in a fixed order. piece_bytes: about how much of the content is read as one piece."""
+    """A set of documents in a fixed order. piece_bytes: about how much of the content is read as one piece. whole_rows: documents are
+    rows of a table (Record) where the files hold such. indivisible: no document is cut for a part of it to be held out."""
 
     piece_bytes = PIECE_BYTES
+    whole_rows = False
+    indivisible = False
 
     def __init__(self, files: Sequence[AnyPath], column: str = "text", separator: str | None = None) -> None:
         self.files = list(files)
@@ -299,9 +286,13 @@ class JsonLinesSource(Source):
         except ValueError as problem:
             at = offset + getattr(problem, "pos", 0)
             return Bad(file, line, at, f"broken JSON ({getattr(problem, 'msg', problem)})")
+        if self.whole_rows and isinstance(row, dict):
+            return Record(row, file, line, offset)
         if not isinstance(row, dict) or self.column not in row:
             have = ", ".join(list(row)[:8]) if isinstance(row, dict) else type(row).__name__
-            return Bad(file, line, offset, f"no key {self.column!r} (there is: {have}); set --data.text_column")
+            talk = isinstance(row, dict) and ("--objective dpo for preferences" if "chosen" in row else
+                                              "--objective sft for conversations" if {"messages", "conversations", "completion"} & set(row) else "")  # fmt: skip
+            return Bad(file, line, offset, f"no key {self.column!r} (there is: {have}); set {talk or '--data.text_column'}")
         return text_of(row[self.column], file, line, offset, self.column)
 
     def count(self) -> int:

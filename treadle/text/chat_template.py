@@ -230,11 +230,13 @@ class ChatTemplate:
         """What the assistant's answer to `messages` is continued from."""
         return self._ids(tokenizer, self._render(tokenizer, messages, add_generation_prompt))[0]
 
-    def encode(self, tokenizer: Encodes, messages: Messages, train_on: str = "assistant") -> tuple[np.ndarray, np.ndarray]:
+    def encode(
+        self, tokenizer: Encodes, messages: Messages, train_on: str = "assistant", first_turn: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
         """A whole conversation: (ids int32 [N], mask bool [N]); the mask holds where a token is learnt.
 
-        train_on: every turn of the assistant, "completion" (its last turn), or "all" tokens. Raises InputError, which says why, where no
-        token would be learnt and where the assistant's parts cannot be told exactly.
+        train_on: every turn of the assistant (from its turn number first_turn on), "completion" (its last turn), or "all" tokens. Raises
+        InputError, which says why, where no token would be learnt and where the assistant's parts cannot be told exactly.
         """
         if train_on not in TRAIN_ON:
             raise ConfigError(f"data.train_on = {train_on!r}: choose one of {', '.join(TRAIN_ON)}")
@@ -243,7 +245,7 @@ class ChatTemplate:
         mask = np.ones(len(ids), dtype=bool)
         if train_on != "all":
             spans = self._spans(tokenizer, messages, rendered, offsets)
-            mask = _overlapping(offsets, spans[-1:] if train_on == "completion" else spans)
+            mask = _overlapping(offsets, spans[-1:] if train_on == "completion" else spans[first_turn:])
         if not mask.any():
             raise InputError("no token of the conversation would be learnt: the assistant says nothing in it")
         return np.asarray(ids, dtype=np.int32), mask

@@ -1,0 +1,68 @@
+"""Preferences to learn from: of each prompt a chosen and a rejected answer, side by side in one row as two isolated documents.
+
+A row of the data is a pair (or several, packed), so no number of processes and no size of a micro-batch ever parts the two.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+
+from treadle.data.batch import Batch
+from treadle.data.conversations import TOO_LONG, Conversations, EncodedRows
+from treadle.data.documents import Document, Encoded
+from treadle.data.messages import Said, pair_in
+from treadle.data.shards import Row, Rows, Shard
+
+
+class PairRows(EncodedRows):
+    """Two documents for each pair, the chosen one first."""
+
+    def document(self, table: dict[str, Any]) -> Document:
+        pair = pair_in(table, self.template is not None)
+        (chosen, learnt), (rejected, learnt_too) = (self.encode(said) for said in pair)
+        if len(chosen) + len(rejected) > self.seq_len:
+            return Encoded.left_out(TOO_LONG)
+        ids, mask = np.concatenate([chosen, rejected]), np.concatenate([learnt, learnt_too])
+        return Encoded(ids, mask, (len(chosen), len(rejected)))
+
+
+class PackedPairs(Rows):
+    """Rows that hold whole pairs: documents 2n and 2n + 1 of a row are the chosen and the rejected answer of its pair n."""
+
+    def unit_starts(self, shard: Shard) -> np.ndarray:
+        return shard.document_starts[::2]
+
+    def row(self, number: int) -> Row:
+        pairs = super().row(number)
+        starts = pairs.shard.document_starts
+        second = starts[np.searchsorted(starts, pairs.start) + 1]
+        start = np.stack([pairs.start, second], 1).reshape(-1)
+        length = np.stack([second - pairs.start, pairs.start + pairs.length - second], 1).reshape(-1)
+        return Row(pairs.shard, start, length)
+
+
+class Preferences(Conversations):
+    """Pairs in rows of `seq_len` tokens."""
+
+    rows_class: ClassVar[type[Rows]] = PackedPairs
+    encoded: ClassVar[type[EncodedRows]] = PairRows
+
+    @classmethod
+    def said(cls, table: dict[str, Any], column: str) -> list[Said]:
+        return list(pair_in(table, True))
+
+    def batch(self, source: np.ndarray, row: np.ndarray) -> Batch:
+        made = super().batch(source, row)
+        assert made.segments is not None
+        made.counts["pairs"] = pairs_of(made)
+        return made
+
+    def counted(self, documents: int) -> str:
+        return f"{documents // 2:,} pair(s)"
+
+
+def pairs_of(batch: Batch) -> int:
+    """How many pairs a batch holds, from what is known on the host."""
+    return sum(sum(run > 0 for run in row) // 2 for row in batch.segments or ())
