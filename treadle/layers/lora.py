@@ -20,7 +20,7 @@ from treadle.ops.first_order import first_order
 from treadle.ops.linear import product
 from treadle.ops.packed_linear import quantize
 from treadle.ops.precision import compute_dtype, without_autocast
-from treadle.ops.sharding import copy_whole
+from treadle.ops.sharding import copy_whole, is_sharded
 
 LORA_A, LORA_B = "lora_A", "lora_B"
 PLAIN = (nn.Linear, ReproducibleLinear)  # classes that compute x W^T + b and nothing else
@@ -90,7 +90,10 @@ class FrozenLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """What the layer multiplies by."""
+        """What the layer multiplies by; between passes, where it is in shards, the part as it is held."""
+        return self.held if is_sharded(self.held) else self.effective_weight()
+
+    def effective_weight(self) -> Tensor:
         return self.base_weight()
 
     def base_weight(self) -> Tensor:
@@ -136,8 +139,7 @@ class AdaptedLinear(FrozenLinear):
         dropped = F.dropout(x, self.dropout) if self.training and self.dropout > 0 else None
         return dropped, self.lora_A, self.lora_B * self.scale
 
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def effective_weight(self) -> Tensor:
         return self.base_weight() if self.off else self.base_weight() + self.scale * (self.lora_B @ self.lora_A)
 
     def extra_repr(self) -> str:
