@@ -18,7 +18,7 @@ from treadle.cli_text import Trust, data_app, data_prepare, tokenizer_app
 from treadle.terminal import write as echo
 
 app = typer.Typer(
-    help="Train sequence models from scratch: exact, resumable, fair to compare.",
+    help="Train, fine-tune, measure and serve sequence models: exact, resumable, fair to compare.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -30,8 +30,6 @@ app.add_typer(data_app, name="data")
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(collatz_app, name="collatz")
 app.command("prepare", hidden=True)(data_prepare)
-app.command("chat")(cli_serving.chat)
-app.command("serve")(cli_serving.serve)
 
 # train and check take every key of the configuration as a flag; help.py writes their help from the sections.
 OPEN = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
@@ -109,13 +107,13 @@ def _open_verb(verb: str, arguments: list[str]) -> None:
 
 @app.command(context_settings=OPEN)
 def train(ctx: typer.Context) -> None:
-    """Train, or continue: [RECIPE.toml | FILE.txt | DIR] [--key value ...]. Without an argument: the built-in recipe."""
+    """Train a model; the same command again continues it. [RECIPE.toml | FILE.txt | DIR] [--key value ...]"""
     _open_verb("train", ctx.args)
 
 
 @collatz_app.command("train", context_settings=OPEN)
 def collatz_train(ctx: typer.Context) -> None:
-    """Learn from trajectories: treadle train collatz, or [collatz_delay | collatz_long_step] [--key value ...]."""
+    """Learn from trajectories. The same as treadle train collatz, or [collatz_delay | collatz_long_step] [--key value ...]."""
     named = bool(ctx.args) and not ctx.args[0].startswith("-")
     _open_verb("train", ctx.args if named else ["collatz", *ctx.args])
 
@@ -128,7 +126,8 @@ def sweep(
     processes: Annotated[int, typer.Option(min=1, help="Runs at a time; they share the cores.")] = 1,
     output: Annotated[str, typer.Option("--output", "--output-dir", help="A folder with one run for each cell.")] = "runs/sweep",
 ) -> None:
-    """Train a grid: [RECIPE.toml | FILE.txt | DIR] --over KEY=A,B [--key value ...]; the same command goes on where it stopped."""
+    """Train a grid of settings; one table of the results. [RECIPE.toml | FILE.txt | DIR] --over KEY=A,B [--key value ...]; the same
+    command goes on where it stopped."""
     from treadle import sweep as sweeping
 
     cells = sweeping.run(sweeping.Sweep(ctx.args, sweeping.grid(over), seeds, processes, Path(output)), echo)
@@ -140,19 +139,19 @@ def sweep(
 
 @app.command(context_settings=OPEN)
 def distill(ctx: typer.Context) -> None:
-    """Train a student of a teacher: --teacher RUN [RECIPE.toml | FILE.txt | DIR] [--key value ...]."""
+    """Train a student of a trained teacher: --teacher RUN. [RECIPE.toml | FILE.txt | DIR] [--key value ...]"""
     _open_verb("distill", ctx.args)
 
 
 @app.command(context_settings=OPEN)
 def check(ctx: typer.Context) -> None:
-    """Parse, build and run one real micro-step of a recipe; print every value and where it comes from."""
+    """Try a recipe: one real step; every value and its origin. Nothing is written."""
     _open_verb("check", ctx.args)
 
 
 @app.command(context_settings=OPEN)
 def plan(ctx: typer.Context) -> None:
-    """Will it fit, and how does it scale: memory, communication and speed of a recipe on --world processes, on paper."""
+    """Will it fit, how long will it take: memory, traffic, time. On paper, for --world processes."""
     _open_verb("plan", ctx.args)
 
 
@@ -162,7 +161,7 @@ def ctl(
     words: Annotated[list[str], typer.Argument(help="stop, status, save, eval, help, or set KEY=VALUE.")],
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for the answer.")] = 60.0,
 ) -> None:
-    """Say something to a running training, from any terminal that sees its folder."""
+    """Steer a running training: status, save, eval, set, stop. From any terminal that sees its folder."""
     from treadle.monitor.control import send
 
     echo(send(Path(run), " ".join(words), timeout))
@@ -179,11 +178,25 @@ def evaluate(
     batch_size: BatchSize = 16,
     stats: Annotated[bool, typer.Option("--stats", help="The architecture's own numbers too (routing, ...).")] = False,
     output: Annotated[str | None, typer.Option("--output", "--output-dir", help="Folder for the results; default RUN/results.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness instead: names, or .yaml files, with commas.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="With --tasks: solved examples before each question.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="With --tasks: the first so many documents of each.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=2, help="With --tasks: tokens of a row; default as the model was made for.")] = None,
+    apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template", help="With --tasks: ask in the run's conversations.")] = False,
     weights: Weights = None,
     device: Device = "auto",
     trust_code: Trust = None,
 ) -> None:
-    """Loss, bits per byte, accuracy and samples of one or more runs, beside simple baselines."""
+    """How good runs are: loss, bits per byte, accuracy, samples. Beside simple baselines."""
+    if tasks is not None:
+        from treadle.evaluation import harness
+
+        for run in _runs(runs, model_path):
+            report = harness.evaluate_tasks(run, tasks, num_fewshot=num_fewshot, limit=limit, batch_size=batch_size, device=device, weights=weights,
+                                            max_length=max_length, apply_chat_template=apply_chat_template, output=output)  # fmt: skip
+            for line in harness.lines_of(report):
+                echo(line)
+        return
     from treadle.evaluation.report import evaluate_run, table_of, write_results
     from treadle.models.huggingface.reading import is_foreign
     from treadle.models.pretrained import home_of
@@ -214,7 +227,7 @@ def compare(
     device: Device = "auto",
     trust_code: Trust = None,
 ) -> None:
-    """Several runs or checkpoints on the same text: bits per byte, accuracy, parameters, FLOPs, decoding state."""
+    """Several runs or checkpoints on the same text, in one table. Bits per byte, accuracy, parameters, FLOPs, decoding state."""
     from treadle.monitor.records import write_json
     from treadle.reporting import compare as comparing
 
@@ -244,20 +257,20 @@ def generate(
     output_file: Annotated[str | None, typer.Option(help="Where the continuations of --prompt-file go.")] = None,
     interactive: Annotated[bool, typer.Option("--interactive", "-i", help="Ask for prompts; /help there.")] = False,
     max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", "--max-tokens", min=1, help="Tokens; 100.")
+        int | None, typer.Option("--max-new-tokens", "--max-tokens", min=1, help="Tokens to write; default 100.")
     ] = None,
-    temperature: Annotated[float | None, typer.Option(help="Lower is safer, higher is wilder, 0 is greedy; 1.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Keep the likeliest tokens; 0 is off; 50.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens of this total probability; 0.9.")] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: repeat less; 1.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Lower is safer, higher is wilder, 0 is greedy; default 1.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from so many likeliest tokens; 0 is off; default 50.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens of this total probability; default 0.9.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: repeat less; default 1.")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="The same as --temperature 0.")] = False,
     num_samples: Annotated[int, typer.Option(min=1, help="Continuations of each prompt.")] = 1,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     stop: Annotated[str | None, typer.Option(help="End before this text.")] = None,
     show_chunks: Annotated[bool, typer.Option("--show-chunks", help="Colour by learned chunk (hnet).")] = False,
     weights: Weights = None,
-    speculative: Annotated[str | None, typer.Option(help="ngram: guess tokens from the text so far; same outcome.")] = None,
-    draft: Annotated[str | None, typer.Option(help="A smaller run with the same tokenizer that guesses; same outcome.")] = None,
+    speculative: Annotated[str | None, typer.Option(help="ngram: guess tokens from the text so far, for speed; the same outcome.")] = None,
+    draft: Annotated[str | None, typer.Option(help="A smaller run with the same tokenizer that guesses, for speed; the same outcome.")] = None,
     device: Device = "auto",
     trust_code: Trust = None,
 ) -> None:
@@ -301,6 +314,10 @@ def generate(
             write("\n" if number + 1 == num_samples else "\n\n---\n\n")
 
 
+app.command("chat")(cli_serving.chat)
+app.command("serve")(cli_serving.serve)
+
+
 @app.command()
 def export(
     run: Run = "last",
@@ -313,7 +330,8 @@ def export(
     licence: Annotated[str | None, typer.Option("--license", help="What the model card states, as in apache-2.0.")] = None,
     trust_code: Trust = None,
 ) -> None:
-    """The weights of a run as one folder: config.json, model.safetensors, the tokenizer and a model card; shards are joined."""
+    """The weights of a run as one folder that others can load. config.json, model.safetensors, the tokenizer and a model card;
+    shards are joined."""
     from treadle.models.export import export as write
     from treadle.models.export import told
 
@@ -354,7 +372,7 @@ def recipes() -> None:
 
     for name, path in builtin_recipes().items():
         lines = [line.lstrip("# ") for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-        echo(f"{name:<18}{lines[0] if lines else ''}")
+        echo(f"{name:<30}{lines[0] if lines else ''}")
     echo("run one with: treadle train NAME")
 
 

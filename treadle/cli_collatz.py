@@ -11,7 +11,7 @@ from treadle import cli_collatz_search
 from treadle.terminal import write as echo
 
 collatz_app = typer.Typer(
-    help="The 3x+1 problem: prove ranges with certificates, search cycles and records, learn trajectories.",
+    help="The 3x+1 problem: proofs, searches, and learning from it.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -81,7 +81,7 @@ def audit(
     path: Annotated[str, typer.Option("--path", help="auto, numba, numpy or python.")] = "auto",
     as_json: Json = False,
 ) -> None:
-    """Check a certificate: its lines and hashes, some of its work once more, and that its sieve leaves nothing out wrongly."""
+    """Check a certificate. Its lines and hashes, some of its work once more, and that its sieve leaves nothing out wrongly."""
     from treadle.collatz import checking
     from treadle.collatz import progress as showing
     from treadle.collatz.arithmetic import number
@@ -109,7 +109,7 @@ def merge(
     output: Annotated[str | None, typer.Option("--output", help="A new file for the merged certificate.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Join certificates and prove that they cover an interval; holes and overlaps are named. Exit code 1 for holes."""
+    """Join certificates and prove that they cover an interval. Holes and overlaps are named; exit code 1 for holes."""
     from treadle.collatz import merge as merging
     from treadle.collatz.arithmetic import number
 
@@ -130,7 +130,7 @@ def plot(
     output: Annotated[str | None, typer.Option("--output", help="Also a picture: .png, .pdf or .svg (extra `collatz`).")] = None,
     width: Annotated[int | None, typer.Option("--width", min=30, max=1000, help="Characters in a line; default the terminal's.")] = None,
 ) -> None:
-    """The heights of a trajectory, the speed and the largest numbers of a certificate's blocks, or what a run has learned."""
+    """Pictures of a trajectory, a certificate or a run. Heights; speed and largest numbers of its blocks; what it has learned."""
     from pathlib import Path
 
     from treadle.collatz import plots

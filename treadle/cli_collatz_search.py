@@ -33,7 +33,7 @@ def search(
     as_json: Json = False,
     end_with: Annotated[int | None, typer.Option("--end-with", hidden=True, help="The process that started this one.")] = None,
 ) -> None:
-    """Search for cycles, and for numbers that never come down, upward from START or in a range, at low priority.
+    """Search for cycles and for numbers that never come down. Upward from START or in a range, at low priority.
 
     The same command goes on where it stopped. Whatever is found is checked again in exact integers, written to the log and said
     here. Exit codes: 0 all is searched; 75 stopped by a signal.
@@ -92,7 +92,7 @@ def cycles(
     path: Path = "auto",
     as_json: Json = False,
 ) -> None:
-    """Cycles of q x + c: all of at most --length shortcut steps, by algebra, or all that the numbers of a --range run into.
+    """Cycles of a map q x + c. All of at most --length shortcut steps, by algebra, or all that the numbers of a --range run into.
 
     A cycle is named by its member of least absolute value. Exit code 0 also where nothing is found.
     """
@@ -154,7 +154,7 @@ def records(
     path: Path = "auto",
     as_json: Json = False,
 ) -> None:
-    """Numbers whose stopping time (or largest number on the way) exceeds that of all smaller numbers, under 3x + 1."""
+    """Numbers that break the record of all smaller ones. Of stopping time, or of the largest number on the way, under 3x + 1."""
     from treadle.collatz import progress as showing
     from treadle.collatz import records_log
     from treadle.collatz.arithmetic import spelled
@@ -189,7 +189,7 @@ def bound(
     limit: Annotated[str | None, typer.Argument(help="All numbers below it reach 1; default 2^71 (Barina 2025).")] = None,
     as_json: Json = False,
 ) -> None:
-    """How long a cycle of 3x + 1 other than 1, 4, 2 must be, given that all numbers below LIMIT reach 1 (Eliahou 1993)."""
+    """How long another cycle of 3x + 1 than 1, 4, 2 must be. Given that all numbers below LIMIT reach 1 (Eliahou 1993)."""
     from treadle.collatz.arithmetic import spelled
     from treadle.collatz.bound import VERIFIED, cycle_bound
 

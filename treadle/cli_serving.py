@@ -34,17 +34,17 @@ def chat(
     run: Run = "last",
     chat_template: Template = None,
     system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", "--max-tokens", min=1, help="Tokens of an answer; 512.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Lower is safer, higher is wilder, 0 is greedy; 1.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Keep the likeliest tokens; 0 is off; 50.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens of this total probability; 0.9.")] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: repeat less; 1.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", "--max-tokens", min=1, help="Most tokens of an answer; default 512.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Lower is safer, higher is wilder, 0 is greedy; default 1.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from so many likeliest tokens; 0 is off; default 50.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens of this total probability; default 0.9.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: repeat less; default 1.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed and words give the same conversation.")] = 0,
     weights: Weights = None,
     device: Device = "auto",
     trust_code: Trust = None,
 ) -> None:
-    """Talk to a trained model in the terminal; /help lists the commands, Ctrl-C ends an answer."""
+    """Talk to a trained model in the terminal. /help lists the commands, Ctrl-C ends an answer."""
     from treadle.generation.sampling import Sampling, typed_over
 
     typed = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
@@ -64,7 +64,7 @@ def chat(
 def serve(
     run: Run = "last",
     host: Annotated[str, typer.Option(help="The address to listen at; any but this machine's own needs a token.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Where it listens; 0: any free port.")] = 8000,
     token: Annotated[str | None, typer.Option(help="What clients send as their API key; better in TREADLE_TOKEN, where no list of processes shows it.")] = None,
     token_file: Annotated[str | None, typer.Option(help="A file with the token in its first line.")] = None,
     name: Annotated[str | None, typer.Option(help="What the model is called; default the folder's name.")] = None,
@@ -77,7 +77,7 @@ def serve(
     device: Device = "auto",
     trust_code: Trust = None,
 ) -> None:
-    """A trained model behind OpenAI's API and a page to talk to it: http://127.0.0.1:8000. Ctrl-C finishes what runs."""
+    """A trained model behind OpenAI's API, with a page to talk to it. At http://127.0.0.1:8000; Ctrl-C finishes what runs."""
     from treadle.serving.limits import Limits, checked_host
     from treadle.serving.server import listening, read_token
 

@@ -43,7 +43,7 @@ def data_prepare(
     shard: Annotated[str | None, typer.Option(help="I/N: only the pieces of process I (from 0) of N.")] = None,
     trust_code: Trust = None,
 ) -> None:
-    """Tokenise text once, in parallel; run it again to continue where it stopped. Prints statistics.
+    """Tokenise text once, in parallel; again continues it. Prints statistics.
 
     Several machines share the work with --shard 0/4 to --shard 3/4 and one --output that all see; the same command
     without --shard then verifies the pieces and joins them.
@@ -82,7 +82,7 @@ def data_stats(
     streaming: Streaming = False,
     trust_code: Trust = None,
 ) -> None:
-    """Documents, bytes, tokens, how well each packing fills rows, and lengths as a picture; of a stream, in a sample of it."""
+    """Documents, bytes, tokens, lengths, how full packings are. Of a stream: in a sample of it."""
     from treadle.data import viewing
 
     for line in viewing.statistics(path, tokenizer, seq_len, text_column, streaming):
@@ -101,7 +101,7 @@ def data_show(
     streaming: Streaming = False,
     trust_code: Trust = None,
 ) -> None:
-    """Training rows as they reach the model: each document's tokens and text, and which positions predict nothing."""
+    """Training rows as they reach the model. Each document's tokens and text, and which positions predict nothing."""
     import sys
 
     from treadle.data import viewing
@@ -121,7 +121,7 @@ def data_check(
     text_column: Column = "text",
     trust_code: Trust = None,
 ) -> None:
-    """Decode every row back and compare it with the text; read as a stream, so of any size."""
+    """Decode every row back and compare it with the text. Read as a stream, so of any size."""
     from treadle.data import viewing
 
     for line in viewing.check(path, tokenizer, seq_len, packing, text_column, echo):
