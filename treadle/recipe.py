@@ -15,6 +15,7 @@ from typing import Any
 
 from treadle import trusted_code
 from treadle.checkpoint.layout import MANIFEST
+from treadle.data.base import DATASET_OF_OBJECTIVE
 from treadle.data.compressed import COMPRESSED
 from treadle.data.settings import TEXT
 from treadle.data.sources import BUNDLED, kind_of
@@ -234,7 +235,8 @@ def compose(layers: list[Layer], with_model: bool = True) -> Recipe:
             origin = f"recommended for {arch} {preset}"
             stacked.insert(0, (Layer({}, origin), merge(words.flatten(recommended, origin))))
             reset += 1
-    task = _task_class(stacked) if with_model else None
+    dataset, objective, implied = _kinds(stacked)
+    task = _task_class(dataset, objective) if with_model else None
     if task is not None:
         words.sections["task"] = task
     final: dict[str, Given] = {}
@@ -254,6 +256,8 @@ def compose(layers: list[Layer], with_model: bool = True) -> Recipe:
                 continue  # who asks for a size asks for a tokenizer that is trained
             if key not in final or key in unasked:
                 final[key] = Given(key, value, "follows from the model's keys", False)
+    if implied:
+        final["data.dataset_class"] = Given("data.dataset_class", dataset, f"follows from the objective {objective}", False)
     kind = final.get("data.dataset_class")
     if kind is not None and kind.value != TEXT and "train.seq_len_schedule" in unasked:
         del final["train.seq_len_schedule"]  # it cuts rows of text, and this data has rows of its own
@@ -269,13 +273,18 @@ def compose(layers: list[Layer], with_model: bool = True) -> Recipe:
     return Recipe(**sections, arch=arch, preset=preset, model=model, task=asked, origins=origins, notes=notes)  # type: ignore[arg-type]
 
 
-def _task_class(stacked: Stacked) -> type[Settings] | None:
-    """The class of [task]: the keys of the dataset and the objective that the layers choose, where they are not the usual
-    ones."""
-    chosen = {"data.dataset_class": TEXT, "train.objective": DEFAULT_OBJECTIVE}
+def _kinds(stacked: Stacked) -> tuple[str, str, bool]:
+    """(the dataset's class, the objective, whether the first follows from the second) that the layers choose."""
+    chosen = {"data.dataset_class": "", "train.objective": DEFAULT_OBJECTIVE}
     for _, given in stacked:
         chosen.update({key: str(given[key].value) for key in chosen if key in given})
     dataset, objective = chosen.values()
+    meant = DATASET_OF_OBJECTIVE.get(plain(objective)) if not dataset else None
+    return dataset or meant or TEXT, objective, meant is not None
+
+
+def _task_class(dataset: str, objective: str) -> type[Settings] | None:
+    """The class of [task]: the keys of the dataset and the objective, where they are not the usual ones."""
     if (dataset, objective) == (TEXT, DEFAULT_OBJECTIVE):
         return None  # without torch
     from treadle.objectives.task import task_class

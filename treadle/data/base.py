@@ -34,6 +34,9 @@ DATASETS = Registry("dataset", {
     "collatz_long_step": "treadle.collatz_tasks.long_step:LongSteps",
 }, base="treadle.data.base:Dataset")  # fmt: skip
 
+# What an objective learns from where data.dataset_class names nothing.
+DATASET_OF_OBJECTIVE = {"sft": "conversations", "dpo": "preferences"}
+
 
 @dataclass(frozen=True)
 class BatchPlan:

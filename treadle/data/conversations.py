@@ -205,6 +205,18 @@ class Conversations(TokenDataset):
         return (f"{self.counted(stats['documents'])}, {stats['tokens']:,} tokens of which {stats['learnt']:,} are learnt, {stats['rows']:,} rows "
                 f"of {stats['row_length']}, chat template {name_of(self.tokenizer.chat_template)}{notes}")  # fmt: skip
 
+    def prompts(self, count: int) -> list[list[int]]:
+        """What comes before the first learnt token of the first `count` documents that begin with such a part."""
+        found: list[list[int]] = []
+        for shard in (shard for tokens in self.sets for shard in tokens.shards):
+            for start, end in zip(shard.document_starts.tolist(), [*shard.document_starts[1:].tolist(), len(shard.ids)]):
+                if len(found) == count:
+                    return found
+                before = int(np.argmax(np.asarray(shard.learnt[start:end])))
+                if before:
+                    found.append(np.asarray(shard.ids[start : start + before], dtype=np.int64).tolist())
+        return found
+
     def counted(self, documents: int) -> str:
         return f"{documents:,} conversation(s)"
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from treadle.data.base import TEXT, Dataset
+from treadle.data.base import DATASETS, TEXT, Dataset
 from treadle.data.dataset import splits_of
 from treadle.data.settings import DataSettings
 from treadle.errors import InputError
@@ -32,11 +32,12 @@ def held_out(
     if data is None and "data" not in config:
         raise InputError("this model was not trained here, so it has no held-out text of its own; give some: --data FILE")
     section, seed = dict(config.get("data", {})), config.get("run", {}).get("seed", 0)
-    of_text = section.get("dataset_class", TEXT) == TEXT
+    kind = section.get("dataset_class", TEXT)
     if data is not None:
-        if not of_text:
+        if kind != TEXT and not DATASETS.get(kind).reads_files:
             raise InputError(f"this run was trained on {section['dataset_class']}, which reads no file; leave --data out")
-        section = {"path": data, "seq_len": section.get("seq_len", 256), "validation_fraction": 0.0,
+        kept = {key: section[key] for key in ("dataset_class", "chat_template", "train_on") if key in section}
+        section = {**kept, "path": data, "seq_len": section.get("seq_len", 256), "validation_fraction": 0.0,
                    "text_column": section.get("text_column", "text"), "cache_dir": section.get("cache_dir")}  # fmt: skip
     splits = splits_of(DataSettings(**section), TokenizerSettings(), task_settings(config), seed, tokenizer)
     if data is not None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 OBJECTIVES = Registry("objective", {
     DEFAULT_OBJECTIVE: "treadle.objectives.next_token:NextToken",
+    "sft": "treadle.objectives.fine_tuning:FineTuning",
     "dpo": "treadle.objectives.dpo:DirectPreference",
     "distill_mixer": "treadle.objectives.distill:MatchMixers",
     "distill_hidden": "treadle.objectives.distill:MatchHidden",

@@ -91,7 +91,7 @@ class TrainSettings(Settings):
     """Seconds after which a step counts as hung: all stacks go to stacks.txt and the process exits with 75."""
 
     objective: str = option("next_token", change="fixed")
-    """What is learned: next_token, or FILE.py:CLASS, a treadle.Objective of one's own with its keys in [task]."""
+    """What is learned: next_token, sft (conversations), dpo (preferences), or FILE.py:CLASS, a treadle.Objective of one's own with its keys in [task]."""
 
     callbacks: list[str] = option([])
     """Callbacks beside the built-in ones, each FILE.py:CLASS; one with the name of a built-in takes its place."""
