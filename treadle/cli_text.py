@@ -71,6 +71,9 @@ Text = Annotated[str, typer.Argument(help="Text, or a folder that `data prepare`
 Packing = Annotated[str, typer.Option(help="concat, next_fit, first_fit, best_fit or none.")]
 TokenizerName = Annotated[str, typer.Option(help="auto, byte, bpe, ..., or a path.")]
 Column = Annotated[str, typer.Option(help="The column that holds the text.")]
+Kind = Annotated[str, typer.Option(help="text, conversations or preferences; auto looks at the first row.")]
+Template = Annotated[str, typer.Option("--chat-template", "--chat_template", help="auto, chatml, llama3, plain, none or a .jinja file.")]
+TrainOn = Annotated[str, typer.Option("--train-on", "--train_on", help="assistant, completion or all: what is learnt of conversations.")]
 
 
 @data_app.command("stats")
@@ -80,11 +83,21 @@ def data_stats(
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a row.")] = 256,
     text_column: Column = "text",
     streaming: Streaming = False,
+    dataset: Kind = "auto",
+    chat_template: Template = "auto",
+    train_on: TrainOn = "assistant",
     trust_code: Trust = None,
 ) -> None:
     """Documents, bytes, tokens, lengths, how full packings are. Of a stream: in a sample of it."""
-    from treadle.data import viewing
+    from treadle.data import conversation_viewing, viewing
+    from treadle.data.settings import TEXT
 
+    kind = conversation_viewing.kind_of_rows(path, text_column) if dataset == "auto" and not streaming else dataset
+    if kind not in ("auto", TEXT):
+        keys = {"seq_len": seq_len, "text_column": text_column, "chat_template": chat_template, "train_on": train_on}
+        for line in conversation_viewing.statistics(path, kind, tokenizer, **keys):
+            echo(line)
+        return
     for line in viewing.statistics(path, tokenizer, seq_len, text_column, streaming):
         echo(line)
 
@@ -96,19 +109,29 @@ def data_show(
     rows: Annotated[int, typer.Option(min=1, help="How many rows, from that one on.")] = 1,
     packing: Packing = "concat",
     tokenizer: TokenizerName = "auto",
-    seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a row.")] = 64,
+    seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens in a row; 64, of conversations 512.")] = None,
     text_column: Column = "text",
     streaming: Streaming = False,
+    dataset: Kind = "auto",
+    chat_template: Template = "auto",
+    train_on: TrainOn = "assistant",
     trust_code: Trust = None,
 ) -> None:
     """Training rows as they reach the model. Each document's tokens and text, and which positions predict nothing."""
     import sys
 
-    from treadle.data import viewing
+    from treadle.data import conversation_viewing, viewing
+    from treadle.data.settings import TEXT
     from treadle.terminal import is_terminal
 
     colour = is_terminal(sys.stdout)
-    for line in viewing.show_rows(path, row, rows, packing, tokenizer, seq_len, text_column, streaming, colour):
+    kind = conversation_viewing.kind_of_rows(path, text_column) if dataset == "auto" and not streaming else dataset
+    if kind not in ("auto", TEXT):
+        keys = {"seq_len": seq_len or 512, "packing": packing, "text_column": text_column, "chat_template": chat_template, "train_on": train_on}
+        for line in conversation_viewing.show_rows(path, kind, row, rows, tokenizer, colour, **keys):
+            echo(line, exact=colour and conversation_viewing.LEARNT in line)
+        return
+    for line in viewing.show_rows(path, row, rows, packing, tokenizer, seq_len or 64, text_column, streaming, colour):
         echo(line, exact=colour and viewing.MASKED in line)
 
 
