@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -12,11 +13,11 @@ import torch.nn.functional as F
 
 import treadle
 from treadle.data.batch import IGNORE, Batch
-from treadle.errors import ConfigError, InputError
+from treadle.errors import ConfigError
 from treadle.models.adapters import add_adapters
 from treadle.models.base import Model
 from treadle.models.settings import AdapterSettings
-from treadle.objectives.dpo import FOUND, DirectPreference, checksum, preference_loss
+from treadle.objectives.dpo import FOUND, DirectPreference, preference_loss
 from treadle.objectives.settings import PreferenceSettings
 from treadle.ops.sequence_log_probabilities import sequence_log_probabilities
 
@@ -123,8 +124,8 @@ def test_a_batch_of_padding_and_uneven_rows_counts_what_is_there() -> None:
 
 def test_it_starts_at_log_two_and_label_smoothing_is_the_weighted_pair() -> None:
     policy, (batch, _) = model(1), pairs()
-    objective = DirectPreference()
-    objective.prepare(policy, NO_TEXT, CPU)  # the reference is a copy of the model as it is
+    objective = DirectPreference(reference=copy.deepcopy(policy))
+    objective.prepare(policy, NO_TEXT, CPU)
     losses = objective(policy, batch).losses
     assert float(losses["dpo"].total) / 3 == pytest.approx(math.log(2), abs=1e-7)
     assert float(losses["reward_margin"].total) == 0 and float(losses["accuracy"].total) == 0
@@ -135,7 +136,7 @@ def test_it_starts_at_log_two_and_label_smoothing_is_the_weighted_pair() -> None
 
 def test_one_step_prefers_what_was_chosen() -> None:
     policy, (batch, _) = model(1), pairs()
-    objective = DirectPreference(PreferenceSettings(beta=1.0))
+    objective = DirectPreference(PreferenceSettings(beta=1.0), copy.deepcopy(policy))
     objective.prepare(policy, NO_TEXT, CPU)
     optimizer = torch.optim.SGD(policy.parameters(), 0.1)
     objective(policy, batch).losses["dpo"].total.backward()
@@ -163,24 +164,20 @@ def test_adapters_are_held_to_the_model_without_them() -> None:
     torch.testing.assert_close(objective(policy, batch).losses["dpo"].total, plain_loss(policy, base, whole, 0.1), atol=3e-6, rtol=0)
 
 
-def test_a_reference_that_is_no_longer_what_it_was_is_refused() -> None:
-    policy = model(1)
-    first = DirectPreference()
-    first.prepare(policy, NO_TEXT, CPU)
-    assert first.task.reference_checksum == checksum(model(1)) != checksum(model(2))
-    with torch.no_grad():
-        next(iter(policy.parameters())).add_(1.0)
-    with pytest.raises(InputError, match="no longer what it was"):
-        DirectPreference(first.task).prepare(policy, NO_TEXT, CPU)
+def test_a_reference_is_drawn_from_the_seed_or_given() -> None:
+    policy, (batch, _) = model(1), pairs()
     drawn = DirectPreference(PreferenceSettings())
     drawn.starts_from(None, 1)
     drawn.prepare(policy, NO_TEXT, CPU)
-    assert drawn.task.reference_seed == 1 and drawn.task.reference_checksum == first.task.reference_checksum
+    assert drawn.task.reference_seed == 1 and drawn.reference is not None
+    assert float(drawn(policy, batch).losses["reward_margin"].total) == 0  # the same weights
+    with pytest.raises(ConfigError, match=r"reference=copy.deepcopy\(model\)"):
+        DirectPreference().prepare(policy, NO_TEXT, CPU)
 
 
 def test_rows_that_are_no_pairs_are_refused() -> None:
     policy = model(1)
-    objective = DirectPreference()
+    objective = DirectPreference(reference=model(1))
     objective.prepare(policy, NO_TEXT, CPU)
     with pytest.raises(ConfigError, match="without its other one"):
         objective(policy, Batch.for_training(torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, 8, dtype=torch.int64)))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
 from collections.abc import Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -14,10 +13,10 @@ from torch import Tensor
 
 from treadle.data.base import Dataset
 from treadle.data.batch import Batch
-from treadle.errors import ConfigError, InputError
+from treadle.errors import ConfigError, InputError, TreadleError
 from treadle.models.adapters import adapters_off
 from treadle.models.base import Model, Output
-from treadle.models.pretrained import load_run
+from treadle.models.pretrained import load_run, locate, weights_checksum
 from treadle.objectives.base import Losses, LossTerm, Metric
 from treadle.objectives.next_token import NextToken, known_unit
 from treadle.objectives.settings import PreferenceSettings
@@ -70,21 +69,22 @@ class DirectPreference(NextToken):
 
     def starts_from(self, weights: str | None, seed: int) -> None:
         task, self._start = self.task, weights
-        if task.reference is None and task.reference_seed is None and task.reference_checksum is None and not self._given:
+        if self._given:
+            return
+        if task.reference is None and task.reference_seed is None:
             task.reference, task.reference_seed = weights, seed if weights is None else None
+        if task.reference is not None and task.reference_checksum is None:
+            found = locate(task.reference)
+            task.reference, task.reference_checksum = str(Path(found.folder).resolve()), weights_checksum(found)
 
     def prepare(self, model: Model, dataset: Dataset, device: torch.device) -> None:
         super().prepare(model, dataset, device)
         if model.adapted and not self._given and self.task.reference in (None, self._start):
             return  # the base is the reference
+        if not model.capabilities.packs:
+            raise ConfigError(f"the model {model.arch} reads one document a row, and DPO has both answers of a pair in one; choose another")
         if self.reference is None:
             self.reference = self._found(model)
-        found = checksum(self.reference)
-        if self.task.reference_checksum not in (None, found) and not self._given:
-            place = self.task.reference or "the model as it is here"
-            raise InputError(f"the reference of this run is no longer what it was: {place} has other weights than when the run started; "
-                             "give its place anew: --task.reference RUN@STEP")  # fmt: skip
-        self.task.reference_checksum = found
         if self.reference.vocab_size != model.vocab_size:
             raise ConfigError(f"the model knows {model.vocab_size} tokens, its reference {self.reference.vocab_size}; start from the "
                               "reference (--from), or name another one (--task.reference)")  # fmt: skip
@@ -92,15 +92,23 @@ class DirectPreference(NextToken):
 
     def _found(self, model: Model) -> Model:
         """The weights that the run starts with, whole, on the CPU."""
-        if self.task.reference is not None:
-            return load_run(self.task.reference, "cpu", tokenizer=False).model
-        if self.task.reference_seed is not None:
+        place = self.task.reference
+        if place is None and self.task.reference_seed is not None:
             with shapes_only():
                 drawn = type(model)(model.config)
             return drawn.materialise(self.task.reference_seed, "cpu")
-        if any(parameter.is_meta for parameter in model.parameters()):
-            raise ConfigError("the model has no weights yet, so there is no reference; give one: DirectPreference(reference=model)")
-        return copy.deepcopy(model)
+        if place is None:
+            raise ConfigError("DPO has no reference: give one (DirectPreference(reference=copy.deepcopy(model))), or say where it is: "
+                              "--task.reference RUN")  # fmt: skip
+        anew = "tell the run where it is: treadle train RUN --task.reference PLACE --allow-change task"
+        try:
+            found = locate(place)
+        except TreadleError as problem:
+            raise InputError(f"the reference of this run is gone ({problem}); {anew}") from None
+        if self.task.reference_checksum not in (None, weights_checksum(found)):
+            raise InputError(f"the reference of this run is no longer what it was: {place} holds other weights than when the run started; "
+                             f"put it back, or {anew}")  # fmt: skip
+        return load_run(place, "cpu", tokenizer=False).model
 
     # ---- the loss ----
 
@@ -179,13 +187,3 @@ def _real_pairs(batch: Batch, like: Tensor) -> Tensor:
     """Bool [B, pairs]: false where a row has fewer pairs than another one."""
     counts = torch.tensor(_pairs_of(batch), device=like.device)
     return torch.arange(like.shape[1], device=like.device) < counts[:, None]
-
-
-def checksum(model: Model) -> str:
-    """A hash of a model's weights by name, the same for the same numbers wherever they were read from."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.named_weights().items()):
-        whole = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {whole.dtype} {list(whole.shape)}\n".encode())
-        digest.update(whole.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

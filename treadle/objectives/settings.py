@@ -69,4 +69,4 @@ class PreferenceSettings(Settings):
     """Written by treadle where nothing was named by --from: the seed that the weights of the start are drawn from."""
 
     reference_checksum: str | None = option(None, change="guarded")
-    """Written by treadle: of the reference's weights. A run does not go on with another reference."""
+    """Written by treadle: the checksum of the reference's weights. A run does not go on with other ones."""
