@@ -116,6 +116,12 @@ def byte_model(**shape: Any) -> Any:
     return build_from(cls, cls.Config(vocab_size=256, **{"hidden_size": 32, "num_layers": 2, "num_heads": 2, "tie_embeddings": False, "initializer_range": 0.3, **shape})).eval()
 
 
+def hierarchical() -> Any:
+    torch.manual_seed(0)
+    cls = MODELS.get("hnet")
+    return build_from(cls, cls.Config(vocab_size=256, hidden_sizes=[24, 32], num_blocks=[[1, 0, 1], [1]], initializer_range=0.1)).eval()
+
+
 @contextlib.contextmanager
 def listening(app: App) -> Iterator[str]:
     """The address of the application behind a socket, in a thread of its own."""

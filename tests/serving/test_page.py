@@ -1,0 +1,157 @@
+"""The page in a headless Chromium: it talks, shows probabilities and chunks, works with the keyboard, and asks nobody else."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.serving.conftest import LIMITS, hierarchical, listening, scripted_app, served
+from treadle.generation.engine import Engine
+from treadle.serving.app import App
+from treadle.serving.chunk_marks import ChunkMarks
+from treadle.serving.page import page
+from treadle.text.byte import ByteTokenizer
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+TEXT = "The wheel <b>turns</b> — naïve 🧵\nand on."
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="the playwright package is not installed")
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine")
+    with playwright.sync_playwright() as driver:
+        made = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"])
+        yield made
+        made.close()
+
+
+class Visit:
+    """A tab at the page: what it asked for, and what went wrong in it."""
+
+    def __init__(self, browser: Any, address: str, scheme: str = "light") -> None:
+        self.tab = browser.new_page(color_scheme=scheme)
+        self.asked: list[str] = []
+        self.wrong: list[str] = []
+        self.tab.on("request", lambda request: self.asked.append(request.url))
+        self.tab.on("pageerror", lambda error: self.wrong.append(str(error)))
+        self.tab.on("console", lambda message: self.wrong.append(message.text) if message.type == "error" else None)
+        self.tab.goto(address)
+
+    def ready(self) -> Visit:
+        self.tab.locator("#state", has_text="ready").wait_for(timeout=10_000)
+        return self
+
+    def say(self, text: str, answers: int) -> None:
+        self.tab.keyboard.type(text)
+        self.tab.keyboard.press("Enter")
+        self.tab.locator(".note, .error").nth(answers - 1).wait_for(timeout=10_000)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_conversation_by_the_keyboard_alone(browser: Any, scheme: str) -> None:
+    app, engine = scripted_app(TEXT)
+    with listening(app) as address:
+        visit = Visit(browser, address, scheme).ready()
+        tab = visit.tab
+        visit.say("What does a treadle do?", 1)
+        visit.say("Go on.", 2)
+        assert tab.locator(".turn.model").all_text_contents() == [TEXT, TEXT]  # markup of a model stays text
+        assert tab.locator(".turn.user").all_text_contents() == ["What does a treadle do?", "Go on."]
+        assert tab.locator(".turn.model b").count() == 0
+        assert bytes(engine.requests[1].prompt_ids).decode("utf-8", "replace").count(TEXT) == 1  # the second turn reads the first
+        tab.keyboard.press("Shift+Tab")
+        for _ in range(3):
+            tab.keyboard.press("ArrowRight")
+        assert tab.locator(".at").text_content() == "e"
+        assert "e: 60.7%, the likeliest" in tab.locator("#about").text_content()  # exp(-0.5)
+        assert [row.split()[0][0] for row in tab.locator("#alternatives li").all_text_contents()] == ["e", "f", "A"]
+        tab.keyboard.press("End")
+        assert tab.locator(".at").text_content() == "."
+        tab.hover(".t >> nth=0")
+        assert tab.locator(".at").text_content() == "T"
+        assert float(tab.locator(".t").first.evaluate("one => one.style.getPropertyValue('--surprise')")) == pytest.approx(0.5 / 6, abs=1e-3)
+        ground = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (sum(map(int, re.findall(r"\d+", ground))) < 200) is (scheme == "dark")
+        assert visit.wrong == [] and all(url.startswith((address, "data:")) for url in visit.asked)
+        tab.close()
+
+
+def test_escape_stops_an_answer_and_the_next_is_whole(browser: Any) -> None:
+    app, engine = scripted_app(TEXT)
+    engine.pause = 0.1
+    with listening(app) as address:
+        visit = Visit(browser, address).ready()
+        visit.tab.keyboard.type("x")
+        visit.tab.keyboard.press("Enter")
+        visit.tab.locator(".t").nth(2).wait_for()
+        visit.tab.keyboard.press("Escape")
+        visit.tab.locator(".note", has_text="stopped").wait_for()
+        engine.pause = 0.0
+        visit.say("y", 2)
+        assert visit.tab.locator(".turn.model").nth(1).text_content() == TEXT and len(engine.cancelled) == 1
+        visit.tab.close()
+
+
+def test_a_base_model_continues_text_and_errors_are_shown(browser: Any) -> None:
+    app, engine = scripted_app(" and on", template=None)
+    with listening(app) as address:
+        visit = Visit(browser, address).ready()
+        visit.say("The wheel turns", 1)
+        assert visit.tab.locator(".turn.text").text_content() == "The wheel turns and on" and visit.tab.locator("#modes").is_hidden()
+        engine.room = 0
+        visit.say("x", 2)
+        assert "again in 3 seconds" in visit.tab.locator(".error").text_content()
+        visit.tab.close()
+
+
+def test_a_locked_server_asks_for_its_token(browser: Any) -> None:
+    app, _ = scripted_app("Hi", token="a-secret-of-length")
+    with listening(app) as address:
+        visit = Visit(browser, address)
+        visit.tab.locator("#token").wait_for()
+        visit.tab.keyboard.type("a-secret-of-length")
+        visit.tab.keyboard.press("Enter")
+        visit.ready()
+        visit.tab.focus("#said")
+        visit.say("x", 1)
+        assert visit.tab.locator(".turn.model").text_content() == "Hi" and visit.tab.locator("#locked").is_hidden()
+        visit.tab.close()
+
+
+def test_chunks_of_a_hierarchical_model(browser: Any) -> None:
+    model = hierarchical()
+    engine = Engine(model, rows=2, max_len=LIMITS.max_len)
+    engine.start()
+    try:
+        app = App(engine, served(), marks=ChunkMarks.of_model(model, ByteTokenizer()))
+        with listening(app) as address:
+            visit = Visit(browser, address).ready()
+            visit.tab.fill("#max_tokens", "20")
+            visit.tab.focus("#said")
+            visit.say("The wheel", 1)
+            visit.tab.select_option("#stage", "0")
+            text = visit.tab.locator(".turn.text").text_content()
+            marks = ChunkMarks(model, ByteTokenizer()).of(text, 200)[0]
+            visit.tab.locator(".chunked .starts").first.wait_for()
+            painted = visit.tab.locator(".turn.text").evaluate(
+                "turn => { let at = 0; const found = []; for (const one of turn.querySelectorAll('.g, .t'))"
+                " { if (one.classList.contains('starts')) found.push(at); at += [...one.textContent].length; } return found; }")  # fmt: skip
+            assert painted == [mark for mark in marks if mark < len(text)] and len(painted) > 1
+            visit.tab.close()
+    finally:
+        engine.stop(finish=False)
+
+
+def test_the_page_is_one_file_that_may_run_nothing_else() -> None:
+    body, headers = page()
+    text = body.decode()
+    assert not re.search(r'(?:src|href)="(?!#|data:)', text) and "http" not in text.replace("http://www.w3.org/2000/svg", "")
+    assert " on" + "click=" not in text and "style=" not in text and "innerHTML" not in text
+    policy = headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy and policy.count("sha256-") == 2
