@@ -42,7 +42,7 @@ Split = Annotated[str, typer.Option(help="Which held-out text: validation or tes
 MostRows = Annotated[int | None, typer.Option(min=1, help="At most this many rows, spread over the text.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows in one pass.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Weights = Annotated[str | None, typer.Option(help="fp32, bf16, int8 or int4: what the weights of linear layers are read in.")]
+Weights = Annotated[str | None, typer.Option(help="Linear layers' weights in fp32, bf16, int8 or int4; default fp32, of a quantised export its own.")]
 
 
 def _request(arguments: list[str]) -> Any:
@@ -182,7 +182,7 @@ def evaluate(
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="With --tasks: solved examples before each question.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="With --tasks: the first so many documents of each.")] = None,
     max_length: Annotated[int | None, typer.Option(min=2, help="With --tasks: tokens of a row; default as the model was made for.")] = None,
-    apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template", help="With --tasks: ask in the run's conversations.")] = False,
+    apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template", help="With --tasks: ask through the run's chat template.")] = False,
     weights: Weights = None,
     device: Device = "auto",
     trust_code: Trust = None,
@@ -260,14 +260,14 @@ def generate(
         int | None, typer.Option("--max-new-tokens", "--max-tokens", min=1, help="Tokens to write; default 100.")
     ] = None,
     temperature: Annotated[float | None, typer.Option(help="Lower is safer, higher is wilder, 0 is greedy; default 1.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Draw from so many likeliest tokens; 0 is off; default 50.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens of this total probability; default 0.9.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the K likeliest tokens; 0 is off; default 50.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens that together have this probability; default 0.9.")] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: repeat less; default 1.")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="The same as --temperature 0.")] = False,
     num_samples: Annotated[int, typer.Option(min=1, help="Continuations of each prompt.")] = 1,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
-    stop: Annotated[str | None, typer.Option(help="End before this text.")] = None,
-    show_chunks: Annotated[bool, typer.Option("--show-chunks", help="Colour by learned chunk (hnet).")] = False,
+    stop: Annotated[str | None, typer.Option(help="End where this text would come.")] = None,
+    show_chunks: Annotated[bool, typer.Option("--show-chunks", help="Colour the text by learned chunks (hnet).")] = False,
     weights: Weights = None,
     speculative: Annotated[str | None, typer.Option(help="ngram: guess tokens from the text so far, for speed; the same outcome.")] = None,
     draft: Annotated[str | None, typer.Option(help="A smaller run with the same tokenizer that guesses, for speed; the same outcome.")] = None,
@@ -323,8 +323,8 @@ def export(
     run: Run = "last",
     output: Annotated[str | None, typer.Option(help="The folder to write; default RUN/export.")] = None,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16: how the weights are stored.")] = "fp32",
-    packed: Annotated[bool, typer.Option("--packed", help="Ternary weights in 1.6 bits each; same answers.")] = False,
-    quantize: Annotated[str | None, typer.Option(help="int8 or int4: linear layers' weights as they are read with them.")] = None,
+    packed: Annotated[bool, typer.Option("--packed", help="Store ternary weights in 1.6 bits each; the same outputs.")] = False,
+    quantize: Annotated[str | None, typer.Option(help="int8 or int4: store linear layers' weights in so many bits.")] = None,
     layout: Annotated[str, typer.Option("--format", help="treadle; huggingface, what transformers loads, in RUN/huggingface; or gguf, for llama.cpp, in RUN/gguf.")] = "treadle",
     gguf_type: Annotated[str | None, typer.Option(help="f32 (the default), f16 or q8_0: the numbers of a .gguf file.")] = None,
     licence: Annotated[str | None, typer.Option("--license", help="What the model card states, as in apache-2.0.")] = None,

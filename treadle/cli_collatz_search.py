@@ -189,7 +189,7 @@ def bound(
     limit: Annotated[str | None, typer.Argument(help="All numbers below it reach 1; default 2^71 (Barina 2025).")] = None,
     as_json: Json = False,
 ) -> None:
-    """How long another cycle of 3x + 1 than 1, 4, 2 must be. Given that all numbers below LIMIT reach 1 (Eliahou 1993)."""
+    """How long a cycle of 3x + 1 other than 1, 4, 2 must be. Given that all numbers below LIMIT reach 1 (Eliahou 1993)."""
     from treadle.collatz.arithmetic import spelled
     from treadle.collatz.bound import VERIFIED, cycle_bound
 
