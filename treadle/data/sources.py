@@ -29,7 +29,8 @@ from treadle.storage.remote import AnyPath, RemotePath, path_of, size_of, state_
 PIECE_BYTES = 16 << 20
 FEWEST_PARTS = 256  # of a source that is streamed
 SAMPLE = 1 << 16  # bytes of a file that are compared at three places
-BUNDLED = {"austen": "austen.txt.xz"}  # the corpus that ships inside the package
+# What ships inside the package, by name.
+BUNDLED = {"austen": "austen.txt.xz", "conversations": "conversations.jsonl", "preferences": "preferences.jsonl"}
 HUB = {"tinystories": "roneneldan/TinyStories"}  # data sets of the Hugging Face hub that have a short name here
 LINES = (".jsonl", ".ndjson", ".json")  # one JSON object a line
 KINDS = {".txt": "text", ".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet", ".bin": "bin"}
@@ -442,7 +443,7 @@ def open_source(
 def _source_at(place: str | Path, column: str, separator: str | None, cache: PartCache | None) -> Source:
     if str(place) in BUNDLED and not Path(place).exists():
         file = Path(__file__).parent.parent / "corpus" / BUNDLED[str(place)]
-        return TextSource([file], column, separator)
+        return SOURCES.get(KINDS[kind_of(file)])([file], column, separator)
     path = path_of(place, cache)
     if not path.exists():
         raise InputError(f"{path} does not exist; give a file or folder of {', '.join(SUFFIXES)}, or "
