@@ -91,11 +91,16 @@ class AnySlots:
             self._settle(place, row)
         if not left:
             return
-        states = [place.state for place in left if place.state is not None]
-        if self.state is not None:
-            self.state = self.state.joined(*states)
-        else:
-            self.state = states[0] if len(states) == 1 else states[0].joined(*states[1:])
+        if self.state is None and len(left) == 1:
+            self.state = left[0].state
+        else:  # an empty state costs no memory until it is written to, so only what is in use is copied
+            before, count = self.state, len(self.places)
+            self.state = self.model.new_state(count + len(left), self.max_len)
+            if before is not None:
+                self.state.put(range(count), before)
+            for number, place in enumerate(left):
+                assert self.state is not None and place.state is not None
+                self.state.put([count + number], place.state)
         for place in left:
             self.places.append(None)
             self._settle(place, len(self.places) - 1)

@@ -3,8 +3,10 @@ DeepSeek-V2, arXiv 2405.04434, without its separate rotary key)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from treadle.ops.attention import cached_attention, causal_attention
 class LatentCache(LayerState):
     """Latents [B, max_len + 1, r]; the slot behind the last takes padding."""
 
+    slots_at: ClassVar[Mapping[str, int]] = MappingProxyType({"latents": 1})
     latents: Tensor
 
     @staticmethod

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from treadle.errors import ConfigError
 @dataclass
 class LayerState:
     """Base of a layer's decoding state: fields that are tensors have the batch as their first dimension."""
+
+    slots_at: ClassVar[Mapping[str, int]] = MappingProxyType({})  # the dimension of max_len slots, of fields that have one
 
     def _each(self, change: Any) -> Any:
         return replace(
@@ -32,10 +35,14 @@ class LayerState:
         made = {name: torch.cat([value, *(getattr(other, name) for other in others)]) for name, value in self._tensors()}
         return replace(self, **made)
 
-    def put(self, rows: Tensor, other: Any) -> None:
-        """Row i of `other` takes the place of row rows[i], in place."""
+    def put(self, rows: Tensor, other: Any, used: int) -> None:
+        """Row i of `other` takes the place of row rows[i], in place; of its slots the first `used`, the rest is never read."""
         for name, value in self._tensors():
-            value.index_copy_(0, rows, getattr(other, name).to(value.dtype))
+            taken = getattr(other, name).to(value.dtype)
+            at = self.slots_at.get(name)
+            if at is not None:
+                value, taken = value.narrow(at, 0, used), taken.narrow(at, 0, used)
+            value.index_copy_(0, rows, taken)
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
         return [(f.name, v) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)]
@@ -115,7 +122,7 @@ class State:
         return State(self.lengths.clone(), list(self.host_lengths), self.max_len, [la.clone() for la in self.layers])
 
     def joined(self, *others: State) -> State:
-        """These rows and then the others', in memory of their own. ConfigError where the states hold different numbers of
+        """These rows and then the others', in memory of their own, all of their slots. ConfigError where the states hold different numbers of
         tokens."""
         if any(other.max_len != self.max_len for other in others):
             raise ConfigError(f"states of {[self.max_len, *(o.max_len for o in others)]} tokens a row cannot be joined; make them with one max_len")
@@ -132,7 +139,7 @@ class State:
         for row, length in zip(rows, other.host_lengths):
             self.host_lengths[row] = length
         for layer, of_other in zip(self.layers, other.layers):
-            layer.put(index, of_other)
+            layer.put(index, of_other, other.used)
 
     @property
     def nbytes(self) -> int:
@@ -143,6 +150,7 @@ class State:
 class KeyValueCache(LayerState):
     """Keys and values [B, G, max_len + 1, E], allocated once; the slot behind the last takes padding and stays zero."""
 
+    slots_at: ClassVar[Mapping[str, int]] = MappingProxyType({"keys": 2, "values": 2})
     keys: Tensor
     values: Tensor
 
