@@ -226,6 +226,10 @@ class ChatTemplate:
         """Writes chat_template.jinja beside the tokenizer."""
         (Path(folder) / TEMPLATE_FILE).write_text(self.source, encoding="utf-8")
 
+    def text(self, tokenizer: Encodes, messages: Messages, add_generation_prompt: bool = True) -> str:
+        """What the template writes, control tokens spelled; for callers that take text alone (a message may spell them too)."""
+        return _render(self.source, _without_nothing(messages), add_generation_prompt, tokenizer.named_tokens)
+
     def prompt_ids(self, tokenizer: Encodes, messages: Messages, add_generation_prompt: bool = True) -> list[int]:
         """What the assistant's answer to `messages` is continued from."""
         return self._ids(tokenizer, self._render(tokenizer, messages, add_generation_prompt))[0]
