@@ -13,7 +13,16 @@ from tests.contracts.conftest import CASES, PURE, make, random_ids
 from treadle.data.batch import Batch
 from treadle.errors import ConfigError
 from treadle.layers.lora import AdaptedLinear, FrozenLinear, is_adapter
-from treadle.models.adapters import adaptable, adapted_layers, adapters_off, add_adapters, load_base, merge, merged, targets
+from treadle.models.adapters import (
+    adaptable,
+    adapted_layers,
+    adapters_off,
+    add_adapters,
+    load_base,
+    merge,
+    merged,
+    targets,
+)
 from treadle.models.base import Model, build
 from treadle.models.settings import AdapterSettings
 from treadle.objectives.base import ModelWithObjective
@@ -228,7 +237,7 @@ def test_the_scale_is_that_of_lora_and_of_rslora() -> None:
 
 def test_targets_by_ends_patterns_and_transformers_names() -> None:
     model = build("transformer", hidden_size=32, num_layers=2, num_heads=2)
-    assert targets(model, ["all-linear"]) == [n for n in adaptable(model)] and "head" not in adaptable(model)
+    assert targets(model, ["all-linear"]) == list(adaptable(model)) and "head" not in adaptable(model)
     assert targets(model, ["query"]) == ["layers.0.attention.query", "layers.1.attention.query"]
     assert targets(model, ["q_proj", "self_attn.v_proj"]) == targets(model, ["query", "attention.value"])
     assert targets(model, ["layers.1.mlp.*"]) == ["layers.1.mlp.gate", "layers.1.mlp.up", "layers.1.mlp.down"]
@@ -252,7 +261,7 @@ def test_what_cannot_be_adapted_is_refused_with_the_reason(arch: str, wanted: st
 
 def test_a_ternary_layer_beside_others_is_refused_by_name() -> None:
     model = make("hnet", 0)
-    with pytest.raises(ConfigError, match="'mlp.down' is a ternary layer.*these can be adapted: query, key"):
+    with pytest.raises(ConfigError, match=r"'mlp.down' is a ternary layer.*these can be adapted: query, key"):
         add_adapters(model, AdapterSettings(lora_rank=2, lora_targets=["mlp.down"]))
 
 
