@@ -17,7 +17,7 @@ tokenizer_app = typer.Typer(help="Train tokenizers and look at them.", no_args_i
 Trust = Annotated[
     list[str] | None,
     typer.Option("--trust-code", "--trust_code", metavar="FILE.py", callback=lambda files: trusted_code.allow(files or ()),
-                 help="Code that a run from elsewhere may execute, where it names some."),
+                 help="A Python file that a run from elsewhere names, and may execute."),
 ]  # fmt: skip
 
 
@@ -27,13 +27,13 @@ def data_prepare(
         str,
         typer.Argument(help="A text, JSONL or parquet file, or a folder of them; `austen` ships along, `tinystories` is fetched."),
     ],
-    output: Annotated[str | None, typer.Option("--output", "--output-dir", help="Where the shards go; default the cache.")] = None,
+    output: Annotated[str | None, typer.Option("--output", "--output-dir", help="The folder to write; default the cache.")] = None,
     tokenizer: Annotated[str, typer.Option(help="auto, byte, bpe, wordpiece, unigram, char, or a path.")] = "auto",
     vocab_size: Annotated[int, typer.Option(help="Size of a tokenizer trained here.")] = 2048,
     text_column: Annotated[str, typer.Option(help="The column that holds the text.")] = "text",
     document_separator: Annotated[str | None, typer.Option(help="A line that ends a document in .txt.")] = None,
-    validation_fraction: Annotated[float, typer.Option(min=0, max=0.99, help="Share of the text held out.")] = 0.05,
-    test_fraction: Annotated[float, typer.Option(min=0, max=0.99, help="Share held out for a last test.")] = 0.05,
+    validation_fraction: Annotated[float, typer.Option(min=0, max=0.99, help="Share of the text held out for evaluation.")] = 0.05,
+    test_fraction: Annotated[float, typer.Option(min=0, max=0.99, help="Share held out beside it for a last test.")] = 0.05,
     max_samples: Annotated[int | None, typer.Option(min=1, help="Read this many documents at most.")] = None,
     seq_len: Annotated[int, typer.Option("--seq-len", "--max-seq-length", min=2, help="Tokens in a row, for counting them.")] = 256,
     min_length: Annotated[int, typer.Option(min=0, help="Leave out documents with fewer tokens.")] = 0,

@@ -76,7 +76,7 @@ class TrainSettings(Settings):
     this run; the answer is remembered for the machine, and kept by the run."""
 
     nonfinite_limit: int = option(5, ge=1)
-    """A step whose loss or gradient is not finite is skipped and counted; this many in a row stop the run."""
+    """A step whose loss or gradient is not finite is skipped and counted; what this many in a row do is on_nonfinite."""
 
     on_nonfinite: Literal["rollback", "stop"] = option("rollback")
     """What that does: rollback (to the last good checkpoint, skipping the rows in between; the third time stops) or stop."""
