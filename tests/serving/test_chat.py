@@ -39,7 +39,8 @@ def scripted(monkeypatch: pytest.MonkeyPatch, answer: list[int], interrupt_after
 
 
 def talk(conversation: Conversation, *lines: str) -> str:
-    said, out = iter(lines), []
+    said = iter(lines)
+    out: list[str] = []
 
     def read(prompt: str) -> str:
         try:

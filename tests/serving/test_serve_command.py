@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -91,3 +92,40 @@ def test_chat_talks_and_takes_commands(run: Path) -> None:
     assert "system: be brief" in system and "no system text" in system and "/reset" in system
     out = treadle("chat", run, "--system", "x")
     assert out.returncode == 2 and "--chat_template" in out.stderr
+
+
+def test_ctrl_c_at_a_terminal_ends_the_answer_and_not_the_program(run: Path) -> None:
+    pty = pytest.importorskip("pty", reason="this system has no pseudo-terminals")
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        os.execv(sys.executable, [sys.executable, "-m", "treadle", "chat", str(run), "--device", "cpu", "--max-new-tokens", "1000000"])
+
+    def heard(until: bytes) -> bytes:
+        got = b""
+        while until not in got:
+            assert select.select([terminal], [], [], 60)[0], got
+            got += os.read(terminal, 4096)
+        return got
+
+    try:
+        heard(b"\n> ")
+        for _ in range(5):  # the model may end an answer by itself
+            os.write(terminal, b"The house\n")
+            got = heard(b"\r\n")
+            while not got.endswith(b"> ") and len(got) < 60:
+                got += os.read(terminal, 4096)
+            if not got.endswith(b"> "):
+                break
+        os.write(terminal, b"\x03")
+        heard(b"\r\n> ")
+        os.write(terminal, b"/temp 0\n")
+        assert b"temperature 0.0" in heard(b"\r\n> ")
+        os.write(terminal, b"/quit\n")
+        assert os.waitpid(pid, 0)[1] == 0
+        pid = 0
+    finally:
+        if pid:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        os.close(terminal)
