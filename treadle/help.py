@@ -21,9 +21,10 @@ INTRODUCTION = {
 
 Trains a model; the same command again continues it. Without an argument: the built-in recipe on the bundled text.
 A key works without its section where it is unambiguous: --max_steps 100 is --train.max_steps 100.
+To fine-tune: treadle train CONVERSATIONS.jsonl --from RUN --objective sft --chat_template chatml [--lora_rank 8]
 
   --fresh             start anew in a new folder
-  --from RUN          start from the weights of another run
+  --from RUN          start from the weights of another run, a Hugging Face folder, a .gguf file or a name of the hub
   --allow-change KEY  go on although KEY (or section) differs from what the run was started with
   --trust-code FILE   let a recipe or run that names FILE.py:CLASS execute FILE.py (a name typed here needs no flag)
 """,
