@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from treadle.cli_text import Trust
 from treadle.terminal import write as echo
+
+if TYPE_CHECKING:
+    from treadle.serving.limits import Limits
 
 Run = Annotated[str, typer.Argument(help="A run, a checkpoint, `last`, RUN@best or RUN@STEP; a Hugging Face folder, .gguf or name.")]
 Template = Annotated[
@@ -79,36 +82,47 @@ def serve(
 ) -> None:
     """A trained model behind OpenAI's API, with a page to talk to it. At http://127.0.0.1:8000; Ctrl-C finishes what runs."""
     from treadle.serving.limits import Limits, checked_host
-    from treadle.serving.server import listening, read_token
+    from treadle.serving.server import listening, needed, read_token
 
+    needed()
     secret = read_token(token, token_file) or read_token(os.environ.get("TREADLE_TOKEN") or None, None)
     checked_host(host, secret)
     listener = listening(host, port)  # before a model is loaded: a port that is taken is said at once
+    try:
+        code = _serve(listener, host, secret, run, name, rows, Limits(max_prompt_tokens, max_new_tokens), queue,
+                      _loaded(run, device, weights, chat_template))  # fmt: skip
+    finally:
+        listener.close()
+    raise typer.Exit(code)
+
+
+def _serve(listener: Any, host: str, token: str | None, run: str, name: str | None, rows: int, limits: Limits, queue: int,
+           loaded: tuple[Any, Any, Any, str]) -> int:  # fmt: skip
+    """What was loaded, behind a socket -> the exit code."""
     from treadle.generation.engine import Engine
+    from treadle.generation.sampling import Sampling, typed_over
     from treadle.models.pretrained import generation_defaults, home_of
     from treadle.serving.app import App
     from treadle.serving.chunk_marks import ChunkMarks
     from treadle.serving.protocol import Served
-    from treadle.serving.server import serve as answer
+    from treadle.serving.server import serve
 
+    found, tokenizer, template, read_in = loaded
+    folder = found.checkpoint.folder
+    defaults = generation_defaults(folder)
+    Sampling(**typed_over(defaults, {})[0])  # what is wrong in a generation_config.json is said here, not to each client
+    engine = Engine(found.model, rows=rows, max_len=limits.max_len, weights=read_in, queue=queue)
+    limits = limits.within(engine.max_len)
+    place = folder.resolve()
+    called = name or (home_of(folder).name if place.parent.name == "checkpoints" else place.stem if place.is_file() else place.name)
+    served = Served(called, tokenizer, found.model.vocab_size, limits, template, defaults)
+    app = App(engine, served, token=token, marks=ChunkMarks.of_model(found.model, tokenizer), fingerprint=f"treadle-{read_in}",
+              created=int(folder.stat().st_mtime))  # fmt: skip
+    address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+    engine.start()
+    echo(f"{called} at {address} (a page to talk to it) and {address}/v1 (OpenAI's API; {'with' if token else 'without'} a token); "
+         f"prompts of {limits.max_prompt_tokens} tokens, answers of {limits.max_new_tokens}, {rows} at once; Ctrl-C ends it")  # fmt: skip
     try:
-        loaded, tokenizer, template, read_in = _loaded(run, device, weights, chat_template)
-        model, checkpoint = loaded.model, loaded.checkpoint
-        limits = Limits(max_prompt_tokens, max_new_tokens).within(model.longest_row)
-        engine = Engine(model, rows=rows, max_len=limits.max_len, weights=read_in, queue=queue)
-        of_a_run = checkpoint.folder.resolve().parent.name == "checkpoints"
-        called = name or (home_of(checkpoint.folder) if of_a_run else checkpoint.folder.resolve()).name
-        served = Served(called, tokenizer, model.vocab_size, limits, template, generation_defaults(checkpoint.folder))
-        app = App(engine, served, token=secret, marks=ChunkMarks.of_model(model, tokenizer), fingerprint=f"treadle-{read_in}",
-                  created=int(checkpoint.folder.stat().st_mtime))  # fmt: skip
-        address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-        engine.start()
-        echo(f"{called} at {address} (a page to talk to it) and {address}/v1 (OpenAI's API; {'with' if secret else 'without'} a token); "
-             f"prompts of {limits.max_prompt_tokens} tokens, answers of {limits.max_new_tokens}, {rows} at once; Ctrl-C ends it")  # fmt: skip
-        try:
-            code = answer(app, listener)
-        finally:
-            engine.stop(finish=False)
+        return serve(app, listener)
     finally:
-        listener.close()
-    raise typer.Exit(code)
+        engine.stop(finish=False)

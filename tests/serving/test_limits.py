@@ -166,3 +166,50 @@ def test_a_client_that_hangs_up_frees_its_rows(stream: bool) -> None:
             waited.wait(0.05)
         assert len(engine.cancelled) == 2 and engine.running == 0
         assert app.counts["hung_up"] == 1
+
+
+def test_a_client_that_reads_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    from treadle.serving import delivery
+
+    monkeypatch.setattr(delivery, "STALLED", 0.05)
+    app, _ = scripted_app("a" * 60)
+    told = 0
+
+    async def asking() -> None:
+        async def receive() -> Any:
+            nonlocal told
+            told += 1
+            if told > 1:
+                await asyncio.sleep(60)
+            return {"type": "http.request", "body": b'{"prompt": "x", "stream": true}', "more_body": False}
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                await asyncio.sleep(60)
+
+        headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b""}
+        async with asyncio.timeout(5):
+            await app(scope, receive, send)
+
+    asyncio.run(asking())
+    assert app.counts["hung_up"] == 1
+
+
+def test_a_prompt_too_long_for_its_limit_is_refused_before_it_is_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    app, _ = scripted_app()
+    monkeypatch.setattr(type(app._served.tokenizer), "encode", None)
+    status, answer, _ = ask(app, "/v1/completions", {"prompt": "x" * 201})
+    assert status == 400 and answer["error"]["code"] == "context_length_exceeded" and "--max-prompt-tokens" in answer["error"]["message"]
+    assert ask(app, "/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 201}]})[0] == 400
+
+
+def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    from treadle.serving.server import needed
+
+    needed()
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(ConfigError, match=r"treadle\[serve\]"):
+        needed()

@@ -86,10 +86,8 @@ def test_chat_talks_and_takes_commands(run: Path) -> None:
         assert out.returncode == 0 and out.stderr == "", out.stderr
         return out.stdout
 
-    plain = talk("/temp 0\nThe wheel\n/system be brief\n/reset\n/help\n/quit\nnever read\n")
-    assert "no chat template" in plain and "temperature 0" in plain and "--chat_template" in plain and "/topk" in plain and "never" not in plain
-    system = talk("/system be brief\n/help\n/system\nhello\n", "--chat-template", "plain")
-    assert "system: be brief" in system and "no system text" in system and "/reset" in system
+    system = talk("/temp 0\n/system be brief\n/help\n/system\nhello\n/quit\nnever read\n", "--chat-template", "plain")
+    assert "system: be brief" in system and "no system text" in system and "/reset" in system and "temperature 0" in system and "/topk" in system
     out = treadle("chat", run, "--system", "x")
     assert out.returncode == 2 and "--chat_template" in out.stderr
 

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 from treadle import terminal
-from treadle.errors import MissingExtra
 from treadle.serving import fields, page, protocol
 from treadle.serving.chunk_marks import ChunkMarks
 from treadle.serving.delivery import Answer, Receive, Scope, Send, Works, as_json, respond
@@ -33,10 +32,6 @@ class App:
         self._names = TokenNames(served.tokenizer)
         self.counts: Counter[str] = Counter()
         self.ending = False
-        try:
-            import starlette  # noqa: F401 - what reads requests below
-        except ImportError:
-            raise MissingExtra("treadle serve", "serve") from None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # no websockets, and nothing to do when the server starts

@@ -17,6 +17,7 @@ from treadle.serving.token_names import TokenNames
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+STALLED = 60.0  # seconds that a client may leave what is sent to it unread
 QUIET = 15.0  # seconds after which a stream that waits for its turn says so: proxies close what is silent for 30 to 60
 
 
@@ -84,7 +85,7 @@ class Answer:
         gone = asyncio.create_task(_hung_up(receive))
         try:
             await (self._stream(send, gone) if self._asked.stream else self._whole(send, gone))
-        except OSError:  # what a server raises that sends to nobody
+        except OSError:  # what a server raises that sends to nobody, and the timeout of one who does not read
             self.hung_up = True
         finally:
             gone.cancel()
@@ -157,7 +158,8 @@ def _event(table: dict[str, Any]) -> bytes:
 
 
 async def _part(send: Send, body: bytes, more: bool = True) -> None:
-    await send({"type": "http.response.body", "body": body, "more_body": more})
+    async with asyncio.timeout(STALLED):
+        await send({"type": "http.response.body", "body": body, "more_body": more})
 
 
 async def respond(send: Send, status: int, body: bytes, kind: bytes = b"application/json", headers: dict[str, str] | None = None) -> None:

@@ -7,6 +7,7 @@ answer (metadata, user, ...) is ignored.
 
 from __future__ import annotations
 
+import functools
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +37,8 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 
 @dataclass(frozen=True)
 class Served:
-    """A model as the protocol sees it. defaults: the keys of Sampling that hold where a request says nothing."""
+    """A model as the protocol sees it. defaults: the keys of Sampling, and max_new_tokens of a chat, that hold where a request says
+    nothing."""
 
     name: str
     tokenizer: Tokenizer
@@ -44,6 +46,11 @@ class Served:
     limits: Limits
     template: ChatTemplate | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @functools.cached_property
+    def longest_token(self) -> int:
+        """Bytes."""
+        return int(self.tokenizer.byte_lengths.max())
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,7 @@ def chat(body: dict[str, Any], served: Served) -> Asked:
         raise RequestError(400, f"{served.name} has no chat template, so it holds no conversation: use /v1/completions, or start the server "
                            "with --chat_template chatml, llama3, plain or FILE.jinja", "messages", "no_chat_template")  # fmt: skip
     messages = _messages(body.get("messages"))
+    _short_enough(sum(len(message["content"].encode()) for message in messages), served, "messages")
     try:
         prompt = served.template.prompt_ids(served.tokenizer, messages)
     except TreadleError as problem:  # a template that refuses these roles in this order
@@ -102,7 +110,8 @@ def chat(body: dict[str, Any], served: Served) -> Asked:
     if top and not wanted:
         raise RequestError(400, "top_logprobs needs logprobs: true", "top_logprobs")
     name = "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
-    count = fields.whole(body, name, served.limits.max_new_tokens, 1)
+    most = served.limits.max_new_tokens
+    count = fields.whole(body, name, min(most, served.defaults.get("max_new_tokens", most)), 1)
     ends = frozenset(int(token) for token in served.template.stop_ids(served.tokenizer))
     end_text = served.template.stop_text(served.tokenizer)
     return _asked(body, served, [list(map(int, prompt))], _n(body), count, name, top if wanted else None, chat=True, ends=ends,
@@ -177,8 +186,16 @@ def _prompts(value: Any, served: Served) -> tuple[list[list[int]], list[str]]:
             texts.append(tokenizer.decode(one))
         else:
             texts.append(fields.text(one, "prompt"))
+            _short_enough(len(texts[-1].encode()), served, "prompt")
             ids.append(list(map(int, tokenizer.prompt_ids(texts[-1]))))
     return ids, texts
+
+
+def _short_enough(size: int, served: Served, place: str) -> None:
+    """Refuses a text of so many bytes that no tokens within the limit spell it, before any time is spent on its tokens."""
+    if size > served.limits.max_prompt_tokens * served.longest_token:
+        raise RequestError(400, f"the prompt has {size} bytes, more than {served.limits.max_prompt_tokens} tokens can hold; this server takes at "
+                           "most so many (--max-prompt-tokens)", place, "context_length_exceeded")  # fmt: skip
 
 
 def _is_ids(value: Sequence[Any]) -> bool:

@@ -17,6 +17,15 @@ KEEP_ALIVE = 5  # seconds that a connection without a request stays open
 SHORTEST_TOKEN = 8
 
 
+def needed() -> None:
+    """MissingExtra where a package of the server is not installed."""
+    try:
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError:
+        raise MissingExtra("treadle serve", "serve") from None
+
+
 def listening(host: str, port: int) -> socket.socket:
     """A socket that connections queue up at. ConfigError where the address is taken or is none."""
     try:
@@ -52,10 +61,7 @@ def read_token(token: str | None, token_file: str | None) -> str | None:
 
 def serve(app: App, listener: socket.socket) -> int:
     """Answers until SIGTERM or Ctrl-C, then finishes what runs; a second signal leaves it -> 143 or 130, the exit code."""
-    try:
-        import uvicorn
-    except ImportError:
-        raise MissingExtra("treadle serve", "serve") from None
+    import uvicorn
 
     class Server(uvicorn.Server):
         """Signals are heard below: uvicorn's own handling would end the process by the signal itself."""
