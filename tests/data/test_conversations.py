@@ -108,6 +108,7 @@ BAD = [
     ({"messages": [{"role": "user", "content": 3}]}, "int, not text"),
     ({"conversations": [{"from": "human"}]}, "no from and value"),
     ({"prompt": "x"}, "no messages"),
+    ({"prompt": "x", "chosen": "y", "rejected": "z"}, "set --objective dpo"),
     ({"other": 1}, "no messages"),
     ({"prompt": "x", "completion": 4}, "'completion' is int"),
     ({"messages": talk("a\ud800", "b")}, "surrogate"),
@@ -243,6 +244,7 @@ def test_every_form_of_pair(row: dict[str, Any], wanted: list[str], written: Cal
 
 @pytest.mark.parametrize("row, said", [
     ({"prompt": "a", "chosen": "b"}, "no chosen and rejected"),
+    ({"messages": talk("a", "b")}, "set --objective sft for conversations"),
     ({"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same"),
     ({"chosen": "b", "rejected": "c"}, "texts without a prompt"),
     ({"chosen": talk("a", "b"), "rejected": talk("c", "d")}, "different prompts"),

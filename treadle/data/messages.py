@@ -49,14 +49,16 @@ def said_in(table: dict[str, Any], text_column: str, as_messages: bool) -> Said:
         return _continued(table["prompt"], table["completion"], "completion", as_messages)
     if text_column in have:
         return Said(text=_text(table[text_column], text_column))
-    raise InputError(f"no messages, no prompt with a completion and no {text_column!r} (there is: {', '.join(list(table)[:8])})")
+    pairs = "; set --objective dpo for preferences" if {"chosen", "rejected"} <= have else ""
+    raise InputError(f"no messages, no prompt with a completion and no {text_column!r} (there is: {', '.join(list(table)[:8])}){pairs}")
 
 
 def pair_in(table: dict[str, Any], as_messages: bool) -> tuple[Said, Said]:
     """(the chosen, the rejected) of a row of preferences; InputError that tells what is wrong with it."""
     have = {name for name, value in table.items() if value is not None}
     if not {"chosen", "rejected"} <= have:
-        raise InputError(f"no chosen and rejected (there is: {', '.join(list(table)[:8])})")
+        said = "; set --objective sft for conversations" if "messages" in have else ""
+        raise InputError(f"no chosen and rejected (there is: {', '.join(list(table)[:8])}){said}")
     chosen, rejected = table["chosen"], table["rejected"]
     if chosen == rejected:
         raise InputError("chosen and rejected are the same")
