@@ -2,7 +2,7 @@
 
     python -m bench.serving [--quick] [--only NAME]
 
-Greedy, prompts of 8 to 68 tokens, 64 new tokens each. "One at a time" has always one request running, the next beginning when it
+Greedy, prompts of 8 to 68 tokens, 100 new tokens each. "One at a time" has always one request running, the next beginning when it
 has ended. One process and thread, in turns, CPU seconds (so that what else the machine does counts little); medians over rounds. The
 dense shape is that of bench/generate.py (13.8M parameters), in the formats that weights are read in; the others are of 6 x 256 on
 bytes. Beside it: how long running rows stand still while a long prompt is read, and what the rows' state takes.
@@ -61,7 +61,7 @@ def answered(engine: Any, prompts: Sequence[list[int]], new: int, together: int)
 
 def concurrency(engine: Any, quick: bool) -> dict[str, Any]:
     """Tokens per CPU second of both ways, and whether they write the same."""
-    prompts, new = requests(engine.vocabulary), 4 if quick else 64
+    prompts, new = requests(engine.vocabulary), 4 if quick else 100
     found: dict[str, list[list[int]]] = {}
 
     def way(name: str, together: int) -> Callable[[], Any]:

@@ -220,6 +220,7 @@ def test_a_prompt_that_fails_ends_its_own_request_alone(engine: Engine, monkeypa
         return read(place, ids, extras)
 
     monkeypatch.setattr(engine._slots, "read", sometimes)
+    monkeypatch.setattr(engine._slots, "read_together", lambda *_: sometimes(None, [9, 9], {}))
     bad, good = Heard(engine, [9, 9], 5), Heard(engine, [4, 5], 6)
     engine.start()
     assert bad.wait().reasons == ["error: no memory"]

@@ -249,28 +249,44 @@ class Engine:
 
     def _read_prompts(self) -> list[tuple[_Row, Tensor]]:
         """Reads prompts in the order of their coming, prompt_tokens of all in all -> the logits [1, V] after those that are done."""
-        budget, done = self.prompt_tokens, []
+        budget, parts = self.prompt_tokens, []
         for row in [row for row in self._rows if not row.made]:
-            ids = row.request.prompt_ids
-            part = ids[row.read : row.read + self.prompt_tokens]
-            if len(part) > budget and budget < self.prompt_tokens:  # a prompt is cut at the same places whatever runs beside it
+            part = row.request.prompt_ids[row.read : row.read + self.prompt_tokens]
+            if len(part) > budget:  # a prompt is cut at the same places whatever runs beside it
                 break
-            try:
-                row.place = row.place or self._slots.open(len(ids))
-                logits = self._slots.read(row.place, part, row.request.extras if not row.read else {})
-            except (RuntimeError, TreadleError, MemoryError) as problem:
-                self._leave([row], _error(problem))
-                continue
-            row.read += len(part)
+            parts.append((row, part))
             budget -= len(part)
+        done = []
+        for row, part, logits in self._read(parts):
+            row.read += len(part)
             self._prompts += len(part)
-            if row.read == len(ids):
+            if row.read == len(row.request.prompt_ids):
                 done.append((row, logits))
-            if budget <= 0:
-                break
         if done:
             self._slots.join([row.place for row, _ in done if row.place is not None])
         return done
+
+    def _read(self, parts: list[tuple[_Row, list[int]]]) -> list[tuple[_Row, list[int], Tensor]]:
+        """Parts of prompts with the logits after each; short beginnings of about one length are read together."""
+        made: list[tuple[_Row, list[int], Tensor]] = []
+        for group in _of_one_length(parts):
+            for row, _ in group:
+                row.place = row.place or self._slots.open(len(row.request.prompt_ids), row.request.max_new_tokens)
+            logits: Tensor | None = None
+            if len(group) > 1:
+                try:
+                    logits = self._slots.read_together([row.place for row, _ in group if row.place], [part for _, part in group])
+                except (RuntimeError, TreadleError, MemoryError):
+                    logits = None  # each alone, so that one takes no others with it
+            for number, (row, part) in enumerate(group):
+                assert row.place is not None
+                try:
+                    own = self._slots.read(row.place, part, {} if row.read else row.request.extras) if logits is None else logits[number : number + 1]
+                except (RuntimeError, TreadleError, MemoryError) as problem:
+                    self._leave([row], _error(problem))
+                    continue
+                made.append((row, part, own))
+        return made
 
     def _decode(self, rows: list[_Row]) -> list[tuple[_Row, Tensor]]:
         """A step of the rows that run -> each one's logits [1, V]."""
@@ -327,6 +343,19 @@ class Engine:
         self._leave(list(self._rows), "cancelled")
         for ticket in gone:
             _tell(ticket.request.on_end, "cancelled")
+
+
+def _of_one_length(parts: list[tuple[_Row, list[int]]]) -> list[list[tuple[_Row, list[int]]]]:
+    """Groups that may be read together: of beginnings that are no longer than twice the shortest, so that little is padding."""
+    groups: list[list[tuple[_Row, list[int]]]] = []
+    for row, part in sorted(parts, key=lambda given: len(given[1])):
+        alone = row.read > 0 or bool(row.request.extras) or len(part) < len(row.request.prompt_ids)
+        if alone or not groups or not groups[-1] or len(part) > 2 * len(groups[-1][0][1]):
+            groups.append([])
+        groups[-1].append((row, part))
+        if alone:
+            groups.append([])
+    return [group for group in groups if group]
 
 
 def _longest(model: Any, max_len: int) -> tuple[int, str]:

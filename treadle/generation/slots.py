@@ -15,11 +15,15 @@ from treadle.generation.reading import Reading
 from treadle.layers.state import State
 
 
+SLOTS = 128  # a state holds a multiple of so many tokens a row
+
+
 @dataclass(eq=False)
 class Place:
-    """Where a request's row is kept. row: its number among the rows, which changes when others leave; state: its own while its
-    prompt is read, where it has one; length: tokens seen."""
+    """Where a request's row is kept. most: the tokens of its prompt and continuation; row: its number among the rows, which changes
+    when others leave; state: its own while its prompt is read, where it has one; length: tokens seen."""
 
+    most: int
     row: int = -1
     state: State | None = None
     length: int = 0
@@ -33,11 +37,15 @@ class Slots(Protocol):
     def nbytes(self) -> int:
         """Bytes of the decoding state."""
 
-    def open(self, prompt_tokens: int) -> Place:
-        """A place for a prompt of so many tokens."""
+    def open(self, prompt_tokens: int, new_tokens: int) -> Place:
+        """A place for a prompt of so many tokens and what follows it."""
 
     def read(self, place: Place, ids: list[int], extras: dict[str, Tensor]) -> Tensor:
         """Some more tokens of a prompt -> logits [1, V] after the last."""
+
+    def read_together(self, places: list[Place], ids: list[list[int]]) -> Tensor | None:
+        """The first tokens of several prompts -> logits [N, V] after each; None where that saves nothing. An error leaves the places
+        as they were."""
 
     def join(self, places: list[Place]) -> None:
         """Prompts that have been read take part in `step` from here on."""
@@ -50,7 +58,7 @@ class Slots(Protocol):
 
 
 class AnySlots:
-    """Rows of any model: one state of the rows that run, which others are joined to and selected from.
+    """Rows of any model: one state of the rows that run, as long as the longest of them may get, into which others are put.
 
     A row that has ended stays in it, empty and padded, until another takes it, and the state is made smaller when more than half
     of it is empty: so a state of keys and values is not copied at each coming and going.
@@ -68,12 +76,14 @@ class AnySlots:
         states = [self.state, *(place.state for place in self._reading)]
         return sum(state.nbytes for state in states if state is not None)
 
-    def open(self, prompt_tokens: int) -> Place:
-        place = Place(state=self.model.new_state(1, self.max_len))
+    def open(self, prompt_tokens: int, new_tokens: int) -> Place:
+        place = Place(prompt_tokens + new_tokens)
         self._reading.append(place)
         return place
 
     def read(self, place: Place, ids: list[int], extras: dict[str, Tensor]) -> Tensor:
+        if place.state is None:
+            place.state = self.model.new_state(1, place.most)
         batch = Batch.from_ids(torch.tensor([ids]), extras=extras or None).to(self.model.device)
         out = self.model.hidden(batch, place.state)
         place.state = out.state
@@ -81,33 +91,37 @@ class AnySlots:
         logits: Tensor = self.head(out.hidden[:, -1])
         return logits
 
-    def join(self, places: list[Place]) -> None:
-        left = list(places)
-        free = [row for row, kept in enumerate(self.places) if kept is None]
-        for row in free[: len(left)]:
-            place = left.pop(0)
-            assert self.state is not None and place.state is not None
-            self.state.put([row], place.state)
-            self._settle(place, row)
-        if not left:
-            return
-        if self.state is None and len(left) == 1:
-            self.state = left[0].state
-        else:  # an empty state costs no memory until it is written to, so only what is in use is copied
-            before, count = self.state, len(self.places)
-            self.state = self.model.new_state(count + len(left), self.max_len)
-            if before is not None:
-                self.state.put(range(count), before)
-            for number, place in enumerate(left):
-                assert self.state is not None and place.state is not None
-                self.state.put([count + number], place.state)
-        for place in left:
-            self.places.append(None)
-            self._settle(place, len(self.places) - 1)
+    def read_together(self, places: list[Place], ids: list[list[int]]) -> Tensor | None:
+        count, lengths = len(places), [len(own) for own in ids]
+        longest = max(lengths)
+        given, doc_ids = torch.zeros(count, longest, dtype=torch.int64), torch.full((count, longest), PAD)
+        for row, own in enumerate(ids):
+            given[row, : len(own)], doc_ids[row, : len(own)] = torch.tensor(own), 0
+        batch = Batch.from_ids(given, doc_ids=doc_ids if min(lengths) < longest else None).to(self.model.device)
+        out = self.model.hidden(batch, self.model.new_state(count, max(place.most for place in places)))
+        logits: Tensor = self.head(out.hidden[range(count), [length - 1 for length in lengths]])
+        for row, place in enumerate(places):
+            place.state, place.length = out.state.select([row]), lengths[row]
+        return logits
 
-    def _settle(self, place: Place, row: int) -> None:
-        place.state, place.row, self.places[row] = None, row, place
-        self._reading.remove(place)
+    def join(self, places: list[Place]) -> None:
+        running = [place for place in self.places if place is not None]
+        needed = -(-max(place.most for place in (*running, *places)) // SLOTS) * SLOTS
+        free = [row for row, kept in enumerate(self.places) if kept is None]
+        before, count = self.state, len(self.places)
+        if before is None or len(free) < len(places) or needed > before.max_len:
+            rows = count + max(0, len(places) - len(free))
+            state = self.model.new_state(rows, needed if before is None else max(needed, before.max_len))
+            if before is not None:
+                state.put(range(count), before)
+            self.state, free = state, free + list(range(count, rows))
+            self.places += [None] * (rows - count)
+        assert self.state is not None
+        for place, row in zip(places, free):
+            assert place.state is not None
+            self.state.put([row], place.state)
+            place.state, place.row, self.places[row] = None, row, place
+            self._reading.remove(place)
 
     def step(self, places: list[Place], ids: list[int]) -> Tensor:
         column = [0] * len(self.places)
@@ -149,7 +163,7 @@ class AnySlots:
                 running.row = row
         elif ended:  # a row that is not read any more must not count among the longest
             assert self.state is not None
-            self.state.put(ended, self.model.new_state(len(ended), self.max_len))
+            self.state.put(ended, self.model.new_state(len(ended), 1))
 
 
 class DenseSlots:
@@ -164,13 +178,16 @@ class DenseSlots:
     def nbytes(self) -> int:
         return self.decoding.state.nbytes  # type: ignore[no-any-return]
 
-    def open(self, prompt_tokens: int) -> Place:
-        return Place(row=self.free.pop(), rounded=self.decoding.rounds_a_prompt_of(prompt_tokens))
+    def open(self, prompt_tokens: int, new_tokens: int) -> Place:
+        return Place(prompt_tokens + new_tokens, row=self.free.pop(), rounded=self.decoding.rounds_a_prompt_of(prompt_tokens))
 
     def read(self, place: Place, ids: list[int], extras: dict[str, Tensor]) -> Tensor:
         logits = self.decoding.read(place.row, torch.tensor(ids), place.length, place.rounded)
         place.length += len(ids)
         return logits
+
+    def read_together(self, places: list[Place], ids: list[list[int]]) -> Tensor | None:
+        return None  # its products have one speed from a few tokens on
 
     def join(self, places: list[Place]) -> None:
         pass

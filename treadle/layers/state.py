@@ -131,8 +131,8 @@ class State:
         return State(torch.cat([self.lengths, *(other.lengths for other in others)]), host, self.max_len, layers)
 
     def put(self, rows: Sequence[int], other: State) -> None:
-        """Row i of `other` takes the place of row rows[i], in place."""
-        if other.max_len != self.max_len or len(rows) != len(other.host_lengths):
+        """Row i of `other` takes the place of row rows[i], in place. ConfigError where `other` has more slots a row than this."""
+        if other.max_len > self.max_len or len(rows) != len(other.host_lengths):
             raise ConfigError(f"{len(rows)} rows of {self.max_len} tokens cannot take {len(other.host_lengths)} rows of {other.max_len}")
         index = torch.tensor(rows, dtype=torch.int64, device=self.lengths.device)
         self.lengths = self.lengths.index_copy(0, index, other.lengths)
