@@ -47,8 +47,8 @@ class DataSettings(Settings):
 
     path: str | list[str] | None = option(None, aliases=("data_path", "data_dir", "train_file"), change="guarded")
     """A .txt, .jsonl, .csv or .parquet file (the first three also .gz or .zst), a folder of them, a folder of prepared .bin
-    shards, a URL of one of these (s3://, gs://, hf://, https://), or a list.
-    The word `austen` is the corpus that ships with treadle."""
+    shards, a URL of one of these (s3://, gs://, hf://, https://), or a list. The words `austen`, `conversations` and
+    `preferences` are what ships with treadle."""
 
     dataset_class: str = option(TEXT, aliases=("dataset",), change="guarded")
     """What kind of data: text (the other keys here), conversations (messages, or prompt and completion), preferences (chosen and
