@@ -190,6 +190,8 @@ def test_held_out_conversations_are_whole_ones(written: Callable[..., str]) -> N
     splits = opened(written(*rows), validation_fraction=0.2, test_fraction=0.1)
     said = {name: set(learnt(data)) for name, data in splits.items()}
     assert sum(map(len, said.values())) == 200 and 20 < len(said["validation"]) < 60 and 5 < len(said["test"]) < 40
+    few = opened(written(*rows[:30], name="few.jsonl"), validation_fraction=0.4)  # too few to cut texts whole by, and whole all the same
+    assert sorted([*learnt(few["train"]), *learnt(few["validation"])]) == sorted(f"a{n}|" for n in range(30))
     other = written({"messages": talk("other", "one")}, name="other.jsonl")
     assert learnt(opened(written(*rows), validation_path=other)["validation"]) == ["one|"]
 
