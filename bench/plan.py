@@ -18,7 +18,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Case:
     precision: str = "fp32"
     optimizer: str = "adamw"
     checkpointing: bool = False
+    adapter: dict[str, Any] = field(default_factory=dict)  # keys of [adapter], on a model that is frozen then
 
     @property
     def tiny(self) -> dict[str, Any]:
@@ -57,6 +58,8 @@ CASES = [
     Case("llama, bf16", "transformer", 8, 256, precision="bf16"),
     Case("llama, muon", "transformer", 8, 256, optimizer="muon"),
     Case("llama, 32k tokens", "transformer", 4, 128, {**DENSE, "vocab_size": 32000}),
+    Case("llama, adapters", "transformer", 8, 256, adapter={"lora_rank": 8, "lora_dropout": 0.05}),
+    Case("llama, adapters, 8 bits", "transformer", 8, 256, adapter={"lora_rank": 8, "base_precision": "int8"}),
     Case("gpt2", "transformer", 8, 256, GPT2),
     Case("inl", "inl", 8, 256),
     *(Case(name, "transformer", 8, 256, {**DENSE, "layer_types": [name]}) for name in ("ssd", "hgrn", "retnet", "rwkv", "gated_deltanet")),
@@ -84,7 +87,9 @@ def predicted_bytes(case: Case, exact: bool, device: str = "cpu") -> float:
     """The peak of one process beyond what it takes without a model."""
     import torch
 
+    from treadle.models.adapters import add_adapters
     from treadle.models.catalogue import MODELS
+    from treadle.models.settings import AdapterSettings
     from treadle.objectives.next_token import NextToken
     from treadle.planning.memory import Sizes, per_process
     from treadle.planning.step_trace import Shape, trace_step
@@ -93,10 +98,14 @@ def predicted_bytes(case: Case, exact: bool, device: str = "cpu") -> float:
     cls = MODELS.get(case.arch)
     config = cls.Config.with_preset(None, **case.keys)
     shape = Shape(case.rows, case.length, 1, case.precision, case.checkpointing)
+    adapter = AdapterSettings(**case.adapter) if case.adapter else None
     trace = trace_step(cls, config, NextToken(), shape, cls.example(config, case.rows, case.length),
-                       optim=OptimSettings(name=case.optimizer), exact=exact, kind=device)  # fmt: skip
+                       optim=OptimSettings(name=case.optimizer), exact=exact, kind=device, adapter=adapter)  # fmt: skip
     with torch.device("meta"):
-        sizes = Sizes.of(cls(config))  # type: ignore[call-arg]
+        model = cls(config)  # type: ignore[call-arg]
+        if adapter is not None:
+            add_adapters(model, adapter)
+        sizes = replace(Sizes.of(model), loaded=0)  # nothing is read here
     memory = per_process(sizes, trace, shape, "none", 1, None, kind=device)
     return (memory.total_gb - memory.process_gb - memory.kept_gb) * 1e9
 
@@ -116,8 +125,9 @@ def take_steps(case: Case, kept: bool, device: str) -> int:
     """Growth of this process's memory in two steps."""
     import torch
 
-    from treadle.models.base import build_from
+    from treadle.models.adapters import add_adapters
     from treadle.models.catalogue import MODELS
+    from treadle.models.settings import AdapterSettings
     from treadle.objectives.base import ModelWithObjective
     from treadle.objectives.next_token import NextToken
     from treadle.ops.memory import keep_freed_memory, peak_resident_bytes, resident_bytes, return_freed_memory
@@ -131,7 +141,11 @@ def take_steps(case: Case, kept: bool, device: str) -> int:
 
     def steps(keys: dict[str, Any], rows: int, length: int) -> None:
         config = cls.Config.with_preset(None, **keys)
-        model = build_from(cls, config).to(device)
+        with torch.device("meta"):
+            model = cls(config)  # type: ignore[call-arg]
+        if case.adapter:
+            add_adapters(model, AdapterSettings(**case.adapter))
+        model = model.materialise(0, device)
         resolve.set_checkpointing(model, case.checkpointing)
         module = ModelWithObjective(model, NextToken())
         optimizers = Optimizers(model, OptimSettings(name=case.optimizer))

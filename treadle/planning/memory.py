@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from treadle.layers.lora import FrozenLinear
 from treadle.models.base import Model
 from treadle.planning.step_trace import Shape, StepTrace
 
@@ -24,18 +25,29 @@ KEPT_SHARE = 0.3
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters: of all, of the largest block, and of what is in no block (the root under fsdp)."""
+    """Parameters: of all, of the largest block, and of what is in no block (the root under fsdp); how many of them are trained,
+    and the bytes that all are held in. loaded: bytes of the frozen model that adapters are trained on, while it is read."""
 
     parameters: int
     largest_block: int
     root: int
     blocks: tuple[int, ...]
+    trained: int
+    held: int
+    loaded: int = 0
 
     @staticmethod
     def of(model: Model) -> Sizes:
         blocks = tuple(sum(p.numel() for p in block.parameters()) for block in model.blocks())
         total = model.parameter_count()
-        return Sizes(total, max(blocks, default=0), total - sum(blocks), blocks)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        held = sum(t.nbytes for t in model.parameters()) + sum(b.nbytes for m in frozen_layers(model) for b in m.buffers(False))
+        return Sizes(total, max(blocks, default=0), total - sum(blocks), blocks, trained, held, FP32 * (total - trained) if model.adapted else 0)
+
+
+def frozen_layers(model: Model) -> list[FrozenLinear]:
+    """Layers that hold their weights in fewer bits beside the scales of these, which are no parameters."""
+    return [module for module in model.modules() if isinstance(module, FrozenLinear)]
 
 
 @dataclass(frozen=True)
@@ -67,7 +79,7 @@ def per_process(
 ) -> Memory:  # fmt: skip
     """The memory of one of `world` processes. mode: none, ddp, fsdp or deepspeed (ZeRO stage 2: weights whole, gradients and
     state in shards)."""
-    weights = FP32 * sizes.parameters
+    weights = float(sizes.held)
     parts = {"fsdp": shard_size or world, "deepspeed": world}.get(mode, 1)
     params = weights if mode == "deepspeed" else weights / parts
     grads, state = trace.gradients / parts, trace.state / parts
@@ -82,8 +94,9 @@ def per_process(
     # Buckets hold their gradients for good, and so do passes after the first of a step.
     early = mode == "ddp" or shape.accumulation > 1
     shards_files = mode == "fsdp" or (mode == "ddp" and shard_optimizer)
-    written = max(params, state)
-    saving = (params + state if asynchronous else 0.0) + (2 * written if shards_files else 0.0)
+    saved = params * FP32 * sizes.trained / sizes.held if sizes.loaded else params  # of adapters, these alone
+    written = max(saved, state)
+    saving = (saved + state if asynchronous else 0.0) + (2 * written if shards_files else 0.0)
     if kind == "cuda":
         saving = 0.0  # copies for a checkpoint are in the machine's memory
     kept_all = 0.0 if offload else params + state
@@ -99,7 +112,10 @@ def per_process(
     peak, phase, activations, casts = max(needs)
     logits = trace.logits if phase == "loss" else 0.0
     process = PROCESS_GB[kind]
-    kept = KEPT_SHARE * peak / 1e9 if kind == "cpu" and mode != "fsdp" else 0.0
+    frozen = params if sizes.loaded else 0.0  # is never freed, so that nothing settles in its place
+    kept = KEPT_SHARE * (peak - frozen) / 1e9 if kind == "cpu" and mode != "fsdp" else 0.0
+    if sizes.loaded and params + sizes.loaded > peak + kept * 1e9:  # before anything was freed that could be kept
+        peak, phase, activations, casts, logits, kept = params + sizes.loaded, "reading the frozen model", 0.0, 0.0, 0.0, 0.0
     return Memory(
         params / 1e9, grads / 1e9, state / 1e9, (activations - logits) / 1e9, trace.logits / 1e9, casts / 1e9, gathered / 1e9,
         saving / 1e9,

@@ -14,6 +14,7 @@ from treadle.data.dataset import splits_of
 from treadle.distributed.settings import ParallelSettings
 from treadle.errors import ConfigError
 from treadle.evaluation.report import objective_of
+from treadle.models.adapters import add_adapters
 from treadle.models.base import Model, ModelConfig
 from treadle.models.catalogue import MODELS
 from treadle.objectives.base import Objective
@@ -132,6 +133,10 @@ def plan(
     cls, config = model_class or model_of(recipe, data, text_named)
     with torch.device("meta"):
         model = cls(config)  # type: ignore[call-arg]
+    whole = model.flops(recipe.data.seq_len if data is None else data.seq_len)
+    adapter = recipe.adapter if recipe.adapter.lora_rank is not None else None
+    if adapter is not None:
+        add_adapters(model, adapter)
     sizes = Sizes.of(model)
     micro, accumulation, total = resolve.batch_sizes(recipe, world)
     kind = "cuda" if device.startswith("cuda") else "cpu"
@@ -148,7 +153,7 @@ def plan(
     if mode != "none" and world == 1:
         mode = "none"
     shard_size = _checked_shard_size(settings, world)
-    trace = trace_step(cls, config, objective, shape, batch, optim=recipe.optim, exact=exact, kind=kind)
+    trace = trace_step(cls, config, objective, shape, batch, optim=recipe.optim, exact=exact, kind=kind, adapter=adapter)
     options: dict[str, Any] = {"reshard": settings.reshard_after_forward, "kind": kind,
                                "asynchronous": recipe.checkpoint.asynchronous}  # fmt: skip
 
@@ -162,7 +167,9 @@ def plan(
         return traffic.per_step(sizes, shape, mode, count, parts, reshard=settings.reshard_after_forward,
                                 shard_optimizer=settings.shard_optimizer)  # fmt: skip
 
-    rows_flops = 3.0 * model.flops(shape.length) * micro * accumulation
+    # A product and its gradients by input and weight; of frozen weights there are none, of adapters all three.
+    row_flops = 3.0 * whole if adapter is None else 2.0 * whole + 6.0 * sizes.trained * shape.length
+    rows_flops = row_flops * micro * accumulation
     if shape.gradient_checkpointing is not False:
         rows_flops *= 4 / 3  # one more forward pass
     if measure:
@@ -174,13 +181,14 @@ def plan(
     curve = traffic.curve(worlds, rows_flops, micro * accumulation * shape.length, {w: volume(w).total for w in worlds},
                           reached, bandwidth, overlap)  # fmt: skip
     layouts = {name: needs_of(*layout) for name, layout in LAYOUTS.items()}
-    every_token = 3.0 * model.flops(shape.length) / shape.length
+    every_token = row_flops / shape.length
     own_row = next(row for row in curve if row.world == world)
     time = duration(every_token, total * shape.length, own_row.step_seconds, tokens=tokens, hours=hours)
     result: dict[str, Any] = {
         "architecture": cls.arch,
         "preset": recipe.preset,
         "parameters": sizes.parameters,
+        "trained_parameters": sizes.trained,
         "flops_per_token": every_token,
         "world": world,
         "mode": mode,
@@ -215,7 +223,7 @@ def plan(
         from treadle.planning.rehearsal import rehearse as run
 
         fsdp = replace_mode(settings)
-        counted = run(cls, config, objective, recipe.optim, fsdp, shape, world, batch)
+        counted = run(cls, config, objective, recipe.optim, fsdp, shape, world, batch, adapter)
         result["rehearsal_bytes"] = counted
     return result
 

@@ -21,7 +21,9 @@ from treadle.data.batch import Batch
 from treadle.distributed.fsdp import make_mesh, shard
 from treadle.distributed.settings import ParallelSettings
 from treadle.errors import ConfigError
+from treadle.models.adapters import add_adapters
 from treadle.models.base import Model, ModelConfig
+from treadle.models.settings import AdapterSettings
 from treadle.objectives.base import ModelWithObjective, Objective
 from treadle.ops.precision import autocast
 from treadle.planning.step_trace import Shape
@@ -62,7 +64,7 @@ class _Counted(TorchDispatchMode):
 
 def rehearse(
     cls: type[Model], config: ModelConfig, objective: Objective, optim: OptimSettings, settings: ParallelSettings,
-    shape: Shape, world: int, batch: Batch,
+    shape: Shape, world: int, batch: Batch, adapter: AdapterSettings | None = None,
 ) -> dict[str, int]:  # fmt: skip
     """Runs one step under fsdp and returns the bytes gathered, scattered and reduced in it."""
     counted = _Counted()
@@ -70,6 +72,8 @@ def rehearse(
         mesh = make_mesh("cpu", world, settings.shard_size)
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = cls(config)  # type: ignore[call-arg]
+            if adapter is not None:
+                add_adapters(model, adapter)
             resolve.set_checkpointing(model, shape.gradient_checkpointing)
             module = ModelWithObjective(model, objective)
             shard(module, model, mesh, settings, shape.precision)

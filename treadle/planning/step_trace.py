@@ -19,7 +19,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from treadle.data.batch import Batch
+from treadle.models.adapters import add_adapters
 from treadle.models.base import Model, ModelConfig
+from treadle.models.settings import AdapterSettings
 from treadle.objectives.base import ModelWithObjective, Objective
 from treadle.ops.planned import planned_for_gpu
 from treadle.ops.precision import autocast
@@ -57,17 +59,18 @@ class StepTrace:
 
 def trace_step(
     cls: type[Model], config: ModelConfig, objective: Objective, shape: Shape, batch: Batch, *,
-    optim: OptimSettings | None = None, exact: bool = False, kind: str = "cpu",
+    optim: OptimSettings | None = None, exact: bool = False, kind: str = "cpu", adapter: AdapterSettings | None = None,
 ) -> StepTrace:  # fmt: skip
     """The step of a micro-batch. exact=False: from two shallow models where the blocks repeat, else the whole model.
-    kind: "cuda" takes attention that saves no probabilities, as GPUs have it."""
+    kind: "cuda" takes attention that saves no probabilities, as GPUs have it. adapter: of a model that is frozen under adapters."""
     optim = optim or OptimSettings()
 
     def traced(config: ModelConfig) -> StepTrace:
         with planned_for_gpu() if kind == "cuda" else nullcontext():
-            return _trace(cls, config, objective, shape, batch, optim)
+            return _trace(cls, config, objective, shape, batch, optim, adapter)
 
-    period, count = (0, 0) if exact else period_of(cls, config)
+    numbered = adapter is not None and any(character.isdigit() for word in adapter.lora_targets for character in word)
+    period, count = (0, 0) if exact or numbered else period_of(cls, config)
     if not period or count <= 2 * period or not isinstance(shape.gradient_checkpointing, bool):
         return traced(config)
     shallow = [config.model_copy(update={"num_layers": n * period}) for n in (1, 2)]
@@ -171,17 +174,20 @@ def trace_reading(cls: type[Model], config: ModelConfig, batch: Batch, kind: str
 
 
 def _trace(
-    cls: type[Model], config: ModelConfig, objective: Objective, shape: Shape, batch: Batch, optim: OptimSettings
+    cls: type[Model], config: ModelConfig, objective: Objective, shape: Shape, batch: Batch, optim: OptimSettings,
+    adapter: AdapterSettings | None = None,
 ) -> StepTrace:  # fmt: skip
     ledger = Ledger()
     with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
         warnings.simplefilter("ignore")
         model = cls(config)  # type: ignore[call-arg]
+        if adapter is not None:
+            add_adapters(model, adapter)
         resolve.set_checkpointing(model, shape.gradient_checkpointing)
         module = ModelWithObjective(model, objective).train()
         optimizers = Optimizers(model, optim)
         ledger.sort([*model.parameters(), *model.buffers()], "kept")
-        for parameter in model.parameters():
+        for parameter in [p for p in model.parameters() if p.requires_grad]:
             parameter.register_post_accumulate_grad_hook(lambda p: ledger.sort([p.grad], "gradients"))  # type: ignore[list-item]
         with Watch(ledger), _marked(model, ledger) as begin_backward:
             with autocast(shape.precision, torch.device("cpu")):

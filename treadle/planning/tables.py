@@ -20,7 +20,7 @@ def lines(result: dict[str, Any]) -> list[str]:
     passes = result["gradient_accumulation_steps"]
     each = f"{result['per_device_train_batch_size']} x {result['seq_len']} tokens" + (f" x {passes}" if passes > 1 else "")
     text = [
-        f"{name}: {count_label(result['parameters'])} parameters; {result['world']} process(es), {result['mode']}, "
+        f"{name}: {count_label(result['parameters'])} parameters{_trained(result)}; {result['world']} process(es), {result['mode']}, "
         f"{each} each, {result['precision']}",
         f"memory of one process: {m['total_gb']:.2f} GB at the peak ({m['phase']})",
         f"  weights {m['params_gb']:.2f}, gradients {m['grads_gb']:.2f}, optimiser {m['optimizer_gb']:.2f}, activations "
@@ -62,6 +62,12 @@ def lines(result: dict[str, Any]) -> list[str]:
     if "asked" in result:
         text.append(_verdict(result, **result["asked"]))
     return text
+
+
+def _trained(result: dict[str, Any]) -> str:
+    """The share that is trained, where that is not all."""
+    own, every = result["trained_parameters"], result["parameters"]
+    return f", of which {count_label(own)} are trained ({own / every:.1%})" if own < every else ""
 
 
 def _verdict(result: dict[str, Any], unit: str, memory: float, needs: float, fits: bool) -> str:

@@ -36,6 +36,7 @@ def per_step(
 ) -> Traffic:  # fmt: skip
     """The volume of one step of `shape.accumulation` micro-batches."""
     weights = FP32 * sizes.parameters
+    trained = FP32 * sizes.trained  # what has gradients
     if world == 1:
         return Traffic()
     if mode == "fsdp":
@@ -45,14 +46,14 @@ def per_step(
         # Each micro-batch: blocks before forward, again before backward if they were freed, the root once.
         wide = FP32 * sizes.root + narrow * blocks * (2 if reshard else 1)
         gather = shape.accumulation * ring(parts) * wide
-        scatter = shape.accumulation * ring(parts) * weights
+        scatter = shape.accumulation * ring(parts) * trained
         copies = world // parts
-        reduce = shape.accumulation * 2 * ring(copies) * weights / parts
+        reduce = shape.accumulation * 2 * ring(copies) * trained / parts
         return Traffic(gather, scatter, reduce)
     if mode == "deepspeed":  # stage 2: gradients to their owners, updated weights to all
         return Traffic(gather=ring(world) * weights, scatter=shape.accumulation * ring(world) * weights)
-    gather = ring(world) * weights if shard_optimizer else 0.0
-    return Traffic(gather=gather, reduce=2 * ring(world) * weights)
+    gather = ring(world) * trained if shard_optimizer else 0.0
+    return Traffic(gather=gather, reduce=2 * ring(world) * trained)
 
 
 @dataclass(frozen=True)
