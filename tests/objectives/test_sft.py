@@ -163,6 +163,27 @@ def test_a_run_is_exported_with_its_template_and_evaluated_elsewhere(files: Path
     assert again.returncode == 0 and "chat template chatml" in again.stdout, again.stderr  # the one of the run it starts from
 
 
+def test_a_hugging_face_folder_brings_its_template_and_takes_it_along(files: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    from tests.text.test_chat_template import CONTROL, TEXT, UNMARKED
+
+    made = Tokenizer.train("bpe", iter([TEXT]), 300)
+    made.inner.add_special_tokens(CONTROL)  # type: ignore[attr-defined]
+    tokens = transformers.PreTrainedTokenizerFast(tokenizer_object=made.inner, eos_token="<|im_end|>", chat_template=UNMARKED)  # type: ignore[attr-defined]
+    tokens.save_pretrained(tmp_path / "theirs")
+    shape = transformers.LlamaConfig(vocab_size=len(tokens), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    transformers.LlamaForCausalLM(shape).save_pretrained(tmp_path / "theirs")
+    out = command("train", files / "conversations.jsonl", "--from", tmp_path / "theirs", "--objective", "sft", "--max_steps", "2", "--seq_len", "96",
+                  "--output_dir", tmp_path / "r", "--validation_fraction", "0.2", "--eval_rows", "4", "--report_to", "jsonl")  # fmt: skip
+    assert out.returncode == 0 and "chat template the tokenizer's" in out.stdout, out.stdout + out.stderr
+    exported = command("export", tmp_path / "r", "--format", "huggingface", "--output", tmp_path / "back")
+    assert exported.returncode == 0, exported.stderr
+    back, ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "back"), Tokenizer.load(tmp_path / "back")
+    assert back.chat_template == UNMARKED and ours.chat_template == ChatTemplate(UNMARKED)
+    wanted = back.apply_chat_template(messages(3), tokenize=True)["input_ids"]
+    assert ours.chat_template is not None and ours.chat_template.encode(ours, messages(3))[0].tolist() == wanted
+
+
 def test_killed_it_continues_bit_for_bit(files: Path, tmp_path: Path) -> None:
     source = tmp_path / "talk.jsonl"
     shutil.copy(files / "conversations.jsonl", source)
