@@ -117,7 +117,7 @@ def test_a_batch_of_padding_and_uneven_rows_counts_what_is_there() -> None:
     together = Batch.from_ids(*(torch.cat([getattr(b, name) for b in (two, wide, none)]) for name in ("input_ids", "doc_ids", "labels")))
     assert objective.counts(together)["pairs"] == 3 and objective.counts(none)["pairs"] == 0
     for name in ("dpo", *FOUND):
-        apart = sum(float(objective(policy, b).losses[name].total) for b in (two, one))
+        apart = sum(float(objective(policy, b).losses[name].total.detach()) for b in (two, one))
         assert float(objective(policy, together).losses[name].total) == pytest.approx(apart, abs=1e-5)
         assert float(objective(policy, none).losses[name].total) == 0
 
@@ -146,7 +146,8 @@ def test_one_step_prefers_what_was_chosen() -> None:
 
 
 def test_adapters_are_held_to_the_model_without_them() -> None:
-    base, policy = model(1), model(1)
+    base, policy = (model(1, style="gpt2", dropout=0.5, max_position_embeddings=32) for _ in range(2))
+    base.eval()
     add_adapters(policy, AdapterSettings(lora_rank=4, lora_dropout=0.5))
     policy.train()
     with torch.no_grad():
