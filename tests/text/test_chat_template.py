@@ -33,6 +33,13 @@ LOOPY = """{%- for m in messages -%}{% if loop.index > 9 %}{% break %}{% endif %
 LLAMA2 = """{% for m in messages %}{% if m['role'] == 'assistant' %}{{ ' ' + m['content'] + ' ' + eos_token }}\
 {% else %}{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}{% endif %}{% endfor %}"""
 
+DEFAULT_SYSTEM = """{% for m in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe of help<|im_end|>\n' }}\
+{% endif %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+OTHER_ROLE = """{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}\
+{% endif %}{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}{{ '<|start_header_id|>' + role + '\n' + (m['content'] | trim) + '<|eot_id|>\n' }}\
+{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>model\n' }}{% endif %}"""
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -72,7 +79,8 @@ def test_ids_and_masks_equal_transformers(source: str, messages: Any, ours: Toke
     assert template.prompt_ids(ours, messages[:-1]) == prompt
 
 
-@pytest.mark.parametrize("source", [UNMARKED, LLAMA2, CHATML], ids=["chatml", "llama2", "marked"])
+@pytest.mark.parametrize("source", [UNMARKED, LLAMA2, CHATML, DEFAULT_SYSTEM, OTHER_ROLE],
+                         ids=["chatml", "llama2", "marked", "default system", "other role"])  # fmt: skip
 def test_prefix_rendering_gives_the_assistants_parts_with_the_end_of_each_turn(source: str, ours: Tokenizer, theirs: Any) -> None:
     messages = [m for m in CONVERSATIONS[1] if m["role"] != "system"]
     template = ChatTemplate(source)
@@ -82,7 +90,7 @@ def test_prefix_rendering_gives_the_assistants_parts_with_the_end_of_each_turn(s
     ends = [t for t in range(len(ids)) if mask[t] and (t + 1 == len(ids) or not mask[t + 1])]
     assert len(ends) == 2 and [ids[t] for t in ends] == [end, end]  # never the next message's (the model would not learn to stop)
     learnt = ours.decode(ids[mask].tolist())
-    assert learnt.split() == ["lazy.", "34"]
+    assert "".join(learnt.split()) == "lazy.34"
     one = template.encode(ours, messages, "completion")[1]
     assert ours.decode(ids[one].tolist()).strip() == "34" and template.encode(ours, messages, "all")[1].all()
 
