@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import atexit
 import errno
+import itertools
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -325,7 +327,8 @@ def export(
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16: how the weights are stored.")] = "fp32",
     packed: Annotated[bool, typer.Option("--packed", help="Store ternary weights in 1.6 bits each; the same outputs.")] = False,
     quantize: Annotated[str | None, typer.Option(help="int8 or int4: store linear layers' weights in so many bits.")] = None,
-    layout: Annotated[str, typer.Option("--format", help="treadle; huggingface, what transformers loads, in RUN/huggingface; or gguf, for llama.cpp, in RUN/gguf.")] = "treadle",
+    layout: Annotated[str | None, typer.Option("--format", help="treadle (the default); huggingface, what transformers loads, in RUN/huggingface; gguf, for llama.cpp, in RUN/gguf; or peft, adapters alone (the default where a run has some), in RUN/peft.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Write the whole model of a run with adapters.")] = False,
     gguf_type: Annotated[str | None, typer.Option(help="f32 (the default), f16 or q8_0: the numbers of a .gguf file.")] = None,
     licence: Annotated[str | None, typer.Option("--license", help="What the model card states, as in apache-2.0.")] = None,
     trust_code: Trust = None,
@@ -335,7 +338,7 @@ def export(
     from treadle.models.export import export as write
     from treadle.models.export import told
 
-    written = write(run, output, precision, packed, layout=layout, quantize=quantize, gguf_type=gguf_type, license=licence)
+    written = write(run, output, precision, packed, layout=layout, quantize=quantize, gguf_type=gguf_type, license=licence, merge=merge)
     for line in told(written, layout, precision, packed, quantize):
         echo(line)
 
@@ -371,8 +374,9 @@ def recipes() -> None:
     from treadle.recipe import builtin_recipes
 
     for name, path in builtin_recipes().items():
-        lines = [line.lstrip("# ") for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-        echo(f"{name:<30}{lines[0] if lines else ''}")
+        head = itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+        first, *_ = re.split(r"(?<=\.) (?=[A-Z])", " ".join(line.lstrip("# ") for line in head))
+        echo(f"{name:<30}{first}")
     echo("run one with: treadle train NAME")
 
 

@@ -20,3 +20,12 @@ def test_no_line_of_a_list_of_verbs_is_cut(group: list[str]) -> None:
         name, _, said = line.strip().partition(" ")
         assert said.strip().endswith("."), f"{name}: {said}"
         assert not said.endswith(".."), f"the first sentence of {name}'s help is too long for its line: {said}"
+
+
+def test_each_recipe_is_told_by_one_whole_sentence() -> None:
+    lines = CliRunner().invoke(app, ["recipes"]).output.splitlines()[:-1]
+    assert len(lines) >= 17
+    for line in lines:
+        name, _, said = line.partition(" ")
+        assert said.startswith(" ") or len(name) < 30, line
+        assert said.strip().endswith((".", "--from RUN")), f"{name}: {said.strip()}"
