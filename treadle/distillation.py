@@ -61,7 +61,7 @@ def distill(request: Request, console: Console | None = None) -> dict[str, Any]:
             if not last:
                 above["eval.at_end"] = False
             one = replace(request, above=(Layer(above, "the stage"),), fresh=False,
-                          weights_from=str(before) if before is not None else None)  # fmt: skip
+                          weights_from=str(before) if before is not None else request.weights_from)  # fmt: skip
             summary = train_in(world, one, console)
             before = here
         if world is None or world.is_main_process:

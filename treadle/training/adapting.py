@@ -28,11 +28,11 @@ def put_on(model: Model, recipe: Recipe, start: Checkpoint | None, begun: bool) 
         base = base_of(settings, f"this run ({recipe.folder})")
     elif start is not None:
         base = start
-        settings.base_model = str(Path(start.folder).resolve())
         settings.base_checksum = weights_checksum(start)
     else:
         raise ConfigError("adapters are trained on a model that is there: add --from RUN (a run, a checkpoint or a folder of "
                           "transformers), or leave --lora_rank out to train a new model whole")  # fmt: skip
+    settings.base_model = str(Path(base.folder).resolve())
     add_adapters(model, settings)
     return base
 
