@@ -174,3 +174,16 @@ def test_processes_and_micro_batches_change_nothing(files: Path, tmp_path: Path)
     for mode in ("ddp", "fsdp"):
         for ours, other in zip(run_in(2, trained, path, str(tmp_path / "two"), mode, 2)[0], alone):
             assert ours == pytest.approx(other, rel=1e-4, abs=1e-6)
+
+
+def test_a_plan_counts_the_reference_and_makes_none(files: Path, tmp_path: Path) -> None:
+    given = flags(seq_len=160, objective="dpo", hidden_size=256)
+    found = {}
+    for name, more in (("whole", []), ("adapters", ["--lora_rank", "4"])):
+        out = command("plan", files / "pairs.jsonl", *given, *more, "--json")
+        assert out.returncode == 0, out.stderr
+        found[name] = json.loads(out.stdout)
+    parameters = found["whole"]["parameters"]
+    trained = 3 * 4 * (parameters - found["adapters"]["trained_parameters"])  # gradients and two moments
+    saved = (found["whole"]["memory"]["total_gb"] - found["adapters"]["memory"]["total_gb"]) * 1e9
+    assert trained + 3.5 * parameters < saved  # and the second model

@@ -85,6 +85,7 @@ class Objective(ABC):
     """
 
     headline: ClassVar[str]
+    only_planned: bool = False  # `treadle plan` asks for shapes and times: prepare allocates no further model and reads none
     metrics: ClassVar[Mapping[str, Metric]] = {"loss": Metric()}
     ranking_metric: ClassVar[str] = "loss"
     training_line: ClassVar[tuple[str, ...]] = ("loss",)

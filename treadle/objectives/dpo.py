@@ -83,6 +83,8 @@ class DirectPreference(NextToken):
             return  # the base is the reference
         if not model.capabilities.packs:
             raise ConfigError(f"the model {model.arch} reads one document a row, and DPO has both answers of a pair in one; choose another")
+        if self.only_planned:
+            return
         if self.reference is None:
             self.reference = self._found(model)
         if self.reference.vocab_size != model.vocab_size:
@@ -138,6 +140,8 @@ class DirectPreference(NextToken):
     def _references(self, model: Model, batch: Batch) -> Tensor:
         """What the reference says, without dropout."""
         with ExitStack() as left:
+            if self.only_planned and not model.adapted:
+                self.reference = type(model)(model.config).eval()  # as large as the model, whatever its weights
             reference = self.reference
             if reference is None:
                 if not model.adapted:
@@ -154,7 +158,9 @@ class DirectPreference(NextToken):
         out = model.hidden(batch)
         assert out.hidden is not None
         count = max(1, *_pairs_of(batch), 1)
-        sums = sequence_log_probabilities(*model.linear_head(out.hidden), batch.labels, batch.doc_ids, 2 * count, model.logit_softcap)
+        sums = sequence_log_probabilities(
+            *model.linear_head(out.hidden), batch.labels, batch.doc_ids, 2 * count, batch.counts["labels"], model.logit_softcap
+        )
         return sums.unflatten(-1, (count, 2)), out
 
     # ---- evaluation ----

@@ -19,21 +19,24 @@ def _log_probabilities(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: 
 
 
 def sequence_log_probabilities(
-    hidden: Tensor, weight: Tensor, labels: Tensor, documents: Tensor, count: int, softcap: float | None = None
+    hidden: Tensor, weight: Tensor, labels: Tensor, documents: Tensor, count: int, scored_count: int, softcap: float | None = None
 ) -> Tensor:
     """hidden [B, T, D], weight [V, D], labels [B, T] (-100: not scored), documents [B, T] (which document of its row a position
     belongs to, -1 for padding) -> fp32 [B, count]: of each of the first `count` documents of each row, the sum of the log-probabilities
-    of its labels. softcap c: logits z become c tanh(z / c).
+    of its labels. scored_count: how many labels there are, known on the host, so that nothing waits for a GPU. softcap c: logits z become
+    c tanh(z / c).
 
     Logits exist for some positions at a time; where gradients are wanted they are computed again in the backward pass. The sums are
     over a fixed order, so that they are the same bits each time on a GPU too.
     """
-    scored = labels != IGNORE
-    inputs, targets = hidden[scored], labels[scored]
+    scored = (labels != IGNORE).flatten()
+    places = scored.to(torch.uint8).argsort(descending=True, stable=True)[:scored_count]
+    inputs, targets = hidden.flatten(0, 1).index_select(0, places), labels.flatten()[places]
     chunk = max(64, CHUNK_NUMBERS // weight.shape[0])
     found = [checkpoint(_log_probabilities, inputs[at : at + chunk], weight, targets[at : at + chunk], softcap, use_reentrant=False)
-             for at in range(0, len(targets), chunk)]  # fmt: skip
-    each = hidden.new_zeros(labels.shape, dtype=torch.float32)
+             for at in range(0, scored_count, chunk)]  # fmt: skip
+    each = hidden.new_zeros(labels.numel(), dtype=torch.float32)
     if found:
-        each = each.masked_scatter(scored, torch.cat(found))
+        each = each.index_copy(0, places, torch.cat(found))
+    each = each.view(labels.shape)
     return torch.stack([torch.where(documents == number, each, 0.0).sum(-1) for number in range(count)], -1)

@@ -91,6 +91,7 @@ def work_of(recipe: Recipe, data: Dataset | None, model: Model, micro: int) -> t
     objective = objective_of(recipe.tables())
     if data is None:
         return objective, type(model).example(model.config, micro, recipe.data.seq_len), recipe.data.seq_len
+    objective.only_planned = True
     objective.prepare(model, data, torch.device("cpu"))
     micro_batches, _ = next(iter(data.batches(data.start, BatchPlan(recipe.run.seed, micro))))
     return objective, micro_batches[0], data.seq_len
