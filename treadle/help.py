@@ -21,7 +21,7 @@ INTRODUCTION = {
 
 Trains a model; the same command again continues it. Without an argument: the built-in recipe on the bundled text.
 A key works without its section where it is unambiguous: --max_steps 100 is --train.max_steps 100.
-To fine-tune: treadle train CONVERSATIONS.jsonl --from RUN --objective sft --chat_template chatml [--lora_rank 8]
+To fine-tune: treadle train CONVERSATIONS.jsonl --from RUN --objective sft [--lora_rank 8]; docs/fine_tuning.md says more.
 
   --fresh             start anew in a new folder
   --from RUN          start from the weights of another run, a Hugging Face folder, a .gguf file or a name of the hub
