@@ -77,7 +77,8 @@ def test_a_chat_with_probabilities(api: Any) -> None:
 def test_logit_bias_forces_and_bans(api: Any) -> None:
     asked = {"model": "tiny", "prompt": "ab", "max_tokens": 6, "temperature": 0}
     assert api.completions.create(**asked, logit_bias={"122": 100}).choices[0].text == "zzzzzz"
-    assert api.completions.create(**asked, logit_bias={"122": 100}, stop="zzz").choices[0].text == ""
+    stopped = api.completions.create(**asked, logit_bias={"122": 100}, stop="zzz")
+    assert stopped.choices[0].text == "" and stopped.choices[0].finish_reason == "stop" and stopped.usage.completion_tokens == 3
     first = api.completions.create(**asked, logprobs=1)
     token = greedy_first(first)
     assert greedy_first(api.completions.create(**asked, logprobs=1, logit_bias={str(token): -100})) != token

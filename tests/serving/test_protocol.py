@@ -183,3 +183,27 @@ def test_a_message_that_spells_control_tokens_stays_text() -> None:
         assert engine.requests[-1].prompt_ids.count(tokenizer.eos_id) == 1
     status, _, _ = ask(app, "/v1/completions", {"prompt": "a<|endoftext|>b"})
     assert status == 200 and tokenizer.eos_id not in engine.requests[-1].prompt_ids
+
+
+@pytest.mark.parametrize("stop, tokens", [("d", ["ab", "c"]), ("cd", ["ab"]), ("bcd", ["ab"]), ("abc", []), ("de", ["ab", "c"]), ("never", ["ab", "c", "de", "f"])])
+@pytest.mark.parametrize("stream", [False, True])
+def test_probabilities_are_of_the_tokens_whose_text_is_shown(stop: str, tokens: list[str], stream: bool) -> None:
+    """A token that is shown in part is among them; one that stands behind the end is not."""
+    from tokenizers import Tokenizer as Inner
+    from tokenizers import decoders, models
+
+    from tests.serving.conftest import Scripted, served
+    from treadle.text.trained import LibraryTokenizer
+
+    vocabulary = {"<|endoftext|>": 0, "ab": 1, "c": 2, "de": 3, "f": 4, "a": 5}
+    inner = Inner(models.WordLevel(vocabulary, unk_token="a"))
+    inner.decoder = decoders.Fuse()
+    engine = Scripted("", tokenizer=(tokenizer := LibraryTokenizer(inner, "<|endoftext|>")))
+    engine.ids = [1, 2, 3, 4]
+    app, body = App(engine, served(tokenizer=tokenizer)), {"prompt": [5], "logprobs": 0, "stop": stop}
+    if stream:
+        choices = [part["choices"][0] for part in events(app, "/v1/completions", body)]
+    else:
+        choices = ask(app, "/v1/completions", body)[1]["choices"]
+    assert "".join(choice["text"] for choice in choices) == "abcdef".partition(stop)[0]
+    assert [token for choice in choices for token in choice["logprobs"]["tokens"]] == tokens

@@ -71,3 +71,7 @@ def test_stops_cut_where_the_first_begins_and_are_never_shown_in_part(tokenizer:
 def test_a_beginning_of_a_stop_that_comes_to_nothing_is_text_after_all() -> None:
     assert "".join(shown(ByteTokenizer(), list(b"one ##"), ("###",))[0]) == "one ##"
     assert "".join(shown(ByteTokenizer(), list(b"##a###b"), ("###",))[0]) == "##a"
+
+
+def test_of_two_stops_that_end_together_the_longer_counts() -> None:
+    assert "".join(shown(ByteTokenizer(), list(b"xabc"), ("bc", "abc"))[0]) == "x"

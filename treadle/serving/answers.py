@@ -95,7 +95,7 @@ class Choice:
         self._sent += len(text)
         while self._waiting:
             token, begins, ends = self._waiting[0]
-            if ends > self._sent or (self._stream.stopped and begins >= self._sent):
+            if begins >= self._sent if self._stream.stopped else ends > self._sent:
                 break
             self._piece.tokens.append((token, begins + len(self._echo)))
             self._waiting.popleft()
