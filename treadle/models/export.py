@@ -21,51 +21,62 @@ from treadle.layers import packed_weights, quantized_files
 from treadle.models import model_card
 from treadle.models.base import CONFIG_FILE, WEIGHTS_FILE, Model, ModelConfig, allocated, describe
 from treadle.models.huggingface.gguf_writing import TYPES, refuse_foreign_file, write_gguf, written_for_llama_cpp
-from treadle.models.huggingface.reading import ForeignModel
+from treadle.models.huggingface.peft import CONFIG as ADAPTER_CONFIG
+from treadle.models.huggingface.peft import WEIGHTS as ADAPTER_WEIGHTS
+from treadle.models.huggingface.peft import PeftFolder, files_of, for_peft
+from treadle.models.huggingface.reading import ForeignModel, is_foreign
+from treadle.models.huggingface.reading import read_json as read_table
 from treadle.models.huggingface.writing import TOKEN_KEYS, for_transformers
 from treadle.models.model_card import run_name
 from treadle.models.pretrained import (
     GENERATION_FILE,
+    adapters_and_base,
     generation_defaults,
     generation_file,
     home_of,
     locate,
+    read_adapters,
     read_config,
     read_shape,
     read_tokenizer,
+    whole_weights,
 )
 from treadle.models.transformer import TransformerConfig
 from treadle.text.base import Tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMATS = {"treadle": "treadle", "huggingface": "huggingface", "hf": "huggingface", "transformers": "huggingface",
-           "gguf": "gguf", "llama.cpp": "gguf"}  # fmt: skip
+           "gguf": "gguf", "llama.cpp": "gguf", "peft": "peft"}  # fmt: skip
 
 
 def export(
-    run: str, output: str | None = None, precision: str = "fp32", packed: bool = False, warn: Any = None, layout: str = "treadle",
-    quantize: str | None = None, gguf_type: str | None = None, license: str | None = None,
+    run: str, output: str | None = None, precision: str = "fp32", packed: bool = False, warn: Any = None, layout: str | None = None,
+    quantize: str | None = None, gguf_type: str | None = None, license: str | None = None, merge: bool = False,
 ) -> Path:  # fmt: skip
     """Writes config.json, model.safetensors and the tokenizer of a run (or checkpoint) and returns the folder, by default
     RUN/export. Shards are joined. `packed` stores ternary layers in 1.6 bits a weight; with fp32 for the rest, answers stay the
     same bit for bit. `quantize` (int8, int4) stores linear layers as they are read with these weights. The folder is checked like a checkpoint and serves wherever a run is asked for; `from_pretrained` reads it
     too. layout "huggingface" (by default in RUN/huggingface): as transformers and what builds on it read it; "gguf" (by default
     RUN/gguf/NAME-TYPE.gguf, which is returned): what llama.cpp reads, of `gguf_type` f32 (the default), f16 or q8_0. A model card is
-    written beside, where no README.md of somebody's own is; license is what it states. InputError when the
+    written beside, where no README.md of somebody's own is; license is what it states. Of a run with adapters: these alone, as peft
+    reads them ("peft", by default in RUN/peft), unless `merge` or another layout asks for the whole model. InputError when the
     folder is in use for something else, or nothing in it is ternary; ConfigError for a model that transformers has none of.
     """
     layout = _known(layout, precision, packed, quantize, gguf_type)
     checkpoint = locate(run, warn)
     config = read_config(checkpoint)
     cls, shape = read_shape(checkpoint, config)
-    if output is None and isinstance(checkpoint, ForeignModel):
+    layout = _meant(layout, merge or packed or quantize is not None, read_adapters(checkpoint) is not None, run)
+    if output is None and isinstance(checkpoint, (ForeignModel, PeftFolder)):
         raise InputError(f"{run} was not trained here, so say where the export goes: --output FOLDER")
     folder = Path(output) if output is not None else home_of(checkpoint.folder) / ("export" if layout == "treadle" else layout)
     file = _gguf_file(folder, run_name(checkpoint), gguf_type or "f32") if layout == "gguf" else None
     _refuse_foreign(folder) if file is None else _refuse_without_form(file, shape)
     with torch.device("meta"):
         model = cls(shape)  # type: ignore[call-arg]
-    weights, _ = quantized_files.unpack(model, checkpoint.tensors("model"))
+    if layout == "peft":
+        return _as_peft(folder, checkpoint, shape, precision, license)
+    weights, _ = quantized_files.unpack(model, whole_weights(checkpoint))
     weights, quantized = packed_weights.unpack(model, weights)
     model.refuse_other_weights({n: list(t.shape) for n, t in weights.items()})
     if file is not None:
@@ -83,7 +94,7 @@ def export(
     kept = (packed_weights.SCALE, quantized_files.SCALES)
     weights = {n: t if n.endswith(kept) or n in smaller or not t.is_floating_point() else t.to(DTYPES[precision]) for n, t in weights.items()}
     tokenizer = read_tokenizer(checkpoint)
-    text = {Path(name).name: checkpoint.raw(name) for name in checkpoint.members("tokenizer/")}
+    text = _tokenizer_members(checkpoint)
     if tokenizer is not None and not text:
         text = _files_of(tokenizer)
     if layout == "huggingface":
@@ -101,9 +112,47 @@ def export(
     return folder
 
 
-def told(written: Path, layout: str, precision: str, packed: bool, quantize: str | None) -> list[str]:
+def _meant(layout: str | None, whole: bool, adapters: bool, run: str) -> str:
+    """The format to write; InputError for what does not go with a run with adapters, or without. whole: a flag asks for all weights."""
+    if adapters and layout == "peft" and whole:
+        raise InputError("--format peft holds the adapters alone; leave it out to merge them (or to pack or quantise the whole model)")
+    if not adapters and layout == "peft":
+        raise InputError(f"--format peft: {run} holds a whole model and no adapters; leave --format out")
+    return layout or ("peft" if adapters and not whole else "treadle")
+
+
+def _tokenizer_members(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """The files of a checkpoint's tokenizer by their names alone."""
+    if isinstance(checkpoint, PeftFolder):  # may have one of its own
+        return {}
+    return {Path(name).name: checkpoint.raw(name) for name in checkpoint.members("tokenizer/")}
+
+
+def _as_peft(folder: Path, checkpoint: Checkpoint, shape: ModelConfig, precision: str, license: str | None) -> Path:
+    """The adapters alone, with what peft asks for and the tokenizer."""
+    found = adapters_and_base(checkpoint)
+    assert found is not None
+    settings, base = found
+    table, tensors = for_peft(shape, checkpoint.tensors("model"), settings, str(base.folder.resolve()))
+    files = files_of(table) | _tokenizer_members(checkpoint)
+    described = {"weights_only": True, "source": str(checkpoint.folder), "precision": precision, "base_checksum": settings.base_checksum}
+    card = model_card.card_of(checkpoint, "peft", precision, license, folder)
+    tensors = {name: tensor.to(DTYPES[precision]) for name, tensor in tensors.items()}
+    writer.save(folder.parent, checkpoint.step, {Path(ADAPTER_WEIGHTS).stem: tensors}, files, described, name=folder.name,
+                beside={model_card.FILE: card})  # fmt: skip
+    return folder
+
+
+def told(written: Path, layout: str | None, precision: str, packed: bool, quantize: str | None) -> list[str]:
     """What the command line says of an export."""
-    layout = FORMATS[layout.lower()]
+    if (written / ADAPTER_CONFIG).is_file():
+        size, base = (written / ADAPTER_WEIGHTS).stat().st_size, Path(read_table(written / ADAPTER_CONFIG)["base_model_name_or_path"])
+        lines = [f"{written}: {size / 1e6:.1f} MB of adapters on {base}, for peft: PeftModel.from_pretrained(BASE, {str(written)!r}); treadle reads "
+                 "it too (treadle export ... --merge writes the whole model)"]  # fmt: skip
+        if not is_foreign(base):
+            lines.append(f"note: peft needs the model under them as transformers has it: treadle export {base} --format huggingface")
+        return lines
+    layout = FORMATS[(layout or "treadle").lower()]
     size = (written if layout == "gguf" else written / WEIGHTS_FILE).stat().st_size
     if layout == "gguf":
         return [f"{written}: {size / 1e6:.1f} MB, for llama.cpp: llama-cli -m {written}; treadle reads it too"]
@@ -118,16 +167,16 @@ def told(written: Path, layout: str, precision: str, packed: bool, quantize: str
             f"treadle train --from {written}"]  # fmt: skip
 
 
-def _known(layout: str, precision: str, packed: bool, quantize: str | None, gguf_type: str | None) -> str:
-    """The format's own name; InputError for what is not known, or does not go together."""
-    if layout.lower() not in FORMATS:
-        raise InputError(f"--format {layout!r}: use treadle, huggingface for transformers, or gguf for llama.cpp")
-    layout = FORMATS[layout.lower()]
-    if packed and layout != "treadle":
+def _known(layout: str | None, precision: str, packed: bool, quantize: str | None, gguf_type: str | None) -> str | None:
+    """The format's own name, None where none is asked for; InputError for what is not known, or does not go together."""
+    if layout is not None and layout.lower() not in FORMATS:
+        raise InputError(f"--format {layout!r}: use treadle, huggingface for transformers, gguf for llama.cpp, or peft for adapters alone")
+    layout = FORMATS[layout.lower()] if layout is not None else None
+    if packed and layout not in (None, "treadle"):
         raise InputError(f"--packed is a format of treadle's own; leave it out, or leave --format {layout} out")
     if quantize is not None and quantize not in ("int8", "int4"):
         raise InputError(f"--quantize {quantize!r}: use int8 or int4 (for bf16: --precision bf16)")
-    if quantize is not None and layout != "treadle":
+    if quantize is not None and layout not in (None, "treadle"):
         instead = " (of a .gguf file: --gguf_type q8_0)" if layout == "gguf" else ""
         raise InputError(f"--quantize is a format of treadle's own{instead}; leave it out, or leave --format {layout} out")
     if precision not in DTYPES:

@@ -16,11 +16,12 @@ import yaml
 
 from treadle.checkpoint.reader import Checkpoint
 from treadle.models.huggingface import hub
+from treadle.models.huggingface.peft import PeftFolder
 from treadle.models.huggingface.reading import ForeignModel
 from treadle.models.pretrained import home_of, read_config
 
 FILE = "README.md"
-LIBRARY = {"treadle": "treadle", "huggingface": "transformers", "gguf": "gguf"}
+LIBRARY = {"treadle": "treadle", "huggingface": "transformers", "gguf": "gguf", "peft": "peft"}
 # Its digest tells a card that is as it was written from one that somebody edited, which is then kept.
 MARK = "<!-- Written by treadle export ({}). A changed card is kept by the next export. -->\n"
 MARKED = re.compile(r"<!-- Written by treadle export \(([0-9a-f]{16})\)\. A changed card is kept by the next export\. -->\n\Z")
@@ -31,7 +32,7 @@ TERMS = {"austen": "Jane Austen's six novels, in the public domain (the corpus t
 
 def run_name(checkpoint: Checkpoint) -> str:
     """What the model is called: the run's folder, or the folder or file of a model of somebody else's."""
-    path = checkpoint.folder if isinstance(checkpoint, ForeignModel) else home_of(checkpoint.folder)
+    path = checkpoint.folder if isinstance(checkpoint, (ForeignModel, PeftFolder)) else home_of(checkpoint.folder)
     return re.sub(r"[^\w.-]+", "-", path.resolve().name.removesuffix(".gguf")).strip("-") or "model"
 
 
@@ -60,7 +61,7 @@ def _digest(text: str) -> str:
 def written(checkpoint: Checkpoint, layout: str, precision: str, license: str | None) -> str:
     """The card without its last line."""
     config, home = read_config(checkpoint), home_of(checkpoint.folder)
-    own = not isinstance(checkpoint, ForeignModel)
+    own = not isinstance(checkpoint, (ForeignModel, PeftFolder))
     summary = _table(home / "summary.json") if own else {}
     command = _table(home / "environment.json").get("command") if own else None
     command = [str(word) for word in command] if isinstance(command, list) else []
@@ -105,6 +106,8 @@ def written(checkpoint: Checkpoint, layout: str, precision: str, license: str | 
 def _use(layout: str) -> list[str]:
     if layout == "huggingface":
         return ["```python", "from transformers import AutoModelForCausalLM", "", 'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")', "```"]
+    if layout == "peft":
+        return ["```python", "from peft import AutoPeftModelForCausalLM", "", 'model = AutoPeftModelForCausalLM.from_pretrained("THIS_FOLDER")', "```"]
     if layout == "gguf":
         return ["```", "llama-cli -m FILE.gguf -p \"Once upon a time\"", "```"]  # fmt: skip
     return ["```", 'treadle generate THIS_FOLDER --prompt "Once upon a time"', "```"]

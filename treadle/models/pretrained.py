@@ -173,8 +173,7 @@ def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
 def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     """The tokenizer inside a checkpoint, from its verified bytes; None for a model that reads no text."""
     if isinstance(checkpoint, PeftFolder):
-        own = (checkpoint.folder / "tokenizer.json").is_file()
-        return Tokenizer.load(checkpoint.folder) if own else read_tokenizer(checkpoint.base)
+        return checkpoint.own_tokenizer() or read_tokenizer(checkpoint.base)
     if isinstance(checkpoint, ForeignModel):
         return checkpoint.tokenizer()
     if not checkpoint.members("tokenizer/"):
@@ -187,8 +186,9 @@ def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
 
 def tokenizer_to_start_with(checkpoint: Checkpoint, chosen: str) -> Tokenizer | None:
     """The tokenizer of the weights that a run starts from; of a model of somebody else's, only where none is chosen."""
-    if isinstance(checkpoint, PeftFolder) and not (checkpoint.folder / "tokenizer.json").is_file():
-        return tokenizer_to_start_with(checkpoint.base, chosen)
+    if isinstance(checkpoint, PeftFolder):
+        own = checkpoint.own_tokenizer() if chosen == "auto" or not isinstance(checkpoint.base, ForeignModel) else None
+        return own or tokenizer_to_start_with(checkpoint.base, chosen)
     if isinstance(checkpoint, ForeignModel):  # rows of training begin without the token that a prompt begins with
         return checkpoint.own_tokenizer() if chosen == "auto" else None
     return read_tokenizer(checkpoint)
@@ -246,15 +246,22 @@ def weights_checksum(checkpoint: Checkpoint) -> str:
 
 def whole_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The weights of a checkpoint by name; of a run with adapters, those of its base with the adapters merged."""
-    tensors = checkpoint.tensors("model")
+    found = adapters_and_base(checkpoint)
+    if found is None:
+        return checkpoint.tensors("model")
+    weights, model = plain_weights(found[1])
+    return merged(weights, checkpoint.tensors("model"), found[0], list(adaptable(model)))
+
+
+def adapters_and_base(checkpoint: Checkpoint) -> tuple[AdapterSettings, Checkpoint] | None:
+    """How the adapters of a checkpoint were trained, and the frozen model they go with, as `base_of`; None for whole weights."""
     if (settings := read_adapters(checkpoint)) is None:
-        return tensors
+        return None
     home = home_of(checkpoint.folder)
     with contextlib.suppress(OSError, ValueError, ConfigError):  # said anew there, where the base was moved
         told = AdapterSettings.of(tomllib.loads((home / "config.toml").read_text("utf-8")))
         settings.base_model = told.base_model if told is not None else settings.base_model
-    weights, model = plain_weights(base_of(settings, str(home)))
-    return merged(weights, tensors, settings, list(adaptable(model)))
+    return settings, base_of(settings, str(home))
 
 
 def plain_weights(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], Model]:

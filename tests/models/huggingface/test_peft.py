@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers as T
 
+from tests.conftest import make_text
 from tests.models.huggingface.families import ids, their_logits, their_model, written
+from tests.models.huggingface.test_command_line import write_theirs
+from treadle import cli
 from treadle.checkpoint.tensors import write_tensors
 from treadle.data.batch import Batch
 from treadle.errors import CheckpointError, ConfigError, InputError, ShapeError
@@ -148,3 +153,81 @@ def test_a_tied_head_and_a_damaged_file(tmp_path: Path) -> None:
         load_run(str(tmp_path / "cut"), "cpu", tokenizer=False)
 
 
+
+
+# ---- as a user types it ----
+
+FEW = "--seq_len 32 --batch_size 2 --sample_tokens 0 --eval_steps 100"
+
+
+def typed(folder: Path, line: str) -> int:
+    """The exit code of a command in this process, typed in a folder."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        patched.setattr(sys, "argv", ["treadle", *line.split()])
+        return cli._run()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base of transformers', text, run `adapted` with adapters on it, and those in peft's format."""
+    folder = tmp_path_factory.mktemp("adapted")
+    write_theirs(folder / "base", make_text(400))
+    (folder / "text.txt").write_text(make_text(400))
+    assert typed(folder, f"train text.txt --from base --output_dir adapted --lora_rank 4 --max_steps 3 --learning_rate 0.05 {FEW}") == 0
+    assert typed(folder, "export adapted") == 0
+    return folder
+
+
+def answered(folder: Path, run: str) -> torch.Tensor:
+    with torch.no_grad():
+        logits = load_run(str(folder / run), "cpu").model(Batch.from_ids(ROWS)).logits
+    assert logits is not None
+    return logits
+
+
+def test_what_is_exported_is_what_was_trained(trained: Path) -> None:
+    ours, before = answered(trained, "adapted"), answered(trained, "base")
+    assert not torch.allclose(ours, before, atol=0.05)
+    torch.testing.assert_close(answered(trained, "adapted/peft"), ours, atol=1e-5, rtol=0)
+    assert (trained / "adapted/peft" / WEIGHTS).stat().st_size < 0.6 * (trained / "base" / "model.safetensors").stat().st_size
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(str(trained / "adapted/peft")).eval()
+    torch.testing.assert_close(their_logits(theirs, ROWS), ours, atol=1e-4, rtol=1e-4)
+    for flags, made in (("--merge", "export"), ("--format huggingface", "huggingface"), ("--format treadle --output adapted/t", "t")):
+        assert typed(trained, f"export adapted {flags}") == 0
+        torch.testing.assert_close(answered(trained, f"adapted/{made}"), ours, atol=1e-5, rtol=0)
+    whole = T.AutoModelForCausalLM.from_pretrained(str(trained / "adapted/huggingface")).eval()
+    torch.testing.assert_close(their_logits(whole, ROWS), ours, atol=1e-4, rtol=1e-4)
+    assert typed(trained, "export adapted/peft --output again") == 0
+    assert torch.equal(answered(trained, "again"), answered(trained, "adapted/peft"))
+
+
+def test_an_adapter_is_used_like_a_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = []
+    for run in ("adapted", "adapted/peft"):
+        assert typed(trained, f"generate {run} --prompt the --temperature 0 --max_new_tokens 5") == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and len(said[0]) > 4
+    # New adapters above those, and the whole model with them merged.
+    for name, more in (("above", "--lora_rank 2"), ("whole", "")):
+        assert typed(trained, f"train text.txt --from adapted/peft --output_dir {name} --max_steps 1 --learning_rate 1e-9 {FEW} {more}") == 0
+        torch.testing.assert_close(answered(trained, name), answered(trained, "adapted/peft"), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("line", "words"), [
+    ("export base --format peft --output x", "no adapters"), ("export adapted --format peft --merge", "leave it out to merge"),
+    ("export adapted/peft --format peft --output x", "no adapters"), ("export adapted/peft", "--output FOLDER"),
+])  # fmt: skip
+def test_what_does_not_go_together(trained: Path, line: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert typed(trained, line) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_run_of_ours_is_named_as_the_base(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = "--model.arch shc --model.hidden_size 32 --model.num_layers 1 --model.num_heads 2"
+    assert typed(trained, f"train text.txt --output_dir plain --max_steps 1 {FEW} {shape}") == 0
+    assert typed(trained, f"train text.txt --from plain --output_dir on_plain --lora_rank 2 --max_steps 2 --learning_rate 0.05 {FEW}") == 0
+    capsys.readouterr()
+    assert typed(trained, "export on_plain") == 0
+    assert "note: peft needs the model" in capsys.readouterr().out
+    torch.testing.assert_close(answered(trained, "on_plain/peft"), answered(trained, "on_plain"), atol=1e-5, rtol=0)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from treadle.checkpoint.layout import MANIFEST
 from treadle.checkpoint.reader import Checkpoint
 from treadle.checkpoint.tensors import parse_tensors
 from treadle.errors import CheckpointError, ConfigError, InputError, ShapeError
@@ -30,6 +31,7 @@ from treadle.models.huggingface.tables import Family, Weight
 from treadle.models.settings import AdapterSettings
 from treadle.models.transformer import TransformerConfig
 from treadle.settings import shown
+from treadle.text.base import META_FILE, Tokenizer
 
 Tensors = dict[str, Tensor]
 
@@ -99,6 +101,17 @@ class PeftFolder(Checkpoint):
     def members(self, prefix: str = "") -> list[str]:
         """Those of the base's tokenizer."""
         return self.base.members(prefix) if prefix == "tokenizer/" else []
+
+    def own_tokenizer(self) -> Tokenizer | None:
+        """The tokenizer in this folder, where there is one. One that peft's users saved puts before a prompt what the model expects
+        there, as a model of transformers' does; rows of our own training begin without it."""
+        names = [path.name for path in self.folder.iterdir()]
+        if not any(name in ("tokenizer.json", META_FILE) or name.endswith(".model") for name in names):
+            return None
+        made = Tokenizer.load(self.folder)
+        if isinstance(self.base, ForeignModel) and MANIFEST not in names:
+            made.prompt_start = () if made.bos_id is None else (made.bos_id,)
+        return made
 
     def verify(self) -> None:
         """There is no manifest to verify; names and shapes are checked when the weights are read."""
