@@ -11,11 +11,12 @@ from treadle.ops.cross_entropy import CHUNK_NUMBERS, IGNORE
 
 
 def _log_probabilities(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
-    """hidden [N, D], labels [N] -> log softmax(hidden weight^T)[label], fp32 [N]."""
+    """hidden [N, D], labels [N] -> log softmax(hidden weight^T)[label], fp32 [N]; 0 where no label is."""
     logits = F.linear(hidden, weight).float()
     if softcap is not None:
         logits = softcap * (logits / softcap).tanh()
-    return logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    found = logits.log_softmax(-1).gather(1, labels.clamp_min(0)[:, None])[:, 0]
+    return torch.where(labels == IGNORE, 0.0, found)
 
 
 def sequence_log_probabilities(
@@ -29,12 +30,14 @@ def sequence_log_probabilities(
     Logits exist for some positions at a time; where gradients are wanted they are computed again in the backward pass. The sums are
     over a fixed order, so that they are the same bits each time on a GPU too.
     """
-    scored = (labels != IGNORE).flatten()
-    places = scored.to(torch.uint8).argsort(descending=True, stable=True)[:scored_count]
-    inputs, targets = hidden.flatten(0, 1).index_select(0, places), labels.flatten()[places]
     chunk = max(64, CHUNK_NUMBERS // weight.shape[0])
+    # Some positions without a label too, so that products have few different shapes: oneDNN keeps code for each (5 MB more a step).
+    unit = min(chunk, 256)
+    taken = min(-(-scored_count // unit) * unit, labels.numel())
+    places = (labels != IGNORE).flatten().to(torch.uint8).argsort(descending=True, stable=True)[:taken]
+    inputs, targets = hidden.flatten(0, 1).index_select(0, places), labels.flatten()[places]
     found = [checkpoint(_log_probabilities, inputs[at : at + chunk], weight, targets[at : at + chunk], softcap, use_reentrant=False)
-             for at in range(0, scored_count, chunk)]  # fmt: skip
+             for at in range(0, taken, chunk)]  # fmt: skip
     each = hidden.new_zeros(labels.numel(), dtype=torch.float32)
     if found:
         each = each.index_copy(0, places, torch.cat(found))
