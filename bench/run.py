@@ -30,6 +30,7 @@ PARTS = {
     "startup": ("bench.startup", "seconds to the first loss of the built-in recipe"),
     "packing": ("bench.packing", "gathering rows, and packing against padding"),
     "generate": ("bench.generate", "generation beside Hugging Face's generate"),
+    "serving": ("bench.serving", "sixteen concurrent requests against one at a time"),
     "llama_cpp": ("bench.peers.llama_cpp", "decoding beside llama.cpp"),
     "kernels": ("bench.kernels", "fused kernels against their plain references"),
     "architectures": ("bench.architectures", "every architecture beside a dense model of equal size"),

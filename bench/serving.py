@@ -15,6 +15,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 from bench.side_by_side import medians
@@ -67,7 +68,7 @@ def concurrency(engine: Any, quick: bool) -> dict[str, Any]:
     def way(name: str, together: int) -> Callable[[], Any]:
         return lambda: found.__setitem__(name, answered(engine, prompts, new, together))
 
-    taken = medians({"one": way("one", 1), "sixteen": way("sixteen", ROWS)}, 1 if quick else 5)
+    taken = medians({"one": way("one", 1), "sixteen": way("sixteen", ROWS)}, 1 if quick else 3)
     tokens = len(prompts) * new
     return {
         "one at a time: tokens a CPU second": tokens / taken["one"], "sixteen at once: tokens a CPU second": tokens / taken["sixteen"],
@@ -97,7 +98,7 @@ def standstill(engine: Any, quick: bool) -> dict[str, Any]:
     engine.submit(Request(long, 1, Sampling(temperature=0.0), on_end=lambda reason: done.set()))
     ended.wait()
     done.wait()
-    gaps = sorted(b - a for a, b in zip(times, times[1:]))
+    gaps = sorted(b - a for a, b in pairwise(times))
     return {f"longest pause beside a prompt of {LONG}: ms": gaps[-1] * 1e3, "usual time between tokens: ms": gaps[len(gaps) // 2] * 1e3}
 
 

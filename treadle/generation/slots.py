@@ -14,7 +14,6 @@ from treadle.generation.dense import DenseDecoding
 from treadle.generation.reading import Reading
 from treadle.layers.state import State
 
-
 SLOTS = 128  # a state holds a multiple of so many tokens a row
 
 
