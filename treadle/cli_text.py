@@ -142,11 +142,18 @@ def data_check(
     tokenizer: TokenizerName = "auto",
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a row.")] = 256,
     text_column: Column = "text",
+    chat_template: Template = "auto",
     trust_code: Trust = None,
 ) -> None:
     """Decode every row back and compare it with the text. Read as a stream, so of any size."""
-    from treadle.data import viewing
+    from treadle.data import conversation_viewing, viewing
+    from treadle.data.settings import TEXT
 
+    if (kind := conversation_viewing.kind_of_rows(path, text_column)) != TEXT:
+        keys = {"seq_len": seq_len, "packing": packing, "text_column": text_column, "chat_template": chat_template}
+        for line in conversation_viewing.check(path, kind, tokenizer, **keys):
+            echo(line)
+        return
     for line in viewing.check(path, tokenizer, seq_len, packing, text_column, echo):
         echo(line)
 

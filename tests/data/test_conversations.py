@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.conftest import treadle as command
 from treadle.data.base import BatchPlan
 from treadle.data.batch import IGNORE, Batch
 from treadle.data.conversations import CUT, TOO_LONG, Conversations
@@ -275,3 +276,29 @@ def test_a_row_holds_whole_pairs(packing: str, written: Callable[..., str]) -> N
     assert len(seen) == 30
     padded = data.batch(np.array([0, 0]), np.array([0, -1]))
     assert padded.counts["pairs"] == data.batch(np.array([0]), np.array([0])).counts["pairs"]
+
+
+# ---- looking at them ----
+
+
+def test_the_verbs_of_data_show_the_mask(written: Callable[..., str]) -> None:
+    path = written({"messages": talk("ask", "say")}, "{broken", {"messages": talk("ask", "x" * 600)})
+    shown = command("data", "show", path, "--chat_template", "chatml", "--tokenizer", "byte")
+    assert shown.returncode == 0, shown.stderr
+    lines = [line.strip() for line in shown.stdout.splitlines()]
+    assert lines[1] == r"'<|im_start|>user\nask<|im_end|>\n<|im_start|>assistant\n'" and lines[2] == "learnt  'say<|im_end|>'"
+    told = command("data", "stats", path, "--tokenizer", "byte", "--seq_len", "512")
+    assert f"1 {TOO_LONG}" in told.stdout and "malformed: 1" in told.stdout and "line 2, byte" in told.stdout
+    checked = command("data", "check", path, "--tokenizer", "byte", "--seq_len", "512")
+    assert checked.returncode == 0 and "1 conversation(s)" in checked.stdout
+    pairs = written({"prompt": "ask", "chosen": "yes", "rejected": "no"}, name="pairs.jsonl")
+    shown = command("data", "show", pairs, "--tokenizer", "byte")
+    assert shown.stdout.count("learnt  ") == 2 and "'yes<|endoftext|>'" in shown.stdout
+    everything = command("data", "show", path, "--train_on", "all", "--tokenizer", "byte")
+    assert everything.stdout.count("learnt  ") == 1
+    assert command("data", "show", written({"text": "plain"}, name="text.jsonl"), "--tokenizer", "byte").stdout.startswith("document 0: 6 tokens from 0")
+
+
+def test_nothing_left_says_why(written: Callable[..., str]) -> None:
+    with pytest.raises(InputError, match="longer than a row"):
+        opened(written(GOOD), seq_len=8)

@@ -18,7 +18,7 @@ from treadle.data.shards import Row
 from treadle.data.sources import open_source
 from treadle.data.summary import settings
 from treadle.data.viewing import picture
-from treadle.errors import ConfigError, InputError
+from treadle.errors import ConfigError, DataError, InputError
 from treadle.terminal import visible
 from treadle.text.base import Tokenizer
 from treadle.text.settings import TokenizerSettings
@@ -81,6 +81,19 @@ def _row(row: Row, tokenizer: Tokenizer, seq_len: int, colour: bool) -> Iterator
     used = int(row.length.sum())
     if used < seq_len:
         yield f"padding: {seq_len - used} positions"
+
+
+def check(path: str, kind: str, tokenizer: str, **keys: Any) -> list[str]:
+    """Reads all that was prepared of a file once more: checksums, and that the rows hold every document once. DataError where not."""
+    lines = []
+    for name, data in opened(path, kind, tokenizer, **keys).items():
+        for tokens, rows in zip(data.sets, data.parts):
+            tokens.verify()
+            parts = [rows.row(number) for number in range(len(rows))]
+            if (sum(len(row.start) for row in parts), sum(int(row.length.sum()) for row in parts)) != (tokens.documents(), tokens.tokens()):
+                raise DataError(f"{tokens.folder}: the rows do not hold every document once; prepare the data again")
+        lines.append(f"{name}: right: {data.describe()}; checksums hold, and every document is in one row once")
+    return lines
 
 
 def statistics(path: str, kind: str, tokenizer: str, **keys: Any) -> list[str]:

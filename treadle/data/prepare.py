@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager
@@ -358,9 +359,8 @@ def _finish(folder: Path, records: list[PieceRecord], tokenizer: Tokenizer, spli
         )
         if name == "train" and len(lengths) == 0:
             first = next((place for r in records for place in r.ledger), None)
-            reason = (
-                f"the first problem: {first}" if first else "every document is empty or shorter than data.min_length"
-            )
+            remarks = "; ".join(f"{n} {remark}" for remark, n in sum((Counter(r.remarks) for r in records), Counter()).items())
+            reason = f"the first problem: {first}" if first else remarks or "every document is empty or shorter than data.min_length"
             raise (DataError if first else InputError)(f"no text is left to train on; {reason}")
         digest = hashlib.sha256(json.dumps([s["sha256"] for s in shards], sort_keys=True).encode())
         statistics = {
