@@ -247,8 +247,8 @@ class Engine:
             _tell(ticket.request.on_end, "cancelled")
         return True
 
-    def _read_prompts(self) -> list[tuple[_Row, Tensor]]:
-        """Reads prompts in the order of their coming, prompt_tokens of all in all -> the logits [1, V] after those that are done."""
+    def _read_prompts(self) -> list[tuple[list[_Row], Tensor]]:
+        """Reads prompts in the order of their coming, prompt_tokens of all in all -> those that are done, and the logits after them."""
         budget, parts = self.prompt_tokens, []
         for row in [row for row in self._rows if not row.made]:
             part = row.request.prompt_ids[row.read : row.read + self.prompt_tokens]
@@ -264,7 +264,7 @@ class Engine:
                 done.append((row, logits))
         if done:
             self._slots.join([row.place for row, _ in done if row.place is not None])
-        return done
+        return [([row], logits) for row, logits in done]
 
     def _read(self, parts: list[tuple[_Row, list[int]]]) -> list[tuple[_Row, list[int], Tensor]]:
         """Parts of prompts with the logits after each; short beginnings of about one length are read together."""
@@ -288,8 +288,8 @@ class Engine:
                 made.append((row, part, own))
         return made
 
-    def _decode(self, rows: list[_Row]) -> list[tuple[_Row, Tensor]]:
-        """A step of the rows that run -> each one's logits [1, V]."""
+    def _decode(self, rows: list[_Row]) -> list[tuple[list[_Row], Tensor]]:
+        """A step of the rows that run -> their logits [N, V]."""
         if not rows:
             return []
         places = [row.place for row in rows if row.place is not None]
@@ -298,15 +298,16 @@ class Engine:
         except (RuntimeError, TreadleError, MemoryError) as problem:  # which of the rows it was is not known, nor what they have seen
             self._leave(rows, _error(problem))
             return []
-        return [(row, logits[i : i + 1]) for i, row in enumerate(rows)]
+        return [(rows, logits)]
 
-    def _choose(self, given: list[tuple[_Row, Tensor]]) -> None:
+    def _choose(self, given: list[tuple[list[_Row], Tensor]]) -> None:
         """A token for each row that has logits; those that end leave."""
         if not given:
             return
-        logits = torch.cat([own for _, own in given])
+        logits = given[0][1] if len(given) == 1 else torch.cat([own for _, own in given])
+        rows = [row for some, _ in given for row in some]
         ended: dict[str, list[_Row]] = {}
-        for (row, _), token in zip(given, Chooser.all(logits, [row.chooser for row, _ in given])):
+        for row, token in zip(rows, Chooser.all(logits, [row.chooser for row in rows])):
             row.made += 1
             if token is None:
                 ended.setdefault("error: the model's logits are not finite numbers", []).append(row)
@@ -323,8 +324,8 @@ class Engine:
                 continue
             if stop or row.made == row.request.max_new_tokens:
                 ended.setdefault("stop" if stop else "length", []).append(row)
-        for reason, rows in ended.items():
-            self._leave(rows, reason)
+        for reason, left in ended.items():
+            self._leave(left, reason)
 
     def _leave(self, rows: list[_Row], reason: str) -> None:
         """Frees the rows' places, and says why."""
