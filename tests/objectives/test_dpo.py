@@ -118,8 +118,8 @@ def test_a_batch_of_padding_and_uneven_rows_counts_what_is_there() -> None:
     assert objective.counts(together)["pairs"] == 3 and objective.counts(none)["pairs"] == 0
     for name in ("dpo", *FOUND):
         apart = sum(float(objective(policy, b).losses[name].total.detach()) for b in (two, one))
-        assert float(objective(policy, together).losses[name].total) == pytest.approx(apart, abs=1e-5)
-        assert float(objective(policy, none).losses[name].total) == 0
+        assert float(objective(policy, together).losses[name].total.detach()) == pytest.approx(apart, abs=1e-5)
+        assert float(objective(policy, none).losses[name].total.detach()) == 0
 
 
 def test_it_starts_at_log_two_and_label_smoothing_is_the_weighted_pair() -> None:

@@ -63,7 +63,7 @@ def line(files: Path, folder: Path, **keys: object) -> list[object]:
 
 
 def test_preferences_from_the_command_line(files: Path, tmp_path: Path) -> None:
-    out = command(*line(files, tmp_path / "r", max_steps=30, lr=3e-3))
+    out = command(*line(files, tmp_path / "r", max_steps=30, lr=3e-3, sample_tokens=4))
     assert out.returncode == 0, out.stderr
     assert "pair(s)" in out.stdout and "margin" in out.stdout
     rows = [json.loads(text) for text in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
@@ -76,6 +76,8 @@ def test_preferences_from_the_command_line(files: Path, tmp_path: Path) -> None:
     config = tomllib.loads((tmp_path / "r" / "config.toml").read_text())
     assert config["task"]["reference"].startswith(str((files / "base").resolve())) and config["task"]["beta"] == 0.1
     assert len(config["task"]["reference_checksum"]) == 64 and config["data"]["dataset_class"] == "preferences"
+    sample = next((tmp_path / "r" / "samples").iterdir()).read_text()
+    assert sample.startswith("User:\nIs ") and "Assistant:" in sample  # a held-out prompt, answered
     measured = command("eval", tmp_path / "r")
     assert measured.returncode == 0, measured.stderr
     report = json.loads((tmp_path / "r" / "results" / "evaluation_results.json").read_text())

@@ -53,6 +53,10 @@ class Preferences(Conversations):
     def said(cls, table: dict[str, Any], column: str) -> list[Said]:
         return list(pair_in(table, True))
 
+    def prompts(self, count: int) -> list[list[int]]:
+        """One of each pair: both of its documents begin with it."""
+        return super().prompts(2 * count)[::2]
+
     def batch(self, source: np.ndarray, row: np.ndarray) -> Batch:
         made = super().batch(source, row)
         assert made.segments is not None

@@ -18,7 +18,8 @@ from treadle.models.adapters import adapters_off
 from treadle.models.base import Model, Output
 from treadle.models.pretrained import load_run, locate, weights_checksum
 from treadle.objectives.base import Losses, LossTerm, Metric
-from treadle.objectives.next_token import NextToken, known_unit
+from treadle.objectives.fine_tuning import FineTuning
+from treadle.objectives.next_token import known_unit
 from treadle.objectives.settings import PreferenceSettings
 from treadle.objectives.sums import LossSums
 from treadle.ops.quick_start import shapes_only
@@ -37,7 +38,7 @@ def preference_loss(
     return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
 
 
-class DirectPreference(NextToken):
+class DirectPreference(FineTuning):
     """DPO. A row of a batch holds pairs as documents: chosen, rejected, chosen, rejected, ...; labels are the answers' tokens.
 
     reference: a model of the library's user; without one it is found by the [task] keys, and a model with adapters is compared with
