@@ -11,6 +11,7 @@ from typing import Any
 from treadle.data.base import DATASETS, TEXT, Dataset
 from treadle.data.dataset import splits_of
 from treadle.data.settings import DataSettings
+from treadle.data.sources import TextSource, open_source
 from treadle.errors import InputError
 from treadle.evaluation.evaluator import Evaluator
 from treadle.files import write_atomically
@@ -23,6 +24,8 @@ from treadle.objectives.settings import DEFAULT_OBJECTIVE
 from treadle.objectives.task import task_settings
 from treadle.text.base import Tokenizer
 from treadle.text.settings import TokenizerSettings
+
+CONVERSATIONS = "conversations"  # data.dataset_class of runs that answer
 
 
 def held_out(
@@ -37,6 +40,8 @@ def held_out(
         if kind != TEXT and not DATASETS.get(kind).reads_files:
             raise InputError(f"this run was trained on {section['dataset_class']}, which reads no file; leave --data out")
         kept = {key: section[key] for key in ("dataset_class", "chat_template", "train_on") if key in section}
+        if kind == CONVERSATIONS and isinstance(open_source(data), TextSource):
+            kept = {}  # plain text has no turns: every token is predicted, as by the run that this one may be compared with
         section = {**kept, "path": data, "seq_len": section.get("seq_len", 256), "validation_fraction": 0.0,
                    "text_column": section.get("text_column", "text"), "cache_dir": section.get("cache_dir")}  # fmt: skip
     splits = splits_of(DataSettings(**section), TokenizerSettings(), task_settings(config), seed, tokenizer)

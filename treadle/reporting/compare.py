@@ -50,6 +50,9 @@ def compare(
         if len(seen) > 1:
             one, other = seen.values()
             hint = "give one text for all: --data FILE" if isinstance(held, TokenDataset) else "compare runs of one task"
+            if data is not None:
+                raise InputError(f"{one} and {other} read {data} in different ways (another chat template, another kind of data), so "
+                                 "that their numbers do not compare; give a .txt file")  # fmt: skip
             raise InputError(f"{one} and {other} held out different {'text' if isinstance(held, TokenDataset) else 'data'}, on "
                              f"which their numbers do not compare; {hint}")  # fmt: skip
     return [_row(run, load_run(folder, device), held, rows, batch_size) for run, (folder, held) in zip(names, found)]
