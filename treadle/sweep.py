@@ -93,7 +93,7 @@ def run(asked: Sweep, say: Callable[[str], None]) -> list[Cell]:
     ConfigError from the first run whose settings are refused; SweepFailed, after all have run, where one failed otherwise."""
     cells = asked.cells()
     asked.output.mkdir(parents=True, exist_ok=True)
-    say(f"{len(cells)} runs in {asked.output}, {asked.processes} at a time; Ctrl-C is safe, the same command goes on")
+    say(f"{len(cells)} run(s) in {asked.output}, {asked.processes} at a time; Ctrl-C is safe, the same command goes on")
     waiting = iter(cells)
     with _children() as running:
         while True:
@@ -205,7 +205,7 @@ def unfinished(cells: list[Cell]) -> SweepFailed | None:
     failed = [cell for cell in cells if cell.failed]
     if not failed:
         return None
-    return SweepFailed(f"{len(failed)} of {len(cells)} runs failed; the same command tries them again and repeats no other")
+    return SweepFailed(f"{len(failed)} of {len(cells)} run(s) failed; the same command tries them again and repeats no other")
 
 
 def _record(cell: Cell) -> dict[str, Any]:
