@@ -322,3 +322,35 @@ def test_a_process_ends_while_its_engine_computes(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, str(script)], timeout=60, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_two_hundred_requests_and_those_that_leave_cost_the_others_nothing() -> None:
+    model = small()
+    engine = Engine(model, rows=16, max_len=64)
+    engine.start()
+
+    def load() -> list[tuple[Heard, list[int], int]]:
+        draw, asked = random.Random(5), []
+        for number, prompt in enumerate(prompts(200, 12, seed=4)):
+            count = draw.randint(2, 10)
+            heard = Heard(engine, prompt, count)
+            if number % 10 == 0:
+                heard.ticket.cancel()
+            asked.append((heard, prompt, count))
+        for heard, _, _ in asked:
+            heard.wait()
+        return asked
+
+    load()
+    before = resident()
+    for heard, prompt, count in load():
+        if heard.reasons != ["cancelled"]:
+            assert (heard.reasons, heard.ids) == (["length"], alone(model, prompt, count))
+    assert engine.stop(timeout=30) and engine.stats()["state_bytes"] == 0
+    assert resident() <= 1.05 * before
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory, on Linux."""
+    table = Path("/proc/self/statm")
+    return int(table.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if table.is_file() else 0
