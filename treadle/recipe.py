@@ -37,6 +37,7 @@ MODEL_CHOICE = {"arch": ("arch", "type", "architecture", "model_type"), "preset"
 # Flags that name a whole recipe (or its training half) beside or instead of the target.
 RECIPE_FLAGS = ("config", "train_config")
 RESUME_FLAGS = ("resume_from_checkpoint", "resume_from")
+OF_CONVERSATIONS = ("data.chat_template", "data.train_on")
 # Words at the top of an experiment file, whose writer wants evaluation and samples from the same command.
 EXPERIMENT_WORDS = {"experiment_name", "experiment", "training", "output"}
 NOT_OF_THE_SHAPE = ("model_type", "architectures", "torch_dtype", "transformers_version")
@@ -259,6 +260,11 @@ def compose(layers: list[Layer], with_model: bool = True) -> Recipe:
     if implied:
         final["data.dataset_class"] = Given("data.dataset_class", dataset, f"follows from the objective {objective}", False)
     kind = final.get("data.dataset_class")
+    if kind is None or kind.value == TEXT:
+        for key in OF_CONVERSATIONS:
+            if key in final.keys() - unasked and final[key].value != SECTIONS["data"].model_fields[key.partition(".")[2]].default:
+                raise ConfigError(f"{final[key].origin}: {key} says how conversations are read, and this is text; add --objective sft, or "
+                                  f"leave {key} out")  # fmt: skip
     if kind is not None and kind.value != TEXT and "train.seq_len_schedule" in unasked:
         del final["train.seq_len_schedule"]  # it cuts rows of text, and this data has rows of its own
     sections = {

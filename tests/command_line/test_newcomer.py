@@ -317,3 +317,17 @@ def test_make_demo_says_first_what_will_happen(tmp_path: Path) -> None:
     before = out.stdout.split("false -m venv")[0]
     assert out.returncode != 0 and "false -m venv" in out.stdout
     assert re.search(r"1\. installs.*minutes.*\n.*2\. trains.*minutes", before) and "3. " in before and "Ctrl-C" in before
+
+
+@pytest.mark.parametrize("flag", [("--chat_template", "chatml"), ("--train_on", "all")], ids=str)
+def test_what_is_said_of_conversations_is_not_passed_over_for_text(flag: tuple[str, str], typed: Any, in_folder: Path) -> None:
+    (in_folder / "story.txt").write_text("A story.\n" * 100)
+    code, _, said = typed("train", "story.txt", *flag)
+    assert code == 2 and "add --objective sft" in said and not Path("runs/story").exists()
+
+
+def test_what_is_there_instead_of_a_run_are_runs(typed: Any, in_folder: Path) -> None:
+    (in_folder / "runs" / "sound" / "checkpoints").mkdir(parents=True)
+    (in_folder / "runs" / "sweep").mkdir()  # a folder of runs, and none itself
+    code, _, said = typed("generate", "runs/none")
+    assert code == 2 and said.strip().endswith("runs/none does not exist; there is: runs/sound")

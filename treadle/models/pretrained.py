@@ -78,7 +78,8 @@ def locate(run: str, warn: Any = None) -> Checkpoint:
         meant = _instead_of(path)
         if meant:
             raise InputError(f"{path} does not exist; {meant}")
-        known = ", ".join(str(p) for p in sorted(Path("runs").glob("*"))[:10]) if Path("runs").is_dir() else ""
+        runs = [p for p in sorted(Path("runs").glob("*")) if checkpoint_root(p).is_dir()] if Path("runs").is_dir() else []
+        known = ", ".join(str(p) for p in runs[:10])
         raise InputError(f"{path} does not exist" + (f"; there is: {known}" if known else "; train one: treadle train"))
     if (path / MANIFEST).is_file():
         return Checkpoint(path)

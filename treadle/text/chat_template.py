@@ -200,7 +200,7 @@ class ChatTemplate:
             return cls(NAMED[name])
         path = Path(name)
         if not path.is_file():
-            raise ConfigError(f"data.chat_template = {name!r} is no template and no file; templates: {', '.join(NAMED)}, "
+            raise ConfigError(f"chat_template = {name!r} is no template and no file; templates: {', '.join(NAMED)}, "
                               "or the path of a .jinja file")  # fmt: skip
         made = cls(_read(path))
         _compiled(made.source)
