@@ -79,7 +79,7 @@ def test_what_a_configuration_says_is_kept_to(keys: dict[str, Any], tmp_path: Pa
 
 @pytest.mark.parametrize(("family", "keys"), [
     ("llama", {}), ("llama", {"lora_targets": ["query", "layers.1.mlp.*"], "use_rslora": True, "lora_dropout": 0.1}),
-    ("gpt2", {"lora_alpha": 7.0}), ("gpt2", {"lora_targets": ["value", "mlp.up"], "use_rslora": True}), ("phi3", {"lora_targets": ["key", "gate"]}),
+    ("gpt2", {"lora_alpha": 7.0}), ("gpt2", {"lora_targets": ["query", "value", "mlp.up"], "use_rslora": True}), ("phi3", {"lora_targets": ["key", "gate"]}),
     ("smollm", {"lora_targets": ["q_proj"]}),
 ])  # fmt: skip
 def test_peft_reads_what_is_written_and_so_do_we(family: str, keys: dict[str, Any], tmp_path: Path) -> None:
