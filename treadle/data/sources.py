@@ -291,9 +291,9 @@ class JsonLinesSource(Source):
             return Record(row, file, line, offset)
         if not isinstance(row, dict) or self.column not in row:
             have = ", ".join(list(row)[:8]) if isinstance(row, dict) else type(row).__name__
-            talk = isinstance(row, dict) and ("--objective dpo for preferences" if "chosen" in row else
-                                              "--objective sft for conversations" if {"messages", "conversations", "completion"} & set(row) else "")  # fmt: skip
-            return Bad(file, line, offset, f"no key {self.column!r} (there is: {have}); set {talk or '--data.text_column'}")
+            talk = isinstance(row, dict) and ("preferences are trained on with --objective dpo" if "chosen" in row else
+                                              "conversations are trained on with --objective sft" if {"messages", "conversations", "completion"} & set(row) else "")  # fmt: skip
+            return Bad(file, line, offset, f"no key {self.column!r} (there is: {have}); {talk or 'set --data.text_column'}")
         return text_of(row[self.column], file, line, offset, self.column)
 
     def count(self) -> int:
