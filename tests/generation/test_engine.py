@@ -77,7 +77,7 @@ def test_many_requests_with_cancels_get_what_they_get_alone(model: Any) -> None:
     engine = Engine(model, rows=4, max_len=64, prompt_tokens=8)
     assert (type(engine._slots) is DenseSlots) == (model.width == 64)
     engine.start()
-    settings = [GREEDY, Sampling(0.8, 10, 0.9), Sampling(1.0, 0, 1.0, 1.3), Sampling(0.7, 5, 1.0)]
+    settings = [GREEDY, Sampling(0.8, 10, 0.9), Sampling(0.0, repetition_penalty=3.0), Sampling(0.7, 5, 1.0)]
     asked, kept = [], []
     for number, prompt in enumerate(prompts(30, 20)):
         sampling, count = settings[number % 4], draw.randint(1, 12)
@@ -295,6 +295,25 @@ def test_a_long_prompt_is_read_in_parts_while_others_go_on() -> None:
     engine.start()
     assert done.wait(30)
     assert 10 <= order.index("long") <= 14  # 200 tokens in 13 parts, with a step of the other behind each
+    engine.stop()
+
+
+def test_prompts_that_come_together_are_read_a_bounded_number_of_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(small(), rows=8, max_len=64, prompt_tokens=16)
+    turns: list[int] = []
+    read = engine._read_prompts
+
+    def counted() -> Any:
+        before = engine.stats()["prompt_tokens"]
+        done = read()
+        turns.append(engine.stats()["prompt_tokens"] - before)
+        return done
+
+    monkeypatch.setattr(engine, "_read_prompts", counted)
+    asked = [Heard(engine, [number] * length, 2) for number, length in enumerate((7, 7, 5, 20, 3))]
+    engine.start()
+    assert all(heard.wait().reasons == ["length"] for heard in asked)
+    assert turns[:4] == [14, 5, 16, 7]  # 7 and 7; 5, as 16 of the 20 do not fit; those 16; the other 4 and 3
     engine.stop()
 
 
