@@ -189,3 +189,5 @@ def test_a_plan_counts_the_reference_and_makes_none(files: Path, tmp_path: Path)
     trained = 3 * 4 * (parameters - found["adapters"]["trained_parameters"])  # gradients and two moments
     saved = (found["whole"]["memory"]["total_gb"] - found["adapters"]["memory"]["total_gb"]) * 1e9
     assert trained + 3.5 * parameters < saved  # and the second model
+    one_pass = (found["adapters"]["flops_per_token"] - 6 * found["adapters"]["trained_parameters"]) / 3
+    assert found["whole"]["flops_per_token"] == pytest.approx(4 * one_pass)  # forward, backward twice that, and the reference's

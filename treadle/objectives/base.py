@@ -85,6 +85,7 @@ class Objective(ABC):
     """
 
     headline: ClassVar[str]
+    further_passes: ClassVar[float] = 0.0  # forward passes of a frozen model of the same size in each step, for what `plan` counts
     only_planned: bool = False  # `treadle plan` asks for shapes and times: prepare allocates no further model and reads none
     metrics: ClassVar[Mapping[str, Metric]] = {"loss": Metric()}
     ranking_metric: ClassVar[str] = "loss"

@@ -46,6 +46,7 @@ class DirectPreference(FineTuning):
     """
 
     headline = "dpo"
+    further_passes = 1.0
     Config = PreferenceSettings
     metrics: ClassVar[Mapping[str, Metric]] = {
         "loss": Metric(),

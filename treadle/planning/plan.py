@@ -170,6 +170,7 @@ def plan(
 
     # A product and its gradients by input and weight; of frozen weights there are none, of adapters all three.
     row_flops = 3.0 * whole if adapter is None else 2.0 * whole + 6.0 * sizes.trained * shape.length
+    row_flops += objective.further_passes * whole
     rows_flops = row_flops * micro * accumulation
     if shape.gradient_checkpointing is not False:
         rows_flops *= 4 / 3  # one more forward pass
