@@ -200,6 +200,7 @@ def evaluate(
                 echo(line)
         return
     from treadle.evaluation.report import evaluate_run, table_of, write_results
+    from treadle.models.huggingface.peft import is_peft
     from treadle.models.huggingface.reading import is_foreign
     from treadle.models.pretrained import home_of
 
@@ -207,7 +208,7 @@ def evaluate(
     for run in _runs(runs, model_path):
         reports.append(evaluate_run(run, data, rows, samples, batch_size, device=device, stats=stats, split=split, weights=weights))
         checkpoint = Path(reports[-1]["checkpoint"])
-        if output or not is_foreign(checkpoint):  # nothing is written into a folder of somebody else's
+        if output or not (is_foreign(checkpoint) or is_peft(checkpoint)):  # nothing is written into a folder of somebody else's
             write_results(Path(output) if output else home_of(checkpoint) / "results", reports[-1])
     for line in table_of(reports):
         echo(line)

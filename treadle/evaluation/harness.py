@@ -19,6 +19,7 @@ import yaml
 from treadle.errors import ConfigError, InputError, MissingExtra
 from treadle.evaluation.answers import Answers
 from treadle.generation.reading import in_format
+from treadle.models.huggingface.peft import is_peft
 from treadle.models.huggingface.reading import is_foreign
 from treadle.models.pretrained import Loaded, generation_file, home_of, load_run, tokenizer_of
 from treadle.models.quantized import quantize_once
@@ -257,7 +258,7 @@ def _folder(loaded: Loaded, output: str | None) -> Path | None:
     """Where results go; None beside a model of somebody else's, into whose folder nothing is written."""
     if output is not None:
         return Path(output)
-    return None if is_foreign(loaded.checkpoint.folder) else home_of(loaded.checkpoint.folder) / "results"
+    return None if is_foreign(loaded.checkpoint.folder) or is_peft(loaded.checkpoint.folder) else home_of(loaded.checkpoint.folder) / "results"
 
 
 def _answers(loaded: Loaded, folder: Path | None, weights: str | None, max_length: int | None) -> Answers:

@@ -281,7 +281,9 @@ def generation_defaults(folder: Path) -> dict[str, Any]:
 
 
 def generation_file(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The generation_config.json of a checkpoint's folder or of its run, as it is; {} when there is none."""
+    """The generation_config.json of a checkpoint's folder or of its run, as it is; {} when there is none. Of adapters: their base's."""
+    if is_peft(folder) and isinstance(adapter := locate(str(folder)), PeftFolder):
+        return generation_file(adapter.base.folder)
     for place in (folder, home_of(folder)):
         path = place / GENERATION_FILE
         if path.is_file():
@@ -297,7 +299,7 @@ def generation_file(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 def keep_generation_file(checkpoint: Checkpoint, run: Path) -> None:
     """A run that starts from a model of somebody else's takes its generation_config.json along, for its exports too."""
-    if isinstance(checkpoint, ForeignModel) and not (run / GENERATION_FILE).exists():
+    if isinstance(checkpoint, (ForeignModel, PeftFolder)) and not (run / GENERATION_FILE).exists():
         _, table = generation_file(checkpoint.folder)
         if table:
             write_atomically(run / GENERATION_FILE, json.dumps(table, indent=1) + "\n")
@@ -325,10 +327,12 @@ def _foreign_model(checkpoint: ForeignModel, device: Any) -> Model:
 
 
 def from_pretrained(folder: str | Path, device: Any = "cpu", trust_code: Iterable[str] = ()) -> Model:
-    """A model from a folder that `save_pretrained` or transformers wrote, a .gguf file, or a name of the Hugging Face hub, in
+    """A model from a folder that `save_pretrained`, transformers or peft wrote, a .gguf file, or a name of the Hugging Face hub, in
     fp32. Raises InputError or CheckpointError with the reason, and ConfigError where the folder names code that `trust_code`
     does not, or where a model's config.json asks for what is not computed."""
     path = Path(folder)
+    if is_peft(path):
+        return load_run(str(path), device, tokenizer=False).model
     if is_foreign(path) or (not path.exists() and hub.is_hub_name(str(folder).partition("@")[0])):
         checkpoint = locate(str(folder))
         assert isinstance(checkpoint, ForeignModel)

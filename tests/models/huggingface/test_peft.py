@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers as T
 
+import treadle
 from tests.conftest import make_text
 from tests.models.huggingface.families import ids, their_logits, their_model, written
 from tests.models.huggingface.test_command_line import write_theirs
@@ -21,7 +22,7 @@ from treadle.errors import CheckpointError, ConfigError, InputError, ShapeError
 from treadle.models.adapters import add_adapters, load_base, merge
 from treadle.models.huggingface.peft import CONFIG, WEIGHTS, for_peft
 from treadle.models.huggingface.reading import TransformersFolder
-from treadle.models.pretrained import load_run, locate
+from treadle.models.pretrained import generation_defaults, load_run, locate
 from treadle.models.settings import AdapterSettings
 from treadle.models.transformer import Transformer
 
@@ -208,6 +209,10 @@ def test_an_adapter_is_used_like_a_run(trained: Path, capsys: pytest.CaptureFixt
         assert typed(trained, f"generate {run} --prompt the --temperature 0 --max_new_tokens 5") == 0
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] and len(said[0]) > 4
+    assert treadle.from_pretrained(trained / "adapted/peft").parameter_count() == treadle.from_pretrained(trained / "base").parameter_count()
+    assert generation_defaults(trained / "adapted/peft") == generation_defaults(trained / "base") != {}
+    assert typed(trained, "eval adapted/peft --data text.txt --rows 2 --samples 0") == 0
+    assert not (trained / "adapted" / "results").exists(), "nothing is written beside a folder that may be somebody else's"
     # New adapters above those, and the whole model with them merged.
     for name, more in (("above", "--lora_rank 2"), ("whole", "")):
         assert typed(trained, f"train text.txt --from adapted/peft --output_dir {name} --max_steps 1 --learning_rate 1e-9 {FEW} {more}") == 0
