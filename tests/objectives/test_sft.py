@@ -100,7 +100,7 @@ def test_objectives_imply_their_data() -> None:
     assert compose([Layer({"objective": "sft", "data.dataset": "preferences"}, "test")]).data.dataset_class == "preferences"
     for table, key, value in (({"assistant_only_loss": True}, "train_on", "assistant"), ({"completion_only_loss": True}, "train_on", "completion"),
                               ({"completion_only_loss": False}, "train_on", "all")):  # fmt: skip
-        assert getattr(compose([Layer(table, "test")], with_model=False).data, key) == value
+        assert getattr(compose([Layer({"objective": "sft", **table}, "test")], with_model=False).data, key) == value
 
 
 def test_a_model_that_mixes_documents_wants_rows_of_their_own(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
