@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from treadle.layers.linear import are_plain
-from treadle.ops.swiglu import swiglu
+from treadle.layers.lora import FrozenLinear
+from treadle.ops.swiglu import gated_products, swiglu
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -31,6 +32,8 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.fused and are_plain(self.gate, self.up, self.down):
             return swiglu(x, self.gate.weight, self.up.weight, self.down.weight)
+        if self.fused and isinstance(self.down, FrozenLinear):
+            return self.down(gated_products(self.gate(x), self.up(x)))
         return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
