@@ -31,10 +31,10 @@ demo:
 	@echo "  $(BIN)/treadle train YOUR_TEXT.txt                # your own text"
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS)
+	$(BIN)/python -m pytest -m "not slow and not realmodel" -n $(WORKERS)
 
 test-slow: $(VENV)/ready
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow or realmodel"
 
 contracts: $(VENV)/ready
 	$(BIN)/python -m tools.contract_board
