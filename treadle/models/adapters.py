@@ -43,7 +43,7 @@ def add_adapters(model: Model, settings: AdapterSettings) -> None:
     if settings.lora_rank is None:
         raise ConfigError("adapters need a rank: --lora_rank 8")
     if model.adapted:
-        raise ConfigError("the model has adapters already; merge them first (treadle.merge_adapters)")
+        raise ConfigError("the model has adapters already; merge them first (treadle.models.adapters.merge)")
     chosen = set(targets(model, settings.lora_targets))
     model.requires_grad_(False)
     for name, layer in adaptable(model).items():
