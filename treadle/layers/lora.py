@@ -63,7 +63,7 @@ class FrozenLinear(nn.Linear):
         if layer.bias is not None:
             layer.bias.requires_grad_(False)
         made = nn.Parameter(torch.empty(held.shape, dtype=BASE_DTYPES[kind], device=device), requires_grad=False)
-        layer._parameters["weight"] = held.requires_grad_(False) if kind == "fp32" else made
+        layer._parameters["weight"] = held.requires_grad_(False) if kind == "fp32" else made  # type: ignore[assignment]
         # By the weight's name and not among a checkpoint's tensors: a file has the weight whole.
         layer.register_buffer("scales", torch.empty(held.shape[0], device=device) if kind == "int8" else None, persistent=False)
         if kind != "fp32" and not held.is_meta:
