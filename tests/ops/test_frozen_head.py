@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from treadle.ops.cross_entropy import linear_cross_entropy
 from treadle.ops.divergence import linear_divergence
@@ -29,11 +28,11 @@ def test_a_frozen_head_gets_no_gradient_and_costs_none(kind: str) -> None:
     found = []
     for trained in (True, False):
         x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_(trained)
-        with FlopCounterMode(display=False) as counter:
-            total = loss(kind, x, w)
-            total.backward()  # type: ignore[no-untyped-call]
-        found.append((total.detach(), x.grad, counter.get_total_flops()))
+        total = loss(kind, x, w)
+        of_hidden, of_head = total.grad_fn.saved_tensors  # type: ignore[union-attr]
+        assert of_hidden.shape == (N, D) and (of_head is not None) is trained
+        total.backward()  # type: ignore[no-untyped-call]
+        found.append((total.detach(), x.grad))
         assert (w.grad is not None) is trained
-    (one, slope, work), (two, again, less) = found
+    (one, slope), (two, again) = found
     assert torch.equal(one, two) and torch.equal(slope, again)  # type: ignore[arg-type]
-    assert work - less == 2 * N * V * D  # the product that makes the head's gradient
