@@ -11,7 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.serving.conftest import listening, scripted_app
+from tests.serving.conftest import LIMITS, byte_model, listening, scripted_app, served
+from treadle.generation.engine import Engine
 from treadle.serving.app import App
 
 GOOD = {
@@ -143,3 +144,30 @@ def test_bytes_that_are_no_http_and_clients_that_leave() -> None:
                     got = b""
                 assert b" 500 " not in got.split(b"\r\n")[0] and b"Traceback" not in got
         assert httpx.post(f"{address}/v1/completions", json={"prompt": "a"}).json()["choices"][0]["text"] == "Hi"
+
+
+def test_extreme_but_sound_requests_of_a_real_engine() -> None:
+    """Numbers at the ends of their ranges, all at once: each is answered, and none takes its neighbours' rows down."""
+    engine = Engine(byte_model(), rows=8, max_len=LIMITS.max_len, queue=1000)
+    engine.start()
+    app, draw = App(engine, served()), random.Random(7)
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+
+    def extreme() -> bytes:
+        body: dict[str, Any] = {"prompt": [draw.randrange(256) for _ in range(draw.choice([1, 2, 200]))], "max_tokens": draw.choice([1, 7, 64])}
+        choices: dict[str, list[Any]] = {
+            "temperature": [0, 1e-320, 1e-45, 1e-30, 1e-3, 2], "top_p": [0, 1e-300, 1e-9, 1], "top_k": [0, 1, 255, 256, 257, 1 << 30],
+            "repetition_penalty": [0.01, 1, 100], "seed": [-(1 << 63), 0, (1 << 64) - 1], "logprobs": [0, 20], "stream": [True, False], "n": [1, 3],
+            "logit_bias": [{}, {str(token): -100 for token in range(256)}, {str(token): 100 for token in range(0, 256, 2)}],
+        }  # fmt: skip
+        body |= {name: draw.choice(values) for name, values in choices.items() if draw.random() < 0.7}
+        return json.dumps(body).encode()
+
+    async def all_of_them() -> list[tuple[int, bytes]]:
+        return await asyncio.gather(*(asked(app, "POST", "/v1/completions", headers, extreme()) for _ in range(150)))
+
+    try:
+        answers = asyncio.run(all_of_them())
+    finally:
+        engine.stop(finish=False)
+    assert [body[:300] for status, body in answers if status != 200 or b'"error"' in body] == []
