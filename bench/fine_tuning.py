@@ -41,7 +41,7 @@ def train(model: str, data: str, folder: Path, steps: int, flags: list[str]) -> 
     """One run: what its files say of it."""
     command = [sys.executable, "-m", "treadle", "train", data, "--from", model, "--objective", "sft", "--output_dir", str(folder),
                "--max_steps", str(steps), "--eval_steps", str(steps), "--eval_on_start", "true", "--sample_tokens", "0",
-               "--seq_len", "256", "--per_device_train_batch_size", "4", "--logging_steps", "10", *flags]  # fmt: skip
+               "--seq_len", "256", "--per_device_train_batch_size", "2", "--logging_steps", "10", *flags]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\nended with {done.returncode}: {done.stderr[-2000:]}{done.stdout[-2000:]}")
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=None, help="beginnings of names")
     parser.add_argument("--output", default="runs/fine_tuning", help="folder of the runs; used ones are read, not trained again")
     asked = parser.parse_args()
-    print(f"treadle {treadle.__version__}, {asked.steps} steps of 4 rows x 256 tokens\n")
+    print(f"treadle {treadle.__version__}, {asked.steps} steps of 2 rows x 256 tokens\n")
     print("| | held-out loss before | after | CPU seconds | peak GB | checkpoint MB |\n|---|---|---|---|---|---|")
     said = {"before": answers(asked.model)}
     for name, flags in ways(asked.rank).items():
