@@ -141,6 +141,8 @@ def test_the_start_is_the_base_and_is_fixed_by_seed_and_name(case: tuple[str, in
     first, again, other = ({n: p for n, p in m.named_parameters() if n.endswith("lora_A")} for m in made)
     assert all(torch.equal(first[n], again[n]) and not torch.equal(first[n], other[n]) for n in first)
     assert all(not p.any() for n, p in made[0].named_parameters() if n.endswith("lora_B"))
+    add_adapters(base, settings)  # of a model that has its memory: the same
+    assert all(torch.equal(p, first[n]) for n, p in base.named_parameters() if n.endswith("lora_A"))
 
 
 @pytest.mark.parametrize("kind", ["bf16", "int8"])

@@ -229,3 +229,15 @@ def test_flags_alone_name_the_keys() -> None:
                            "base_dtype": "bfloat16"}, "flag", from_text=True)]).adapter  # fmt: skip
     assert (made.lora_rank, made.lora_alpha, made.lora_dropout, made.use_rslora, made.base_precision) == (8, 16.0, 0.05, True, "bf16")
     assert made.lora_targets == ["q_proj", "v_proj"]
+
+
+def test_a_student_with_adapters(base: Path, other_text: Path, tmp_path: Path) -> None:
+    """Distillation starts from the model of --from, and its last stage from the stage before."""
+    from treadle.distillation import distill
+
+    keys = {**RUN, **LORA, "output_dir": str(tmp_path / "run"), "distill.teacher": str(base), "model.arch": "transformer", "max_steps": 3}
+    distill(Request(str(other_text), keys, weights_from=str(base), flags_are_text=False), Console(quiet=True, silent=True))
+    last = load_run(str(tmp_path / "run")).checkpoint
+    settings = read_adapters(last)
+    assert settings is not None and all(is_adapter(name) for name in last.tensors("model"))
+    assert Path(str(settings.base_model)).parts[-4:-2] == ("stages", "mixer")

@@ -37,9 +37,9 @@ def _scale(settings: AdapterSettings) -> float:
     return scale_of(alpha_of(settings), settings.lora_rank or 1, settings.use_rslora)
 
 
-def add_adapters(model: Model, settings: AdapterSettings) -> None:
-    """Puts adapters on the model in place and freezes everything else; call it before the weights are allocated, or
-    `materialise` the adapters' values yourself. ConfigError where nothing can be adapted, or a name fits nothing."""
+def add_adapters(model: Model, settings: AdapterSettings, seed: int = 0) -> None:
+    """Puts adapters on the model in place and freezes everything else. Their values come from (seed, name), of a model without
+    memory when it is materialised. ConfigError where nothing can be adapted, or a name fits nothing."""
     if settings.lora_rank is None:
         raise ConfigError("adapters need a rank: --lora_rank 8")
     if model.adapted:
@@ -54,6 +54,10 @@ def add_adapters(model: Model, settings: AdapterSettings) -> None:
         else:
             FrozenLinear.take(layer, settings.base_precision)
     model.adapted = True
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if is_adapter(name) and not parameter.is_meta:
+                parameter.copy_(model._initial_values(seed, name, parameter))
 
 
 def adaptable(model: Model) -> dict[str, nn.Linear]:
