@@ -245,6 +245,18 @@ def make_trainer(request: Request, recipe: Recipe, console: Console, world: Worl
     return trainer
 
 
+def _keep_what_is_needed(trainer: Trainer, console: Console) -> None:
+    """What the run is built on is not rotated away by the run that it belongs to."""
+    from treadle.checkpoint.retention import keep_for
+
+    base = trainer.recipe.adapter.base_model
+    for place in [*([base] if base is not None else []), *trainer.objective.needs()] if trainer.world.is_main_process else []:
+        try:
+            keep_for(Path(place), trainer.recipe.folder)
+        except OSError as problem:  # of somebody else's, or read-only
+            console.warn(f"{place} is needed as long as this run is, and nothing could be written beside it that says so ({problem})")
+
+
 def _objective(recipe: Recipe) -> Objective:
     """What the run learns."""
     if recipe.distill.stage is None:
@@ -380,6 +392,7 @@ def train_in(world: World | None, request: Request, console: Console) -> dict[st
         _look_in_mirror(request, folder, console, world)
         recipe = configure(request, folder)
         trainer = make_trainer(request, recipe, console, world)
+        _keep_what_is_needed(trainer, console)
         trainer.run_folder.adopt_lock(lock)
         if trainer.finished:
             early = trainer.state.ended

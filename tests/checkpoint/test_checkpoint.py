@@ -330,6 +330,22 @@ def test_too_little_space_is_said_before_writing(tmp_path: Path, monkeypatch: py
 # ---- retention and lock ----
 
 
+def test_rotation_keeps_what_another_run_is_built_on_while_that_is_there(tmp_path: Path) -> None:
+    root, user = tmp_path / "base" / "checkpoints", tmp_path / "adapters"
+    user.mkdir()
+    save(root, 1)
+    retention.keep_for(root / checkpoint_name(1), user)
+    retention.keep_for(root / checkpoint_name(1), tmp_path / "base")  # of itself: no reason to keep it
+    for step in (2, 3, 4):
+        save(root, step)
+    assert steps_in(root) == [4, 3, 1]
+    user.rmdir()
+    save(root, 5)
+    assert steps_in(root) == [5, 4]
+    retention.keep_for(tmp_path / "base", user)  # a folder that no rotation touches
+    assert [p.name for p in tmp_path.iterdir()] == ["base"]
+
+
 def test_rotation_keeps_the_newest_and_the_best_by_number(tmp_path: Path) -> None:
     for step in (1, 2, 10, 9, 11):
         save(tmp_path, step, keep=99)

@@ -146,6 +146,19 @@ def test_the_command_as_it_is_typed(files: Path, tmp_path: Path) -> None:
         assert "<|im_start|>" in (place / "tokenizer" / "chat_template.jinja").read_text()
 
 
+def test_what_is_learnt_from_its_first_token_on_has_a_sample_too(files: Path, tmp_path: Path) -> None:
+    """--train_on all, and rows of text: no prompt of the held-out rows is left to answer."""
+    rows = [{"text": f"Once upon a time {n}."} for n in range(ROWS)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, path in (("all", files / "conversations.jsonl"), ("assistant", tmp_path / "texts.jsonl")):
+        keys = {**KEYS, "max_steps": 2, "eval_steps": 2, "train_on": name, "sample_tokens": 3}
+        out = command("train", path, "--output_dir", tmp_path / name, *flags(**keys))
+        assert out.returncode == 0, out.stderr
+        assert (tmp_path / name / "samples" / "step-00000002.txt").read_text()
+        out = command("eval", tmp_path / name, "--samples", 1)
+        assert out.returncode == 0, out.stderr
+
+
 def test_a_run_is_exported_with_its_template_and_evaluated_elsewhere(files: Path, tmp_path: Path) -> None:
     run = tmp_path / "r"
     out = command("train", files / "conversations.jsonl", "--output_dir", run, *flags(**{**KEYS, "max_steps": 2, "eval_steps": 2}))

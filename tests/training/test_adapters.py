@@ -241,3 +241,12 @@ def test_a_student_with_adapters(base: Path, other_text: Path, tmp_path: Path) -
     settings = read_adapters(last)
     assert settings is not None and all(is_adapter(name) for name in last.tensors("model"))
     assert Path(str(settings.base_model)).parts[-4:-2] == ("stages", "mixer")
+
+
+def test_a_base_that_trains_on_keeps_what_the_adapters_need(text_file: Path, other_text: Path, tmp_path: Path) -> None:
+    keys = {**KEYS, "max_steps": 2, "save_total_limit": 1, "eval_steps": 100}
+    train(str(text_file), quiet=True, output_dir=str(tmp_path / "base"), **keys)
+    run = fine_tuned(tmp_path / "base", other_text, tmp_path / "run", max_steps=2)
+    train(str(text_file), quiet=True, output_dir=str(tmp_path / "base"), **{**keys, "max_steps": 6, "save_steps": 1})
+    assert load_run(str(run)).model.adapted is False
+    assert fine_tuned(tmp_path / "base", other_text, run, max_steps=3) == run

@@ -100,6 +100,10 @@ class Objective(ABC):
         """Told before `prepare` of a run on the command line: the place of the weights that it starts from, or None where they are drawn
         from `seed`."""
 
+    def needs(self) -> list[str]:
+        """Checkpoints that the run goes on needing, by their folders, once `prepare` is done: their runs keep them."""
+        return []
+
     def prepare(self, model: Model, dataset: Dataset, device: torch.device) -> None:  # noqa: B027 - most need nothing
         """Called once before the model is spread over processes and optimisers are made; may freeze parameters, and raises
         ConfigError where model and data do not fit each other."""

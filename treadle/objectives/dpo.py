@@ -79,6 +79,9 @@ class DirectPreference(FineTuning):
             found = locate(task.reference)
             task.reference, task.reference_checksum = str(Path(found.folder).resolve()), weights_checksum(found)
 
+    def needs(self) -> list[str]:
+        return [self.task.reference] if self.task.reference is not None else []
+
     def prepare(self, model: Model, dataset: Dataset, device: torch.device) -> None:
         super().prepare(model, dataset, device)
         if model.adapted and not self._given and self.task.reference in (None, self._start):

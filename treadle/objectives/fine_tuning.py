@@ -24,12 +24,14 @@ class FineTuning(NextToken):
     def sample(self, model: Model, dataset: Dataset, prompt: str, tokens: int, seed: int) -> str:
         if prompt or not isinstance(dataset, Conversations) or not model.capabilities.decodes or tokens == 0:
             return super().sample(model, dataset, prompt, tokens, seed)
-        return "".join(_answered(model, dataset, 1, tokens, seed)[0].values())
+        answered = _answered(model, dataset, 1, tokens, seed)
+        return "".join(answered[0].values()) if answered else super().sample(model, dataset, prompt, tokens, seed)
 
     def samples(self, model: Model, dataset: Dataset, count: int) -> tuple[list[dict[str, str]], dict[str, float]]:
         if not isinstance(dataset, Conversations) or not model.capabilities.decodes:
             return super().samples(model, dataset, count)
-        return _answered(model, dataset, count, SAMPLE_TOKENS, 0), {}
+        answered = _answered(model, dataset, count, SAMPLE_TOKENS, 0)  # none where documents are learnt from their first token on
+        return (answered, {}) if answered else super().samples(model, dataset, count)
 
     def baselines(self, train: Dataset, held_out: Dataset) -> dict[str, dict[str, float]]:
         return {}  # those of text count all tokens, not the ones that are learnt
