@@ -308,6 +308,9 @@ def load_table(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid {path.suffix.lstrip('.') or 'TOML'}: {problem}") from None
     if table is None:
         table = {}
+    if isinstance(table, list) and path.suffix == ".json":
+        raise ConfigError(f"{path} holds a list; rows to train on are read from a .jsonl file, one a line: "
+                          f"jq -c '.[]' {path} > {path.stem}.jsonl")  # fmt: skip
     if not isinstance(table, dict):
         raise ConfigError(f"{path} must hold a table of sections, not a {type(table).__name__}")
     return table

@@ -101,6 +101,10 @@ def test_objectives_imply_their_data() -> None:
     for table, key, value in (({"assistant_only_loss": True}, "train_on", "assistant"), ({"completion_only_loss": True}, "train_on", "completion"),
                               ({"completion_only_loss": False}, "train_on", "all")):  # fmt: skip
         assert getattr(compose([Layer({"objective": "sft", **table}, "test")], with_model=False).data, key) == value
+    both = compose([Layer({"objective": "sft", "assistant_only_loss": "false", "completion_only_loss": "true"}, "flag", from_text=True)])
+    assert both.data.train_on == "completion"
+    none = compose([Layer({"objective": "sft", "assistant_only_loss": "false"}, "flag", from_text=True)])
+    assert none.data.train_on == "all"
 
 
 def test_a_model_that_mixes_documents_wants_rows_of_their_own(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -229,6 +229,9 @@ def test_flags_alone_name_the_keys() -> None:
                            "base_dtype": "bfloat16"}, "flag", from_text=True)]).adapter  # fmt: skip
     assert (made.lora_rank, made.lora_alpha, made.lora_dropout, made.use_rslora, made.base_precision) == (8, 16.0, 0.05, True, "bf16")
     assert made.lora_targets == ["q_proj", "v_proj"]
+    made = compose([Layer({"use_peft": "true", "load_in_8bit": "true", "target_modules": "all"}, "flag", from_text=True)]).adapter
+    assert (made.lora_rank, made.base_precision, made.lora_targets) == (16, "int8", ["all-linear"])
+    assert compose([Layer({"use_peft": "true", "r": "2"}, "flag", from_text=True)]).adapter.lora_rank == 2
 
 
 def test_a_student_with_adapters(base: Path, other_text: Path, tmp_path: Path) -> None:

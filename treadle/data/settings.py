@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import field_validator, model_validator
 
-from treadle.settings import Settings, option
+from treadle.settings import Fallback, Settings, option
 from treadle.storage.remote import is_url, refuse_secrets
 
 TEXT = "text"  # data.dataset_class of prepared tokens
@@ -28,7 +28,7 @@ def _only(train_on: str) -> Callable[[Any], dict[str, Any]]:
     def translate(value: Any) -> dict[str, Any]:
         if not isinstance(value, bool):
             raise ValueError
-        return {"data.train_on": train_on if value else "all"}
+        return {"data.train_on": train_on if value else Fallback("all")}
 
     return translate
 

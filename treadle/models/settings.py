@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
-from treadle.settings import Settings, option
+from treadle.settings import Fallback, Settings, option
 
 ALL_LINEAR = "all-linear"
+USUAL_RANK = 16  # where a switch of another trainer asks for adapters without one
+
+
+def _switched(key: str, value: Any) -> Callable[[Any], dict[str, Any]]:
+    """A switch of other trainers that sets a key where nothing else does."""
+
+    def translate(on: Any) -> dict[str, Any]:
+        if not isinstance(on, bool):
+            raise ValueError
+        return {key: Fallback(value)} if on else {}
+
+    return translate
 
 
 class AdapterSettings(Settings):
@@ -21,7 +34,8 @@ class AdapterSettings(Settings):
     """The adapters' products are multiplied by lora_alpha / lora_rank; default 2 lora_rank."""
 
     lora_dropout: float = option(0.0, ge=0.0, lt=1.0)
-    """Share of an adapter's inputs that are set to 0 while training."""
+    """Share of an adapter's inputs that are set to 0 while training; not of layers whose weights are read in place (the controllers of
+    dynamics, the projections of ssm and linear mixers)."""
 
     lora_targets: list[str] = option([ALL_LINEAR], aliases=("target_modules", "lora_target_modules"), change="fixed")
     """Which linear layers: all-linear (all but the head), or ends of their names (query, mlp.down), or patterns (layers.0.*).
@@ -40,6 +54,18 @@ class AdapterSettings(Settings):
 
     base_checksum: str | None = option(None, change="fixed")
     """Written by treadle: the checksum of the frozen model's weights."""
+
+    translations: ClassVar[dict[str, Callable[[Any], dict[str, Any]]]] = {
+        "use_peft": _switched("adapter.lora_rank", USUAL_RANK),
+        "load_in_8bit": _switched("adapter.base_precision", "int8"),
+    }
+    switches: ClassVar[dict[str, tuple[str, ...]]] = {"use_peft": ("lora_rank",)}
+
+    @field_validator("lora_targets", mode="before")
+    @classmethod
+    def _everything(cls, targets: Any) -> Any:
+        """all-linear as others write it."""
+        return [ALL_LINEAR if name in ("all", "all_linear") else name for name in targets] if isinstance(targets, list) else targets
 
     @model_validator(mode="after")
     def _sound(self) -> AdapterSettings:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
@@ -52,8 +53,17 @@ class DistillSettings(Settings):
         return self
 
 
+def _loss_type(value: Any) -> dict[str, Any]:
+    """trl's word for the form of the loss; DPO's own is the one there is."""
+    if value not in ("sigmoid", ["sigmoid"]):
+        raise ValueError
+    return {}
+
+
 class PreferenceSettings(Settings):
     """How strongly preferences pull the model away from where it started."""
+
+    translations: ClassVar[dict[str, Callable[[Any], dict[str, Any]]]] = {"loss_type": _loss_type}
 
     beta: float = option(0.1, aliases=("dpo_beta",), change="guarded", gt=0.0, allow_inf_nan=False)
     """What the difference of log-probabilities is multiplied by: the smaller, the further the model may move from the reference."""
