@@ -37,6 +37,7 @@ def test_limits() -> None:
     assert draw(logits, top_k=0, top_p=0.8) == {0, 1}
     assert draw(logits, temperature=0) == {0}
     assert draw(logits, temperature=0.05, top_k=0, top_p=1.0) == {0}
+    assert all(draw(logits, temperature=cold) == {0} for cold in (1e-6, 1e-45, 1e-320))  # no division by next to nothing
 
 
 def test_frequencies_are_the_softmax() -> None:

@@ -12,9 +12,12 @@ from torch import Tensor
 from treadle.errors import ConfigError
 
 
+COLDEST = 1e-6  # a temperature below draws the likeliest token anyway, and logits divided by 1e-40 are no numbers any more
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; temperature 0 is greedy, top_k 0 and top_p 1 turn those limits off."""
+    """How tokens are drawn; temperature 0 (and any below 1e-6) is greedy, top_k 0 and top_p 1 turn those limits off."""
 
     temperature: float = 1.0
     top_k: int = 50
@@ -31,6 +34,8 @@ class Sampling:
         for name, good, allowed in rules:
             if not good:
                 raise ConfigError(f"{name} = {getattr(self, name)}: must be {allowed}")
+        if self.temperature < COLDEST:
+            object.__setattr__(self, "temperature", 0.0)
 
 
 NEW_TOKENS = 100

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 COMPLETION_TOKENS = 16  # max_tokens of a completion that names none, as the API reference has it
 MOST_LOGPROBS = 20
-COLDEST = 1e-3  # a temperature below draws the likeliest token anyway, and logits divided by 1e-40 are no numbers any more
 # Fields that ask for nothing which changes an answer here.
 IGNORED = frozenset({"user", "metadata", "store", "service_tier", "parallel_tool_calls", "prompt_cache_key", "safety_identifier",
                      "prompt_cache_retention", "verbosity", "reasoning_effort", "prediction"})  # fmt: skip
@@ -226,9 +225,8 @@ def _asked(body: dict[str, Any], served: Served, prompts: list[list[int]], n: in
         if fields.number(body, name, 0.0, -2, 2) != 0:
             raise RequestError(400, f"{name} is not supported; repetition_penalty (above 1: repeat less) is", name)
     given = served.defaults
-    temperature = fields.number(body, "temperature", given.get("temperature", 1.0), 0, 2)
     sampling = Sampling(
-        temperature if temperature >= COLDEST else 0.0,
+        fields.number(body, "temperature", given.get("temperature", 1.0), 0, 2),
         fields.whole(body, "top_k", given.get("top_k", Sampling.top_k), 0, 1 << 30) or 0,
         # A nucleus of nothing is its likeliest token, as 0 is elsewhere.
         max(1e-9, fields.number(body, "top_p", given.get("top_p", Sampling.top_p), 0, 1)),
