@@ -302,3 +302,41 @@ def test_the_verbs_of_data_show_the_mask(written: Callable[..., str]) -> None:
 def test_nothing_left_says_why(written: Callable[..., str]) -> None:
     with pytest.raises(InputError, match="longer than a row"):
         opened(written(GOOD), seq_len=8)
+
+
+CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]}
+MEANT_OTHERWISE = [
+    ({"messages": [*talk("ask"), CALL]}, "tool_calls, which the chat template does not write"),
+    ({"messages": talk("ask", "say"), "tools": [{"type": "function"}]}, "'tools' is not passed"),
+    ({"messages": [*talk("ask"), {**talk("", "say")[1], "weight": 0}]}, "weight = 0"),
+    ({"messages": [*talk("ask"), {**talk("", "say")[1], "train": False}]}, "train = False"),
+]
+
+
+@pytest.mark.parametrize("row, said", MEANT_OTHERWISE, ids=range(len(MEANT_OTHERWISE)))
+def test_what_would_be_read_otherwise_than_it_was_meant_is_refused(row: dict[str, Any], said: str, written: Callable[..., str]) -> None:
+    """A call that the template leaves out would teach to say nothing; with one that writes calls the same row is good."""
+    with pytest.raises(DataError, match=said):
+        opened(written(row), on_bad="error")
+    good = {"messages": talk("ask", "say"), "tools": [], "chat_template_kwargs": None}
+    assert learnt(opened(written(good), on_bad="error")["train"]) == ["say|"]
+
+
+def test_a_template_that_writes_calls_takes_them(tmp_path: Path, written: Callable[..., str]) -> None:
+    template = tmp_path / "calls.jinja"
+    template.write_text("{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+                        "{% for c in m.tool_calls or [] %}!{{ c.function.name }}{% endfor %}{{ eos_token }}{% endgeneration %}{% else %}"
+                        "{{ m.content }}{% endif %}{% endfor %}")  # fmt: skip
+    data = opened(written({"messages": [*talk("ask"), CALL]}), on_bad="error", chat_template=str(template))["train"]
+    assert learnt(data) == ["!f|"]
+
+
+def test_a_completion_of_several_turns_is_learnt_whole(written: Callable[..., str]) -> None:
+    row = {"prompt": talk("ask", "one", "two"), "completion": talk("", "say", "more", "end")[1:]}
+    assert learnt(opened(written(row), train_on="completion", seq_len=128)["train"]) == ["say|end|"]
+    assert learnt(opened(written({"messages": talk("ask", "say", "more", "end")}), train_on="completion", seq_len=128)["train"]) == ["end|"]
+
+
+def test_prompts_of_preferences_are_not_learnt(written: Callable[..., str]) -> None:
+    with pytest.raises(ConfigError, match="answers alone"):
+        opened(written({"prompt": "ask", "chosen": "yes", "rejected": "no"}), "preferences", train_on="all")

@@ -209,3 +209,17 @@ def test_a_name_and_a_file(tmp_path: Path) -> None:
     (tmp_path / "bad.jinja").write_text("{% for %}")
     with pytest.raises(ConfigError, match="not valid Jinja"):
         ChatTemplate.named(str(tmp_path / "bad.jinja"))
+
+
+@pytest.mark.parametrize("source", ["{{ '{0} {1}'.format('a') }}", "{{ 'a'.encode('nonsense') }}", "{{ 1 / 0 }}"])
+def test_a_template_that_fails_says_so(source: str) -> None:
+    with pytest.raises(InputError, match="the chat template"):
+        ChatTemplate(source).prompt_ids(Tokenizer.load("byte"), [{"role": "user", "content": "a"}])
+
+
+def test_marks_around_what_the_user_says_are_refused() -> None:
+    source = ("{% for m in messages %}{% if m.role == 'user' %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}"
+              "{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}")  # fmt: skip
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(InputError, match="around what the assistant says"):
+        ChatTemplate(source).encode(Tokenizer.load("byte"), talk)

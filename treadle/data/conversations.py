@@ -109,11 +109,29 @@ class EncodedRows(RowSource):
         if said.messages is not None:
             if self.template is None:
                 raise InputError("messages need a chat template; leave out --chat_template none")
-            return self.template.encode(self.tokenizer, messages or said.messages, self.train_on, said.first_turn)
+            # Of a prompt with its completion, the completion is all that comes after the prompt; else it is the last turn.
+            train_on = "assistant" if self.train_on == "completion" and said.given else self.train_on
+            given = messages or said.messages
+            made = self.template.encode(self.tokenizer, given, train_on, said.first_turn)
+            if any(message.get("tool_calls") for message in given):
+                self._refuse_unwritten_calls(given, made[0])
+            return made
         prompt = self.tokenizer.encode(said.prompt)
         rest = np.append(self.tokenizer.encode(said.text[len(said.prompt) :]), self.tokenizer.eos_id)
         mask = np.arange(len(prompt) + len(rest)) >= (0 if self.train_on == "all" else len(prompt))
         return np.concatenate([prompt, rest]).astype(np.int32), mask
+
+
+    def _refuse_unwritten_calls(self, messages: Sequence[dict[str, Any]], ids: np.ndarray) -> None:
+        """A model that learns from a template which leaves calls out learns to say nothing where it should call."""
+        assert self.template is not None
+        for number, message in enumerate(messages):
+            if message.get("tool_calls"):
+                silent = {key: value for key, value in message.items() if key != "tool_calls"}
+                without = [*messages[:number], {"content": "", **silent}, *messages[number + 1 :]]
+                if np.array_equal(self.template.encode(self.tokenizer, without, "all")[0], ids):
+                    raise InputError(f"message {number + 1} has tool_calls, which the chat template does not write; take one that does "
+                                     "(--chat_template FILE.jinja, or the model's own)")  # fmt: skip
 
 
 class ConversationRows(EncodedRows):

@@ -15,6 +15,10 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "
                   "function_call": "assistant", "observation": "tool", "function_response": "tool"}  # fmt: skip
 SHAREGPT = "in sharegpt's form (from, value), read as messages (role, content)"
 
+UNREAD = ("tools", "functions", "chat_template_kwargs")
+# What other trainers take a turn of the assistant out of the loss by: OpenAI's weight, axolotl's train and training.
+UNLEARNT = ("weight", "train", "training")
+
 Message = dict[str, Any]
 
 
@@ -38,7 +42,7 @@ class Said:
 def said_in(table: dict[str, Any], text_column: str, as_messages: bool) -> Said:
     """What a row of conversations says; InputError that tells what is wrong with it. as_messages: a prompt and its completion that are
     texts become a message of the user and one of the assistant."""
-    have = {name for name, value in table.items() if value is not None}
+    have = _columns(table)
     if "messages" in have:
         return Said(_messages(table["messages"], "messages"))
     if "conversations" in have:
@@ -55,7 +59,7 @@ def said_in(table: dict[str, Any], text_column: str, as_messages: bool) -> Said:
 
 def pair_in(table: dict[str, Any], as_messages: bool) -> tuple[Said, Said]:
     """(the chosen, the rejected) of a row of preferences; InputError that tells what is wrong with it."""
-    have = {name for name, value in table.items() if value is not None}
+    have = _columns(table)
     if not {"chosen", "rejected"} <= have:
         said = "; set --objective sft for conversations" if "messages" in have else ""
         raise InputError(f"no chosen and rejected (there is: {', '.join(list(table)[:8])}){said}")
@@ -75,6 +79,15 @@ def pair_in(table: dict[str, Any], as_messages: bool) -> tuple[Said, Said]:
     if same == 0:
         raise InputError("chosen and rejected do not begin with the same message: they answer different prompts")
     return Said(both[0], same), Said(both[1], same)
+
+
+def _columns(table: dict[str, Any]) -> set[str]:
+    """The columns that say something; InputError for those which would change what a template writes, and are not passed to it."""
+    for name in UNREAD:
+        if table.get(name):
+            raise InputError(f"{name!r} is not passed to chat templates, so the conversation would not read as it was meant; write what it "
+                             "says into a system message, and leave the column out")  # fmt: skip
+    return {name for name, value in table.items() if value is not None}
 
 
 def _continued(prompt: Any, rest: Any, name: str, as_messages: bool) -> Said:
@@ -102,6 +115,10 @@ def _message(found: Any, where: str) -> Message:
         content = "".join(part["text"] for part in content)  # [{"type": "text", "text": ...}], as OpenAI's clients write it
     if content is None and not found.get("tool_calls"):
         raise InputError(f"{where} has no content")
+    off = next((key for key in UNLEARNT if key in found and found[key] in (0, False) and found["role"] == "assistant"), None)
+    if off is not None:
+        raise InputError(f"{where} has {off} = {found[off]!r}: single answers cannot be taken out of what is learnt; end the conversation "
+                         "before it, or make what comes up to it a prompt (prompt and completion)")  # fmt: skip
     kept = {key: value for key, value in found.items() if value is not None}
     return kept if content is None else {**kept, "content": _text(content, where)}
 

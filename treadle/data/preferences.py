@@ -14,10 +14,16 @@ from treadle.data.conversations import TOO_LONG, Conversations, EncodedRows
 from treadle.data.documents import Document, Encoded
 from treadle.data.messages import Said, pair_in
 from treadle.data.shards import Row, Rows, Shard
+from treadle.errors import ConfigError
 
 
 class PairRows(EncodedRows):
     """Two documents for each pair, the chosen one first."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        if self.train_on == "all":
+            raise ConfigError("data.train_on = all: of preferences the answers alone count; leave it out")
 
     def document(self, table: dict[str, Any]) -> Document:
         pair = pair_in(table, self.template is not None)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from treadle.errors import ConfigError
 
-
 COLDEST = 1e-6  # a temperature below draws the likeliest token anyway, and logits divided by 1e-40 are no numbers any more
 
 

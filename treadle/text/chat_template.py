@@ -314,6 +314,8 @@ class ChatTemplate:
             if len(spans) != turns:
                 raise InputError(f"{turns} messages of the assistant, and the template marks {len(spans)} with "
                                  "{% generation %}: which tokens to learn cannot be told")  # fmt: skip
+            if not _marks_answers(self.source, tuple(sorted(tokenizer.named_tokens.items()))):
+                raise InputError("the template's {% generation %} does not stand around what the assistant says")
         else:
             spans = self._by_prefixes(tokenizer, messages, rendered, end)
             borders = {start for start, _ in offsets}
@@ -371,7 +373,9 @@ def _render(source: str, messages: Messages, add_generation_prompt: bool, named:
                 raise InputError(f"the chat template writes more than {LONGEST} characters for one conversation")
     except jinja2.exceptions.TemplateError as problem:
         raise InputError(f"the chat template refuses the conversation: {problem}") from None
-    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RecursionError, MemoryError) as problem:
+    except InputError:
+        raise
+    except Exception as problem:  # a template is somebody else's program, and fails in any way that a program can
         raise InputError(f"the chat template fails on the conversation: {type(problem).__name__}: {problem}") from None
     return "".join(pieces)
 
@@ -380,6 +384,14 @@ def _render(source: str, messages: Messages, add_generation_prompt: bool, named:
 def _marked(source: str) -> bool:
     """Whether the template marks the assistant's parts."""
     return bool(re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source))
+
+
+@functools.lru_cache(maxsize=64)
+def _marks_answers(source: str, named: tuple[tuple[str, str], ...]) -> bool:
+    """Whether what an assistant says stands inside the marked parts."""
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": ANSWER}]
+    made = _Rendered.of(_render(source, messages, False, dict(named)))
+    return any(ANSWER in made.text[start:stop] for start, stop in made.spans)
 
 
 @functools.lru_cache(maxsize=64)
