@@ -89,7 +89,7 @@ def serve(
     checked_host(host, secret)
     listener = listening(host, port)  # before a model is loaded: a port that is taken is said at once
     try:
-        code = _serve(listener, host, secret, run, name, rows, Limits(max_prompt_tokens, max_new_tokens), queue,
+        code = _serve(listener, host, secret, run, name, rows, Limits(max_prompt_tokens, max_new_tokens, min(Limits.max_choices, queue)), queue,
                       _loaded(run, device, weights, chat_template))  # fmt: skip
     finally:
         listener.close()

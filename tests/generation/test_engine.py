@@ -242,6 +242,24 @@ def test_a_step_that_fails_and_an_engine_that_fails_leave_a_working_engine(engin
     assert Heard(engine, [4, 5], 6).wait().ids == alone(engine._model, [4, 5], 6)
 
 
+def test_an_engine_that_cannot_go_on_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starting anew fails as well, for want of memory: who waits hears of it, and nothing new is taken."""
+    made = Engine(small(), rows=2, max_len=32, queue=3)
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(made, "_choose", broken)
+    monkeypatch.setattr("treadle.generation.engine.slots_of", broken)
+    monkeypatch.setattr("threading.excepthook", lambda _: None)
+    waiting = [Heard(made, [1], 5) for _ in range(3)]
+    made.start()
+    assert [heard.wait().reasons for heard in waiting] == [["error: no memory"]] * 2 + [["cancelled"]]
+    assert made.stop(timeout=30)
+    with pytest.raises(EngineStopped):
+        Heard(made, [1], 5)
+
+
 def test_logits_that_are_no_numbers_end_the_row() -> None:
     model = small()
     with torch.no_grad():

@@ -209,15 +209,19 @@ class Engine:
     # ---- the engine's own thread ----
 
     def _work(self) -> None:
-        with torch.inference_mode():
-            while self._next():
-                began = time.perf_counter()
-                try:
-                    self._turn()
-                except Exception as problem:  # of the engine's own: who waits hears of it, and the next request finds it working
-                    self._start_anew(problem)
-                self._busy += time.perf_counter() - began
-        self._cancel_all()
+        try:
+            with torch.inference_mode():
+                while self._next():
+                    began = time.perf_counter()
+                    try:
+                        self._turn()
+                    except Exception as problem:  # of the engine's own: who waits hears of it, and the next request finds it working
+                        self._start_anew(problem)
+                    self._busy += time.perf_counter() - began
+        finally:  # also where starting anew fails, for want of memory say: nobody waits for a thread that is gone
+            with self._wake:
+                self._stopping = True
+            self._cancel_all()
 
     def _turn(self) -> None:
         self._leave([row for row in self._rows if row.ticket.cancelled], "cancelled")
@@ -227,9 +231,9 @@ class Engine:
     def _start_anew(self, problem: Exception) -> None:
         with self._wake:
             rows, self._rows = self._rows, []
-        self._slots = slots_of(self._ready, self.rows, self.max_len)
         for row in rows:
             _tell(row.request.on_end, _error(problem))
+        self._slots = slots_of(self._ready, self.rows, self.max_len)
 
     def _next(self) -> bool:
         """Waits for work, and gives the longest waiting requests places; False when the engine is to end."""

@@ -246,9 +246,17 @@ def _for_transformers(
         tokens |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     tokens |= {key: told[key] for key in TOKEN_KEYS if key in told}
     table, renamed = for_transformers(shape, weights, dtype, tokens)
-    defaults = {**{key: value for key, value in tokens.items() if value is not None}, **told}
+    defaults = {**{key: value for key, value in tokens.items() if value is not None}, **_ends_of_turns(tokenizer), **told}
     return renamed, {CONFIG_FILE: (json.dumps(table, indent=1) + "\n").encode(),
                      GENERATION_FILE: (json.dumps(defaults, indent=1) + "\n").encode()}  # fmt: skip
+
+
+def _ends_of_turns(tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Where a conversation's turn ends in another token than a document, generation has to stop at both."""
+    if tokenizer is None or tokenizer.chat_template is None:
+        return {}
+    ends = tokenizer.chat_template.further_ends(tokenizer)
+    return {"eos_token_id": [tokenizer.eos_id, *ends]} if ends else {}
 
 
 def _refuse_foreign(folder: Path) -> None:

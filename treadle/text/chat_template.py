@@ -23,7 +23,7 @@ from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
-from treadle.errors import ConfigError, InputError
+from treadle.errors import ConfigError, InputError, TreadleError
 
 TEMPLATE_FILE, CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"  # as transformers calls them
 TRAIN_ON = ("assistant", "completion", "all")
@@ -262,6 +262,13 @@ class ChatTemplate:
         """The token that ends an assistant's turn, and the one that ends a document."""
         end = self.controls(tokenizer).get(self.turn_end(tokenizer))
         return sorted({tokenizer.eos_id} | ({end} if end is not None else set()))
+
+    def further_ends(self, tokenizer: Encodes) -> list[int]:
+        """The tokens beside the end of a document at which others have to stop who read an export; none where the template does not say."""
+        try:
+            return [token for token in self.stop_ids(tokenizer) if token != tokenizer.eos_id]
+        except TreadleError:
+            return []
 
     def stop_text(self, tokenizer: Encodes) -> str | None:
         """The text that ends an assistant's turn, where the tokenizer has no token for it."""

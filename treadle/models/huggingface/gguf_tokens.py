@@ -104,7 +104,8 @@ def metadata_of(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     for index in range(len(table["tokens"]), vocab_size):  # rows of the embedding that no token has
         table["tokens"].append(f"[UNUSED_{index}]")
         table["token_type"].append(UNUSED)
-    return {"model": "gpt2", **table}
+    ends = tokenizer.chat_template.further_ends(tokenizer) if tokenizer.chat_template is not None else []
+    return {"model": "gpt2", **table, **({"eot_token_id": ends[0]} if ends else {})}
 
 
 def _of_bytes() -> dict[str, Any]:

@@ -128,7 +128,7 @@ def _describe(
     writer.add_token_types(tokens["token_type"])
     writer.add_token_merges(tokens["merges"])
     writer.add_add_bos_token(tokens["add_bos_token"])
-    for key in ("bos_token_id", "eos_token_id", "unknown_token_id", "padding_token_id"):
+    for key in ("bos_token_id", "eos_token_id", "eot_token_id", "unknown_token_id", "padding_token_id"):
         if key in tokens:
             writer.add_uint32(f"tokenizer.ggml.{key}", tokens[key])
     if template is not None:
