@@ -13,7 +13,7 @@ import yaml
 from treadle.checkpoint import writer
 from treadle.models.base import build, describe
 from treadle.models.export import export
-from treadle.models.model_card import is_ours, stated_licence
+from treadle.models.model_card import _short, is_ours, stated_licence
 from treadle.monitor.records import write_json
 from treadle.text.base import Tokenizer
 
@@ -107,3 +107,11 @@ def test_a_licence_that_the_weights_come_with_goes_on(tmp_path: Path) -> None:
     for broken in ("---\n[\n---\n", "---\nlicense: 3\n---\n", "no front", "---\n"):
         (base / "README.md").write_text(broken)
         assert stated_licence(base) is None
+
+
+@pytest.mark.parametrize("word, short", [
+    ('["/home/me/a.txt","~/b/c.txt"]', '["a.txt","c.txt"]'), ("/a/x.txt,/b/y.txt", "x.txt,y.txt"), ("--data=file:///home/me/t.txt", "--data=t.txt"),
+    ("s3://bucket/a/b.txt", "s3://bucket/a/b.txt"), ("https://host/a/b", "https://host/a/b"), ("a/b.txt", "a/b.txt"), ("owner/name", "owner/name"),
+])  # fmt: skip
+def test_folders_are_left_out_wherever_a_word_has_them(word: str, short: str) -> None:
+    assert _short(word) == short

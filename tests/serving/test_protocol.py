@@ -104,6 +104,12 @@ def test_an_answer_says_why_it_ended(length: int, reason: str, text: str) -> Non
     assert (choice["finish_reason"], choice["text"]) == (reason, text)
 
 
+def test_what_asks_for_nothing_in_other_servers_words_is_understood() -> None:
+    app, engine = scripted_app("b")
+    assert ask(app, "/v1/completions", {"prompt": "a", "top_k": -1, "min_p": 0, "ignore_eos": False})[0] == 200
+    assert engine.requests[0].sampling.top_k == 0
+
+
 REFUSED = [
     ({"suffix": "x"}, "suffix"), ({"best_of": 3}, "best_of"), ({"echo": True, "logprobs": 1}, "echo"), ({"frequency_penalty": 0.1}, "frequency_penalty"),
     ({"presence_penalty": -1}, "presence_penalty"), ({"temperature": 3}, "temperature"), ({"temperature": True}, "temperature"),
@@ -111,7 +117,7 @@ REFUSED = [
     ({"logprobs": 21}, "logprobs"), ({"logit_bias": {"256": 1}}, "logit_bias"), ({"logit_bias": {"1": 101}}, "1"), ({"stop": ""}, "stop"),
     ({"stop": ["a"] * 17}, "stop"), ({"stream_options": {}}, "stream_options"), ({"prompt": "x" * 201}, "prompt"), ({"prompt": [1, "a"]}, "prompt"),
     ({"prompt": [256]}, "prompt"), ({"prompt": [-1]}, "prompt"), ({"prompt": {"a": 1}}, "prompt"), ({"prompt": [[]]}, "prompt"), ({"seed": "1"}, "seed"),
-    ({"unheard_of": 1}, "unheard_of"), ({"stream": "yes"}, "stream"), ({"top_k": -1}, "top_k"), ({"prompt": ["a"] * 65}, "prompt"),
+    ({"unheard_of": 1}, "unheard_of"), ({"stream": "yes"}, "stream"), ({"top_k": -2}, "top_k"), ({"min_p": 0.1}, "min_p"), ({"prompt": ["a"] * 65}, "prompt"),
 ]  # fmt: skip
 
 

@@ -26,6 +26,7 @@ LIBRARY = {"treadle": "treadle", "huggingface": "transformers", "gguf": "gguf", 
 MARK = "<!-- Written by treadle export ({}). A changed card is kept by the next export. -->\n"
 MARKED = re.compile(r"<!-- Written by treadle export \(([0-9a-f]{16})\)\. A changed card is kept by the next export\. -->\n\Z")
 EVALUATION, HARNESS = "results/evaluation_results.json", "results/harness_results.json"
+FOLDERS = re.compile(r"""(?<![\w.:/~])(?:file://)?[~/](?:[^/\s"',\[\]]*/)*(?=[^/\s"',\[\]])""")  # of absolute paths; names of hosts and buckets stay
 METRICS = ("loss", "bpb", "perplexity", "accuracy")  # of the run's own evaluation
 TERMS = {"austen": "Jane Austen's six novels, in the public domain (the corpus that ships with treadle)"}
 
@@ -126,9 +127,8 @@ def _licence(stated: str | None, said: bool, base: str | None, data: list[str]) 
 
 
 def _short(word: str) -> str:
-    """A word of a command without the folders of an absolute path, which may name people."""
-    flag, equals, value = word.rpartition("=")
-    return f"{flag}{equals}{Path(value).name}" if value.startswith(("/", "~")) else word
+    """A word of a command without the folders of absolute paths in it, which may name people."""
+    return FOLDERS.sub("", word)
 
 
 def _base(command: list[str]) -> str | None:

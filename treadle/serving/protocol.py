@@ -27,6 +27,7 @@ MOST_LOGPROBS = 20
 # Fields that ask for nothing which changes an answer here.
 IGNORED = frozenset({"user", "metadata", "store", "service_tier", "parallel_tool_calls", "prompt_cache_key", "safety_identifier",
                      "prompt_cache_retention", "verbosity", "reasoning_effort", "prediction"})  # fmt: skip
+NEUTRAL: dict[str, Any] = {"min_p": 0, "ignore_eos": False}  # vLLM's, where they ask for nothing
 SAMPLED = frozenset({"model", "n", "max_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "frequency_penalty",
                      "presence_penalty", "logit_bias", "seed", "stop", "stream", "stream_options", "logprobs"})  # fmt: skip
 OF_COMPLETION = SAMPLED | {"prompt", "suffix", "echo", "best_of"}
@@ -119,7 +120,7 @@ def chat(body: dict[str, Any], served: Served) -> Asked:
 
 
 def _known(body: dict[str, Any], known: frozenset[str], served: Served) -> None:
-    unknown = sorted(name for name in body if name not in known and name not in IGNORED)
+    unknown = sorted(name for name in body if name not in known and name not in IGNORED and (name not in NEUTRAL or body[name] != NEUTRAL[name]))
     if unknown:
         raise RequestError(400, f"unknown field {unknown[0][:80]!r}; this server knows {', '.join(sorted(known))}", unknown[0][:80])
     model = body.get("model")
@@ -227,7 +228,7 @@ def _asked(body: dict[str, Any], served: Served, prompts: list[list[int]], n: in
     given = served.defaults
     sampling = Sampling(
         fields.number(body, "temperature", given.get("temperature", 1.0), 0, 2),
-        fields.whole(body, "top_k", given.get("top_k", Sampling.top_k), 0, 1 << 30) or 0,
+        max(0, fields.whole(body, "top_k", given.get("top_k", Sampling.top_k), -1, 1 << 30) or 0),  # -1 is off elsewhere, as 0 is here
         # A nucleus of nothing is its likeliest token, as 0 is elsewhere.
         max(1e-9, fields.number(body, "top_p", given.get("top_p", Sampling.top_p), 0, 1)),
         fields.number(body, "repetition_penalty", given.get("repetition_penalty", 1.0), 0.01, 100),
