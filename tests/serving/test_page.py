@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -82,6 +84,15 @@ def test_a_conversation_by_the_keyboard_alone(browser: Any, scheme: str) -> None
         tab.close()
 
 
+def test_the_page_begins_with_the_models_own_settings(browser: Any) -> None:
+    app, _ = scripted_app(TEXT)
+    app._served = replace(app._served, defaults={"temperature": 0.3, "top_k": 7})
+    with listening(app) as address:
+        visit = Visit(browser, address).ready()
+        assert [visit.tab.locator(f"#{name}").input_value() for name in ("temperature", "top_p", "top_k")] == ["0.3", "0.9", "7"]
+        visit.tab.close()
+
+
 def test_escape_stops_an_answer_and_the_next_is_whole(browser: Any) -> None:
     app, engine = scripted_app(TEXT)
     engine.pause = 0.1
@@ -94,7 +105,11 @@ def test_escape_stops_an_answer_and_the_next_is_whole(browser: Any) -> None:
         visit.tab.locator(".note", has_text="stopped").wait_for()
         engine.pause = 0.0
         visit.say("y", 2)
-        assert visit.tab.locator(".turn.model").nth(1).text_content() == TEXT and len(engine.cancelled) == 1
+        assert visit.tab.locator(".turn.model").nth(1).text_content() == TEXT
+        deadline = time.monotonic() + 20  # the server hears of the one that left when its loop comes to it
+        while not engine.cancelled and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert len(engine.cancelled) == 1
         visit.tab.close()
 
 

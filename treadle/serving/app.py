@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from treadle import terminal
+from treadle.generation.sampling import Sampling
 from treadle.serving import fields, page, protocol
 from treadle.serving.chunk_marks import ChunkMarks
 from treadle.serving.delivery import Answer, Receive, Scope, Send, Works, as_json, respond
@@ -101,8 +102,12 @@ class App:
             limits = self._served.limits
             table = {"id": self._served.name, "object": "model", "created": self._created, "owned_by": "treadle",
                      "max_prompt_tokens": limits.max_prompt_tokens, "max_new_tokens": limits.max_new_tokens,
-                     "chat": self._served.template is not None, "chunks": self._marks is not None}  # fmt: skip
+                     "defaults": self._defaults(), "chat": self._served.template is not None, "chunks": self._marks is not None}  # fmt: skip
         await respond(send, 200, as_json({"object": "list", "data": [table]} if what == "/v1/models" else table))
+
+    def _defaults(self) -> dict[str, float]:
+        """How tokens are drawn where a request says nothing."""
+        return {name: self._served.defaults.get(name, getattr(Sampling, name)) for name in ("temperature", "top_p", "top_k")}
 
     async def _body(self, request: Any) -> bytes:
         """The bytes of a JSON body, at most so many and in at most so many seconds."""
