@@ -310,6 +310,7 @@ MEANT_OTHERWISE = [
     ({"messages": talk("ask", "say"), "tools": [{"type": "function"}]}, "'tools' is not passed"),
     ({"messages": [*talk("ask"), {**talk("", "say")[1], "weight": 0}]}, "weight = 0"),
     ({"messages": [*talk("ask"), {**talk("", "say")[1], "train": False}]}, "train = False"),
+    ({"conversations": [{"from": "human", "value": "ask"}, {"from": "gpt", "value": "say", "weight": 0}]}, "weight = 0"),
 ]
 
 
@@ -340,3 +341,13 @@ def test_a_completion_of_several_turns_is_learnt_whole(written: Callable[..., st
 def test_prompts_of_preferences_are_not_learnt(written: Callable[..., str]) -> None:
     with pytest.raises(ConfigError, match="answers alone"):
         opened(written({"prompt": "ask", "chosen": "yes", "rejected": "no"}), "preferences", train_on="all")
+
+
+def test_a_template_that_fails_without_the_call_reads_it(tmp_path: Path, written: Callable[..., str]) -> None:
+    """As those do whose roles alternate but for calls and their results."""
+    template = tmp_path / "strict.jinja"
+    template.write_text("{% for m in messages %}{% if m.role == 'assistant' %}{% if not m.tool_calls and not m.content %}"
+                        "{{ raise_exception('nothing said') }}{% endif %}{% generation %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+                        "!{{ c.function.name }}{% endfor %}{{ eos_token }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}")  # fmt: skip
+    data = opened(written({"messages": [*talk("ask"), CALL]}), on_bad="error", chat_template=str(template))["train"]
+    assert learnt(data) == ["!f|"]

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from treadle.data.settings import DataSettings
     from treadle.text.settings import TokenizerSettings
 
-VERSION = 1  # of what becomes of a row: another one prepares anew
+VERSION = 2  # of what becomes of a row: another one prepares anew
 CUT, TOO_LONG = "longer than a row, cut after a message of the assistant", "longer than a row, left out (a larger --seq_len keeps them)"
 AUTO, NO_TEMPLATE = "auto", "none"
 
@@ -129,7 +129,11 @@ class EncodedRows(RowSource):
             if message.get("tool_calls"):
                 silent = {key: value for key, value in message.items() if key != "tool_calls"}
                 without = [*messages[:number], {"content": "", **silent}, *messages[number + 1 :]]
-                if np.array_equal(self.template.encode(self.tokenizer, without, "all")[0], ids):
+                try:
+                    silent_ids = self.template.encode(self.tokenizer, without, "all")[0]
+                except InputError:  # a template that fails without the call reads it
+                    continue
+                if np.array_equal(silent_ids, ids):
                     raise InputError(f"message {number + 1} has tool_calls, which the chat template does not write; take one that does "
                                      "(--chat_template FILE.jinja, or the model's own)")  # fmt: skip
 

@@ -129,7 +129,8 @@ def _from_sharegpt(found: list[Any]) -> list[Message]:
         if not isinstance(one, dict) or not isinstance(one.get("from"), str) or not isinstance(one.get("value"), str):
             raise InputError(f"message {number} of 'conversations' has no from and value")
         speaker = one["from"].lower()
-        messages.append({"role": SHAREGPT_ROLES.get(speaker, speaker), "content": one["value"]})
+        marks = {key: one[key] for key in UNLEARNT if key in one}
+        messages.append({"role": SHAREGPT_ROLES.get(speaker, speaker), "content": one["value"], **marks})
     return messages
 
 
