@@ -16,7 +16,8 @@ import typer
 
 from treadle import cli_serving
 from treadle.cli_collatz import collatz_app
-from treadle.cli_text import Trust, data_app, data_prepare, tokenizer_app
+from treadle.cli_options import Device, RepetitionPenalty, Run, Temperature, TopK, TopP, Trust, Weights
+from treadle.cli_text import data_app, data_prepare, tokenizer_app
 from treadle.terminal import write as echo
 
 app = typer.Typer(
@@ -37,14 +38,11 @@ app.command("prepare", hidden=True)(data_prepare)
 OPEN = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
 # What several verbs take.
-Run = Annotated[str, typer.Argument(help="A run, a checkpoint, `last`, RUN@best or RUN@STEP; a Hugging Face folder, .gguf or name.")]
 ModelPath = Annotated[str | None, typer.Option("--model-path", "--checkpoint", help="The same as the argument.")]
 Text = Annotated[str | None, typer.Option("--data", "--data-dir", "--data-path", help="Measure on this text instead of the held-out text.")]
 Split = Annotated[str, typer.Option(help="Which held-out text: validation or test (--test_fraction).")]
 MostRows = Annotated[int | None, typer.Option(min=1, help="At most this many rows, spread over the text.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows in one pass.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Weights = Annotated[str | None, typer.Option(help="Linear layers' weights in fp32, bf16, int8 or int4; default fp32, of a quantised export its own.")]
 
 
 def _request(arguments: list[str]) -> Any:
@@ -262,10 +260,10 @@ def generate(
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", "--max-tokens", min=1, help="Tokens to write; default 100.")
     ] = None,
-    temperature: Annotated[float | None, typer.Option(help="Lower is safer, higher is wilder, 0 is greedy; default 1.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Draw from the K likeliest tokens; 0 is off; default 50.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens that together have this probability; default 0.9.")] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: repeat less; default 1.")] = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    repetition_penalty: RepetitionPenalty = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="The same as --temperature 0.")] = False,
     num_samples: Annotated[int, typer.Option(min=1, help="Continuations of each prompt.")] = 1,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,

@@ -7,18 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from treadle.cli_text import Trust
+from treadle.cli_options import Device, RepetitionPenalty, Run, Temperature, TopK, TopP, Trust, Weights
 from treadle.terminal import write as echo
 
 if TYPE_CHECKING:
     from treadle.serving.limits import Limits
 
-Run = Annotated[str, typer.Argument(help="A run, a checkpoint, `last`, RUN@best or RUN@STEP; a Hugging Face folder, .gguf or name.")]
 Template = Annotated[
     str | None, typer.Option("--chat-template", help="chatml, llama3, plain or FILE.jinja; default the run's own, where it has one.")
 ]
-Weights = Annotated[str | None, typer.Option(help="Linear layers' weights in fp32, bf16, int8 or int4; default fp32, of a quantised export its own.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 
 
 def _loaded(run: str, device: str, weights: str | None, chat_template: str | None) -> tuple[Any, Any, Any, str]:
@@ -38,10 +35,10 @@ def chat(
     chat_template: Template = None,
     system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", "--max-tokens", min=1, help="Most tokens of an answer; default 512.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Lower is safer, higher is wilder, 0 is greedy; default 1.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Draw from the K likeliest tokens; 0 is off; default 50.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens that together have this probability; default 0.9.")] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: repeat less; default 1.")] = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    repetition_penalty: RepetitionPenalty = None,
     seed: Annotated[int, typer.Option(help="The same seed and words give the same conversation.")] = 0,
     weights: Weights = None,
     device: Device = "auto",

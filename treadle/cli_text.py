@@ -7,18 +7,12 @@ from typing import Annotated
 
 import typer
 
-from treadle import trusted_code
+from treadle.cli_options import Trust
 from treadle.terminal import write as echo
 
 data_app = typer.Typer(help="Prepare text and look at it.", no_args_is_help=True, rich_markup_mode=None)
 tokenizer_app = typer.Typer(help="Train tokenizers and look at them.", no_args_is_help=True, rich_markup_mode=None)
 
-# Of every verb that may load a file of code.
-Trust = Annotated[
-    list[str] | None,
-    typer.Option("--trust-code", "--trust_code", metavar="FILE.py", callback=lambda files: trusted_code.allow(files or ()),
-                 help="A Python file that a run from elsewhere names, and may execute."),
-]  # fmt: skip
 
 
 @data_app.command("prepare")
