@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import treadle
-from treadle.generation.decode import generate
+from treadle.generation.answers import answer_to
 from treadle.models.pretrained import load_run
 
 ROOT = Path(__file__).parents[1]
@@ -60,12 +60,8 @@ def answers(run: str) -> list[str]:
     template = tokenizer.chat_template
     if template is None:
         raise SystemExit(f"{run} has no chat template")
-    stops, found = set(template.stop_ids(tokenizer)), []
-    for question in QUESTIONS:
-        ids = template.prompt_ids(tokenizer, [{"role": "user", "content": question}])
-        out = generate(model, [ids], NEW_TOKENS, temperature=0.0, on_ids=lambda column: int(column[0]) in stops)
-        found.append(" ".join(tokenizer.decode(out[0, len(ids) :].tolist()).split()))
-    return found
+    prompts = [template.prompt_ids(tokenizer, [{"role": "user", "content": question}]) for question in QUESTIONS]
+    return [" ".join(answer_to(model, tokenizer, prompt, NEW_TOKENS, temperature=0.0).split()) for prompt in prompts]
 
 
 def main() -> None:

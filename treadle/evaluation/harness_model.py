@@ -20,6 +20,7 @@ from treadle.errors import ConfigError, InputError, TreadleError
 from treadle.evaluation.answers import Answers
 from treadle.generation.engine import Engine, Request
 from treadle.generation.sampling import Sampling
+from treadle.generation.text_stream import TextStream
 from treadle.models.base import Model
 from treadle.text.base import Tokenizer
 
@@ -185,13 +186,15 @@ class _Asked:
         self, tokenizer: Tokenizer, ids: list[int], count: int, sampling: Sampling, seed: int, stop_ids: frozenset[int], until: list[str]
     ) -> None:
         self._tokenizer, self._until, self._ids = tokenizer, until, list[int]()
+        self._stream = TextStream(tokenizer, (), [end for end in until if end])
         self._ended, self._reason = threading.Event(), ""
         self.request = Request(ids, count, sampling, seed=seed, stop_ids=stop_ids, on_token=self._add, on_end=self._end)
 
     def _add(self, token: Any) -> bool:
         self._ids.append(token.id)
-        text = self._tokenizer.decode(self._ids) if any(self._until) else ""
-        return any(end in text for end in self._until if end)
+        if any(self._until):
+            self._stream.push(token.id)
+        return self._stream.stopped
 
     def _end(self, reason: str) -> None:
         self._reason = reason

@@ -58,9 +58,18 @@ class Session:
             Path(output_file).write_text("\n".join(parts), encoding="utf-8")
             write(f"{len(parts)} continuations written to {output_file}\n")
 
+    def greeting(self) -> str:
+        return "type a prompt; /help lists the commands\n"
+
+    def respond(self, line: str, number: int, write: Callable[[str], None]) -> None:
+        """Writes what the model makes of a line that is no command; number: how many of them came before."""
+        write(line)
+        self.say(line, number, on_text=write)
+        write("\n\n")
+
     def interactive(self, read: Callable[[str], str], write: Callable[[str], None]) -> None:
-        """Reads prompts and commands until /quit or the end of the input."""
-        write("type a prompt; /help lists the commands\n")
+        """Reads lines and commands until /quit, the end of the input, or Ctrl-C at an empty prompt."""
+        write(self.greeting())
         number = 0
         while True:
             try:
@@ -76,9 +85,7 @@ class Session:
                 except ConfigError as problem:
                     write(f"{problem}\n")
             elif line:
-                write(line)
-                self.say(line, number, on_text=write)
-                write("\n\n")
+                self.respond(line, number, write)
                 number += 1
 
     def command(self, line: str) -> str:

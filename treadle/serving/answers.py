@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from treadle.generation.engine import Token
+from treadle.generation.text_stream import TextStream
 from treadle.serving.protocol import Asked
-from treadle.serving.text_stream import TextStream
 from treadle.serving.token_names import TokenNames, finite
 from treadle.text.base import Tokenizer
 

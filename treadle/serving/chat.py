@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from treadle.errors import ConfigError, TreadleError
+from treadle.generation.answers import Answer
 from treadle.generation.decode import generate
 from treadle.generation.decoding import DecodableModel
 from treadle.generation.sampling import Sampling
 from treadle.generation.session import HELP, Session
-from treadle.serving.text_stream import TextStream
 from treadle.text.base import Tokenizer
 from treadle.text.chat_template import ChatTemplate
 
@@ -44,29 +44,14 @@ class Conversation(Session):
     def answer(self, said: str, on_text: Callable[[str], None]) -> str:
         """What the model answers, piece by piece and whole. Ctrl-C ends the answer, and what was said so far stays."""
         ids = self.prompt(said)
-        ends, stops = {self.tokenizer.eos_id}, []
-        if self.template is not None:
-            ends |= set(map(int, self.template.stop_ids(self.tokenizer)))
-            text = self.template.stop_text(self.tokenizer)
-            stops = [text] if text else []
-        stream, fresh = TextStream(self.tokenizer, ids, stops), []
-
-        def on_ids(column: Any) -> bool:
-            token = int(column[0])
-            if token in ends:
-                return True
-            fresh.append(token)
-            on_text(stream.push(token))
-            return stream.stopped
-
+        answer = Answer(self.tokenizer, self.template, on_text, ids)
         with contextlib.suppress(KeyboardInterrupt):
-            generate(self.model, ids, self.max_new_tokens, on_ids=on_ids, seed=self.seed + len(self.messages) // 2,
+            generate(self.model, ids, self.max_new_tokens, on_ids=answer.on_ids, seed=self.seed + len(self.messages) // 2,
                      **vars(self.sampling), **self.options)  # fmt: skip
-        if not stream.stopped:
-            on_text(stream.finish())
-        self.ids = [*ids, *fresh] if self.template is None else []
-        self.messages += [{"role": "user", "content": said}, {"role": "assistant", "content": stream.text}]
-        return stream.text
+        text = answer.finish()
+        self.ids = [*ids, *answer.ids] if self.template is None else []
+        self.messages += [{"role": "user", "content": said}, {"role": "assistant", "content": text}]
+        return text
 
     def command(self, line: str) -> str:
         """The commands of Session, /system and /reset."""
@@ -83,28 +68,18 @@ class Conversation(Session):
             return f"system: {self.system}" if self.system else "no system text"
         return super().command(line)
 
-    def interactive(self, read: Callable[[str], str], write: Callable[[str], None]) -> None:
-        """Reads what is said and commands until /quit, the end of the input, or Ctrl-C at an empty prompt."""
+    def greeting(self) -> str:
         kind = "say something" if self.template is not None else "no chat template: type a text, the model writes on"
-        write(f"{kind}; /help lists the commands, Ctrl-C ends an answer, /quit leaves\n")
-        while True:
-            try:
-                line = read("> ")
-            except (EOFError, KeyboardInterrupt):
-                write("\n")
-                return
-            if line.strip() == "/quit":
-                return
-            try:
-                if line.startswith("/"):
-                    write(self.command(line) + "\n")
-                elif line:
-                    if self.template is None:
-                        write(line)
-                    self.answer(line, write)
-                    write("\n\n")
-            except TreadleError as problem:  # a number out of range, a conversation that no longer fits
-                write(f"{problem}\n")
+        return f"{kind}; /help lists the commands, Ctrl-C ends an answer, /quit leaves\n"
+
+    def respond(self, line: str, number: int, write: Callable[[str], None]) -> None:
+        if self.template is None:
+            write(line)
+        try:
+            self.answer(line, write)
+            write("\n\n")
+        except TreadleError as problem:  # a conversation that no longer fits, say: the next line may begin anew
+            write(f"{problem}\n")
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from tests.conftest import make_text
-from treadle.serving.text_stream import TextStream
+from treadle.generation.text_stream import TextStream
 from treadle.text.base import Tokenizer
 from treadle.text.byte import ByteTokenizer
 
