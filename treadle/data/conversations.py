@@ -121,7 +121,6 @@ class EncodedRows(RowSource):
         mask = np.arange(len(prompt) + len(rest)) >= (0 if self.train_on == "all" else len(prompt))
         return np.concatenate([prompt, rest]).astype(np.int32), mask
 
-
     def _refuse_unwritten_calls(self, messages: Sequence[dict[str, Any]], ids: np.ndarray) -> None:
         """A model that learns from a template which leaves calls out learns to say nothing where it should call."""
         assert self.template is not None

@@ -66,13 +66,16 @@ class Preferences(Conversations):
     def batch(self, source: np.ndarray, row: np.ndarray) -> Batch:
         made = super().batch(source, row)
         assert made.segments is not None
-        made.counts["pairs"] = pairs_of(made)
+        made.counts["pairs"] = sum(pairs_of(made))
         return made
 
     def counted(self, documents: int) -> str:
         return f"{documents // 2:,} pair(s)"
 
 
-def pairs_of(batch: Batch) -> int:
-    """How many pairs a batch holds, from what is known on the host."""
-    return sum(sum(run > 0 for run in row) // 2 for row in batch.segments or ())
+def pairs_of(batch: Batch) -> list[int]:
+    """How many pairs each row of a batch holds, from what is known on the host. ConfigError for an answer without its other one."""
+    counts = [sum(run > 0 for run in row) for row in batch.segments or ()]
+    if any(count % 2 for count in counts):
+        raise ConfigError("a row holds an answer without its other one; DPO needs rows of pairs: --data.dataset preferences")
+    return [count // 2 for count in counts]

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from treadle.errors import ConfigError
 from treadle.layers.bitlinear import BitLinear
 from treadle.layers.lora import LORA_A, LORA_B, PLAIN, AdaptedLinear, FrozenLinear, is_adapter, widened
-from treadle.models.base import Model
+from treadle.models.base import Model, ModelConfig
 from treadle.models.settings import ALL_LINEAR, AdapterSettings
 from treadle.ops.packed_linear import quantize
+from treadle.ops.sharding import copy_whole
 from treadle.registry import nearest
 
 # What transformers calls the layers of most of its models.
@@ -58,6 +59,14 @@ def add_adapters(model: Model, settings: AdapterSettings, seed: int = 0) -> None
         for name, parameter in model.named_parameters():
             if is_adapter(name) and not parameter.is_meta:
                 parameter.copy_(model._initial_values(seed, name, parameter))
+
+
+def made(cls: type[Model], config: ModelConfig, settings: AdapterSettings | None) -> Model:
+    """A model of a configuration, under adapters where there are settings of some."""
+    model = cls(config)  # type: ignore[call-arg]
+    if settings is not None:
+        add_adapters(model, settings)
+    return model
 
 
 def adaptable(model: Model) -> dict[str, nn.Linear]:
@@ -149,8 +158,6 @@ def merged(base: dict[str, Tensor], trained: dict[str, Tensor], settings: Adapte
 def load_base(model: Model, tensors: dict[str, Tensor]) -> None:
     """Copies the base's weights under the adapters; each is dropped from `tensors` once it is there. ShapeError for a
     model of other weights."""
-    from treadle.ops.sharding import copy_whole
-
     wanted = {n: t for n, t in model.named_weights().items() if not is_adapter(n)}
     model.refuse_other_weights({name: list(tensor.shape) for name, tensor in tensors.items()}, wanted)
     for name, target in wanted.items():

@@ -22,6 +22,7 @@ from treadle.checkpoint.fetching import fetched_run
 from treadle.checkpoint.layout import MANIFEST, checkpoint_name, steps_in
 from treadle.checkpoint.reader import Checkpoint, newest_valid
 from treadle.checkpoint.retention import best_step
+from treadle.data.shards import file_sha256
 from treadle.errors import CheckpointError, ConfigError, InputError
 from treadle.files import cache_root, write_atomically
 from treadle.generation.sampling import stored_defaults
@@ -234,10 +235,7 @@ def weights_checksum(checkpoint: Checkpoint) -> str:
         sums = [checkpoint.digest, weights_checksum(checkpoint.base)]
     elif isinstance(checkpoint, ForeignModel):
         path = Path(checkpoint.folder)
-        sums = []
-        for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
-            with file.open("rb") as stream:
-                sums.append(hashlib.file_digest(stream, "sha256").hexdigest())
+        sums = [file_sha256(file) for file in ([path] if path.is_file() else sorted(path.glob("*.safetensors")))]
     else:
         sums = [entry["sha256"] for name, entry in sorted(checkpoint.manifest["files"].items()) if name.startswith("model")]
         if (settings := read_adapters(checkpoint)) is not None:

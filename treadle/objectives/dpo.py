@@ -13,6 +13,7 @@ from torch import Tensor
 
 from treadle.data.base import Dataset
 from treadle.data.batch import Batch
+from treadle.data.preferences import pairs_of
 from treadle.errors import ConfigError, InputError, TreadleError
 from treadle.models.adapters import adapters_off
 from treadle.models.base import Model, Output
@@ -120,7 +121,7 @@ class DirectPreference(FineTuning):
     # ---- the loss ----
 
     def counts(self, batch: Batch) -> dict[str, int]:
-        return {**super().counts(batch), PAIRS: sum(_pairs_of(batch))}
+        return {**super().counts(batch), PAIRS: sum(pairs_of(batch))}
 
     def __call__(self, model: Model, batch: Batch) -> Losses:
         theirs = self._references(model, batch)
@@ -162,7 +163,7 @@ class DirectPreference(FineTuning):
             raise ConfigError("DPO needs rows of pairs, each a chosen and a rejected answer; choose the data: --data.dataset preferences")
         out = model.hidden(batch)
         assert out.hidden is not None
-        count = max(1, *_pairs_of(batch), 1)
+        count = max(1, *pairs_of(batch), 1)
         sums = sequence_log_probabilities(
             *model.linear_head(out.hidden), batch.labels, batch.doc_ids, 2 * count, batch.counts["labels"], model.logit_softcap
         )
@@ -186,15 +187,7 @@ class DirectPreference(FineTuning):
         return {"reference": {"loss": 0.6931471805599453}}
 
 
-def _pairs_of(batch: Batch) -> list[int]:
-    """Pairs in each row."""
-    counts = [sum(run > 0 for run in row) for row in batch.segments or ()]
-    if any(count % 2 for count in counts):
-        raise ConfigError("a row holds an answer without its other one; DPO needs rows of pairs: --data.dataset preferences")
-    return [count // 2 for count in counts]
-
-
 def _real_pairs(batch: Batch, like: Tensor) -> Tensor:
     """Bool [B, pairs]: false where a row has fewer pairs than another one."""
-    counts = torch.tensor(_pairs_of(batch), device=like.device)
+    counts = torch.tensor(pairs_of(batch), device=like.device)
     return torch.arange(like.shape[1], device=like.device) < counts[:, None]

@@ -21,7 +21,7 @@ from treadle.data.batch import Batch
 from treadle.distributed.fsdp import make_mesh, shard
 from treadle.distributed.settings import ParallelSettings
 from treadle.errors import ConfigError
-from treadle.models.adapters import add_adapters
+from treadle.models.adapters import made
 from treadle.models.base import Model, ModelConfig
 from treadle.models.settings import AdapterSettings
 from treadle.objectives.base import ModelWithObjective, Objective
@@ -71,9 +71,7 @@ def rehearse(
     with _pretended(world):
         mesh = make_mesh("cpu", world, settings.shard_size)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            model = cls(config)  # type: ignore[call-arg]
-            if adapter is not None:
-                add_adapters(model, adapter)
+            model = made(cls, config, adapter)
             resolve.set_checkpointing(model, shape.gradient_checkpointing)
             module = ModelWithObjective(model, objective)
             shard(module, model, mesh, settings, shape.precision)

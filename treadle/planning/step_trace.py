@@ -19,7 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from treadle.data.batch import Batch
-from treadle.models.adapters import add_adapters
+from treadle.models.adapters import made
 from treadle.models.base import Model, ModelConfig
 from treadle.models.settings import AdapterSettings
 from treadle.objectives.base import ModelWithObjective, Objective
@@ -180,9 +180,7 @@ def _trace(
     ledger = Ledger()
     with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
         warnings.simplefilter("ignore")
-        model = cls(config)  # type: ignore[call-arg]
-        if adapter is not None:
-            add_adapters(model, adapter)
+        model = made(cls, config, adapter)
         resolve.set_checkpointing(model, shape.gradient_checkpointing)
         module = ModelWithObjective(model, objective).train()
         optimizers = Optimizers(model, optim)

@@ -63,7 +63,7 @@ class Choice:
     end."""
 
     def __init__(self, asked: Asked, tokenizer: Tokenizer, prompt: Sequence[int], index: int, channel: Channel, echo: str = "") -> None:
-        self.index, self.count, self.reason = index, 0, None
+        self.index, self.count = index, 0
         self._stream = TextStream(tokenizer, prompt, asked.stops)
         self._report, self._whole, self._channel, self._echo = asked.logprobs is not None, not asked.stream, channel, echo
         self._waiting: deque[tuple[Token, int, int]] = deque()  # tokens whose text is not shown yet: (token, begins, ends)

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 from treadle import terminal
-from treadle.generation.sampling import Sampling
 from treadle.serving import fields, page, protocol
 from treadle.serving.chunk_marks import ChunkMarks
 from treadle.serving.delivery import Answer, Receive, Scope, Send, Works, as_json, respond
@@ -107,7 +106,7 @@ class App:
 
     def _defaults(self) -> dict[str, float]:
         """How tokens are drawn where a request says nothing."""
-        return {name: self._served.defaults.get(name, getattr(Sampling, name)) for name in ("temperature", "top_p", "top_k")}
+        return {name: self._served.default(name) for name in ("temperature", "top_p", "top_k")}
 
     async def _body(self, request: Any) -> bytes:
         """The bytes of a JSON body, at most so many and in at most so many seconds."""

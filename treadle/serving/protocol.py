@@ -48,6 +48,10 @@ class Served:
     template: ChatTemplate | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
+    def default(self, name: str) -> Any:
+        """A key of Sampling where a request says nothing."""
+        return self.defaults.get(name, getattr(Sampling, name))
+
     @functools.cached_property
     def longest_token(self) -> int:
         """Bytes."""
@@ -225,13 +229,12 @@ def _asked(body: dict[str, Any], served: Served, prompts: list[list[int]], n: in
     for name in ("frequency_penalty", "presence_penalty"):
         if fields.number(body, name, 0.0, -2, 2) != 0:
             raise RequestError(400, f"{name} is not supported; repetition_penalty (above 1: repeat less) is", name)
-    given = served.defaults
     sampling = Sampling(
-        fields.number(body, "temperature", given.get("temperature", 1.0), 0, 2),
-        max(0, fields.whole(body, "top_k", given.get("top_k", Sampling.top_k), -1, 1 << 30) or 0),  # -1 is off elsewhere, as 0 is here
+        fields.number(body, "temperature", served.default("temperature"), 0, 2),
+        max(0, fields.whole(body, "top_k", served.default("top_k"), -1, 1 << 30) or 0),  # -1 is off elsewhere, as 0 is here
         # A nucleus of nothing is its likeliest token, as 0 is elsewhere.
-        max(1e-9, fields.number(body, "top_p", given.get("top_p", Sampling.top_p), 0, 1)),
-        fields.number(body, "repetition_penalty", given.get("repetition_penalty", 1.0), 0.01, 100),
+        max(1e-9, fields.number(body, "top_p", served.default("top_p"), 0, 1)),
+        fields.number(body, "repetition_penalty", served.default("repetition_penalty"), 0.01, 100),
     )
     stream, options = fields.flag(body, "stream"), body.get("stream_options")
     if options is not None and (not isinstance(options, dict) or not stream):

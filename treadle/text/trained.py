@@ -17,7 +17,7 @@ import numpy as np
 
 from treadle.errors import ConfigError, InputError
 from treadle.text.base import Tokenizer, read_table, write_meta
-from treadle.text.chat_template import CONFIG_FILE, ChatTemplate, Offsets
+from treadle.text.chat_template import CONFIG_FILE, Offsets
 from treadle.text.words import WordCache
 
 EOS_TOKEN = "<|endoftext|>"
@@ -78,7 +78,6 @@ class LibraryTokenizer(Tokenizer):
         made = cls.from_file(folder / "tokenizer.json", eos_token)
         if (folder / CONFIG_FILE).is_file():
             made.config = {key: value for key, value in read_table(folder / CONFIG_FILE).items() if key != "auto_map"}
-        made.chat_template = ChatTemplate.of_folder(folder)
         return made
 
     @property
