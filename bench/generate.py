@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.side_by_side import medians
+from bench.side_by_side import medians, one_thread, show
 
 SHAPE = {"vocab_size": 8192, "hidden_size": 384, "num_layers": 6, "num_heads": 6}
 FORMATS = ("fp32", "bf16", "int8", "int4")
@@ -161,22 +161,16 @@ def speculation(model: Any, tokenizer: Any, quick: bool) -> dict[str, Any]:
 
 def measure(quick: bool, run: str | None = None) -> dict[str, Any]:
     """Everything on one thread, by name; a text where there is no number."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    values: dict[str, Any] = {}
+    with one_thread():
         ours, other = models()
-        values: dict[str, Any] = {}
         for part in (decoding, mixed, first_token):
             values |= part(ours, other, quick)
         try:
             values |= quality(quick, run)
         except Exception as problem:  # training a run for it must not cost the figures above
             values["loss change"] = f"FAILED ({type(problem).__name__}: {str(problem)[-200:]})"
-        return values
-    finally:
-        torch.set_num_threads(threads)
+    return values
 
 
 def main() -> None:
@@ -184,11 +178,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few and short: for correctness, not for figures")
     parser.add_argument("--run", help="a trained run to measure quality on")
     given = parser.parse_args()
-    import torch
-
-    print(f"1 thread, torch {torch.__version__}")
-    for name, value in measure(given.quick, given.run).items():
-        print(f"{name:<72} {value if isinstance(value, str) else f'{value:.4g}'}")
+    show(measure(given.quick, given.run))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
-from bench.side_by_side import medians
+from bench.side_by_side import medians, one_thread, show
 
 DENSE = {"vocab_size": 8192, "hidden_size": 384, "num_layers": 6, "num_heads": 6, "initializer_range": 0.05}
 BYTES = {"vocab_size": 256, "hidden_size": 256, "num_layers": 6}
@@ -104,15 +104,11 @@ def standstill(engine: Any, quick: bool) -> dict[str, Any]:
 
 def measure(quick: bool, only: str | None = None) -> dict[str, Any]:
     """Everything on one thread, by name."""
-    import torch
-
     import treadle
     from treadle.generation.engine import Engine
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     values: dict[str, Any] = {}
-    try:
+    with one_thread():
         for name, (arch, shape, weights) in CASES.items():
             if only is not None and only != name:
                 continue
@@ -122,9 +118,7 @@ def measure(quick: bool, only: str | None = None) -> dict[str, Any]:
                 values |= {f"{name}, {figure}": value for figure, value in part(engine, quick).items()}
             values[f"{name}, state bytes"] = engine.stats()["state_bytes"]
             engine.stop()
-        return values
-    finally:
-        torch.set_num_threads(threads)
+    return values
 
 
 def main() -> None:
@@ -132,11 +126,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few and short: for correctness, not for figures")
     parser.add_argument("--only", choices=list(CASES), help="one model")
     given = parser.parse_args()
-    import torch
-
-    print(f"1 thread, torch {torch.__version__}")
-    for name, value in measure(given.quick, given.only).items():
-        print(f"{name:<72} {value:.4g}")
+    show(measure(given.quick, given.only))
 
 
 if __name__ == "__main__":

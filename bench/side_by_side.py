@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +33,24 @@ def in_turns(ways: dict[str, Callable[[], Any]], rounds: int, repeats: int = 1) 
 def medians(ways: dict[str, Callable[[], Any]], rounds: int, repeats: int = 1) -> dict[str, float]:
     """The median of each."""
     return {name: statistics.median(values) for name, values in in_turns(ways, rounds, repeats).items()}
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch computes with one thread inside."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def show(values: dict[str, Any]) -> None:
+    """Numbers by name, and the texts that stand where there is no number, as a table."""
+    print(f"1 thread, torch {torch.__version__}")
+    for name, value in values.items():
+        print(f"{name:<72} {value if isinstance(value, str) else f'{value:.4g}'}")
 
 
 def step_at(model: Model, context: int) -> Callable[[], Any]:

@@ -323,9 +323,14 @@ def test_what_would_be_read_otherwise_than_it_was_meant_is_refused(row: dict[str
     assert learnt(opened(written(good), on_bad="error")["train"]) == ["say|"]
 
 
-def test_a_template_that_writes_calls_takes_them(tmp_path: Path, written: Callable[..., str]) -> None:
+# A template that writes calls; one that fails without them, as those do whose roles alternate but for calls and their results.
+WRITES, STRICT = "", "{% if not m.tool_calls and not m.content %}{{ raise_exception('nothing said') }}{% endif %}"
+
+
+@pytest.mark.parametrize("check", [WRITES, STRICT], ids=["writes", "strict"])
+def test_a_template_that_writes_calls_takes_them(check: str, tmp_path: Path, written: Callable[..., str]) -> None:
     template = tmp_path / "calls.jinja"
-    template.write_text("{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    template.write_text("{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' %}" + check + "{% generation %}{{ m.content }}"
                         "{% for c in m.tool_calls or [] %}!{{ c.function.name }}{% endfor %}{{ eos_token }}{% endgeneration %}{% else %}"
                         "{{ m.content }}{% endif %}{% endfor %}")  # fmt: skip
     data = opened(written({"messages": [*talk("ask"), CALL]}), on_bad="error", chat_template=str(template))["train"]
@@ -341,13 +346,3 @@ def test_a_completion_of_several_turns_is_learnt_whole(written: Callable[..., st
 def test_prompts_of_preferences_are_not_learnt(written: Callable[..., str]) -> None:
     with pytest.raises(ConfigError, match="answers alone"):
         opened(written({"prompt": "ask", "chosen": "yes", "rejected": "no"}), "preferences", train_on="all")
-
-
-def test_a_template_that_fails_without_the_call_reads_it(tmp_path: Path, written: Callable[..., str]) -> None:
-    """As those do whose roles alternate but for calls and their results."""
-    template = tmp_path / "strict.jinja"
-    template.write_text("{% for m in messages %}{% if m.role == 'assistant' %}{% if not m.tool_calls and not m.content %}"
-                        "{{ raise_exception('nothing said') }}{% endif %}{% generation %}{{ m.content }}{% for c in m.tool_calls or [] %}"
-                        "!{{ c.function.name }}{% endfor %}{{ eos_token }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}")  # fmt: skip
-    data = opened(written({"messages": [*talk("ask"), CALL]}), on_bad="error", chat_template=str(template))["train"]
-    assert learnt(data) == ["!f|"]

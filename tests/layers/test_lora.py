@@ -186,15 +186,20 @@ def test_no_copy_of_a_frozen_weight_outlives_its_product() -> None:
     assert others == [40, 4 * 96]  # x A^T [10, 4] and s B [96, 4]
 
 
-def test_dropout_is_of_the_adapter_alone_and_in_training_alone() -> None:
+def with_dropout(share: float) -> AdaptedLinear:
+    """A layer [16, 32] with an adapter of rank 4 that is not zero."""
     torch.manual_seed(0)
     layer = nn.Linear(32, 16)
     AdaptedLinear.take(layer, "fp32")
     assert isinstance(layer, AdaptedLinear)
-    layer.adapt(4, 0.5, 0.25)
-    with torch.no_grad():
-        layer.lora_A.normal_()
-        layer.lora_B.normal_()
+    layer.adapt(4, 0.5, share)
+    nn.init.normal_(layer.lora_A)
+    nn.init.normal_(layer.lora_B)
+    return layer
+
+
+def test_dropout_is_of_the_adapter_alone_and_in_training_alone() -> None:
+    layer = with_dropout(0.25)
     x = torch.randn(7, 32)
     torch.manual_seed(3)
     found = layer.train()(x)
@@ -206,13 +211,7 @@ def test_dropout_is_of_the_adapter_alone_and_in_training_alone() -> None:
 
 
 def test_gradients_with_dropout_bias_and_autocast() -> None:
-    torch.manual_seed(0)
-    layer = nn.Linear(32, 16)
-    AdaptedLinear.take(layer, "fp32")
-    assert isinstance(layer, AdaptedLinear)
-    layer.adapt(4, 0.5, 0.5)
-    nn.init.normal_(layer.lora_A)
-    nn.init.normal_(layer.lora_B)
+    layer = with_dropout(0.5)
     x, slope = torch.randn(3, 5, 32, requires_grad=True), torch.randn(3, 5, 16)
     for kind, atol in ((torch.float32, 1e-5), (torch.bfloat16, 0.15)):
         with torch.autocast("cpu", dtype=kind, enabled=kind != torch.float32):
