@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 import warnings
 from pathlib import Path
 
@@ -12,7 +14,13 @@ import treadle
 from tests.conftest import make_text
 from treadle.data.base import Dataset
 from treadle.data.batch import Batch
+from treadle.errors import ConfigError
+from treadle.generation.engine import Engine, Request
+from treadle.generation.sampling import Sampling
+from treadle.layers.lora import is_adapter
+from treadle.models.adapters import add_adapters
 from treadle.models.base import Model
+from treadle.models.settings import AdapterSettings
 from treadle.objectives.next_token import NextToken
 from treadle.ops import ternary
 from treadle.ops.scan import scan, scan_reference
@@ -143,3 +151,55 @@ def test_kernels_of_flash_linear_attention(kind: str) -> None:
     if not found and "differs from the loop" not in why:  # the package itself refuses some GPUs with some versions of Triton
         pytest.skip(why or "there is no such kernel in this version")
     assert found, why
+
+
+@pytest.mark.parametrize("weights", [None, "bf16", "int8"])
+def test_requests_together_write_what_they_write_alone(case: tuple[str, int], weights: str | None) -> None:
+    """Greedy ids in fp32; in bf16 and int8 a product over one row may round as one over four does not, so that only its form is held."""
+    model = make(*case).to(DEVICE).eval()
+    needs(model, "decodes")
+    prompts = [random_ids(1, n, seed=n)[0].tolist() for n in (3, 9, 1, 14, 6)]
+    engine = Engine(model, rows=4, max_len=40, weights=weights)
+    written: list[list[int]] = [[] for _ in prompts]
+    ended = [threading.Event() for _ in prompts]
+    reasons: list[str] = [""] * len(prompts)
+
+    def end(number: int, why: str) -> None:
+        reasons[number] = why
+        ended[number].set()
+
+    engine.start()
+    try:
+        for number, prompt in enumerate(prompts):
+            engine.submit(Request(prompt, 12, Sampling(temperature=0.0), on_token=lambda t, n=number: written[n].append(t.id),  # type: ignore[misc]
+                                  on_end=lambda why, n=number: end(n, why)))  # type: ignore[misc]
+        assert all(event.wait(120) for event in ended)
+    finally:
+        engine.stop()
+    assert set(reasons) == {"length"} and {len(ids) for ids in written} == {12}
+    if weights is None:
+        alone = [model.generate(torch.tensor([p], device=DEVICE), 12, temperature=0.0)[0, len(p) :].tolist() for p in prompts]
+        assert written == alone
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
+def test_adapters_compute_and_learn_as_on_the_cpu(case: tuple[str, int], kind: str) -> None:
+    try:
+        here = make(*case)
+        add_adapters(here, AdapterSettings(lora_rank=4, base_precision=kind))
+    except ConfigError as refused:  # ternary layers have nothing to adapt
+        pytest.skip(str(refused))
+    with torch.no_grad():
+        for name, parameter in here.named_parameters():
+            if is_adapter(name):
+                parameter.normal_(std=0.1)
+    there = copy.deepcopy(here).to(DEVICE)
+    found = []
+    for model in (here, there):
+        loss = NextToken()(model, packed().to(model.device)).losses["next_token"].total
+        loss.backward()
+        found.append((float(loss.detach()), {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-4) and found[0][1].keys() == found[1][1].keys()
+    assert all(is_adapter(name) for name in found[0][1])
+    for name, gradient in found[0][1].items():
+        assert (found[1][1][name] - gradient).norm() <= 2e-3 * gradient.norm() + 1e-5, name
