@@ -204,7 +204,7 @@ def test_rows_that_are_no_pairs_are_refused() -> None:
 
 
 def test_sums_by_document_in_chunks_are_the_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("treadle.ops.sequence_log_probabilities.CHUNK_NUMBERS", 1)  # 64 positions at a time
+    monkeypatch.setattr("treadle.ops.cross_entropy.CHUNK_NUMBERS", 1)  # 64 positions at a time
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(3, 100, 8, generator=g), torch.randn(50, 8, generator=g)
     labels = torch.where(torch.rand(3, 100, generator=g) < 0.3, IGNORE, torch.randint(0, 50, (3, 100), generator=g))

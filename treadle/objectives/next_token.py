@@ -22,7 +22,7 @@ from treadle.models.base import LM_HEAD, Model
 from treadle.objectives.base import Losses, LossTerm, Metric, Objective
 from treadle.objectives.sums import LossSums
 from treadle.objectives.text_baselines import baseline_sums
-from treadle.ops.cross_entropy import CHUNK_NUMBERS, linear_cross_entropy
+from treadle.ops.cross_entropy import chunk_of, linear_cross_entropy
 from treadle.text.base import Tokenizer
 
 LN2 = math.log(2)
@@ -100,7 +100,7 @@ class NextToken(Objective):
         scored = batch.labels != IGNORE
         hidden, labels = out.hidden[scored], batch.labels[scored]
         nats = correct = top5 = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        chunk = max(64, CHUNK_NUMBERS // model.vocab_size)
+        chunk = chunk_of(model.vocab_size, hidden.device)
         for start in range(0, len(labels), chunk):
             logits = head(hidden[start : start + chunk]).float()
             target = labels[start : start + chunk, None]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from treadle.ops.cross_entropy import CHUNK_NUMBERS, IGNORE
+from treadle.ops.cross_entropy import IGNORE, chunk_of
 from treadle.ops.first_order import first_order
 from treadle.ops.precision import compute_dtype
 
@@ -66,7 +66,7 @@ def linear_divergence(
     """hidden [B, T, D], weight [V, D], the teacher's [B, T, D'] and [V, D'], labels [B, T] -> (sum of KL(p_teacher ||
     p_student) over positions with a label, in nats; number of those positions where both find the same token likeliest)."""
     flat, theirs = hidden.reshape(-1, hidden.shape[-1]), teacher_hidden.reshape(-1, teacher_hidden.shape[-1])
-    chunk = max(64, CHUNK_NUMBERS // weight.shape[0])
+    chunk = chunk_of(weight.shape[0], hidden.device)
     train = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     scored = labels.reshape(-1) != IGNORE
     return _LinearDivergence.apply(  # type: ignore[no-untyped-call]

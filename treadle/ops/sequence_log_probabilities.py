@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from treadle.ops.cross_entropy import CHUNK_NUMBERS, IGNORE
+from treadle.ops.cross_entropy import IGNORE, chunk_of
 
 
 def _log_probabilities(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
@@ -30,7 +30,7 @@ def sequence_log_probabilities(
     Logits exist for some positions at a time; where gradients are wanted they are computed again in the backward pass. The sums are
     over a fixed order, so that they are the same bits each time on a GPU too.
     """
-    chunk = max(64, CHUNK_NUMBERS // weight.shape[0])
+    chunk = chunk_of(weight.shape[0], hidden.device)
     # Some positions without a label too, so that products have few different shapes: oneDNN keeps code for each (5 MB more a step).
     unit = min(chunk, 256)
     taken = min(-(-scored_count // unit) * unit, labels.numel())

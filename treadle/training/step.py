@@ -120,12 +120,18 @@ class Stepper:
         if headline not in (*sums, TOTAL):
             raise ConfigError(f"the objective's headline is {self.objective.headline!r}, but its loss has the terms "
                               f"{', '.join(sums)}")  # fmt: skip
-        loss = float(sums[headline] if headline in sums else sum(weights[name] * value for name, value in sums.items()))
+        shown = sums[headline] if headline in sums else torch.stack([weights[name] * value for name, value in sums.items()]).sum()
+        norm = None if self.strategy.engine_owns_step else self._norm()
+        # One read of the device a step: a GPU stands still between it and the next kernels.
+        loss, *values = torch.stack([shown.float(), *totals.float(), *([norm.float()] if norm is not None else [])]).tolist()
         refused = veto is not None and veto(loss)
-        norm, finite = self._finish(learning_rate, update and not refused, sums)
+        if norm is None:
+            value, finite = self._finish_by_engine(learning_rate, update and not refused, values)
+        else:
+            value, finite = self._finish(learning_rate, update and not refused, values)
         skipped = "nonfinite" if not finite else "spike" if refused else ""
         scale = self.loss_scale.scale if self.loss_scale is not None else None
-        return StepResult(sums, counts, norm, skipped, loss, merged_stats(stats), units, scale)
+        return StepResult(sums, counts, value, skipped, loss, merged_stats(stats), units, scale)
 
     def _counts(self, micro_batches: Sequence[Batch]) -> dict[str, int]:
         """How many of each unit the whole step has; from the batches alone, so known before the first forward pass."""
@@ -134,29 +140,38 @@ class Stepper:
         found = self.strategy.world.all_reduce_sum([sum(counts[name] for counts in each) for name in names])
         return {name: int(value) for name, value in zip(names, found)}
 
-    def _finish(self, learning_rate: float, update: bool, sums: dict[str, Tensor]) -> tuple[float, bool]:
-        if self.strategy.engine_owns_step:
-            sound = all(math.isfinite(float(total)) for total in sums.values())
-            self.optimizers.set_learning_rate(learning_rate)
-            norm_of_step = self.strategy.step(apply=update and sound)
-            return norm_of_step, sound and (math.isfinite(norm_of_step) or not update)
-        gradients = [local(p.grad) for _, p in self.optimizers.parameters if p.grad is not None]
+    def _gradients(self) -> list[Tensor]:
+        return [local(p.grad) for _, p in self.optimizers.parameters if p.grad is not None]
+
+    def _norm(self) -> Tensor:
+        """Of all gradients, before clipping; a number on the device."""
         scale = self.loss_scale.scale if self.loss_scale else 1.0
+        gradients = self._gradients()
+        if not gradients:
+            return torch.zeros((), device=self.device)
+        return self.strategy.global_norm(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))) / scale
+
+    def _finish_by_engine(self, learning_rate: float, update: bool, losses: list[float]) -> tuple[float, bool]:
+        sound = all(math.isfinite(loss) for loss in losses)
+        self.optimizers.set_learning_rate(learning_rate)
+        norm = self.strategy.step(apply=update and sound)
+        return norm, sound and (math.isfinite(norm) or not update)
+
+    def _finish(self, learning_rate: float, update: bool, values: list[float]) -> tuple[float, bool]:
+        """values: the losses and, last, the norm, which is not finite when any gradient is not."""
+        norm, finite = values[-1], all(math.isfinite(value) for value in values)
+        gradients, scale = self._gradients(), self.loss_scale.scale if self.loss_scale else 1.0
         if not gradients:
             return 0.0, True
-        norm = self.strategy.global_norm(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))) / scale
-        # One read decides: the norm is not finite when any gradient is not.
-        value = float(norm)
-        finite = math.isfinite(value) and all(math.isfinite(float(total)) for total in sums.values())
         if update and finite:
-            clip = self.max_grad_norm / (value + 1e-6) if 0 < self.max_grad_norm < value else 1.0
+            clip = self.max_grad_norm / (norm + 1e-6) if 0 < self.max_grad_norm < norm else 1.0
             if clip / scale != 1.0:
                 torch._foreach_mul_(gradients, clip / scale)
             self.optimizers.set_learning_rate(learning_rate)
             self.optimizers.step()
         if update and self.loss_scale is not None:
             self.loss_scale.after(finite)
-        return value, finite
+        return norm, finite
 
 
 def _count_of(unit: str, counts: dict[str, int]) -> int:
