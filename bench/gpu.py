@@ -261,6 +261,29 @@ def plan(device: str, tiny: bool) -> dict[str, Any]:
     return found
 
 
+def serving(device: str, tiny: bool) -> dict[str, Any]:
+    """Tokens per second that the engine writes: one request at a time, sixteen together, 124M parameters."""
+    from bench.peers.ours import our_model
+    from bench.serving import answered, requests
+    from treadle.generation.engine import Engine
+
+    task, found = TOY if tiny else LARGE, {}
+    new = 4 if tiny else 64
+    for weights in ("bf16", "int8"):
+        engine = Engine(our_model(replace(task, length=512)).to(device), rows=16, max_len=256, weights=weights)
+        engine.start()
+        prompts = requests(task.vocabulary)
+        answered(engine, prompts[:2], 2, 2)
+        for name, count, together in (("one at a time", 3, 1), ("sixteen at once", 16, 16)):
+            begun = time.perf_counter()
+            answered(engine, prompts[:count], new, together)
+            found[f"serving {weights}, {name}: tokens per second"] = count * new / (time.perf_counter() - begun)
+        engine.stop()
+        pair = [found[f"serving {weights}, {name}: tokens per second"] for name in ("sixteen at once", "one at a time")]
+        found[f"serving {weights}, sixteen over one"] = pair[0] / pair[1]
+    return found
+
+
 PARTS: dict[str, tuple[Callable[[str, bool], dict[str, Any]], str | None, int]] = {  # function, package, seconds allowed
     "ceilings": (ceilings, None, 60),
     "ours eager": (lambda d, t: our_steps(d, t, False), None, 90),
@@ -271,6 +294,7 @@ PARTS: dict[str, tuple[Callable[[str, bool], dict[str, Any]], str | None, int]] 
     "HF Trainer eager": (lambda d, t: trainer_steps(d, t, False), "accelerate", 90),
     "architectures": (architectures, None, 150),
     "plan": (plan, None, 120),
+    "serving": (serving, None, 60),
 }
 COMPILED = {name for name in PARTS if "compiled" in name}
 TOTAL = 570  # seconds: one command under ten minutes
@@ -314,14 +338,14 @@ def ratios(found: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
-def measure(quick: bool, device: str = "cuda", tiny: bool = False) -> dict[str, Any]:
-    """All parts; without a GPU only the reason (python -m bench.gpu --device cpu --tiny tries the code)."""
+def measure(quick: bool, device: str = "cuda", tiny: bool = False, only: list[str] | None = None) -> dict[str, Any]:
+    """All parts, or some; without a GPU only the reason (python -m bench.gpu --device cpu --tiny tries the code)."""
     if device == "cuda" and not torch.cuda.is_available():
         return {"gpu": "skipped (no GPU here)"}
     if quick and not tiny:
         return {"gpu": "skipped (minutes; python -m bench.gpu)"}
     begun, found = time.perf_counter(), {}
-    for name in PARTS:
+    for name in only or PARTS:
         if tiny and name in COMPILED and quick:
             continue
         found |= (more := run_part(name, device, tiny, TOTAL - (time.perf_counter() - begun)))
@@ -335,6 +359,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="toy sizes: to see that the code works")
     parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), metavar="PART", help=f"some of: {', '.join(PARTS)}; into the same result")
     parser.add_argument("--output", type=Path, help="default: results/gpu-DATE.json for a GPU, none for --tiny or the CPU")
     given = parser.parse_args()
     if given.part:
@@ -343,12 +368,16 @@ def main() -> None:
     toy = given.tiny or given.device == "cpu"
     if toy:
         print("Figures need a GPU: these sizes only show that the code works.")
-    found = measure(False, given.device, given.tiny)
+    path = given.output or (None if toy else HERE / "results" / f"gpu-{time.strftime('%Y%m%d')}.json")
+    found = measure(False, given.device, given.tiny, given.only)
+    if given.only and path is not None and path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))["parts"]["gpu"] | found
+        found |= ratios(found)
     for name, value in ratios(found).items():
         print(f"  {name}: {value if isinstance(value, str) else format(value, '.3f')}")
     if "gpu" in found:
         raise SystemExit(found["gpu"])
-    if given.output or not toy:
+    if path is not None:
         from bench import machine
 
         about = machine.describe()
@@ -356,7 +385,6 @@ def main() -> None:
             card = torch.cuda.get_device_name()
             about |= {"gpu": card, "cuda": torch.version.cuda, "gpu_gb": torch.cuda.get_device_properties(0).total_memory / 1e9,
                       "data_sheet_bf16_tflops": next((peak for name, peak in PEAK_TFLOPS.items() if name in card), None)}  # fmt: skip
-        path = given.output or HERE / "results" / f"gpu-{time.strftime('%Y%m%d')}.json"
         path.write_text(json.dumps({"machine": about, "tiny": given.tiny, "parts": {"gpu": found}}, indent=1) + "\n", encoding="utf-8")
         print(f"written to {path}")
 
