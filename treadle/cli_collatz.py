@@ -41,6 +41,7 @@ def verify(
     from treadle.collatz import summary
     from treadle.collatz import verify as verifying
     from treadle.collatz.arithmetic import number
+    from treadle.collatz.blocks import MOST_STEPS
     from treadle.errors import Stopped
 
     last = None if end is None else number(end, "the end")
@@ -65,7 +66,7 @@ def verify(
         for text in summary.lines_of(result, stop.signal):
             echo(text)
     if result.unresolved:
-        raise verifying.NotDown(f"{result.unresolved[0]} did not come below itself after {verifying.blocks.MOST_STEPS:,} steps; it is in {result.certificate}")
+        raise verifying.NotDown(f"{result.unresolved[0]} did not come below itself after {MOST_STEPS:,} steps; it is in {result.certificate}")
     if not result.complete:
         raise Stopped(f"stopped by {stop.signal}")
 

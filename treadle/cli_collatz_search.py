@@ -41,6 +41,7 @@ def search(
     from treadle.collatz import progress as showing
     from treadle.collatz import search as searching
     from treadle.collatz.arithmetic import COLLATZ, spelled
+    from treadle.collatz.verify import VERIFIED
     from treadle.errors import ConfigError, Stopped
 
     if end_with is not None:
@@ -52,7 +53,7 @@ def search(
             raise ConfigError("--range says which numbers; leave START and --count out")
         begin, end = _range(range)
     else:
-        begin = searching.VERIFIED if start is None else _number(start, "a start")
+        begin = VERIFIED if start is None else _number(start, "a start")
         end = None if count is None else begin + _number(count, "a count")
         log = log or str(searching.default_log(over, begin))
     searching.lower_priority(nice)
@@ -191,7 +192,8 @@ def bound(
 ) -> None:
     """How long a cycle of 3x + 1 other than 1, 4, 2 must be. Given that all numbers below LIMIT reach 1 (Eliahou 1993)."""
     from treadle.collatz.arithmetic import spelled
-    from treadle.collatz.bound import VERIFIED, cycle_bound
+    from treadle.collatz.bound import cycle_bound
+    from treadle.collatz.verify import VERIFIED
 
     found = cycle_bound(VERIFIED if limit is None else _number(limit, "a limit"))
     if as_json:

@@ -180,6 +180,6 @@ def student_of(teacher: Model, arch: str = STUDENT, seed: int = 0, **keys: Any) 
     trusted_code.allow_names(arch)
     cls, shape = MODELS.get(arch), _shape_for(arch, teacher.config.model_dump())
     with torch.device("meta"):
-        student = cls(cls.Config.with_preset(None, **{**shape, **keys}))  # type: ignore[call-arg]
+        student = cls(cls.Config.with_preset(None, **{**shape, **keys}))
     student.start_from(teacher.named_weights())
     return student.materialise(seed, teacher.device)

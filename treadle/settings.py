@@ -226,7 +226,7 @@ def _accepts_list(section: type[Settings], name: str) -> bool:
 def _adapter(section: type[Settings], name: str) -> TypeAdapter[Any]:
     """Validates one key alone; rules that span keys wait until the whole section is built."""
     info = section.model_fields[name]
-    kind: Any = Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation  # type: ignore[misc]
+    kind: Any = Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
     return TypeAdapter(kind, config=ConfigDict(strict=True))
 
 

@@ -13,6 +13,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,7 +78,7 @@ def parse_tensors(data: np.ndarray, name: str) -> dict[str, Tensor]:
         raise CheckpointError(f"{name} is not a sound safetensors file ({problem})") from None
 
 
-def _parse_body(header: dict, body: np.ndarray) -> dict[str, Tensor]:
+def _parse_body(header: dict[str, Any], body: np.ndarray) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, dtype, shape, start, stop in _entries(header, len(body)):
         # A copy: the slice may be unaligned for its type, and the buffer of the whole file must not stay alive.
@@ -86,7 +87,7 @@ def _parse_body(header: dict, body: np.ndarray) -> dict[str, Tensor]:
     return tensors
 
 
-def _entries(header: dict, size: int) -> Iterator[tuple[str, torch.dtype, list[int], int, int]]:
+def _entries(header: dict[str, Any], size: int) -> Iterator[tuple[str, torch.dtype, list[int], int, int]]:
     """Name, type, shape and place of each tensor, in order; ValueError and its like unless they fill `size` bytes exactly."""
     entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
     entries.sort(key=lambda item: (item[1]["data_offsets"][0], item[1]["data_offsets"][1]))

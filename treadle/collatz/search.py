@@ -22,6 +22,7 @@ from typing import IO, Any
 from treadle.collatz import blocks, cycle_search
 from treadle.collatz.arithmetic import COLLATZ, Map, spelled
 from treadle.collatz.certificates import Numbers, block_units
+from treadle.collatz.compiled import resolved
 from treadle.collatz.cycle_search import Limits
 from treadle.collatz.known_cycles import Discovery, discovery
 from treadle.collatz.ledger import joined, missing
@@ -151,7 +152,7 @@ class _Run:
         if sieved:
             self.path = blocks.resolved(path)
         else:  # which has no arrays: what asks for them gets integers
-            self.path = cycle_search.resolved("python" if path == "numpy" else path, cycle_search.PATHS, f"the search of {self.map}")
+            self.path = resolved("python" if path == "numpy" else path, cycle_search.PATHS, f"the search of {self.map}")
         self.sieved = sieved
         self.bits = BLOCK_BITS.get(self.path, 0)
         self.told: set[int] = set()

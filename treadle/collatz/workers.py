@@ -194,7 +194,7 @@ def _processes(work: Iterator[Work], path: str, workers: int, stopping: Callable
             if not ready:
                 yield None
             for connection in ready:
-                worker = busy[connection]  # type: ignore[index]
+                worker = busy[connection]
                 task, worker.task = worker.task, None
                 assert task is not None
                 try:

@@ -88,7 +88,7 @@ class Parities(TrajectoryDataset):
     Config = ParityKeys
     name = "collatz"
     task: ParityKeys
-    seq_len = property(lambda self: self.task.length)  # type: ignore[assignment]
+    seq_len = property(lambda self: self.task.length)
 
     def generate(self, rows: np.ndarray) -> Batch:
         length, shortcut = self.task.length, self.task.parity_steps == "shortcut"

@@ -20,7 +20,8 @@ from typing import Any, BinaryIO
 
 from treadle.errors import DataError, MissingExtra
 from treadle.files import cache_root, write_atomically
-from treadle.storage.remote import AnyPath, State, size_of, state_of_file
+from treadle.storage.filesystems import State
+from treadle.storage.remote import AnyPath, size_of, state_of_file
 
 COMPRESSED = (".gz", ".zst")
 SPACING = 1 << 20  # bytes of content between two places to begin at
@@ -34,7 +35,7 @@ def open_bytes(path: AnyPath) -> BinaryIO:
         return _gzip(path)
     if path.suffix == ".zst":
         table = _frames(path)
-        return io.BufferedReader(_Frames(path if table["file"] == str(path) else Path(table["file"]), table["frames"]), READ)  # type: ignore[return-value]
+        return io.BufferedReader(_Frames(path if table["file"] == str(path) else Path(table["file"]), table["frames"]), READ)
     return path.open("rb")
 
 

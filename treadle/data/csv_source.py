@@ -7,7 +7,8 @@ import io
 from collections.abc import Iterator
 
 from treadle.data.compressed import content_size, open_bytes
-from treadle.data.sources import Bad, Document, Piece, Source, count_lines, opened, text_of
+from treadle.data.documents import Bad, Document
+from treadle.data.sources import Piece, Source, count_lines, opened, text_of
 from treadle.errors import InputError
 from treadle.storage.remote import AnyPath
 

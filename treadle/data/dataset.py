@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from treadle import trusted_code
-from treadle.data.base import DATASETS, TEXT, BatchPlan, BatchSequence, Dataset, IndexedDataset, Position
+from treadle.data.base import DATASETS, BatchPlan, BatchSequence, Dataset, IndexedDataset, Position
 from treadle.data.chosen_sources import held_shares, part_cache, prepared, sources_of, validation_source
 from treadle.data.encoding import scored_bytes
 from treadle.data.order import Order, step_draws
 from treadle.data.prepare import Progress, is_prepared, open_prepared, tokenizer_for
-from treadle.data.settings import DataSettings
+from treadle.data.settings import TEXT, DataSettings
 from treadle.data.shards import Rows, TokenSet
 from treadle.data.sources import Source
 from treadle.data.stream_splits import stream_splits

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from treadle.data.sources import Bad, Piece
+from treadle.data.documents import Bad
+from treadle.data.sources import Piece
 from treadle.data.transforms import Malformed, Texts, Transform
 from treadle.errors import ConfigError
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-from treadle.data.sources import Bad, Document, Piece, Source, text_of
+from treadle.data.documents import Bad, Document
+from treadle.data.sources import Piece, Source, text_of
 from treadle.data.transforms import function_fingerprint, function_label
 from treadle.errors import ConfigError, DataError
 

@@ -7,7 +7,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from treadle.data.sources import FEWEST_PARTS, PIECE_BYTES, Bad, Document, Piece, Record, Source, text_of
+from treadle.data.documents import Bad, Document, Record
+from treadle.data.sources import FEWEST_PARTS, PIECE_BYTES, Piece, Source, text_of
 from treadle.errors import InputError, MissingExtra
 
 

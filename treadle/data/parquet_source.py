@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from treadle.data.sources import FEWEST_PARTS, PIECE_BYTES, Bad, Document, Piece, Record, Source, text_of
+from treadle.data.documents import Bad, Document, Record
+from treadle.data.sources import FEWEST_PARTS, PIECE_BYTES, Piece, Source, text_of
 from treadle.errors import DataError, InputError, MissingExtra
 from treadle.storage.remote import AnyPath, RemotePath
 

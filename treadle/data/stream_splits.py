@@ -7,12 +7,12 @@ import json
 
 import numpy as np
 
-from treadle.data.base import DATASETS, TEXT, Dataset
+from treadle.data.base import DATASETS, Dataset
 from treadle.data.chosen_sources import held_shares, prepared, sources_of, validation_source
 from treadle.data.compressed import content_size
 from treadle.data.order import key, permute
 from treadle.data.prepare import Progress, is_prepared, tokenizer_for
-from treadle.data.settings import DataSettings
+from treadle.data.settings import TEXT, DataSettings
 from treadle.data.sources import Piece, Source, WrappedSource
 from treadle.data.streaming import Stream, StreamDataset, block_bytes
 from treadle.data.transformed import Shaped

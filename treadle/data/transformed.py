@@ -10,8 +10,9 @@ from pathlib import Path
 
 from treadle.data import remembered
 from treadle.data.deduplication import Deduplication
+from treadle.data.documents import Bad, Document
 from treadle.data.generated_texts import THIS_PROCESS, GeneratedTexts
-from treadle.data.sources import Bad, Document, Piece, Source, WrappedSource
+from treadle.data.sources import Piece, Source, WrappedSource
 from treadle.data.transforms import Texts, Transform
 from treadle.errors import ConfigError
 from treadle.files import cache_root

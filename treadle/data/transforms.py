@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from treadle import trusted_code
-from treadle.data.sources import Bad
+from treadle.data.documents import Bad
 from treadle.errors import ConfigError
 
 Texts = Iterator[str | Bad]

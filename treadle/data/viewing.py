@@ -8,11 +8,11 @@ from typing import Any, get_args
 
 import numpy as np
 
+from treadle.data.documents import Bad
 from treadle.data.packing import plan
 from treadle.data.prepare import is_prepared
 from treadle.data.settings import DataSettings, Packing
 from treadle.data.shards import Row, Rows, TokenSet
-from treadle.data.sources import Bad
 from treadle.data.stream_splits import stream_splits
 from treadle.data.streaming import StreamDataset, spread
 from treadle.data.summary import described, opened, settings

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset as TorchDataset
 from treadle.processes import begin_data_worker
 
 
-class _Steps(TorchDataset):
+class _Steps(TorchDataset[Any]):
     def __init__(self, read: Callable[[int], Any]) -> None:
         self.read = read
 

@@ -39,7 +39,7 @@ class Strategy:
         self.plain = module  # evaluation calls this: the same weights without gradient communication
         self.loss_factor = 1.0
 
-    def no_sync(self, unless: bool) -> AbstractContextManager:
+    def no_sync(self, unless: bool) -> AbstractContextManager[Any]:
         """The context of one micro-batch; `unless` is true for the one after which the optimiser steps."""
         return contextlib.nullcontext()
 

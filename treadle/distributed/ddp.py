@@ -45,6 +45,6 @@ class Replicated(Strategy):
         self.loss_factor = float(world.size)
         self.shards_optimizer = settings.shard_optimizer
 
-    def no_sync(self, unless: bool) -> AbstractContextManager:
+    def no_sync(self, unless: bool) -> AbstractContextManager[Any]:
         """Gradients travel once a step, with the last micro-batch."""
         return contextlib.nullcontext() if unless else self.module.no_sync()

@@ -120,7 +120,7 @@ def _safe_path() -> list[str]:
     return [] if {"", os.getcwd()} & set(sys.path) else ["-P"]
 
 
-def _wait(processes: list[subprocess.Popen], grace: float, notes: Notes) -> int:
+def _wait(processes: list[subprocess.Popen[bytes]], grace: float, notes: Notes) -> int:
     first_failure: float | None = None
     told: set[int] = set()
     while None in (codes := [process.poll() for process in processes]):

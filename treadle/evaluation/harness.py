@@ -166,7 +166,7 @@ def _load(specs: list[str | dict[str, Any]]) -> tuple[Any, list[Any]]:
     except Exception as problem:  # of the harness, of datasets and of the network
         said = " ".join(str(problem).split()) or type(problem).__name__
         raise InputError(f"--tasks: the tasks cannot be prepared: {said[:400]}") from None
-    manager.load = lambda task_list: tasks  # type: ignore[method-assign]  # once is enough
+    manager.load = lambda task_list: tasks  # once is enough
     return manager, specs
 
 

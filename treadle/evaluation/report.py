@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from treadle.data.base import DATASETS, TEXT, Dataset
+from treadle.data.base import DATASETS, Dataset
 from treadle.data.dataset import splits_of
-from treadle.data.settings import DataSettings
+from treadle.data.settings import TEXT, DataSettings
 from treadle.data.sources import TextSource, open_source
 from treadle.errors import InputError
 from treadle.evaluation.evaluator import Evaluator

@@ -50,7 +50,7 @@ class LatentAttention(Attention):
     def new_state(self, rows: int, max_len: int, device: Any, dtype: Any) -> LatentCache:
         return LatentCache.empty(rows, max_len, self.down.out_features, device, dtype)
 
-    def forward(self, x: Tensor, context: Context, cache: LatentCache | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, context: Context, cache: LatentCache | None = None) -> Tensor:
         rows, length, _ = x.shape
         assert context.rotary is not None
         q, latents = rotate(self._split(self.query(x), self.heads), *context.rotary), self.down(x)

@@ -117,7 +117,7 @@ class FrozenLinear(nn.Linear):
                 return y
             own, a, b = factors
             return y + F.linear(F.linear((x if own is None else own).to(kind), a.to(kind)), b.to(kind)).to(y.dtype)
-        return _Product.apply(x, self.held, self.scales, self.bias, *(factors or (None, None, None)))  # type: ignore[no-untyped-call, no-any-return]
+        return _Product.apply(x, self.held, self.scales, self.bias, *(factors or (None, None, None)))  # type: ignore[no-untyped-call]
 
 
 class AdaptedLinear(FrozenLinear):
@@ -150,7 +150,7 @@ class _Product(torch.autograd.Function):
     """x W^T + b + (z A^T) B^T, z = x where it is None. Kept for the gradients: x (z), z A^T, and W as it is held."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, held: Tensor, scales: Tensor | None, bias: Tensor | None, z: Tensor | None, a: Tensor | None, b: Tensor | None
     ) -> Tensor:
         dtype = compute_dtype(x)
@@ -170,7 +170,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         held, scales, given, a, b, low = ctx.saved_tensors
         slope = grad.reshape(-1, grad.shape[-1]).to(ctx.compute)
         grad_x = product(slope, widened(held, scales, ctx.compute).t()) if ctx.needs_input_grad[0] else None

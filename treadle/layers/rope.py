@@ -111,14 +111,14 @@ class _Rotate(torch.autograd.Function):
     """A rotation's gradient is the opposite rotation: nothing of x is kept for backward."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.heads_inside = x.transpose(1, 2).is_contiguous()
         return turn(x, cos, sin)
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         return turn(grad, cos, sin, True, ctx.heads_inside), None, None
 

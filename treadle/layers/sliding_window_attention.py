@@ -39,7 +39,7 @@ class SlidingWindowAttention(Attention):
         dtype = torch.float64 if self.reproducible else dtype
         return SlidingWindowCache(**SlidingWindowCache.fields(rows, self.groups, self.window, self.head_width, device, dtype))
 
-    def forward(self, x: Tensor, context: Context, cache: SlidingWindowCache | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, context: Context, cache: SlidingWindowCache | None = None) -> Tensor:
         rows, length, _ = x.shape
         q, k, v = (self._split(layer(x), self.heads) for layer in (self.query, self.key, self.value))
         with without_autocast(x) if self.reproducible else nullcontext():

@@ -61,7 +61,7 @@ class SSMMixer(Attention):
         memory = torch.zeros(rows, self.heads, self.inner, self.head_width + self.normalizer, device=device, dtype=wide)
         return SSMState(memory=memory, **SlidingWindowCache.fields(rows, self.groups, self.window, self.head_width, device, dtype))
 
-    def forward(self, x: Tensor, context: Context, cache: SSMState | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, context: Context, cache: SSMState | None = None) -> Tensor:
         rows, length, _ = x.shape
         q, k = self._split(self.query(x), self.heads), self._split(self.key(x), self.groups)
         v = self._split(self.value(x), self.groups)

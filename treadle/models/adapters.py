@@ -63,7 +63,7 @@ def add_adapters(model: Model, settings: AdapterSettings, seed: int = 0) -> None
 
 def made(cls: type[Model], config: ModelConfig, settings: AdapterSettings | None) -> Model:
     """A model of a configuration, under adapters where there are settings of some."""
-    model = cls(config)  # type: ignore[call-arg]
+    model = cls(config)
     if settings is not None:
         add_adapters(model, settings)
     return model

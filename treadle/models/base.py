@@ -353,7 +353,7 @@ def build(
 
 def build_from(cls: type[Model], config: ModelConfig, seed: int = 0, device: Any = "cpu") -> Model:
     with shapes_only():
-        model = cls(config)  # type: ignore[call-arg]
+        model = cls(config)
     return model.materialise(seed, device)
 
 
@@ -382,7 +382,7 @@ def allocated(cls: type[Model], config: ModelConfig, nbytes: int, device: Any) -
     size. ShapeError when they cannot."""
     try:
         with shapes_only():
-            model = cls(config)  # type: ignore[call-arg]
+            model = cls(config)
     except (RuntimeError, OverflowError) as problem:  # sizes beyond 64 bits
         raise ShapeError(f"the configuration describes a model that cannot be: {problem}") from None
     if model.parameter_count() > WEIGHTS_IN_A_BYTE * nbytes:
@@ -396,7 +396,7 @@ def allocated(cls: type[Model], config: ModelConfig, nbytes: int, device: Any) -
 def parameter_count(cls: type[Model], config: ModelConfig) -> int:
     """Parameters of a configuration, counted on the meta device (no memory)."""
     with shapes_only():
-        return cls(config).parameter_count()  # type: ignore[call-arg]
+        return cls(config).parameter_count()
 
 
 def count_label(count: int) -> str:

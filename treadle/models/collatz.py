@@ -58,7 +58,7 @@ class Collatz(Transformer):
 
     arch = "collatz"
     Config = CollatzConfig
-    config: CollatzConfig  # type: ignore[assignment]
+    config: CollatzConfig
 
     def __init__(self, config: CollatzConfig) -> None:
         super().__init__(config)

@@ -73,7 +73,7 @@ def export(
     file = _gguf_file(folder, run_name(checkpoint), gguf_type or "f32") if layout == "gguf" else None
     _refuse_foreign(folder) if file is None else _refuse_without_form(file, shape)
     with torch.device("meta"):
-        model = cls(shape)  # type: ignore[call-arg]
+        model = cls(shape)
     if layout == "peft":
         return _as_peft(folder, checkpoint, shape, precision, license)
     weights, _ = quantized_files.unpack(model, whole_weights(checkpoint))

@@ -267,7 +267,7 @@ def plain_weights(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], Model]:
     """`whole_weights` with nothing packed or quantised, and the model without memory that they belong to."""
     cls, shape = read_shape(checkpoint, read_config(checkpoint))
     with torch.device("meta"):
-        model = cls(shape)  # type: ignore[call-arg]
+        model = cls(shape)
     weights, _ = quantized_files.unpack(model, whole_weights(checkpoint))
     return packed_weights.unpack(model, weights)[0], model
 

@@ -35,7 +35,7 @@ def quantize_once(loaded: Loaded, weights: str | None) -> str:
     shapes = {name: tuple(module.weight.shape) for name, module in model.named_modules() if hasattr(module, "in_features")}
     if path is not None and path.is_file():
         with contextlib.suppress(CheckpointError, InputError):
-            layers = from_tensors(read_tensors(path), shapes)  # type: ignore[arg-type]
+            layers = from_tensors(read_tensors(path), shapes)
             layers = {name: _moved(matrix, model.device) for name, matrix in layers.items()}
     if layers is None:
         layers = quantized(model, wanted)

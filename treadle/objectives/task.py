@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from treadle.data.base import DATASETS, TEXT
+from treadle.data.base import DATASETS
+from treadle.data.settings import TEXT
 from treadle.objectives.base import OBJECTIVES
 from treadle.objectives.settings import DEFAULT_OBJECTIVE
 from treadle.settings import Settings

@@ -113,8 +113,8 @@ class _BlockCausal(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx, q: Tensor, k: Tensor, v: Tensor, spans: tuple[Span, ...], window: int | None, heads: int
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, spans: tuple[Span, ...], window: int | None, heads: int
     ) -> Tensor:
         _, length, width = q.shape
         # [B, T, H, E] in memory, as the projection that follows reads it; padding belongs to no span.
@@ -133,7 +133,7 @@ class _BlockCausal(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *kept = ctx.saved_tensors
         shares = iter(kept)
         grad = grad.reshape(q.shape)

@@ -11,7 +11,7 @@ products with a width of 64, so that the function below keeps h, v and nothing e
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +79,10 @@ def _wide(x: Tensor) -> Tensor:
 
 class _Dynamics(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, v, mu, w1, c1, w2, c2, limits: Limits, products: torch.dtype):  # type: ignore[no-untyped-def, override]
+    def forward(
+        ctx: Any, h: Tensor, v: Tensor, mu: Tensor, w1: Tensor, c1: Tensor, w2: Tensor, c2: Tensor, limits: Limits,
+        products: torch.dtype,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         ctx.save_for_backward(h, v, mu, w1, c1, w2, c2)
         ctx.limits, ctx.products = limits, products
         rows, velocities = h.flatten(0, -2), v.flatten(0, -2)
@@ -97,7 +100,7 @@ class _Dynamics(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx, grad_h: Tensor, grad_v: Tensor):  # type: ignore[no-untyped-def, override]
+    def backward(ctx: Any, grad_h: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
         h, v, mu, w1, c1, w2, c2 = saved = ctx.saved_tensors  # read once, as checkpointing wants it
         limits, products = ctx.limits, ctx.products
         rows, velocities, width = h.flatten(0, -2), v.flatten(0, -2), h.shape[-1]
@@ -134,7 +137,10 @@ class _Dynamics(torch.autograd.Function):
         )
 
     @staticmethod
-    def _through_controller(products, saved, rows, velocities, inner, narrow, grad_rows, grad_velocities, grad_mu, grad_c2):  # type: ignore[no-untyped-def]
+    def _through_controller(
+        products: torch.dtype, saved: tuple[Tensor, ...], rows: Tensor, velocities: Tensor, inner: Tensor, narrow: Tensor,
+        grad_rows: Tensor, grad_velocities: Tensor, grad_mu: Tensor, grad_c2: Tensor,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
         """All gradients, from those of [a, b, g] in the type of the products, `narrow`, and of h and v but for the controller's."""
         h, v, mu, w1, c1, w2, c2 = saved
         of_h, of_v = w1.to(products).split(h.shape[-1], 1)

@@ -19,11 +19,11 @@ class _NoSecond(torch.autograd.Function):
     """The tensors as they are, with an error for a derivative."""
 
     @staticmethod
-    def forward(ctx, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def, override]
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(t.view_as(t) for t in tensors)
 
     @staticmethod
-    def backward(ctx, *_: Tensor) -> Any:  # type: ignore[no-untyped-def, override]
+    def backward(ctx: Any, *_: Tensor) -> Any:
         raise RuntimeError("no second derivative: this gradient comes from a kernel whose own derivative is not written out")
 
 

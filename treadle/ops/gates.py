@@ -4,7 +4,7 @@ operations of torch beside it, which runs wherever the kernels do not. fp32."""
 from __future__ import annotations
 
 import ctypes
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ def _sizes(*sizes: int) -> tuple[ctypes.c_int64, ...]:
 
 class _GatedScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate: Tensor, value: Tensor, bound: Tensor | None, starts: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, gate: Tensor, value: Tensor, bound: Tensor | None, starts: Tensor | None) -> Tensor:
         gate, value = gate.contiguous(), value.contiguous()
         bound = bound.contiguous() if bound is not None else None
         starts = starts.to(torch.uint8).contiguous() if starts is not None else None
@@ -44,7 +44,7 @@ class _GatedScan(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, value, bound, starts, out = ctx.saved_tensors
         rows, length, width = gate.shape
         grad, grad_gate, grad_value = grad.contiguous(), torch.empty_like(gate), torch.empty_like(gate)
@@ -77,7 +77,9 @@ def gated_scan(gate: Tensor, value: Tensor, bound: Tensor | None = None, starts:
 
 class _GatedNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, gate, weight, bias, heads: int, eps: float, kind: NormKind):  # type: ignore[no-untyped-def, override]
+    def forward(
+        ctx: Any, x: Tensor, gate: Tensor, weight: Tensor, bias: Tensor | None, heads: int, eps: float, kind: NormKind
+    ) -> Tensor:
         x, gate, weight = x.contiguous(), gate.contiguous(), weight.contiguous()
         bias = bias.contiguous() if bias is not None else None
         width = weight.numel() // heads
@@ -92,7 +94,7 @@ class _GatedNorm(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, weight, bias, kept = ctx.saved_tensors
         grad = grad.contiguous()  # by a name: an address alone would not keep it
         grads = torch.empty_like(x), torch.empty_like(gate), weight.new_empty(2, *weight.shape)
@@ -131,7 +133,7 @@ def gated_norm(
 
 class _GatedProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, both: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, both: Tensor) -> Tensor:
         both = both.contiguous()
         width = both.shape[-1] // 2
         out = both.new_empty(*both.shape[:-1], width)
@@ -141,7 +143,7 @@ class _GatedProduct(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (both,) = ctx.saved_tensors
         grad, out, width = grad.contiguous(), torch.empty_like(both), grad.shape[-1]
         kernels(library("gates"), grad).gated_product_gradient(

@@ -64,14 +64,14 @@ def product(x: Tensor, weight: Tensor, added: Tensor | None = None) -> Tensor:
     """x [N, K], weight [O, K] of any strides -> x weight^T (+ added) [N, O]; `added` may be overwritten."""
     if _takes_onednn(x, weight):
         if added is None:
-            return _onednn()(x, weight, None, "none", [], "")  # type: ignore[no-any-return]
-        return _onednn().binary(x, added, weight, None, "add")  # type: ignore[no-any-return]
+            return _onednn()(x, weight, None, "none", [], "")
+        return _onednn().binary(x, added, weight, None, "add")
     return x @ weight.t() if added is None else added.addmm_(x, weight.t())
 
 
 class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         dtype = compute_dtype(x)
         ctx.types, ctx.input_shape = [t.dtype for t in (x, *weights)], x.shape
         flat, narrow = x.reshape(-1, x.shape[-1]).to(dtype), [w.to(dtype) for w in weights]
@@ -81,7 +81,7 @@ class _Linears(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx, *grads: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         flat, *weights = ctx.saved_tensors
         slopes = [g.reshape(-1, g.shape[-1]) for g in grads]
         grad_x, grad_weights = linears_backward(flat, weights, slopes, ctx.needs_input_grad)
@@ -109,4 +109,4 @@ def linears(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     """x [..., K], weights [O_i, K] -> x W_i^T [..., O_i], in autocast's type where that is on."""
     if is_short(x) or not runs_on_cpu(x, *weights):
         return tuple(F.linear(x, w) for w in weights)
-    return _Linears.apply(x, *weights)  # type: ignore[no-untyped-call, no-any-return]
+    return _Linears.apply(x, *weights)  # type: ignore[no-untyped-call]

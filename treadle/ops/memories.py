@@ -8,7 +8,7 @@ the references to 1e-5 of their largest number.
 from __future__ import annotations
 
 import ctypes
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -75,7 +75,10 @@ def _empty(rows: int, heads: int, length: int, *numbers: int) -> Tensor:
 
 class _Recurrence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, kind: Kind, q, k, v, decay, beta, bonus, initial, starts):  # type: ignore[no-untyped-def, override]
+    def forward(
+        ctx: Any, kind: Kind, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor | None,
+        bonus: Tensor | None, initial: Tensor | None, starts: Tensor | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         q, k, v, decay = (_aligned(t) for t in (q, k, v, decay))
         (rows, heads, length, width), inner = v.shape, k.shape[-1]
         y, last = _empty(rows, heads, length, width), v.new_empty(rows, heads, inner, width)
@@ -90,7 +93,7 @@ class _Recurrence(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx, grad_y: Tensor, grad_last: Tensor | None):  # type: ignore[no-untyped-def, override]
+    def backward(ctx: Any, grad_y: Tensor, grad_last: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, decay, beta, error, bonus, initial, starts = ctx.saved_tensors
         rows, heads, length, inner, width, *_ = ctx.sizes
         grad_y = _aligned(grad_y)
@@ -129,4 +132,4 @@ def recurrence(
     if documents is not None:
         starts = torch.zeros(documents.shape, dtype=torch.uint8)
         starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    return _Recurrence.apply(kind, q, k, v, log_decay, beta, bonus, initial, starts)  # type: ignore[no-untyped-call, no-any-return]
+    return _Recurrence.apply(kind, q, k, v, log_decay, beta, bonus, initial, starts)  # type: ignore[no-untyped-call]

@@ -54,7 +54,7 @@ def probe(width: int, rows: int = 2048) -> float:
     return times[torch.float32] / max(times[torch.bfloat16], 1e-9)
 
 
-def autocast(precision: str, device: torch.device) -> AbstractContextManager:
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
     """The context a forward pass runs in; weights stay fp32."""
     if precision == "fp32":
         return nullcontext()

@@ -3,6 +3,8 @@ gradient is copied likewise."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from treadle.ops.fused import KINDS, kernels, threads_for
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, added: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, added: Tensor) -> Tensor:
         ctx.added_dtype = added.dtype
         native = kernels(x, added)
         if native is None:
@@ -22,7 +24,7 @@ class _Sum(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad, grad.to(ctx.added_dtype)
 
 

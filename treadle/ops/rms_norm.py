@@ -94,14 +94,14 @@ def _backward(
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
         x, out, scale = _forward(x, None, weight, eps, out_dtype)
         _remembered(ctx, x, out, weight, scale)
         return out
 
     @staticmethod
     @first_order
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, _, grad_weight = _backward(ctx, grad)
         return grad_x, grad_weight, None, None
 
@@ -110,14 +110,14 @@ class _KeepRMSNorm(torch.autograd.Function):
     """x itself as a second output: the gradients of both uses of a residual stream meet in one pass."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype):  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> tuple[Tensor, ...]:
         dense, out, scale = _forward(x, None, weight, eps, out_dtype)
         _remembered(ctx, dense, out, weight, scale)
         return x, out
 
     @staticmethod
     @first_order
-    def backward(ctx, grad_kept: Tensor, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad_kept: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, _, grad_weight = _backward(ctx, grad, grad_kept)
         return grad_x, grad_weight, None, None
 
@@ -126,7 +126,7 @@ class _AddRMSNorm(torch.autograd.Function):
     """Two outputs, the sum and its norm; the sum's gradient from both is one pass."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, added: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype):  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, added: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> tuple[Tensor, ...]:
         total, out, scale = _forward(x, added, weight, eps, out_dtype)
         _remembered(ctx, total, out, weight, scale)
         ctx.added_dtype = added.dtype
@@ -134,7 +134,7 @@ class _AddRMSNorm(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx, grad_total: Tensor, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad_total: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, narrow, grad_weight = _backward(ctx, grad, grad_total, ctx.added_dtype)
         return grad_x, narrow, grad_weight, None, None
 

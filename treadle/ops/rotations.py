@@ -7,6 +7,7 @@ A skew-symmetric A of size n is given by its n (n - 1) / 2 numbers above the dia
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ class _Cayley4(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, p: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, p: Tensor) -> Tensor:
         s = (p * p).sum(-1, keepdim=True)
         pf = p[:, :1] * p[:, 5:] - p[:, 1:2] * p[:, 4:5] + p[:, 2:3] * p[:, 3:4]
         first, second, third = p[:, :1], p[:, 1:2], p[:, 2:3]
@@ -61,7 +62,7 @@ class _Cayley4(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (inverse,) = ctx.saved_tensors
         turned = inverse.transpose(1, 2)
         return unskew(torch.bmm(torch.bmm(turned, grad), turned), 4) * -2.0

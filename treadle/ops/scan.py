@@ -32,7 +32,7 @@ def scan_reference(gate: Tensor, value: Tensor, start: Tensor | None = None) -> 
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate: Tensor, value: Tensor, start: Tensor | None, native: bool, shapes: bool) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, gate: Tensor, value: Tensor, start: Tensor | None, native: bool, shapes: bool) -> Tensor:
         gate, value = gate.contiguous(), value.contiguous()
         start = start.contiguous() if start is not None else None
         out = torch.empty_like(value)
@@ -50,7 +50,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, out, start = ctx.saved_tensors
         grad = grad.contiguous()
         grad_gate, grad_value = torch.empty_like(gate), torch.empty_like(gate)
@@ -86,7 +86,7 @@ def _sizes(t: Tensor) -> list[Any]:
 @functools.cache
 def _flash_linear_attention() -> Any:
     try:
-        from fla.ops.hgrn import fused_recurrent_hgrn  # type: ignore[import-not-found]
+        from fla.ops.hgrn import fused_recurrent_hgrn
     except ImportError:
         return None
     return fused_recurrent_hgrn

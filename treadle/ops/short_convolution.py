@@ -4,6 +4,7 @@ positions of one document. Compiled (csrc/convolution.c), and in operations of t
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ def short_convolution_reference(x: Tensor, weight: Tensor, doc_ids: Tensor | Non
 
 class _ShortConvolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, doc_ids: Tensor | None, silu: bool) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, doc_ids: Tensor | None, silu: bool) -> Tensor:
         x, weight = x.contiguous(), weight.contiguous()
         doc_ids = doc_ids.to(torch.int64).contiguous() if doc_ids is not None else None
         y = torch.empty_like(x)
@@ -44,7 +45,7 @@ class _ShortConvolution(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, doc_ids = ctx.saved_tensors
         grad, grad_x, of_weight = grad.contiguous(), torch.empty_like(x), weight.new_empty(x.shape[0], *weight.shape)
         library("convolution").convolution_gradient(  # type: ignore[union-attr]

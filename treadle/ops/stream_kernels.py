@@ -68,7 +68,9 @@ def _router(x: Tensor, weight: Tensor, bias: Tensor, gain: Tensor, table: Tensor
 
 class _Read(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, gain, table, kind: Kind, eps: float, mean: bool):  # type: ignore[no-untyped-def, override]
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, gain: Tensor, table: Tensor, kind: Kind, eps: float, mean: bool
+    ) -> tuple[Tensor, ...]:
         x, weight, bias, gain = x.contiguous(), weight.contiguous(), bias.contiguous(), gain.contiguous()
         table = table.contiguous() if table is not None else None
         (count, n, width), outputs = x.shape, weight.shape[0]
@@ -86,7 +88,7 @@ class _Read(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx, grad_u: Tensor, grad_held: Tensor, grad_post: Tensor, _: Any):  # type: ignore[no-untyped-def, override]
+    def backward(ctx: Any, grad_u: Tensor, grad_held: Tensor, grad_post: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         x, weight, bias, gain, table, mixing, *kept = ctx.saved_tensors
         grads = [t.contiguous() for t in (grad_u, grad_held, grad_post)]
         sizes = [weight.numel(), bias.numel(), gain.numel(), 0 if table is None else table.numel()]
@@ -116,7 +118,7 @@ def read_streams(
 
 class _Write(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, held: Tensor, mixing: Tensor, post: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, held: Tensor, mixing: Tensor, post: Tensor, y: Tensor) -> Tensor:
         y, post = y.contiguous(), post.contiguous()
         count, n, width = held.shape
         out, made = torch.empty_like(held), library("streams")
@@ -129,7 +131,7 @@ class _Write(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         post, y = ctx.saved_tensors
         grad = grad.contiguous()
         grad_y, grad_post, made = torch.empty_like(y), torch.empty_like(post), library("streams")

@@ -5,6 +5,8 @@ one forward and backward on one core (1.23 on two); composed of torch's operatio
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from treadle.ops.first_order import first_order
 
 class _RMSNormLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         scale = torch.rsqrt(norm.square() / x.shape[-1] + eps)
         z = (x @ weight.t()).mul_(scale)
@@ -22,7 +24,7 @@ class _RMSNormLinear(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale, z = ctx.saved_tensors
         scaled = grad * scale
         # d scale / d x = -scale^3 x / width, and z already holds one factor of scale.
@@ -38,12 +40,12 @@ def rms_norm_linear(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 class _Read(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, pre: Tensor, mixing: Tensor):  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, pre: Tensor, mixing: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, pre, mixing)
         return torch.bmm(pre[:, None], x)[:, 0], torch.bmm(mixing, x)
 
     @staticmethod
-    def backward(ctx, grad_u: Tensor, grad_held: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad_u: Tensor, grad_held: Tensor) -> tuple[Tensor | None, ...]:
         x, pre, mixing = ctx.saved_tensors
         grad_held = grad_held.contiguous()  # an expanded one would be multiplied row by row
         grad_x = torch.bmm(mixing.transpose(1, 2), grad_held)
@@ -58,12 +60,12 @@ def read(x: Tensor, pre: Tensor, mixing: Tensor) -> tuple[Tensor, Tensor]:
 
 class _Write(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, held: Tensor, post: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, held: Tensor, post: Tensor, y: Tensor) -> Tensor:
         ctx.save_for_backward(post, y)
         return torch.addcmul(held, post[:, :, None], y[:, None])
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         post, y = ctx.saved_tensors
         return grad, (grad * y[:, None]).sum(-1), torch.bmm(post[:, None], grad.contiguous())[:, 0]
 

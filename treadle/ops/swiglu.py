@@ -6,6 +6,8 @@ memory that makes their gradients. s = sigmoid(g), silu'(g) = s (1 + g (1 - s)).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,7 +50,7 @@ def gated_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tens
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
         dtype = compute_dtype(x)
         ctx.types, ctx.input_shape = [t.dtype for t in (x, gate, up, down)], x.shape
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
@@ -60,7 +62,7 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         flat, g, u, gate, up, down = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1]).contiguous()
         of_x, of_gate, of_up, of_down = ctx.needs_input_grad
@@ -75,13 +77,13 @@ class _SwiGLU(torch.autograd.Function):
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
         return gated(gate, up)
 
     @staticmethod
     @first_order
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         of_gate, of_up, _ = gated_backward(grad.clone(), gate, up)  # written over, and autograd may still need the other
         return of_gate, of_up
@@ -92,11 +94,11 @@ def gated_products(gate: Tensor, up: Tensor) -> Tensor:
     alike = gate.dtype == up.dtype and gate.is_contiguous() and up.is_contiguous()
     if not alike or is_short(gate) or not runs_on_cpu(gate, up):
         return F.silu(gate) * up
-    return _Gated.apply(gate, up)  # type: ignore[no-untyped-call, no-any-return]
+    return _Gated.apply(gate, up)  # type: ignore[no-untyped-call]
 
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """x [..., D]; gate, up [I, D]; down [D, I] -> [..., D], in autocast's type where that is on."""
     if is_short(x) or not runs_on_cpu(x, gate, up, down):
         return swiglu_reference(x, gate, up, down)
-    return _SwiGLU.apply(x, gate, up, down)  # type: ignore[no-untyped-call, no-any-return]
+    return _SwiGLU.apply(x, gate, up, down)  # type: ignore[no-untyped-call]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,7 @@ def integer_product(q: Tensor, ternary: Tensor) -> Tensor:
 
 class _TernaryLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         q, s = quantize_activations(x)
         ternary, a = quantize_weights(weight)
         ctx.save_for_backward(q, s, ternary, a)
@@ -63,7 +64,7 @@ class _TernaryLinear(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, s, ternary, a = ctx.saved_tensors
         grad_x = (grad * a) @ ternary.to(grad.dtype) if ctx.needs_input_grad[0] else None
         grad_weight = (grad / s).t() @ q.to(grad.dtype) if ctx.needs_input_grad[1] else None
@@ -78,11 +79,11 @@ def ternary_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 class _Straight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, latent: Tensor, rounded: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, latent: Tensor, rounded: Tensor) -> Tensor:
         return rounded
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad, None
 
 

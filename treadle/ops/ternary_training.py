@@ -48,7 +48,7 @@ def _sizes(t: Tensor) -> tuple[ctypes.c_int64, ctypes.c_int64, int]:
 
 class _NormedTernaryLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, gain: Tensor, weight: Tensor, eps: float, products: torch.dtype) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, gain: Tensor, weight: Tensor, eps: float, products: torch.dtype) -> Tensor:
         x, gain, weight = x.contiguous(), gain.contiguous(), weight.contiguous()
         (count, width), made = x.shape, kernels(_made(), x)
         q, unit, inverse = x.new_empty(count, width, dtype=torch.int8), gain.new_empty(count), gain.new_empty(count)
@@ -70,7 +70,7 @@ class _NormedTernaryLinear(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gain, q, unit, inverse, ternary = ctx.saved_tensors
         made, half = kernels(_made(), x), int(ctx.products == torch.bfloat16)
         grad = grad.to(ctx.products)
@@ -100,4 +100,4 @@ def normed_ternary_linear(x: Tensor, gain: Tensor, weight: Tensor, eps: float) -
         if not fits or not (ordinary(x, gain, weight) or planned(x, gain, weight)) or _made() is None:
             return ternary_linear(rms_norm_same_dtype(x.float(), gain, eps), weight)
         y = _NormedTernaryLinear.apply(flat, gain, weight, eps, products)  # type: ignore[no-untyped-call]
-        return y.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
+        return y.view(*x.shape[:-1], weight.shape[0])

@@ -86,7 +86,7 @@ def measured_seconds(cls: type[Model], config: ModelConfig, objective: Objective
             begun = time.perf_counter()
             with number_formats.autocast(shape.precision, torch.device("cpu")):
                 parts = module(batch)
-            sum(part.total for part in parts.losses.values()).backward()  # type: ignore[union-attr]
+            sum(part.total for part in parts.losses.values()).backward()
             taken.append(time.perf_counter() - begun)
             model.zero_grad()
         return min(taken[1:])

@@ -96,7 +96,7 @@ class Watch(TorchDispatchMode):
     """Enters what operations make into a ledger; a weight in fewer bits is a cast."""
 
     def __init__(self, ledger: Ledger) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
         self.ledger = ledger
 
     def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:

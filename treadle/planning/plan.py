@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from treadle.data.base import TEXT, BatchPlan, Dataset
+from treadle.data.base import BatchPlan, Dataset
 from treadle.data.batch import Batch
 from treadle.data.dataset import splits_of
+from treadle.data.settings import TEXT
 from treadle.distributed.settings import ParallelSettings
 from treadle.errors import ConfigError
 from treadle.evaluation.report import objective_of
@@ -133,7 +134,7 @@ def plan(
         data = splits_of(recipe.data, recipe.tokenizer, task_settings(recipe.tables()), recipe.run.seed)["train"]
     cls, config = model_class or model_of(recipe, data, text_named)
     with torch.device("meta"):
-        model = cls(config)  # type: ignore[call-arg]
+        model = cls(config)
     whole = model.flops(recipe.data.seq_len if data is None else data.seq_len)
     adapter = recipe.adapter if recipe.adapter.lora_rank is not None else None
     if adapter is not None:

@@ -69,7 +69,7 @@ class Preset:
         self.cls: type[Model] = MODELS.get(arch)
         self.config: ModelConfig = self.cls.Config.with_preset(name)
         with torch.device("meta"):
-            self.model = self.cls(self.config)  # type: ignore[call-arg]
+            self.model = self.cls(self.config)
         self.sizes = Sizes.of(self.model)
         self._traces: dict[Any, tuple[StepTrace, StepTrace]] = {}
 

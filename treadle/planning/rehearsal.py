@@ -51,7 +51,7 @@ class _Counted(TorchDispatchMode):
     """Counts the bytes of the whole tensors that collectives gather, scatter or reduce, where they reach torch's core."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
         self.bytes: Counter[str] = Counter()
 
     def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
@@ -80,7 +80,7 @@ def rehearse(
                 for _ in range(shape.accumulation):
                     with autocast(shape.precision, torch.device("cpu")):
                         parts = module(batch)
-                    sum(part.total for part in parts.losses.values()).backward()  # type: ignore[union-attr]
+                    sum(part.total for part in parts.losses.values()).backward()
             optimizers.step()
             optimizers.zero_grad()
     return dict(counted.bytes)

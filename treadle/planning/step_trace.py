@@ -90,7 +90,7 @@ _periods: dict[str, tuple[int, int]] = {}  # making a deep model takes longer th
 
 def _period_of(cls: type[Model], config: ModelConfig) -> tuple[int, int]:
     with torch.device("meta"):
-        blocks = cls(config).blocks()  # type: ignore[call-arg]
+        blocks = cls(config).blocks()
     if getattr(config, "num_layers", None) != len(blocks):
         return 0, len(blocks)
     looks = [_look_of(block) for block in blocks]
@@ -98,7 +98,7 @@ def _period_of(cls: type[Model], config: ModelConfig) -> tuple[int, int]:
     try:
         for count in (period, 2 * period):
             with torch.device("meta"):
-                shorter = cls(config.model_copy(update={"num_layers": count})).blocks()  # type: ignore[call-arg]
+                shorter = cls(config.model_copy(update={"num_layers": count})).blocks()
             if [_look_of(block) for block in shorter] != looks[:count]:
                 return 0, len(blocks)
     except Exception:  # a pattern written out for every block, say: the whole model is traced instead
@@ -166,7 +166,7 @@ def trace_reading(cls: type[Model], config: ModelConfig, batch: Batch, kind: str
     shorter = config.model_copy(update={"num_layers": period}) if period and count > period else config
     ledger = Ledger()
     with planned_for_gpu() if kind == "cuda" else nullcontext(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        model = cls(shorter).eval()  # type: ignore[call-arg]
+        model = cls(shorter).eval()
         ledger.sort([*model.parameters(), *model.buffers()], "kept")
         with Watch(ledger):
             model.hidden(batch)
@@ -186,13 +186,13 @@ def _trace(
         optimizers = Optimizers(model, optim)
         ledger.sort([*model.parameters(), *model.buffers()], "kept")
         for parameter in [p for p in model.parameters() if p.requires_grad]:
-            parameter.register_post_accumulate_grad_hook(lambda p: ledger.sort([p.grad], "gradients"))  # type: ignore[list-item]
+            parameter.register_post_accumulate_grad_hook(lambda p: ledger.sort([p.grad], "gradients"))
         with Watch(ledger), _marked(model, ledger) as begin_backward:
             with autocast(shape.precision, torch.device("cpu")):
                 parts = module(batch)
             total = sum(part.total for part in parts.losses.values())
             begin_backward()
-            total.backward()  # type: ignore[union-attr]
+            total.backward()
             del total, parts
             ledger.mark("first optimiser step")
             optimizers.step()

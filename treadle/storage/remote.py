@@ -194,7 +194,7 @@ class RemotePath:
 
     def window(self, start: int, stop: int) -> BinaryIO:
         """The file as a stream, of which [start, stop) is going to be read: it is fetched as one range."""
-        return io.BufferedReader(_Stream(self, start, stop), PART_BYTES)  # type: ignore[return-value]
+        return io.BufferedReader(_Stream(self, start, stop), PART_BYTES)
 
     def read_range(self, start: int, stop: int) -> bytes:
         """Bytes [start, stop) of the file, cut at its end. DataError where they cannot be had, or the file has changed."""

@@ -75,7 +75,7 @@ class SentencePieceTokenizer(Tokenizer):
         return self.inner.decode(keep)
 
     @functools.cached_property
-    def control_tokens(self) -> dict[str, int]:  # type: ignore[override]
+    def control_tokens(self) -> dict[str, int]:
         return {self.inner.id_to_piece(i): i for i in range(self.vocab_size) if self.inner.is_control(i)}
 
     @property

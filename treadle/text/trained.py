@@ -87,7 +87,7 @@ class LibraryTokenizer(Tokenizer):
         return ids[0] if len(ids) == 1 and ids[0] in self._special_ids and ids[0] != self._eos_id else None
 
     @functools.cached_property
-    def vocab_size(self) -> int:  # type: ignore[override]
+    def vocab_size(self) -> int:
         # Ids may have holes, and an id is what an embedding is indexed by.
         size = max(self.inner.get_vocab(with_added_tokens=True).values()) + 1
         if size > MOST_TOKENS:
@@ -166,11 +166,11 @@ class LibraryTokenizer(Tokenizer):
         return copy
 
     @functools.cached_property
-    def control_tokens(self) -> dict[str, int]:  # type: ignore[override]
+    def control_tokens(self) -> dict[str, int]:
         return {token.content: i for i, token in self.inner.get_added_tokens_decoder().items() if token.special}
 
     @functools.cached_property
-    def added_tokens(self) -> dict[str, int]:  # type: ignore[override]
+    def added_tokens(self) -> dict[str, int]:
         return {token.content: i for i, token in self.inner.get_added_tokens_decoder().items() if not token.special}
 
     @property

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from treadle.layers.context import Context
 from treadle.layers.norm import RMSNorm
 from treadle.layers.rope import rotate
-from treadle.layers.sliding_window_attention import expanded
-from treadle.layers.state import LayerState
+from treadle.layers.state import LayerState, expanded
 from treadle.layers.token_mixers import TokenMixer
 from treadle.ops.block_sparse_attention import block_sparse_attention, block_sparse_flops, first_seen
 

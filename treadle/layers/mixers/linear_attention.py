@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from treadle.layers.context import Context
 from treadle.layers.mixers.parts import decayed, heads_of, joined, wide, wide_dtype
 from treadle.layers.rope import rotate
-from treadle.layers.sliding_window_attention import expanded
-from treadle.layers.state import LayerState
+from treadle.layers.state import LayerState, expanded
 from treadle.layers.token_mixers import TokenMixer
 from treadle.ops.precision import without_autocast
 from treadle.ops.ssd import ssd_flops
