@@ -21,7 +21,7 @@ PACKAGE = Path(treadle.__file__).parent
 ROOMS = [
     "__init__", "__main__", "cli", "cli_collatz", "cli_collatz_search", "cli_serving", "cli_text", "cli_options", "library", "help", "examine", "sweep", "distillation", "start", "recipe", "task_file", "reporting", "planning", "collatz_tasks", "training",
     "evaluation", "objectives", "monitor", "distributed", "serving", "models", "generation", "data", "layers", "text", "checkpoint",
-    "ops", "collatz", "naming", "settings", "registry", "trusted_code", "terminal", "processes", "storage", "files", "errors",
+    "ops", "collatz", "naming", "settings", "registry", "trusted_code", "terminal", "processes", "storage", "files", "errors", "version",
 ]  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -13,8 +13,9 @@ from typing import Any
 
 from treadle.files import write_atomically
 from treadle.monitor.sinks import finite
+from treadle.version import __version__
 
-PACKAGES = ("treadle", "torch", "numpy", "tokenizers", "safetensors", "pydantic")
+PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "pydantic")
 
 
 def write_event(run: Path, kind: str, **details: Any) -> None:
@@ -40,7 +41,7 @@ def _clean(value: Any) -> Any:
 
 def versions() -> dict[str, str]:
     """Versions of what computes."""
-    found = {"python": platform.python_version()}
+    found = {"treadle": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)
