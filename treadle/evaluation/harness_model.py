@@ -33,7 +33,7 @@ UNUSED = ("do_sample", "until", "num_beams", "max_length")  # of those, what is 
 Pair = tuple[tuple[str, str] | None, list[int], list[int]]  # (the texts, context, continuation)
 
 
-class HarnessModel(TemplateLM):
+class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     """Answers of one model."""
 
     tokenizer_name = "treadle"

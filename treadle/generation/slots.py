@@ -175,7 +175,7 @@ class DenseSlots:
 
     @property
     def nbytes(self) -> int:
-        return self.decoding.state.nbytes  # type: ignore[no-any-return]
+        return self.decoding.state.nbytes
 
     def open(self, prompt_tokens: int, new_tokens: int) -> Place:
         return Place(prompt_tokens + new_tokens, row=self.free.pop(), rounded=self.decoding.rounds_a_prompt_of(prompt_tokens))

@@ -250,7 +250,7 @@ class Model(nn.Module):
     def materialise(self, seed: int, device: Any = "cpu") -> Model:
         """Allocates parameters (from the meta device too) and initialises each from (seed, its name)."""
         if any(p.is_meta for p in self.parameters()):
-            self._apply(lambda tensor: empty_on(device, tensor))
+            self._apply(lambda tensor: empty_on(device, tensor))  # type: ignore[no-untyped-call]  # torch's own
             self.tie()
         else:
             self.to(device)
@@ -388,7 +388,7 @@ def allocated(cls: type[Model], config: ModelConfig, nbytes: int, device: Any) -
     if model.parameter_count() > WEIGHTS_IN_A_BYTE * nbytes:
         raise ShapeError(f"the configuration describes a model of {count_label(model.parameter_count())} parameters, and the "
                          "weights are far fewer; they belong to another model")  # fmt: skip
-    model._apply(lambda tensor: empty_on(device, tensor))
+    model._apply(lambda tensor: empty_on(device, tensor))  # type: ignore[no-untyped-call]  # torch's own
     model.tie()
     return model
 

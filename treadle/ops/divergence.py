@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,10 +24,10 @@ def linear_divergence_reference(
 
 class _LinearDivergence(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx, hidden: Tensor, weight: Tensor, their_hidden: Tensor, their_weight: Tensor, scored: Tensor, temperature: float,
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, their_hidden: Tensor, their_weight: Tensor, scored: Tensor, temperature: float,
         dtype: torch.dtype, chunk: int, train: bool,
-    ):  # fmt: skip
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         total = hidden.new_zeros((), dtype=torch.float32)
         agreed = hidden.new_zeros((), dtype=torch.float32)
         cast, their_cast = weight.to(dtype), their_weight.to(dtype)
@@ -54,7 +56,7 @@ class _LinearDivergence(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx, grad: Tensor, _: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         of_weight = (grad_weight * grad).to(ctx.dtypes[1]) if grad_weight is not None else None
         return (grad_hidden * grad).to(ctx.dtypes[0]), of_weight, *(None,) * 7
