@@ -6,22 +6,16 @@ import csv
 import itertools
 import json
 import math
-import os
 import re
 import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from treadle.distributed.launch import GRACE_SECONDS, threads_of_each
+from treadle.distributed.pool import Command, LocalPool, folder_name, last_words, run_all
 from treadle.errors import ConfigError, TreadleError
 from treadle.monitor.records import write_json
-from treadle.processes import end_with_parent, orderly_end
 from treadle.reporting.bars import svg_bars
 
 EXAMPLE = "treadle sweep RECIPE --over optim.learning_rate=1e-3,3e-3 --seeds 3"
@@ -80,7 +74,7 @@ def grid(over: list[str]) -> dict[str, list[str]]:
             raise ConfigError(f"--over names {key} twice; put its values together: --over {key}={','.join(found[key] + several)}")
         if key in ("seed", "run.seed", "output_dir", "run.output_dir"):
             raise ConfigError(f"--over {key}: sweep sets it itself; --seeds N repeats every point with the seeds 0 to N - 1")
-        if len({_plain(value) for value in several}) < len(several):
+        if len({folder_name(value) for value in several}) < len(several):
             raise ConfigError(f"--over {one!r} has a value twice; keep one")
         found[key] = several
     if not found:
@@ -95,37 +89,28 @@ def run(asked: Sweep, say: Callable[[str], None]) -> list[Cell]:
     asked.output.mkdir(parents=True, exist_ok=True)
     say(f"{len(cells)} run(s) in {asked.output}, {asked.processes} at a time; Ctrl-C is safe, the same command goes on")
     waiting = iter(cells)
-    with _children() as running:
-        while True:
-            while len(running) < asked.processes and (cell := next(waiting, None)) is not None:
-                running[_start(asked, cell)] = cell
-            if not running:
-                break
-            time.sleep(0.05)
-            for child in [child for child in running if child.poll() is not None]:
-                _ended(child.returncode, running.pop(child), say)
-    write_json(asked.output / "sweep.json", {"cells": [_record(cell) for cell in cells]})
+
+    def take() -> Command[Cell] | None:
+        return next((_command(asked, cell) for cell in waiting), None)
+
+    def ended(cell: Cell, code: int) -> None:
+        _ended(code, cell, say)
+        write_json(asked.output / "sweep.json", {"cells": [_record(cell) for cell in cells]})
+
+    run_all(LocalPool(asked.processes), take, ended)
     if (picture := picture_of(cells)) is not None:
         (asked.output / "sweep.svg").write_text(picture, encoding="utf-8")
     return cells
 
 
-def _start(asked: Sweep, cell: Cell) -> subprocess.Popen[bytes]:
-    cell.folder.mkdir(parents=True, exist_ok=True)
+def _command(asked: Sweep, cell: Cell) -> Command[Cell]:
     keys = [f"--{key}={value}" for key, value in (*cell.point, ("seed", str(cell.seed)), ("output_dir", str(cell.folder)))]
-    environment = dict(os.environ)
-    if asked.processes > 1:
-        environment.setdefault("OMP_NUM_THREADS", threads_of_each(asked.processes))
-    with open(cell.folder / "sweep.out", "wb") as out:  # a session of its own: Ctrl-C reaches it once, from here
-        return subprocess.Popen([sys.executable, "-m", "treadle", "train", *asked.arguments, *keys], stdout=out,
-                                stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
-                                start_new_session=True, preexec_fn=end_with_parent)  # fmt: skip
+    return Command(cell, ("treadle", "train", *asked.arguments, *keys), cell.folder / "sweep.out")
 
 
 def _ended(code: int, cell: Cell, say: Callable[[str], None]) -> None:
     if code:
-        lines = (cell.folder / "sweep.out").read_text(encoding="utf-8", errors="replace").splitlines()
-        cell.failed = next((line for line in reversed(lines) if line.startswith("error:")), f"exit code {code}")
+        cell.failed = last_words(cell.folder / "sweep.out", code)
         if code == ConfigError.exit_code:  # the others would be refused as this one was
             raise ConfigError(f"{cell.label}: {cell.failed.removeprefix('error: ')}")
         say(f"{cell.label} seed {cell.seed}: {cell.failed} ({cell.folder / 'sweep.out'})")
@@ -214,25 +199,4 @@ def _record(cell: Cell) -> dict[str, Any]:
 
 
 def _folder(point: tuple[tuple[str, str], ...], seed: int) -> str:
-    return "__".join([*(f"{_plain(key)}={_plain(value)}" for key, value in point), f"seed={seed}"])
-
-
-def _plain(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.+-]+", "_", text)
-
-
-@contextmanager
-def _children() -> Iterator[dict[subprocess.Popen[bytes], Cell]]:
-    """Processes that are told to stop, and have saved themselves, when this one leaves early."""
-    running: dict[subprocess.Popen[bytes], Cell] = {}
-    with orderly_end():
-        try:
-            yield running
-        finally:
-            for child in running:
-                child.terminate()
-            for child in running:
-                try:
-                    child.wait(GRACE_SECONDS)
-                except subprocess.TimeoutExpired:
-                    child.kill()
+    return "__".join([*(f"{folder_name(key)}={folder_name(value)}" for key, value in point), f"seed={seed}"])

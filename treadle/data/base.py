@@ -29,6 +29,7 @@ DATASETS = Registry("dataset", {
     TEXT: "treadle.data.dataset:TokenDataset",
     "conversations": "treadle.data.conversations:Conversations",
     "preferences": "treadle.data.preferences:Preferences",
+    "probe": "treadle.data.probes:Probes",
     "collatz": "treadle.collatz_tasks.parity:Parities",
     "collatz_delay": "treadle.collatz_tasks.parity:Digits",
     "collatz_long_step": "treadle.collatz_tasks.long_step:LongSteps",
