@@ -1,4 +1,4 @@
-"""The verbs that look at finished or running work: `treadle report`. Everything heavy is imported inside the verb."""
+"""The verbs that look at finished or running work: `treadle report`, `treadle watch`. Everything heavy is imported inside the verb."""
 
 from __future__ import annotations
 
@@ -22,3 +22,29 @@ def report(
 
     for line in write_report(runs, Path(output) if output is not None else None, model=not no_model):
         echo(line)
+
+
+def watch(
+    run: Annotated[str, typer.Argument(help="The folder of a run, of a sweep, of a suite, or one that holds some; `last` is the newest in runs/.")] = "last",
+    host: Annotated[str, typer.Option(help="The address to listen at; any but this machine's own needs a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Where it listens; 0: any free port.")] = 8001,
+    token: Annotated[str | None, typer.Option(help="What the page asks for; better in TREADLE_TOKEN, where no list of processes shows it.")] = None,
+    token_file: Annotated[str | None, typer.Option(help="A file with the token in its first line.")] = None,
+    read_only: Annotated[bool, typer.Option("--read-only", help="The page only shows: no stop, save, eval or set.")] = False,
+) -> None:
+    """A page that follows a training, a sweep or a suite while it runs, and steers it. At http://127.0.0.1:8001; Ctrl-C ends it."""
+    import os
+
+    from treadle.live.desk import Desk
+    from treadle.live.server import serve
+    from treadle.live.watched import Watched, found
+    from treadle.serving.limits import checked_host
+    from treadle.serving.sockets import listening, read_token
+
+    folder = found(run)
+    secret = read_token(token, token_file) or read_token(os.environ.get("TREADLE_TOKEN") or None, None)
+    checked_host(host, secret)
+    listener = listening(host, port)
+    address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+    echo(f"{folder} at {address}; Ctrl-C ends the page, not the training")
+    raise typer.Exit(serve(Desk(Watched(folder), secret, read_only), listener))

@@ -79,7 +79,8 @@ def serve(
 ) -> None:
     """A trained model behind OpenAI's API, with a page to talk to it. At http://127.0.0.1:8000; Ctrl-C finishes what runs."""
     from treadle.serving.limits import Limits, checked_host
-    from treadle.serving.server import listening, needed, read_token
+    from treadle.serving.server import needed
+    from treadle.serving.sockets import listening, read_token
 
     needed()
     secret = read_token(token, token_file) or read_token(os.environ.get("TREADLE_TOKEN") or None, None)
@@ -98,7 +99,10 @@ def _serve(listener: Any, host: str, token: str | None, run: str, name: str | No
     """What was loaded, behind a socket -> the exit code."""
     from treadle.generation.engine import Engine
     from treadle.generation.sampling import Sampling, typed_over
+    from treadle.live.desk import Desk
+    from treadle.live.watched import Watched
     from treadle.models.pretrained import generation_defaults, home_of
+    from treadle.reporting.run_data import is_run
     from treadle.serving.app import App
     from treadle.serving.chunk_marks import ChunkMarks
     from treadle.serving.protocol import Served
@@ -113,11 +117,13 @@ def _serve(listener: Any, host: str, token: str | None, run: str, name: str | No
     place = folder.resolve()
     called = name or (home_of(folder).name if place.parent.name == "checkpoints" else place.stem if place.is_file() else place.name)
     served = Served(called, tokenizer, found.model.vocab_size, limits, template, defaults)
+    home = home_of(folder)
+    live = Desk(Watched(home), token) if is_run(home) else None
     app = App(engine, served, token=token, marks=ChunkMarks.of_model(found.model, tokenizer), fingerprint=f"treadle-{read_in}",
-              created=int(folder.stat().st_mtime))  # fmt: skip
+              created=int(folder.stat().st_mtime), live=live)  # fmt: skip
     address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
     engine.start()
-    echo(f"{called} at {address} (a page to talk to it) and {address}/v1 (OpenAI's API; {'with' if token else 'without'} a token); "
+    echo(f"{called} at {address} (a page to talk to it{', /run follows its training' if live is not None else ''}) and {address}/v1 (OpenAI's API; {'with' if token else 'without'} a token); "
          f"prompts of {limits.max_prompt_tokens} tokens, answers of {limits.max_new_tokens}, {rows} at once; Ctrl-C ends it")  # fmt: skip
     try:
         return serve(app, listener)

@@ -13,7 +13,7 @@ from tests.serving.conftest import client, scripted_app
 from tests.serving.test_protocol import ask
 from treadle.errors import ConfigError
 from treadle.serving.limits import Limits, checked_host, is_local
-from treadle.serving.server import listening, read_token
+from treadle.serving.sockets import listening, read_token
 
 TOKEN = "a-secret-of-length"
 BODY = {"prompt": "x", "max_tokens": 4}

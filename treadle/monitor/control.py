@@ -174,8 +174,8 @@ def send(run: Path, line: str, timeout: float = 60.0) -> str:
     parse_command(line)
     if not run.is_dir():
         raise InputError(f"{run} does not exist; give a run folder")
-    holder = _holder(run)
-    if holder is None:
+    trainer = holder(run)
+    if trainer is None:
         raise InputError(f"nobody is training {run} now; start it: treadle train {run / 'config.toml'}")
     folder = run / CONTROL_FOLDER
     folder.mkdir(exist_ok=True)
@@ -188,14 +188,14 @@ def send(run: Path, line: str, timeout: float = 60.0) -> str:
             text = answer.read_text(encoding="utf-8")
             answer.unlink(missing_ok=True)
             return text
-        if _holder(run) is None:
+        if holder(run) is None:
             command.unlink(missing_ok=True)
             raise InputError(f"the training of {run} ended before it could answer")
         time.sleep(0.05)
-    return f"no answer in {timeout:.0f} s; {holder} will act on it after its step"
+    return f"no answer in {timeout:.0f} s; {trainer} will act on it after its step"
 
 
-def _holder(run: Path) -> str | None:
+def holder(run: Path) -> str | None:
     """Who trains the run ("process 12 on host"), or None when that process is gone."""
     try:
         text = (run / LOCK_FILE).read_text(encoding="utf-8").strip()

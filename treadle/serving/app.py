@@ -6,8 +6,9 @@ import asyncio
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
 
 from treadle import terminal
 from treadle.serving import fields, page, protocol
@@ -22,12 +23,24 @@ METHODS = {"/": "GET", "/health": "GET", "/metrics": "GET", "/v1/models": "GET",
            "/v1/chat/completions": "POST", "/v1/chunks": "POST"}  # fmt: skip
 
 
+LIVE = "/run"  # the page of the run that is served, and below it what that page asks
+LIVE_THREADS = 12  # its own, since a command waits for the end of a training step: more than it lets wait
+
+
+class Live(Protocol):
+    """What the server needs of live/desk.py's Desk: (status, body, type of the body, headers) for a request."""
+
+    def answer(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> tuple[int, bytes, str, dict[str, str]]: ...
+
+
 class App:
-    """An ASGI application. model: what `chunks` are asked of; counts: answers by status, and clients that hung up."""
+    """An ASGI application. model: what `chunks` are asked of; counts: answers by status, and clients that hung up; live: follows
+    the run that the model is of."""
 
     def __init__(self, engine: Works, served: Served, *, token: str | None = None, marks: ChunkMarks | None = None,
-                 fingerprint: str = "", created: int = 0) -> None:  # fmt: skip
-        self._engine, self._served, self._access, self._marks = engine, served, Access(token), marks
+                 fingerprint: str = "", created: int = 0, live: Live | None = None) -> None:  # fmt: skip
+        self._engine, self._served, self._access, self._marks = engine, served, Access(token, "/", LIVE), marks
+        self._live, self._live_threads = live, ThreadPoolExecutor(LIVE_THREADS, "treadle-live")
         self._fingerprint, self._created = fingerprint, created
         self._names = TokenNames(served.tokenizer)
         self.counts: Counter[str] = Counter()
@@ -65,6 +78,9 @@ class App:
         request = Request(scope, receive)
         path, method = scope["path"], scope["method"]
         self._access.check(request.headers, path)
+        if self._live is not None and (path == LIVE or path.startswith(f"{LIVE}/")):
+            await self._of_run(self._live, request, send)
+            return
         name = path.removeprefix("/v1/models/") if path.startswith("/v1/models/") else None
         wanted = "GET" if name is not None else METHODS.get(path)
         if wanted is None:
@@ -88,6 +104,13 @@ class App:
         await answer(scope, receive, send)
         self.counts["hung_up"] += answer.hung_up
 
+    async def _of_run(self, live: Live, request: Any, send: Send) -> None:
+        body = await self._body(request) if request.method == "POST" else b""
+        target = f"{request.url.path}?{request.url.query}"
+        work = asyncio.get_running_loop().run_in_executor(self._live_threads, live.answer, request.method, target, dict(request.headers), body)
+        status, content, kind, headers = await work
+        await respond(send, status, content, kind.encode(), headers)
+
     async def _get(self, what: str, send: Send) -> None:
         if what == "/":
             body, headers = page.page()
@@ -101,7 +124,7 @@ class App:
             limits = self._served.limits
             table = {"id": self._served.name, "object": "model", "created": self._created, "owned_by": "treadle",
                      "max_prompt_tokens": limits.max_prompt_tokens, "max_new_tokens": limits.max_new_tokens,
-                     "defaults": self._defaults(), "chat": self._served.template is not None, "chunks": self._marks is not None}  # fmt: skip
+                     "defaults": self._defaults(), "chat": self._served.template is not None, "chunks": self._marks is not None, "run": self._live is not None}  # fmt: skip
         await respond(send, 200, as_json({"object": "list", "data": [table]} if what == "/v1/models" else table))
 
     def _defaults(self) -> dict[str, float]:

@@ -74,8 +74,9 @@ def checked_host(host: str, token: str | None) -> str:
 class Access:
     """Who may ask: with a token only those who send it, in constant time; without one only programs of this machine."""
 
-    def __init__(self, token: str | None) -> None:
+    def __init__(self, token: str | None, *pages: str) -> None:
         self._token = token.encode() if token is not None else None
+        self._open = ("/health", *pages)  # they hold nothing of a model or a run, and a browser cannot send a token with an address
 
     def check(self, headers: Mapping[str, str], path: str) -> None:
         """RequestError 401 without the right token, 403 for a page of somebody else's that a browser here was shown."""
@@ -84,7 +85,7 @@ class Access:
             if not is_local(_without_port(headers.get("host", "localhost"))):
                 raise RequestError(403, "without a token this server answers under localhost only; start it with a token")
             return
-        if path in ("/", "/health"):  # they hold nothing of the model, and a browser cannot send a token with an address
+        if path in self._open:
             return
         kind, _, given = headers.get("authorization", "").partition(" ")
         same = hmac.compare_digest(given.strip().encode("utf-8", "surrogateescape"), self._token)

@@ -13,10 +13,15 @@ from importlib import resources
 def page() -> tuple[bytes, dict[str, str]]:
     """The page and its headers. A browser runs its own script and style alone, and asks nobody but this server."""
     text = resources.files("treadle.serving").joinpath("page.html").read_text("utf-8")
+    return text.encode(), guards(text)
+
+
+def guards(text: str) -> dict[str, str]:
+    """Headers for a page whose scripts and styles are all inside it: a browser runs these alone, and asks only its server."""
     own = {tag: " ".join(_hashes(text, tag)) for tag in ("script", "style")}
     policy = (f"default-src 'none'; script-src {own['script']}; style-src {own['style']}; connect-src 'self'; img-src data:; "
               "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")  # fmt: skip
-    return text.encode(), {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
+    return {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
 
 
 def _hashes(text: str, tag: str) -> list[str]:
