@@ -17,7 +17,7 @@ import typer
 from treadle import cli_serving
 from treadle.cli_collatz import collatz_app
 from treadle.cli_options import Device, RepetitionPenalty, Run, Temperature, TopK, TopP, Trust, Weights
-from treadle.cli_text import data_app, data_prepare, tokenizer_app
+from treadle.cli_text import convert, data_app, data_prepare, tokenizer_app
 from treadle.terminal import write as echo
 
 app = typer.Typer(
@@ -33,6 +33,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(collatz_app, name="collatz")
 app.command("prepare", hidden=True)(data_prepare)
+app.command()(convert)
 
 # train and check take every key of the configuration as a flag; help.py writes their help from the sections.
 OPEN = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}

@@ -188,3 +188,25 @@ def tokenizer_show(
     echo(f"{len(text.encode())} bytes -> {len(ids)} tokens")
     for token in ids.tolist():
         echo(f"{token:>8}  {made.decode([token])!r}")
+
+
+def convert(
+    file: Annotated[str, typer.Argument(help="Another trainer's configuration: a .py of constants (read, never run), .json, .yaml or .toml.")],
+    output: Annotated[str | None, typer.Option("--output", "-o", help="The recipe to write; without it, it is printed.")] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="shc, bytes, complexity, llm_trainer, collatz, huggingface, litgpt, nanogpt or recipe; default what it looks like.")
+    ] = None,
+) -> None:
+    """Another trainer's configuration as a recipe. What has no equivalent is said, and stands at its top."""
+    import sys
+
+    from treadle.convert import command
+
+    made = command.convert(Path(file), kind)
+    for line in made.said:
+        echo(line, sys.stderr)
+    if output is None:
+        echo(made.text, end="")
+        return
+    command.write(made, Path(output))
+    echo(f"{output} written; try it: treadle check {output}")
