@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from treadle import cli_serving
+from treadle import cli_projects, cli_serving
 from treadle.cli_collatz import collatz_app
 from treadle.cli_options import Device, RepetitionPenalty, Run, Temperature, TopK, TopP, Trust, Weights
 from treadle.cli_text import convert, data_app, data_prepare, tokenizer_app
@@ -318,6 +318,8 @@ def generate(
 
 app.command("chat")(cli_serving.chat)
 app.command("serve")(cli_serving.serve)
+app.command("report")(cli_projects.report)
+app.command("watch")(cli_projects.watch)
 
 
 @app.command()
