@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONSTRAINT := $(if $(GPU),,-c constraints-cpu.txt)
 WORKERS ?= 2
 
-.PHONY: demo test test-slow contracts lint bench clean
+.PHONY: demo test test-slow contracts lint docs bench clean
 
 $(VENV)/ready: pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +42,10 @@ contracts: $(VENV)/ready
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy treadle
+
+# build/site/index.html; the variable silences a notice of the theme's about its successor.
+docs: $(VENV)/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 bench: $(VENV)/ready
 	$(BIN)/python -m bench.peers.environment
