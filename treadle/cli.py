@@ -14,16 +14,16 @@ from typing import Annotated, Any
 
 import typer
 
-from treadle import cli_projects, cli_serving
+from treadle import cli_projects, cli_serving, completion
 from treadle.cli_collatz import collatz_app
 from treadle.cli_options import Device, RepetitionPenalty, Run, Temperature, TopK, TopP, Trust, Weights
 from treadle.cli_text import convert, data_app, data_prepare, tokenizer_app
 from treadle.terminal import write as echo
+from treadle.version import __version__
 
 app = typer.Typer(
     help="Train, fine-tune, measure and serve sequence models: exact, resumable, fair to compare.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     # Every verb takes _ for - in its flags, as keys of the configuration do (--max_new_tokens, --prompt_file).
@@ -34,6 +34,20 @@ app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(collatz_app, name="collatz")
 app.command("prepare", hidden=True)(data_prepare)
 app.command()(convert)
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        echo(f"treadle {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def treadle(
+    version: Annotated[bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    pass
+
 
 # train and check take every key of the configuration as a flag; help.py writes their help from the sections.
 OPEN = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
@@ -220,16 +234,25 @@ def evaluate(
 
 @app.command()
 def compare(
-    runs: Annotated[list[str], typer.Argument(help="Runs or checkpoints; RUN@all is each checkpoint of a run.")],
+    runs: Annotated[list[str] | None, typer.Argument(help="Runs or checkpoints; RUN@all is each checkpoint of a run.")] = None,
+    suite: Annotated[str | None, typer.Option(help="A suite file, or a built-in one (quick, architectures): trains what it compares.")] = None,
     data: Text = None,
     split: Split = "validation",
     rows: MostRows = None,
     batch_size: BatchSize = 16,
-    output: Annotated[str | None, typer.Option(help="A JSON file for the table.")] = None,
+    output: Annotated[str | None, typer.Option("--output", "--output-dir", help="A JSON file for the table; of a suite a folder.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="With --suite: runs at a time; default: one for each core.")] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="With --suite: run on a Ray cluster (the ray extra).")] = False,
     device: Device = "auto",
     trust_code: Trust = None,
 ) -> None:
-    """Several runs or checkpoints on the same text, in one table. Bits per byte, accuracy, parameters, FLOPs, decoding state."""
+    """Several runs or checkpoints on the same text, in one table. Bits per byte, accuracy, parameters, FLOPs, decoding state.
+    With --suite several architectures are trained under one budget first; the same command goes on where it stopped."""
+    if suite is not None or ray or workers is not None or not runs:
+        from treadle.suite.command import compare_suite
+
+        compare_suite(suite, runs, output, workers, ray)
+        return
     from treadle.monitor.records import write_json
     from treadle.reporting import compare as comparing
 
@@ -432,6 +455,8 @@ def _run() -> int:
     from treadle.errors import PeerFailed, Stopped, TreadleError
 
     try:
+        if completion.answers(lambda: typer.main.get_command(app)):
+            return 0
         ended = app(prog_name="treadle", standalone_mode=False)
         return ended if isinstance(ended, int) else 0
     except typer.Abort:

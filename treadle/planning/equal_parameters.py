@@ -103,7 +103,7 @@ class _Search:
         """Of a hierarchy: the same outer widths around an innermost one from as wide as its neighbour to twice that."""
         sizes = keys.get("hidden_sizes") or []
         if len(sizes) > 1:
-            around = sorted(range(sizes[-2], 2 * sizes[-2] + 1, 2), key=lambda size: abs(size - sizes[-1]))
+            around = sorted(range(sizes[-2], 2 * sizes[-2] + 1), key=lambda size: (size % 2, abs(size - sizes[-1])))
             yield from ({**keys, "hidden_sizes": [*sizes[:-1], size]} for size in around)
 
     def shapes(self) -> Iterator[dict[str, Any]]:

@@ -72,6 +72,8 @@ def variants(suite: Suite) -> list[Variant]:
         for size in suite.sizes:
             try:
                 found.append(_variant(suite, entry, size))
+                for probe in suite.probes.names if suite.probes is not None else []:  # what cannot be is said before anything runs
+                    probe_tables(suite, found[-1], probe)
             except ConfigError as problem:
                 raise ConfigError(f"entry {entry.label!r}: {problem}") from None
     _same_labels(found)
@@ -95,7 +97,7 @@ def _variant(suite: Suite, entry: EntrySettings, size: int | None) -> Variant:
     from_data = {key: value for key, value in data.model_keys().items() if key in cls.Config.model_fields}
     sized = _sized(suite, recipe.arch, {**from_data, **own}, settings.shape, size)
     with shapes_only():
-        model = cls(cls.Config.with_preset(None, **sized.keys))  # type: ignore[call-arg]
+        model = cls(cls.Config.with_preset(None, **sized.keys))
     rows = recipe.train.global_batch_size or recipe.train.per_device_train_batch_size * (recipe.train.gradient_accumulation_steps or 1)
     tokens = rows * data.seq_len
     bytes_per_token = data.stats().get("bytes_per_token")
@@ -121,7 +123,7 @@ def _sized(suite: Suite, arch: str, fixed: dict[str, Any], shape: dict[str, Any]
         return equal_parameters(arch, size, fixed, preferred, suite.settings.tolerance)
     keys = {**preferred, **fixed}
     with shapes_only():
-        return Sized(arch, keys, cls(cls.Config.with_preset(None, **keys)).parameter_count())  # type: ignore[call-arg]
+        return Sized(arch, keys, cls(cls.Config.with_preset(None, **keys)).parameter_count())
 
 
 def probe_tables(suite: Suite, variant: Variant, probe: str) -> tuple[dict[str, Any], int]:

@@ -55,10 +55,9 @@ class Jobs:
             rates = suite.rates(variant.entry)
             first += [Job("search", variant, 0, rate) for rate in rates if len(rates) > 1]
         runs = [[Job("run", variant, seed) for variant in variants] for seed in range(settings.seeds)]
-        smallest = min((variant.size or 0) for variant in variants)
-        probed = [variant for variant in variants if (variant.size or 0) == smallest] if suite.probes is not None else []
-        probes = [Job("probe", variant, 0, suite.probes.learning_rate, probe)
-                  for variant in probed for probe in (suite.probes.names if suite.probes else [])]  # fmt: skip
+        asked, smallest = suite.probes, min((variant.size or 0) for variant in variants)
+        probed = [variant for variant in variants if (variant.size or 0) == smallest]
+        probes = [Job("probe", variant, 0, asked.learning_rate, probe) for variant in probed for probe in asked.names] if asked else []
         self.all = [*first, *runs[0], *probes, *(job for later in runs[1:] for job in later)]
 
     def of(self, variant: Variant, kind: Kind) -> list[Job]:

@@ -1,0 +1,84 @@
+"""The table of a suite for people: text for a terminal, Markdown for a page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def lines_of(result: dict[str, Any]) -> list[str]:
+    """The table, the first entry on top as in the suite, and below it what it cost and what it does not say."""
+    cells = [_heads(result), *(_row(result, row) for row in result["rows"])]
+    widths = [max(len(line[number]) for line in cells) for number in range(len(cells[0]))]
+    lines = ["  ".join(text.ljust(width) if number == 0 else text.rjust(width) for number, (text, width) in enumerate(zip(line, widths))).rstrip()
+             for line in cells]  # fmt: skip
+    return [*lines, "", *notes(result)]
+
+
+def markdown_of(result: dict[str, Any]) -> str:
+    heads = _heads(result)
+    lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
+    lines += ["| " + " | ".join(_row(result, row)) + " |" for row in result["rows"]]
+    return "\n".join(lines) + "\n"
+
+
+def notes(result: dict[str, Any]) -> list[str]:
+    """Sentences that belong under the table."""
+    cost, budget, seeds = result["cost"], result["budget"], result["budget"]["seeds"]
+    unit, amount = next(iter(budget.items()))
+    first = result["rows"][0]["label"]
+    found = [f"{amount:,.0f} {unit.replace('_', ' ')} a run, {seeds} seed(s): mean and range; the difference is to {first}, seed by seed, "
+             "with its 95% interval" + (" (none from one seed)" if seeds == 1 else ""),
+             f"{cost['cpu_seconds']:,.0f} CPU seconds: {cost['of_search']:,.0f} to choose learning rates, {cost['of_runs']:,.0f} to train, "
+             f"{cost['of_probes']:,.0f} for probes, {cost['of_measuring']:,.0f} to measure"]  # fmt: skip
+    same = result["data"]["same_rows_in_the_same_order"]
+    if same is not None:
+        found.append("all saw the same rows in the same order" if same else
+                     "not all saw the same rows: a tokenizer, row length or batch of its own; bytes are equal, rows are not")  # fmt: skip
+    edge = [row["label"] for row in result["rows"] if row["learning_rate_at_edge"]]
+    if edge:
+        found.append(f"the best rate is at the edge of the grid for {', '.join(dict.fromkeys(edge))}: a wider grid may be better")
+    for curve in result["scaling"]:
+        law = curve["fit"]
+        found.append(f"{curve['label']}: " + (f"no scaling law: {curve['refused']}" if law is None else
+                     f"{result['metric']} = {law['factor']:.4g} N^-{law['exponent']:.4f} (95%: {law['low']:.4f} to {law['high']:.4f}) over "
+                     f"{law['sizes']} sizes"))  # fmt: skip
+    failed = [job for job in result["jobs"] if job["state"] == "failed"]
+    return found + [f"failed: {job['label']}: {job['problem']}" for job in failed]
+
+
+def _heads(result: dict[str, Any]) -> list[str]:
+    metric, *others = result["columns"]
+    return ["", "parameters", "rate", metric["title"], "difference", *(f"{one['title']} ({one['unit']})" for one in others)]
+
+
+def _row(result: dict[str, Any], row: dict[str, Any]) -> list[str]:
+    metric, *others = result["columns"]
+    rate = "-" if row["learning_rate"] is None else f"{row['learning_rate']:g}"
+    values = [_cell(row["cells"].get(one["key"]), one["key"]) for one in others]
+    return [row["label"], f"{row['parameters']:,}", rate, _spread(row["cells"].get(metric["key"])), _difference(row["paired"]), *values]
+
+
+def _spread(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return "-"
+    text = f"{cell['mean']:.4f}"
+    return text if len(cell["values"]) == 1 else f"{text} ({cell['low']:.4f} to {cell['high']:.4f})"
+
+
+def _difference(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "-"
+    if found["low"] is None:
+        return f"{found['difference']:+.4f}"
+    return f"{found['difference']:+.4f} ({found['low']:+.4f} to {found['high']:+.4f})"
+
+
+def _cell(cell: dict[str, Any] | None, key: str) -> str:
+    if cell is None:
+        return "-"
+    mean = cell["mean"]
+    if key in ("step_time_ratio", "peak_memory_gb"):
+        return f"{mean:.2f}"
+    if key in ("copy", "associative_recall", "induction"):
+        return f"{mean:.2f}"
+    return f"{mean:,.0f}"
