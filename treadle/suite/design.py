@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,15 @@ from treadle.suite.settings import EntrySettings, Suite
 EVALUATIONS = 4  # over a run, and saved states
 # What a suite's runs do unless the suite says otherwise: held-out loss, and nothing that only costs time.
 QUIET = {"eval.sample_tokens": 0, "log.report_to": ["csv", "jsonl"], "checkpoint.save_total_limit": 1}
+SET_LATER = (("train", "max_steps"), ("optim", "learning_rate"))
 FORWARD_AND_BACKWARD = 3  # times the forward pass (Kaplan et al. 2020, arXiv 2001.08361, section 2.1)
 
 
 @dataclass
 class Variant:
     """An entry at one size. tables: its whole configuration but for seed, rate, steps and folder. bytes_per_step and flops_per_step
-    are of one optimiser step; steps: of a final run, 0 until it is known (a budget of CPU seconds follows a measurement)."""
+    are of one optimiser step; steps: of a final run, 0 until it is known (a budget of CPU seconds follows a measurement). identity: what of `tables` is not at its
+    default, so that keys which treadle learns later leave finished runs where they are."""
 
     entry: EntrySettings
     size: int | None
@@ -44,6 +46,7 @@ class Variant:
     bytes_per_step: float
     flops_per_step: float
     fingerprint: str = ""  # of the data with seed 0
+    identity: dict[str, Any] = field(default_factory=dict)
     steps: int = 0
     search_steps: int = 0
 
@@ -106,10 +109,13 @@ def _variant(suite: Suite, entry: EntrySettings, size: int | None) -> Variant:
     tables = recipe.tables()
     tables.pop("run", None)
     tables["model"] = {"arch": recipe.arch, **{k: v for k, v in model.config.model_dump().items() if v is not None}}
-    for section, key in (("train", "max_steps"), ("optim", "learning_rate")):
+    for section, key in SET_LATER:
         tables.get(section, {}).pop(key, None)
     variant = Variant(entry, size, recipe.arch, sized.parameters, tables, rows, data.seq_len, tokens * float(bytes_per_token or 0.0),
                       FORWARD_AND_BACKWARD * float(model.flops(data.seq_len)) * rows, data.fingerprint())  # fmt: skip
+    identity = {**recipe.set_values(), "model": {"arch": recipe.arch, **sized.keys}}
+    variant.identity = {name: {key: value for key, value in table.items() if (name, key) not in SET_LATER}
+                        for name, table in identity.items() if name != "run"}  # fmt: skip
     step = {"bytes": variant.bytes_per_step, "flops": variant.flops_per_step}.get(suite.budget.unit)
     if step is not None:
         variant.set_steps(step, suite.budget.amount, settings.search_share)

@@ -125,11 +125,12 @@ class Jobs:
         else:
             tables, steps = variant.tables, variant.search_steps if job.kind == "search" else variant.steps
         rate = job.learning_rate if job.learning_rate is not None else self.chosen_rate(variant)
+        identity = tables if job.kind == "probe" else variant.identity
         every = {"eval": {"eval_steps": steps // EVALUATIONS}, "checkpoint": {"save_steps": steps // EVALUATIONS}}
         tables = {**tables, **{name: {**tables.get(name, {}), **values} for name, values in every.items()}}
         name = f"{folder_name(variant.label)}-{job.probe or job.kind}-lr={rate:g}-seed={job.seed}"
         job.learning_rate = rate
-        job.folder = self.output / "runs" / f"{name}-{digest(tables, rate, job.seed, steps, variant.fingerprint)}"
+        job.folder = self.output / "runs" / f"{name}-{digest(identity, rate, job.seed, steps, variant.fingerprint)}"
         recipe = self.output / "recipes" / f"{job.folder.name}.json"
         if self.read(job, steps):
             job.reused = True
@@ -142,7 +143,7 @@ class Jobs:
         train, own = job.variant.tables.get("train", {}), job.variant
         request = {"reference": _described(self.variants[0]), "own": _described(own), "rows": own.rows, "seq_len": own.seq_len,
                    "precision": train.get("precision", "auto")}  # fmt: skip
-        job.folder = self.output / "measured" / f"{folder_name(own.label)}-{digest(request)}"
+        job.folder = self.output / "measured" / f"{folder_name(own.label)}-{digest(self.variants[0].identity, own.identity, own.rows, own.seq_len)}"
         if self.read(job, 0):
             job.reused = True
             return None
