@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import statistics
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from treadle.errors import InputError
 
 LONGEST_SAMPLE = 20_000  # characters of one sample
 MOST_SAMPLES = 40
+WARM = 3  # rows of the log that the speed leaves out: compiling, the first reading of data
 
 
 def is_run(folder: Path) -> bool:
@@ -84,12 +86,27 @@ def bytes_per_token(evaluations: list[dict[str, Any]]) -> float | None:
     return None
 
 
+def measured(run: dict[str, Any]) -> dict[str, float | None]:
+    """What the log says: the median speed, seconds of a step from it, all seconds, and the most memory."""
+    columns, summary = run["columns"], run["summary"] or {}
+    speeds = [value for value in columns.get("tokens_per_second", []) if value]
+    steady = speeds[WARM:] or speeds
+    rate = statistics.median(steady) if steady else None
+    tokens, steps = [value for value in columns.get("tokens", []) if value], run["steps"]
+    each = tokens[-1] / steps[-1] if tokens and steps and steps[-1] else None
+    seconds = [value for value in columns.get("seconds", []) if value is not None]
+    memory = [value for value in columns.get("memory_gb", []) if value is not None]
+    peak = summary.get("peak_memory_gb") or (max(memory) if memory else None)
+    return {"tokens_per_second": rate, "step_seconds": each / rate if each and rate else None,
+            "seconds": summary.get("seconds") or (seconds[-1] if seconds else None), "memory_gb": peak}  # fmt: skip
+
+
 def _number(value: Any) -> float | None:
     return value if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def _rows(logs: Path, at: Any) -> tuple[list[dict[str, Any]], Any, bool]:
-    """Rows of the log, where they end, and whether they were read from the beginning."""
+    """Rows of the log, where they end, and whether those that were read before are no longer there."""
     path = logs / "metrics.jsonl"
     if path.is_file() or not (logs / "training_log.csv").is_file():
         rows, at, fresh = _lines(path, at)
@@ -99,10 +116,10 @@ def _rows(logs: Path, at: Any) -> tuple[list[dict[str, Any]], Any, bool]:
 
 
 def _lines(path: Path, at: Any) -> tuple[list[dict[str, Any]], Any, bool]:
-    """Whole lines of a .jsonl file after `at` ([which file, bytes read]) -> (objects, the new `at`, read from the beginning).
-    A line that cannot be read (a crash cut it short) is left out."""
+    """Whole lines of a .jsonl file after `at` ([which file, bytes read]) -> (objects, the new `at`, whether what was read before is
+    no longer there). A line that cannot be read (a crash cut it short) is left out."""
     if not path.is_file():
-        return [], None, True
+        return [], None, at is not None
     with path.open("rb") as stream:
         # A resumed run replaces the file by one without the later rows: another inode, or a shorter file.
         which = _which(path)
@@ -118,7 +135,7 @@ def _lines(path: Path, at: Any) -> tuple[list[dict[str, Any]], Any, bool]:
             continue
         if isinstance(value, dict):
             found.append(value)
-    return found, [which, start + len(whole)], start == 0
+    return found, [which, start + len(whole)], at is not None and start != at[1]
 
 
 def _which(path: Path) -> str:
