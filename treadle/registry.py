@@ -83,6 +83,10 @@ class Registry:
                 self._places.setdefault(point.name, point.value)
         return sorted({*self._places, *self._objects})
 
+    def place(self, name: str) -> str | None:
+        """`module:attribute` of a name; None for an unknown one and for one registered as an object. Imports nothing."""
+        return self._places.get(self._plain(name)) if self.names() else None
+
     def canonical(self, name: str) -> str:
         """The registered spelling of `name` (case and '-' or '_' do not matter); ConfigError when unknown, or when it names
         code that nobody has trusted."""
@@ -90,11 +94,14 @@ class Registry:
             if not self._registered(name):
                 trusted_code.require(name, self.kind)
             return name
-        plain = name.lower().replace("-", "_")
-        plain = self._aliases.get(plain, plain)
+        plain = self._plain(name)
         if plain not in self.names():
             raise ConfigError(f"unknown {self.kind} {name!r}: {nearest(plain, self.names())}")
         return plain
+
+    def _plain(self, name: str) -> str:
+        plain = name.lower().replace("-", "_")
+        return self._aliases.get(plain, plain)
 
     def name_of(self, cls: type, known: str = "") -> str:
         """The name by which `get` finds a class again; `known` where that is one, as it was typed."""
