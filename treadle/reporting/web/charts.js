@@ -43,6 +43,15 @@ function duration(seconds) {
   return (hours ? hours + ":" + two(Math.floor(whole / 60) % 60) : Math.floor(whole / 60)) + ":" + two(whole % 60) + (hours ? " h" : " min");
 }
 
+// The labels of an axis: as many digits as tell its ticks apart.
+function labelled(values, kind) {
+  if (kind === "seconds") return values.map(duration);
+  const largest = Math.max(...values.map(Math.abs)), step = values.length > 1 ? Math.min(...values.slice(1).map((value, i) => Math.abs(value - values[i]))) : largest;
+  if (largest >= 1e4 || (largest > 0 && largest < 1e-3)) return values.map(value => number(value));
+  const factor = kind === "share" ? 100 : 1, digits = Math.max(0, Math.min(6, -Math.floor(Math.log10(step * factor || 1) + 1e-9) + (/[25]$/.test((step * factor).toPrecision(2)) && /^2\.5/.test((step * factor).toExponential()) ? 1 : 0)));
+  return values.map(value => (value * factor).toFixed(digits) + (kind === "share" ? "%" : ""));
+}
+
 // Round values between low and high, about `wanted` of them; decades and their 2 and 5 on a logarithmic axis.
 function ticks(low, high, wanted, log) {
   if (log) {
@@ -165,7 +174,7 @@ function chart(element, options) {
     let [x0, x1] = ends(0, logX), [y0, y1] = ends(1, log, options.floor);
     if (log) { const pad = (y1 / y0) ** 0.05; y0 /= pad; y1 *= pad; }
     else { const pad = (y1 - y0) * 0.06; y1 += pad; if (!(options.floor !== undefined && y0 === options.floor)) y0 -= pad; }
-    const yTicks = ticks(y0, y1, 5, log), labels = yTicks.map(value => number(value, options.y_kind));
+    const yTicks = ticks(y0, y1, 5, log), labels = log ? yTicks.map(value => trimmed(number(value, options.y_kind))) : labelled(yTicks, options.y_kind);
     const left = Math.max(34, 12 + 6.6 * Math.max(...labels.map(label => label.length)));
     box = { left, right: wide - 14, top: 8, bottom: high - 34 };
     const scale = (low, high, from, to, log) => log

@@ -5,7 +5,7 @@
 const AXES = { step: "step", tokens: "tokens", bytes: "bytes", seconds: "time" };
 const KNOWN = {
   loss: ["Loss", "nats a label"], bpb: ["Bits per byte", "lower is better"], accuracy: ["Accuracy", "share of next tokens that come first", "share"],
-  top5_accuracy: ["Top-5 accuracy", "", "share"], perplexity: ["Perplexity", ""],
+  top5_accuracy: ["Top-5 accuracy", "", "share"],
   learning_rate: ["Learning rate", ""], grad_norm: ["Gradient norm", "before clipping"], tokens_per_second: ["Throughput", "tokens a second"],
   memory_gb: ["Memory", "GB of this process"], data_wait: ["Waiting for data", "seconds", "seconds"], mfu: ["Utilisation", "share of the device's peak", "share"],
   skipped_steps: ["Skipped steps", "so far"], routing_sigma: ["Routing spectrum", "singular values of the mixing between streams; 1: nothing grows or fades"],
@@ -14,8 +14,8 @@ const KNOWN = {
   tokens_per_chunk: ["Tokens per chunk", "of each stage"], loss_: ["Terms of the loss", ""],
 };
 const TRAINING = ["learning_rate", "grad_norm", "tokens_per_second", "memory_gb", "data_wait", "mfu", "skipped_steps"];
-const QUIET = new Set(["tokens", "seconds", "epoch", "labels", "bytes", "step", "split", "rows"]);
-const QUALITY = ["loss", "bpb", "accuracy", "top5_accuracy", "perplexity"];
+const QUIET = new Set(["tokens", "seconds", "epoch", "labels", "bytes", "step", "split", "rows", "perplexity"]);
+const QUALITY = ["loss", "bpb", "accuracy", "top5_accuracy"];
 const BAD = new Set(["rolled_back", "save_failed", "mirror_failed", "anomaly", "leak", "diverged", "failed"]);
 const MARKED = new Set(["resumed", "rolled_back", "command", "stopped", "discovery", "anomaly", "leak", "save_failed", "failed", "diverged"]);
 
@@ -124,7 +124,7 @@ function marksOf(run, axis) {
 
 // The charts of a group in `element`. Returns a function that draws them again for other runs or another view.
 function curves(element, group, firstRuns, firstView) {
-  const made = new Map(), holder = node("div", "grid2");
+  const made = new Map(), holder = node("div", "small");
   element.append(holder);
   const redraw = (runs, view) => {
     const wanted = families(runs).filter(family => family.group === group);
@@ -133,7 +133,7 @@ function curves(element, group, firstRuns, firstView) {
         title: family.title, note: family.note, series: seriesOf(family, runs, view), x_title: AXES[view.axis],
         x_kind: view.axis === "seconds" ? "seconds" : undefined, y_kind: family.kind, log: view.log, smooth: family.name === "learning_rate" ? 0 : view.smooth,
         marks: runs.length === 1 ? marksOf(runs[0], view.axis) : [], legend: runs.length === 1 || family.members.length > 1 ? undefined : false,
-        height: group === "quality" && place === 0 ? 320 : 210,
+        height: group === "quality" && place === 0 ? 320 : 190,
         floor: ["learning_rate", "memory_gb", "tokens_per_second", "mfu"].includes(family.name) ? 0 : undefined,
       };
       if (made.has(family.name)) { made.get(family.name).update(options); return; }

@@ -1,0 +1,257 @@
+"""`treadle report`: one HTML file that shows runs, a sweep or a suite, and needs no network."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from treadle.errors import InputError, TreadleError
+from treadle.files import write_atomically
+from treadle.monitor.records import versions
+from treadle.reporting.pages import page
+from treadle.reporting.run_data import is_run, measured, read_run
+from treadle.reporting.tables import best_of, differences, runs_board, shown, suite_board, sweep_board
+from treadle.reporting.thinning import rounded, thinned
+
+PARTS = ("charts.js", "panels.js", "report.js")
+POINTS = 24_000  # of all runs' curves together: about 1 MB
+MOST_RUNS = 21  # colours times kinds of dashes that people tell apart
+COMPARED_ROWS = 64  # held-out rows on which runs are measured beside each other
+LONGEST_SAMPLE = 3000  # characters
+MOST_EVENTS = 400
+
+
+def write_report(names: Sequence[str], output: Path | None, model: bool = True) -> list[str]:
+    """Writes the file and returns what to say. names: runs (RUN@best and RUN@STEP choose the checkpoint that colours the text), sweeps
+    or suites. model: whether checkpoints may be loaded. InputError for what is none of these."""
+    places, boards = found_in(names)
+    first = Path(places[0].partition("@")[0]) if places else Path(names[0])
+    target = output if output is not None else (Path(names[0]) if Path(names[0]).is_dir() else first) / "report.html"
+    if target.is_dir():
+        target = target / "report.html"
+    data = collected(places, boards, model)
+    title = data.pop("title")
+    text = page(title, data, PARTS)
+    write_atomically(target, text)
+    silent = [f"{run['label']}: {run['text_note']}" for run in data["runs"] if run["text_note"]]
+    return [*silent, f"{target} written ({len(text.encode()) / 1e3:,.0f} kB); open it in any browser, it needs no network"]
+
+
+def found_in(names: Sequence[str]) -> tuple[list[str], list[dict[str, Any]]]:
+    """The runs to read (folder, with @best or @STEP as given), and the boards of the sweeps and suites among the names."""
+    places: list[str] = []
+    boards = []
+    for name in names:
+        if name == "last":
+            from treadle.models.pretrained import home_of, locate
+
+            name = str(home_of(locate("last").folder))
+        folder = Path(name.partition("@")[0] if not Path(name).is_dir() else name)
+        if (table := _table(folder / "suite.json")) is not None:
+            boards.append(suite_board(table))
+            places += [str(row["runs"][0]) for row in table.get("rows", []) if row.get("runs")]
+        elif (table := _table(folder / "sweep.json")) is not None:
+            boards.append(sweep_board(table, folder))
+            seen = set()
+            for cell in table.get("cells", []):
+                if (point := json.dumps(cell["point"])) not in seen and is_run(Path(cell["folder"])):
+                    seen.add(point)
+                    places.append(cell["folder"])
+        elif is_run(folder):
+            places.append(name)
+        else:
+            raise InputError(f"{name} is no folder of a run, a sweep or a suite; runs lie in runs/ (`last` is the newest), and treadle "
+                             "train makes one")  # fmt: skip
+    return [place for place in dict.fromkeys(places) if is_run(Path(place.partition("@")[0]))], boards
+
+
+def _table(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise InputError(f"{path} is not readable: {problem}; run the same sweep or suite again to write it anew") from None
+    return found if isinstance(found, dict) else None
+
+
+def collected(places: list[str], boards: list[dict[str, Any]], model: bool) -> dict[str, Any]:
+    """Everything that report.js draws."""
+    left_out = places[MOST_RUNS:]
+    places = places[:MOST_RUNS]
+    runs = [read_run(_folder(place)) for place in places]
+    for run, label in zip(runs, labels_of(runs)):
+        run["label"] = label
+    if len(runs) > 1:
+        here, note = _measured_here(places, runs) if model else ({}, "From the runs' own logs.")
+        boards = [*boards, runs_board(runs, here, note)]
+    flops: float | None = None
+    for place, run in zip(places, runs):
+        tables = _tables(_folder(place))
+        run["metrics"] = _metrics(tables)
+        run["planned"] = {"rows": [], "note": ""}
+        if tables:
+            from treadle.reporting.planned import planned
+
+            run["planned"] = planned(tables, run, flops)
+            flops = run["planned"].pop("flops", None) or flops
+            run["changed"] = _changed(tables)
+        run["text"], run["text_note"] = _text(place, run, tables) if model else (
+            [], "No text is coloured: the report was made with --no-model.")  # fmt: skip
+    one = runs[0] if len(runs) == 1 else None
+    data = {
+        "title": one["name"] if one is not None else boards[0]["title"] if len(boards) > 1 or not runs else f"{len(runs)} runs",
+        "lead": _lead(one) if one is not None else _leads(runs, left_out),
+        "tiles": _tiles(one) if one is not None else [],
+        "boards": boards,
+        "differences": differences(runs) if len(runs) > 1 else None,
+        "planner_note": "`treadle plan` on the same configuration, beside what the run measured.",
+        "made": f"Made by treadle {versions()['treadle']} on {time.strftime('%Y-%m-%d %H:%M')}. This file asks no network.",
+    }
+    return {**data, "runs": [_small(run, max(60, POINTS // max(1, sum(len(r["columns"]) for r in runs)))) for run in runs]}
+
+
+def _folder(place: str) -> Path:
+    return Path(place if Path(place).is_dir() else place.partition("@")[0])
+
+
+def labels_of(runs: list[dict[str, Any]]) -> list[str]:
+    """Short names that differ: the run's name, its folder's, or as much of the path as it takes."""
+    candidates = [[run["name"] for run in runs], [Path(run["folder"]).resolve().name for run in runs], [run["folder"] for run in runs]]
+    return next((names for names in candidates if len(set(names)) == len(names)), candidates[-1])
+
+
+def _tables(folder: Path) -> dict[str, Any]:
+    path = folder / "config.toml"
+    return tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _metrics(tables: dict[str, Any]) -> dict[str, Any]:
+    """How the objective's metrics are read; nothing for one whose code is not trusted here."""
+    from treadle.evaluation.report import objective_of
+
+    try:
+        objective = objective_of(tables)
+    except TreadleError:
+        return {}
+    return {name: {"format": metric.format, "lower_is_better": metric.lower_is_better} for name, metric in objective.metrics.items() if metric.shown}
+
+
+def _text(place: str, run: dict[str, Any], tables: dict[str, Any]) -> tuple[list[dict[str, Any]], str | None]:
+    """Passages, and why there are none."""
+    from treadle.models.pretrained import checkpoint_root
+    from treadle.reporting.passages import read_passages
+
+    if not tables or not any(checkpoint_root(_folder(place)).glob("*")):
+        return [], "No text is coloured: this run has no checkpoint yet."
+    try:
+        found = read_passages(place)
+    except TreadleError as problem:
+        return [], f"No text is coloured: {problem}"
+    return found.passages, found.note
+
+
+def _measured_here(places: list[str], runs: list[dict[str, Any]]) -> tuple[dict[str, dict[str, Any]], str]:
+    """Rows of reporting/compare.py by label, where the runs' held-out data is the same, and what to say of them."""
+    from treadle.reporting.compare import compare
+
+    try:
+        rows = compare(places, rows=COMPARED_ROWS)
+    except TreadleError as problem:
+        return {}, f"From the runs' own logs; not measured beside each other: {problem}"
+    found = {}
+    for run, row in zip(runs, rows):
+        lower = dict.fromkeys(row["shown"], True) | {name: False for name in row["shown"] if "accuracy" in name}
+        lower[row["ranking"]] = row["lower_is_better"]
+        kept = {name: rounded(row[name]) for name in row["shown"] if name != "perplexity" and name in row}
+        costs = {name: row[name] for name in ("flops_per_byte", "flops_per_row", "state_bytes") if name in row}
+        found[run["label"]] = {"metrics": kept, "costs": costs, "lower": lower}
+    return found, (f"“Measured here”: {COMPARED_ROWS} rows of the same held-out data for every run (treadle compare measures all of it); "
+                   "the rest is from the runs' own logs. ★: the best of a column.")  # fmt: skip
+
+
+def _changed(tables: dict[str, Any]) -> list[str]:
+    """Keys that are not at their default."""
+    from treadle.reporting.planned import recipe_of
+    from treadle.reporting.run_data import flat
+
+    try:
+        return list(flat(recipe_of(tables).set_values()))
+    except (TreadleError, ValueError, TypeError):
+        return []
+
+
+def _status(run: dict[str, Any]) -> str:
+    return str((run["summary"] or {}).get("status", "unfinished"))
+
+
+def _lead(run: dict[str, Any]) -> str:
+    summary, environment = run["summary"] or {}, run["environment"] or {}
+    arch = run["config"].get("model.arch", "a model")
+    size = f" of {summary['parameters'] / 1e6:,.2f}M parameters" if summary.get("parameters") else ""
+    data = run["config"].get("data.path") or run["config"].get("data.dataset_class")
+    on = f", trained on {shown(data)}" if data else ""
+    gpus = environment.get("gpus") or []
+    where = f"{len(gpus)} x {gpus[0]}" if gpus else f"CPU ({environment.get('threads', '?')} threads)" if environment else ""
+    return f"{arch}{size}{on}" + (f"; {summary.get('precision', '')} on {where}" if where else "")
+
+
+def _leads(runs: list[dict[str, Any]], left_out: list[str]) -> str:
+    if not runs:
+        return "No run has begun yet."
+    arches = list(dict.fromkeys(str(run["config"].get("model.arch", "?")) for run in runs))
+    more = f"; {len(left_out)} more runs are not drawn: name some of them alone" if left_out else ""
+    return ", ".join(arches) + more
+
+
+def _tiles(run: dict[str, Any]) -> list[dict[str, Any]]:
+    summary, was = run["summary"] or {}, measured(run)
+    metric, value, step, _ = best_of(run)
+    tokens = summary.get("tokens") or next((v for v in reversed(run["columns"].get("tokens", [])) if v), None)
+    size = run["bytes_per_token"]
+    names = {"bpb": "bits per byte"}
+    tiles = [
+        {"title": f"best {names.get(metric, metric.replace('_', ' '))}" + (f", at step {step}" if step is not None else ""), "value": rounded(value)},
+        {"title": "parameters", "value": summary.get("parameters")},
+        {"title": f"steps of {summary['max_steps']:,}" if summary.get("max_steps") else "steps",
+         "value": summary.get("step") or (run["steps"][-1] if run["steps"] else None)},
+        {"title": "tokens seen" + (f", {tokens * size / 1e6:,.1f} MB of text" if size and tokens else ""), "value": tokens},
+        {"title": "of training", "value": was["seconds"], "kind": "seconds"},
+        {"title": "tokens a second", "value": was["tokens_per_second"]},
+        {"title": "GB of memory at the peak", "value": was["memory_gb"]},
+    ]  # fmt: skip
+    return [tile for tile in tiles if tile["value"] is not None]
+
+
+def _small(run: dict[str, Any], points: int) -> dict[str, Any]:
+    """A run as the page holds it."""
+    steps, columns = thinned(run["steps"], run["columns"], points)
+    evaluations = [{name: rounded(value) for name, value in row.items()} for row in _spread(run["evals"], max(60, points))]
+    events, left = run["events"], 0
+    if len(events) > MOST_EVENTS:  # saves are the many; what else happened stays, the newest first
+        others = [event for event in events if event.get("event") != "saved" or event.get("best")][-MOST_EVENTS:]
+        events, left = others, len(events) - len(others)
+    environment = run["environment"] or {}
+    known = ", ".join(f"{name} {version}" for name, version in (environment.get("versions") or {}).items())
+    machine = [environment.get("platform"), f"{environment['cores']} cores" if environment.get("cores") else None,
+               *(environment.get("gpus") or []), known]  # fmt: skip
+    return {
+        "name": run["name"], "label": run["label"], "status": _status(run), "config": run["config"], "changed": run.get("changed", []),
+        "steps": steps, "columns": columns, "evals": evaluations, "bytes_per_token": run["bytes_per_token"],
+        "samples": [{**sample, "text": sample["text"][:LONGEST_SAMPLE]} for sample in run["samples"]],
+        "events": events, "events_note": f"{left} saves are left out." if left else "", "summary": run["summary"], "metrics": run["metrics"],
+        "planned": run["planned"], "text": run["text"], "text_note": run["text_note"],
+        "command": shlex.join(environment["command"]) if environment.get("command") else "", "machine": "; ".join(filter(None, machine)),
+    }  # fmt: skip
+
+
+def _spread(rows: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+    """At most so many rows, with the first and the last."""
+    if len(rows) <= most:
+        return rows
+    return [rows[round(number * (len(rows) - 1) / (most - 1))] for number in range(most)]
