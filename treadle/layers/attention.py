@@ -115,6 +115,7 @@ class Attention(TokenMixer):
         return q if self.query_factor is None else q * self.query_factor, k, self._values(v, x, context)
 
     def forward(self, x: Tensor, context: Context, cache: Any = None) -> Tensor:
+        """x [B, T, D] -> [B, T, D]; with a cache, x continues the tokens it holds."""
         rows, length, _ = x.shape
         q, k, v = self._queries_keys_values(x, context)
         softcap, positions = self.softcap, context.token_positions

@@ -15,6 +15,7 @@ class BidirectionalAttention(Attention):
     """Every position sees its whole document, what follows it too (Devlin et al. 2019, arXiv 1810.04805); no decoding."""
 
     def forward(self, x: Tensor, context: Context, cache: Any = None) -> Tensor:
+        """x [B, T, D] -> [B, T, D], every position from its whole document."""
         rows, length, _ = x.shape
         q, k, v = self._queries_keys_values(x, context)
         documents = context.doc_ids
@@ -46,5 +47,6 @@ class CrossAttention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(rows, length, self.heads * self.head_width))
 
     def flops(self, length: int, source: int) -> int:
+        """Operations of a forward pass over `length` positions that read `source` others."""
         of_source = source * (self.key.weight.numel() + self.value.weight.numel())
         return 2 * (length * (self.query.weight.numel() + self.out.weight.numel()) + of_source + 2 * self.heads * self.head_width * length * source)

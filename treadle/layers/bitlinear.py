@@ -28,9 +28,11 @@ class BitLinear(ModuleWithWeightCache):
         self.gain = nn.Parameter(torch.ones(width))
 
     def normalize(self, x: Tensor) -> Tensor:
+        """RMSNorm(x) gain in fp32: what the rounding to int8 sees; x [..., K] -> [..., K]."""
         return rms_norm_same_dtype(x.float(), self.gain, EPS)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N]."""
         if torch.is_grad_enabled() or self.training:
             self.clear_weight_cache()
             return normed_ternary_linear(x, self.gain, self.weight.float(), EPS)
@@ -38,7 +40,8 @@ class BitLinear(ModuleWithWeightCache):
             return self._infer(x.float())
 
     def linear(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(n^, W^) whose plain product is the answer up to rounding; for losses that take a matrix."""
+        """(n^, W^) whose plain product is the answer up to rounding; for losses that take a matrix. x [..., K], n^
+        [..., K], W^ [N, K]."""
         self.clear_weight_cache()
         return dequantized(self.normalize(x), self.weight.float())
 

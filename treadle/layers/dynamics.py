@@ -46,6 +46,7 @@ class INLDynamics(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Draws all parameters anew from torch's own generator, each as `initial` says it starts."""
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 start = self.initial(name)
@@ -75,6 +76,7 @@ class INLDynamics(nn.Module):
         return 2 * (self.controller_in.weight.numel() + self.controller_out.weight.numel())
 
     def forward(self, h: Tensor, v: Tensor, record: list[Steered] | None = None) -> tuple[Tensor, Tensor]:
+        """h, v [B, T, D] -> h', v' [B, T, D]; `record` gets how each position was steered."""
         limits = self.limits
         if self.controller_in is None or self.controller_out is None:
             equilibrium = self.mu.clamp(limits.mu_min, limits.mu_max)

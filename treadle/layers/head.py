@@ -13,4 +13,5 @@ class SoftcappedHead(nn.Linear):
         self.softcap = softcap
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> logits [..., V], between -c and c."""
         return self.softcap * (super().forward(x) / self.softcap).tanh()

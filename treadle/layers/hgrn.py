@@ -85,6 +85,7 @@ class HGRN(nn.Module):
         self.convolution = ShortConvolution(channels, convolution) if convolution else None
 
     def new_state(self, rows: int, max_len: int, device: Any, dtype: Any) -> RecurrentState:
+        """The empty state of `rows` sequences: h [B, D'] in fp32, and the inputs that the short convolution looks back at."""
         channels, size = self.convolution.weight.shape if self.convolution is not None else (0, 1)
         past = torch.zeros(rows, size - 1, channels, device=device, dtype=dtype)
         return RecurrentState(torch.zeros(rows, self.inner, device=device), past)
@@ -156,6 +157,7 @@ class GatedMLP(nn.Module):
         self.down = linear(inner, width, ternary, reproducible)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., D]."""
         both = self.gate_up(x)
         if torch.is_grad_enabled() and both.dtype == torch.float32:
             return self.down(gated_product(both))

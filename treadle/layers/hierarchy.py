@@ -82,7 +82,7 @@ class BoundaryRouter(nn.Module):
 
 
 def straight_through(x: Tensor) -> Tensor:
-    """1 forward, the gradient of x backward."""
+    """1 forward, the gradient of x backward. x of any shape."""
     return 1.0 + x - x.detach()
 
 
@@ -121,7 +121,7 @@ def planned_chunks(length: int, ratio: float, training: bool, outermost: bool) -
 
 def most_chunks(boundary_mask: Tensor, planned: int) -> int:
     """Chunks of the row that has most: the one number the host has to know. Of tensors without contents (when memory is
-    planned), `planned`."""
+    planned), `planned`. boundary_mask: bool [B, T]."""
     if boundary_mask.is_meta or type(boundary_mask) is not Tensor:
         return planned
     return int(boundary_mask.sum(1).max())
@@ -137,6 +137,7 @@ def ratio_loss(found: Boundaries, token_mask: Tensor, target: float) -> Tensor:
 
 
 def empty_state(rows: int, width: int, inner: int, device: Any) -> StageState:
+    """The state of a stage that has seen nothing: rows [B], widths D outside and D' inside."""
     return StageState(
         torch.zeros(rows, width, device=device),
         torch.zeros(rows, dtype=torch.bool, device=device),

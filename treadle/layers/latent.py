@@ -27,6 +27,7 @@ class LatentCache(LayerState):
 
     @staticmethod
     def empty(rows: int, max_len: int, size: int, device: Any, dtype: Any) -> LatentCache:
+        """Room for `max_len` latents of `size` numbers in each of `rows` rows."""
         return LatentCache(torch.zeros(rows, max_len + 1, size, device=device, dtype=dtype))
 
     def append(self, latents: Tensor, token_positions: TokenPositions, used: int) -> Tensor:
@@ -51,6 +52,7 @@ class LatentAttention(Attention):
         return LatentCache.empty(rows, max_len, self.down.out_features, device, dtype)
 
     def forward(self, x: Tensor, context: Context, cache: LatentCache | None = None) -> Tensor:
+        """x [B, T, D] -> [B, T, D]; with a cache, x continues the tokens it holds."""
         rows, length, _ = x.shape
         assert context.rotary is not None
         q, latents = rotate(self._split(self.query(x), self.heads), *context.rotary), self.down(x)

@@ -17,7 +17,7 @@ def are_plain(*layers: nn.Module) -> bool:
 
 
 def outputs(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
-    """layer(x) of each; by one function where they allow it."""
+    """layer(x) of each; by one function where they allow it. x [..., K], each layer [N_i, K] -> [..., N_i]."""
     if are_plain(*layers):
         return linears(x, *(layer.weight for layer in layers))  # type: ignore[arg-type]
     return tuple(layer(x) for layer in layers)

@@ -34,7 +34,7 @@ def is_adapter(name: str) -> bool:
 
 def start_of(name: str, parameter: Tensor) -> float | str | None:
     """How a parameter of an adapter starts, as Model.initial says it; None for others. A has the deviation that PEFT's
-    uniform numbers have, 1 / sqrt(3 K)."""
+    uniform numbers have, 1 / sqrt(3 K). lora_A [r, K], lora_B [N, r]."""
     last = name.rpartition(".")[2]
     if last == LORA_B:
         return "zeros"
@@ -90,18 +90,20 @@ class FrozenLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """What the layer multiplies by; between passes, where it is in shards, the part as it is held."""
+        """What the layer multiplies by; between passes, where it is in shards, the part as it is held. [N, K]."""
         return self.held if is_sharded(self.held) else self.effective_weight()
 
     def effective_weight(self) -> Tensor:
+        """W [N, K] as the layer multiplies by it, in fp32, the adapter added where there is one."""
         return self.base_weight()
 
     def base_weight(self) -> Tensor:
-        """W in fp32."""
+        """W in fp32. [N, K]."""
         return widened(self.held, self.scales, torch.float32)  # type: ignore[arg-type]
 
     def factors(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor] | None:
-        """(the adapter's input where it is not x itself, A, s B), where there is an adapter."""
+        """(the adapter's input where it is not x itself, A, s B), where there is an adapter. x [..., K], A [r, K], s B
+        [N, r]."""
         return None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -140,9 +142,11 @@ class AdaptedLinear(FrozenLinear):
         return dropped, self.lora_A, self.lora_B * self.scale
 
     def effective_weight(self) -> Tensor:
+        """W + s B A [N, K] in fp32; W alone while the adapter is off."""
         return self.base_weight() if self.off else self.base_weight() + self.scale * (self.lora_B @ self.lora_A)
 
     def extra_repr(self) -> str:
+        """The sizes and the rank, for print(model)."""
         return f"{super().extra_repr()}, rank={self.lora_A.shape[0]}"
 
 

@@ -32,6 +32,7 @@ class SwiGLU(nn.Module):
         self.fused = activation == "silu"
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., D]."""
         if self.fused and are_plain(self.gate, self.up, self.down):
             return swiglu(x, self.gate.weight, self.up.weight, self.down.weight)
         if self.fused and isinstance(self.down, FrozenLinear):
@@ -49,4 +50,5 @@ class MLP(nn.Module):
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., D]."""
         return self.down(self.activation(self.up(x)))

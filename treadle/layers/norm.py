@@ -19,24 +19,25 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., D]."""
         return rms_norm(x, self.weight, self.eps)
 
     def keeping(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(x, its norm), for a residual stream that goes on; see ops/rms_norm.py."""
+        """(x, its norm), for a residual stream that goes on; see ops/rms_norm.py. x [..., D]."""
         return keep_rms_norm(x, self.weight, self.eps)
 
     def of_sum(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
-        """(x + added, its norm)."""
+        """(x + added, its norm). Both [..., D]."""
         return add_rms_norm(x, added, self.weight, self.eps)
 
 
 def keeping(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(x, norm(x)); one function where the norm has it."""
+    """(x, norm(x)); one function where the norm has it. x [..., D]."""
     return norm.keeping(x) if type(norm) is RMSNorm else (x, norm(x))
 
 
 def of_sum(norm: nn.Module, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
-    """(x + added, norm(x + added)); one function where the norm has it."""
+    """(x + added, norm(x + added)); one function where the norm has it. x and added [..., D]."""
     if type(norm) is RMSNorm:
         return norm.of_sum(x, added)
     x = residual_sum(x, added)
@@ -53,10 +54,12 @@ class LayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., D]."""
         # Weights gathered in 16 bits meet a residual stream in fp32.
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype) if self.bias is not None else None
         return F.layer_norm(x, weight.shape, weight, bias, self.eps)
 
 
 def make_norm(kind: str, width: int, eps: float, bias: bool = True) -> nn.Module:
+    """The norm called `kind` ("rms" or "layer") over `width` channels; only a layer norm has a bias."""
     return RMSNorm(width, eps) if kind == "rms" else LayerNorm(width, eps, bias)

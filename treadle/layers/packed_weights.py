@@ -25,7 +25,7 @@ def to_trits(ternary: Tensor) -> Tensor:
 
 
 def from_trits(codes: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse; CheckpointError when the codes are not those of `shape` values."""
+    """The inverse; CheckpointError when the codes are not those of `shape` values. codes: uint8 [ceil(N / 5)]."""
     if codes.dtype != torch.uint8 or codes.shape != (-(-shape.numel() // 5),) or int(codes.max()) >= 3**5:
         raise CheckpointError(f"packed weights {list(codes.shape)} are not those of a matrix {list(shape)}")
     digits = codes.to(torch.int32)[:, None] // torch.tensor(DIGITS, dtype=torch.int32) % 3
@@ -39,7 +39,8 @@ def ternary_layers(model: nn.Module) -> dict[str, BitLinear]:
 
 @torch.no_grad()
 def pack(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A model's weights (it may be on the meta device itself) with its ternary layers packed."""
+    """A model's weights (it may be on the meta device itself) with its ternary layers packed. A packed layer [N, K]
+    becomes codes uint8 [ceil(N K / 5)] and a scale."""
     out = dict(tensors)
     for name in ternary_layers(model):
         ternary, scale = quantize_weights(out.pop(f"{name}.weight").float())
@@ -49,7 +50,7 @@ def pack(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def unpack(model: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
     """(weights by their own names, what `BitLinear.cache_quantized` takes). A packed layer's latent weight is one that rounds
-    to it."""
+    to it. Weights [N, K], codes int8 [N, K] and scales."""
     out, quantized = dict(tensors), {}
     for name, layer in ternary_layers(model).items():
         if name + TRITS in out and name + SCALE in out:

@@ -16,7 +16,8 @@ CODES, SCALES = ".weight.codes", ".weight.scales"
 
 
 def to_tensors(layers: dict[str, Quantized]) -> dict[str, Tensor]:
-    """Module name -> matrix, as named tensors."""
+    """Module name -> matrix, as named tensors. X.weight.codes [N, K] (int4: [N, K / 2]) and X.weight.scales [N] or [N,
+    groups]."""
     out = {}
     for name, quantized in layers.items():
         assert quantized.scales is not None, quantized.kind
@@ -25,7 +26,8 @@ def to_tensors(layers: dict[str, Quantized]) -> dict[str, Tensor]:
 
 
 def from_tensors(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> dict[str, Quantized]:
-    """The inverse. shapes: of each layer's weight; CheckpointError for codes or scales of other ones, or of no such layer."""
+    """The inverse. shapes: of each layer's weight; CheckpointError for codes or scales of other ones, or of no such layer.
+    Shapes as `to_tensors` gives them."""
     found = {}
     for key, codes in tensors.items():
         if not key.endswith(CODES):
@@ -46,7 +48,7 @@ def from_tensors(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]])
 
 def unpack(model: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Quantized]]:
     """(weights by their own names in fp32, the quantised ones as they were). A tensor that two modules share, as of a tied
-    head, keeps its own where the file has it."""
+    head, keeps its own where the file has it. Weights [N, K]."""
     shapes = {n: tuple(m.weight.shape) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     quantized = from_tensors(tensors, shapes)
     out = {name: tensor for name, tensor in tensors.items() if not name.endswith((CODES, SCALES))}
@@ -58,7 +60,8 @@ def unpack(model: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, Tens
 
 
 def pack(model: nn.Module, tensors: dict[str, Tensor], layers: dict[str, Quantized]) -> dict[str, Tensor]:
-    """A model's weights with these layers quantised. What else reads a layer's weight (a tied embedding) keeps it, in bf16."""
+    """A model's weights with these layers quantised. What else reads a layer's weight (a tied embedding) keeps it, in bf16.
+    Weights [N, K]."""
     own = set(dict(model.named_parameters()))
     out = {name: tensor for name, tensor in tensors.items() if name.removesuffix(".weight") not in layers}
     for name in layers.keys() - {n.removesuffix(".weight") for n in own}:  # shared: under its first name it is still here

@@ -45,9 +45,11 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
+        """W [N, K] in fp32, made anew each time."""
         return self.matrix.dequantize()
 
     def extra_repr(self) -> str:
+        """Sizes and format, for print(model)."""
         return f"{self.in_features}, {self.out_features}, {self.kind}"
 
     def forward(self, x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from treadle.ops.ternary import rms_norm_rounded_once
 
 
 def to_reproducible(x: Tensor) -> Tensor:
-    """fp32 where gradients are wanted, else fp64."""
+    """fp32 where gradients are wanted, else fp64. x of any shape."""
     return x.float() if torch.is_grad_enabled() else x.double()
 
 
@@ -30,12 +30,13 @@ def reproducible_sigmoid(x: Tensor) -> Tensor:
 
 
 def reproducible_silu(x: Tensor) -> Tensor:
-    """The same for silu."""
+    """The same for silu. x of any shape."""
     return F.silu(x) if torch.is_grad_enabled() else F.silu(x.double()).to(x.dtype)
 
 
 def reproducible_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last dimension, fp32; without gradients computed in fp64 and rounded once."""
+    """x / rms(x) * weight over the last dimension, fp32; without gradients computed in fp64 and rounded once. x [...,
+    D], weight [D]."""
     return rms_norm_same_dtype(x.float(), weight, eps) if torch.is_grad_enabled() else rms_norm_rounded_once(x, weight, eps)
 
 
@@ -43,6 +44,7 @@ class ReproducibleRMSNorm(RMSNorm):
     """RMSNorm; without gradients in fp64, rounded to fp32."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., D]."""
         return super().forward(x) if torch.is_grad_enabled() else reproducible_rms_norm(x, self.weight, self.eps)
 
 
@@ -50,6 +52,7 @@ class ReproducibleLinear(ModuleWithWeightCache, nn.Linear):
     """nn.Linear; without gradients in fp64, rounded to fp32."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N]."""
         w = self.weight
         if torch.is_grad_enabled() or w.is_meta or type(w.data) is not Tensor:
             self.clear_weight_cache()

@@ -57,7 +57,8 @@ def scaled_rotation(
 ) -> tuple[Tensor, Tensor]:
     """`rotation` with frequencies stretched for rows longer than a model was trained on, as transformers computes them:
     linear (arXiv 2306.15595), dynamic (NTK by the length of each row of this pass: beyond `trained_length` the angles of
-    earlier positions change with it, so a cache keeps older ones), llama3 (Llama 3.1), yarn (arXiv 2309.00071)."""
+    earlier positions change with it, so a cache keeps older ones), llama3 (Llama 3.1), yarn (arXiv 2309.00071).
+    position_ids [B, T] -> cos, sin [B, 1, T, width / 2], as `rotation`."""
     powers = torch.arange(0, width, 2, dtype=torch.float32, device=position_ids.device) / width
     kind, factor, share = scaling["rope_type"], float(scaling["factor"]), 1.0
     if kind == "dynamic":

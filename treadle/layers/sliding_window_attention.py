@@ -40,6 +40,7 @@ class SlidingWindowAttention(Attention):
         return SlidingWindowCache(**SlidingWindowCache.fields(rows, self.groups, self.window, self.head_width, device, dtype))
 
     def forward(self, x: Tensor, context: Context, cache: SlidingWindowCache | None = None) -> Tensor:
+        """x [B, T, D] -> [B, T, D]; with a cache, x continues the tokens it holds."""
         rows, length, _ = x.shape
         q, k, v = (self._split(layer(x), self.heads) for layer in (self.query, self.key, self.value))
         with without_autocast(x) if self.reproducible else nullcontext():

@@ -62,6 +62,7 @@ class SSMMixer(Attention):
         return SSMState(memory=memory, **SlidingWindowCache.fields(rows, self.groups, self.window, self.head_width, device, dtype))
 
     def forward(self, x: Tensor, context: Context, cache: SSMState | None = None) -> Tensor:
+        """x [B, T, D] -> [B, T, D]; with a cache, x continues the tokens it holds."""
         rows, length, _ = x.shape
         q, k = self._split(self.query(x), self.heads), self._split(self.key(x), self.groups)
         v = self._split(self.value(x), self.groups)

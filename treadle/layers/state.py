@@ -25,9 +25,11 @@ class LayerState:
         )
 
     def select(self, rows: Tensor) -> Any:
+        """The same state of these rows (int64 [B']), in this order; a row may come more than once."""
         return self._each(lambda t: t.index_select(0, rows))
 
     def clone(self) -> Any:
+        """A copy that shares no memory."""
         return self._each(lambda t: t.clone())
 
     def joined(self, others: Sequence[Any]) -> Any:
@@ -49,6 +51,7 @@ class LayerState:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all its tensors."""
         return sum(v.nbytes for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor))
 
 
@@ -119,6 +122,7 @@ class State:
         return State(self.lengths[index], host, self.max_len, [layer.select(index) for layer in self.layers])
 
     def clone(self) -> State:
+        """A copy that shares no memory, for going on twice from one place."""
         return State(self.lengths.clone(), list(self.host_lengths), self.max_len, [la.clone() for la in self.layers])
 
     def joined(self, *others: State) -> State:
@@ -143,6 +147,7 @@ class State:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the state of all layers."""
         return self.lengths.nbytes + sum(layer.nbytes for layer in self.layers)
 
 
@@ -156,6 +161,7 @@ class KeyValueCache(LayerState):
 
     @staticmethod
     def empty(rows: int, groups: int, max_len: int, width: int, device: Any, dtype: Any) -> KeyValueCache:
+        """Zeros for `max_len` tokens in each of `rows` rows: `groups` heads of keys and values, `width` numbers each."""
         shape = (rows, groups, max_len + 1, width)
         return KeyValueCache(*(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)))
 
@@ -178,6 +184,7 @@ class SlidingWindowCache(LayerState):
 
     @staticmethod
     def fields(rows: int, groups: int, window: int, width: int, device: Any, dtype: Any) -> dict[str, Tensor]:
+        """The fields of an empty cache of `window` positions, for the classes that have more of them."""
         made = (torch.zeros(rows, groups, window + 1, width, device=device, dtype=dtype) for _ in range(2))
         return {**dict(zip(("keys", "values"), made)), "count": torch.zeros(rows, dtype=torch.int64, device=device)}
 

@@ -57,4 +57,5 @@ class TokenShift(nn.Module):
         return known.gather(1, F.pad(last[:, :-1], (1, 0))[..., None].expand(rows, length, width))
 
     def new_state(self, rows: int, device: Any, dtype: Any) -> PreviousPosition:
+        """Nothing before the first token of each of `rows` rows: zeros [B, width]."""
         return PreviousPosition(torch.zeros(rows, self.width, device=device, dtype=dtype))

@@ -30,6 +30,7 @@ class ModuleWithWeightCache(nn.Module):
             self._weight_cache = None
 
     def train(self, mode: bool = True) -> Self:
+        """As nn.Module.train; going on with training forgets what was cached."""
         if mode:
             self.clear_weight_cache()
         return super().train(mode)
@@ -39,5 +40,6 @@ class ModuleWithWeightCache(nn.Module):
 
 
 def weight_version(t: Tensor) -> int:
-    """Counts in-place writes; -1 for inference tensors (weights gathered from shards), which do not count."""
+    """Counts in-place writes; -1 for inference tensors (weights gathered from shards), which do not count. t of any
+    shape."""
     return -1 if t.is_inference() else t._version

@@ -78,7 +78,8 @@ def document_mask(doc_ids: Tensor | None, length: int, device: torch.device) -> 
 def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None = None, dropout: float = 0.0, softcap: float | None = None
 ) -> Tensor:
-    """Masked dense attention: softmax(q k^T / sqrt(E)) v over the visible positions."""
+    """Masked dense attention: softmax(q k^T / sqrt(E)) v over the visible positions. q [B, H, T, E], k, v [B, G, T, E],
+    doc_ids [B, T] -> [B, H, T, E]."""
     return _masked(q, k, v, document_mask(doc_ids, q.shape[2], q.device), dropout, softcap)
 
 
@@ -206,7 +207,8 @@ def spans_of(segments: Segments, heads: int) -> tuple[Span, ...]:
 
 
 def block_causal(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: int | None = None) -> Tensor:
-    """Causal attention inside each document (over its last `window` positions), by query blocks; padding comes out as zero."""
+    """Causal attention inside each document (over its last `window` positions), by query blocks; padding comes out as zero.
+    q [B, H, T, E], k, v [B, G, T, E] -> [B, H, T, E]."""
     rows, heads, length, width = q.shape
     k, v = _expand_groups(q, k, v)
     flat = [x.reshape(rows * heads, length, width) for x in (q, k, v)]
@@ -225,7 +227,8 @@ def causal_attention(
     softcap: float | None = None,
 ) -> Tensor:
     """The fastest exact path for what is known on the host: whole rows, documents by segments, else the dense mask. window:
-    position t sees t - window + 1 .. t; softcap c: the scores s become c tanh(s / c)."""
+    position t sees t - window + 1 .. t; softcap c: the scores s become c tanh(s / c). q [B, H, T, E], k, v [B, G, T,
+    E], doc_ids [B, T] -> [B, H, T, E]."""
     whole = all(len(row) == 1 and row[0] > 0 for row in segments) if segments is not None else doc_ids is None
     plain = q.device.type == "cpu" and not torch.compiler.is_compiling() and _backend == "auto" and not gpu_is_planned()
     if window is not None and window < q.shape[2]:

@@ -30,7 +30,7 @@ def block_sparse_attention_reference(
 
 
 def first_seen(positions: Tensor, size: int, previous: int) -> Tensor:
-    """The first position of the blocks that each position sees (may be negative)."""
+    """The first position of the blocks that each position sees (may be negative). positions [..., T] -> [..., T]."""
     return (positions.div(size, rounding_mode="floor") - previous) * size
 
 

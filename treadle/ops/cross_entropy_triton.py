@@ -20,11 +20,12 @@ BLOCK = 4096  # logits of a row at a time
 
 @functools.cache
 def triton_is_installed() -> bool:
+    """Whether the package triton, which torch's CUDA builds bring, can be imported."""
     return importlib.util.find_spec("triton") is not None
 
 
 def runs_here(logits: Tensor) -> bool:
-    """Whether this kernel takes them: on CUDA (or where memory is planned for it), outside a compiler."""
+    """Whether this kernel takes them: on CUDA (or where memory is planned for it), outside a compiler. logits [N, V]."""
     if torch.compiler.is_compiling():
         return False
     return gpu_is_planned() or (logits.device.type == "cuda" and triton_is_installed())

@@ -16,7 +16,8 @@ from treadle.ops.precision import compute_dtype
 def linear_divergence_reference(
     hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, labels: Tensor, temperature: float
 ) -> Tensor:
-    """Sum over positions with a label of KL(p_teacher || p_student) at a temperature, in nats."""
+    """Sum over positions with a label of KL(p_teacher || p_student) at a temperature, in nats. hidden [B, T, D], weight
+    [V, D], labels [B, T] -> a scalar."""
     ours = F.log_softmax(F.linear(hidden, weight).float() / temperature, -1)
     theirs = F.log_softmax(F.linear(teacher_hidden, teacher_weight).float() / temperature, -1)
     return ((theirs.exp() * (theirs - ours)).sum(-1) * (labels != IGNORE)).sum()

@@ -169,7 +169,7 @@ def _plain(
 
 def products_dtype(like: Tensor) -> torch.dtype:
     """What the controller multiplies in: autocast's type, but fp32 instead of fp16, where a residual stream above 65504 is
-    infinite and its gains are NaN."""
+    infinite and its gains are NaN. `like` of any shape."""
     dtype = compute_dtype(like)
     return torch.float32 if dtype == torch.float16 else dtype
 
@@ -179,7 +179,7 @@ def dynamics(
 ) -> tuple[Tensor, Tensor]:
     """`dynamics_reference` that keeps only h and v for backward. Products in autocast's type, all else in fp32 (fp64 for fp64),
     h' and v' in the wider of the types of h and v. A compiler recomputes the gains by itself, so that compiled blocks take
-    the plain form, in the same types."""
+    the plain form, in the same types. h, v [..., D], mu [D], w1 [C, 2D], c1 [C], w2 [3D, C], c2 [3D]."""
     products = products_dtype(h if h.dtype == v.dtype else v)
     with without_autocast(h):
         if torch.compiler.is_compiling():

@@ -27,6 +27,8 @@ class _Dynamics(ctypes.Structure):
 
 
 def available(h: Tensor, v: Tensor, mu: Tensor, *weights: Tensor, products: torch.dtype) -> bool:
+    """Whether the compiled passes take h and v [..., D], mu [D] and the controller's weights: their types, their places
+    and a compiler."""
     fits = h.dtype in FLOATS and v.dtype in FLOATS and mu.dtype == torch.float32 and products in FLOATS
     return fits and ordinary(h, v, mu, *weights) and library("dynamics") is not None
 

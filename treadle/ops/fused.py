@@ -68,6 +68,7 @@ def without_kernels() -> Iterator[None]:
 
 
 def are_switched_off() -> bool:
+    """Whether `switched_off` is in force, under which everything takes torch's own operations."""
     return _switched_off
 
 
@@ -80,8 +81,10 @@ def kernels(*tensors: Tensor | None) -> ctypes.CDLL | None:
 
 
 def threads_for(numbers: int) -> int:
+    """How many threads a pass over so many numbers is worth."""
     return 1 if numbers <= ALONE else torch.get_num_threads()
 
 
 def at(t: Tensor | None) -> int | None:
+    """The address of the first number of a tensor of any shape; None (NULL in C) for None."""
     return None if t is None else t.data_ptr()

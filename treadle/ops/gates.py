@@ -57,7 +57,7 @@ class _GatedScan(torch.autograd.Function):
 
 
 def gated_scan_reference(gate: Tensor, value: Tensor, bound: Tensor | None, starts: Tensor | None) -> Tensor:
-    """The equation of `gated_scan` as it stands."""
+    """The equation of `gated_scan` as it stands. gate, value [B, T, D] -> [B, T, D]."""
     f = torch.sigmoid(gate)
     if bound is not None:
         f = bound + (1.0 - bound) * f
@@ -109,7 +109,7 @@ class _GatedNorm(torch.autograd.Function):
 def gated_norm_reference(
     x: Tensor, gate: Tensor, weight: Tensor, heads: int, eps: float, kind: NormKind = "inside", bias: Tensor | None = None
 ) -> Tensor:
-    """The equations of `gated_norm` as they stand."""
+    """The equations of `gated_norm` as they stand. x, gate [B, T, heads * P] -> the same shape."""
     opened = F.silu(gate)
     parts = (x * opened if kind == "after" else x).unflatten(-1, (heads, -1))
     if kind == "centred":
@@ -153,7 +153,7 @@ class _GatedProduct(torch.autograd.Function):
 
 
 def gated_product_reference(both: Tensor) -> Tensor:
-    """The equation of `gated_product` as it stands."""
+    """The equation of `gated_product` as it stands. both [..., 2 D] -> [..., D]."""
     gate, up = both.chunk(2, -1)
     return F.silu(gate) * up
 

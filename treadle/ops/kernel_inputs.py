@@ -37,10 +37,10 @@ class _NoKernels:
 
 
 def kernels(made: Any, t: Tensor) -> Any:
-    """A compiled library, or one that does nothing where the tensor has no contents."""
+    """A compiled library, or one that does nothing where the tensor has no contents. t of any shape."""
     return _NoKernels() if isinstance(t, FakeTensor) else made
 
 
 def address(t: Tensor | None) -> ctypes.c_void_p:
-    """Of the first number of a contiguous tensor; NULL for None and for a tensor without contents."""
+    """Of the first number of a contiguous tensor; NULL for None and for a tensor without contents. t of any shape."""
     return ctypes.c_void_p(None if t is None or isinstance(t, FakeTensor) else t.data_ptr())

@@ -101,7 +101,7 @@ def linears_backward(
 
 
 def is_short(x: Tensor) -> bool:
-    """Whether what is computed once, for a few rows, is over before a function with gradients has begun."""
+    """Whether what is computed once, for a few rows, is over before a function with gradients has begun. x [..., K]."""
     return not torch.is_grad_enabled() and x.numel() < ONEDNN_FROM_ROWS * x.shape[-1]
 
 

@@ -43,6 +43,7 @@ class Quantized:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of codes and scales."""
         return self.codes.nbytes + (self.scales.nbytes if self.scales is not None else 0)
 
     def dequantize(self) -> Tensor:

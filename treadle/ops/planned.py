@@ -24,6 +24,7 @@ def planned_for_gpu() -> Iterator[None]:
 
 
 def gpu_is_planned() -> bool:
+    """Whether memory is being planned for a GPU."""
     return _GPU_PLANNED.get()
 
 

@@ -62,19 +62,22 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
 
 
 def compute_dtype(like: torch.Tensor) -> torch.dtype:
-    """The type that products are computed in here: autocast's where it is on, else the tensor's own."""
+    """The type that products are computed in here: autocast's where it is on, else the tensor's own. `like` of any
+    shape."""
     kind = like.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
 
 
 def without_autocast(like: torch.Tensor) -> AbstractContextManager[Any]:
-    """Turns autocast off where it is on; a context that changes nothing would cost 3 microseconds a layer and byte."""
+    """Turns autocast off where it is on; a context that changes nothing would cost 3 microseconds a layer and byte.
+    `like` of any shape: its device is what counts."""
     kind = like.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def without_kept_casts(like: torch.Tensor) -> AbstractContextManager[Any]:
-    """Inside, autocast does not keep its 16-bit copy of each weight until it ends: 2 bytes a parameter."""
+    """Inside, autocast does not keep its 16-bit copy of each weight until it ends: 2 bytes a parameter. `like` of any
+    shape: its device is what counts."""
     kind = like.device.type
     if not torch.is_autocast_enabled(kind):
         return nullcontext()

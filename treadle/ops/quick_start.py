@@ -69,7 +69,7 @@ def stepping_without_compiler(kind: type[torch.optim.Optimizer]) -> Callable[...
 
 def empty_on(device: Any, tensor: torch.Tensor) -> torch.Tensor:
     """Memory for a tensor of the meta device, of its shape, strides and dtype; `empty_like` of one loads sympy. Sharded tensors
-    have a way of their own."""
+    have a way of their own. Of any shape."""
     if type(tensor) in (torch.Tensor, torch.nn.Parameter):
         return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
     return torch.empty_like(tensor, device=device)

@@ -53,4 +53,5 @@ class PackedBlock:
 
 
 def available() -> bool:
+    """Whether the compiled call can be made on this machine."""
     return native() is not None

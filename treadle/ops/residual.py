@@ -29,7 +29,7 @@ class _Sum(torch.autograd.Function):
 
 
 def residual_sum(x: Tensor, added: Tensor) -> Tensor:
-    """x + added of one shape, in x's type where that is the wider."""
+    """x + added of one shape, in x's type where that is the wider. Of any shape."""
     mixed = x.dtype == torch.float32 and added.dtype == torch.bfloat16 and x.shape == added.shape
     if mixed and x.device.type == "cpu" and not torch.compiler.is_compiling():
         return _Sum.apply(x, added)  # type: ignore[no-untyped-call]

@@ -23,12 +23,12 @@ TINY = 1e-30  # of a weight that can be divided by
 
 
 def rms_norm_same_dtype(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The equation as it stands, computed in x's dtype."""
+    """The equation as it stands, computed in x's dtype. x [..., D], weight [D]."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    """The equation as it stands, computed in fp32 and returned in x's dtype."""
+    """The equation as it stands, computed in fp32 and returned in x's dtype. x [..., D], weight [D]."""
     return rms_norm_same_dtype(x.float(), weight, eps).to(x.dtype)
 
 
@@ -152,7 +152,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def keep_rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """(x, its RMS norm), for a residual stream that goes on beside what reads its norm."""
+    """(x, its RMS norm), for a residual stream that goes on beside what reads its norm. x [..., D], weight [D]."""
     if _ours(x):
         return _KeepRMSNorm.apply(x, weight, eps, compute_dtype(x))  # type: ignore[no-untyped-call]
     return x, rms_norm(x, weight, eps)

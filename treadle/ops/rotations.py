@@ -76,7 +76,7 @@ def cayley(numbers: Tensor, n: int) -> Tensor:
 
 
 def cayley_reference(numbers: Tensor, n: int) -> Tensor:
-    """The same by solving a linear system, any n."""
+    """The same by solving a linear system, any n. numbers [..., n (n - 1) / 2] -> [..., n, n]."""
     a, one = skew(numbers, n), torch.eye(n, device=numbers.device, dtype=numbers.dtype)
     return torch.linalg.solve_ex(one + a, one - a, check_errors=False).result  # checking would read the device back
 
@@ -90,7 +90,7 @@ def sinkhorn(logits: Tensor, steps: int = 20) -> Tensor:
 
 
 def sinkhorn_lean(logits: Tensor, steps: int = 20) -> Tensor:
-    """The cheapest form: one exp, then divisions by row and column sums."""
+    """The cheapest form: one exp, then divisions by row and column sums. logits [..., n, n] -> [..., n, n]."""
     table = (logits - logits.amax((-2, -1), keepdim=True)).exp()
     for _ in range(steps):
         table = table / table.sum(-1, keepdim=True)

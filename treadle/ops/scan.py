@@ -21,7 +21,7 @@ Backend = Literal["auto", "native", "loop", "triton"]
 
 
 def scan_reference(gate: Tensor, value: Tensor, start: Tensor | None = None) -> Tensor:
-    """One position after the other, differentiated by autograd."""
+    """One position after the other, differentiated by autograd. gate, value [B, T, D], start [B, D] -> [B, T, D]."""
     state = start if start is not None else torch.zeros_like(value[:, 0])
     out = []
     for t in range(value.shape[1]):

@@ -9,17 +9,18 @@ from torch import Tensor
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Looks at the type without importing torch.distributed.tensor, which takes half a second."""
+    """Looks at the type without importing torch.distributed.tensor, which takes half a second. Of any shape."""
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part; shares memory with the tensor."""
+    """This process's part; shares memory with the tensor. Of any shape."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def copy_whole(target: Tensor, whole: Tensor) -> None:
-    """Writes a whole tensor into a target, of which this process may hold a part only. No communication."""
+    """Writes a whole tensor into a target, of which this process may hold a part only. No communication. Both of one
+    whole shape, which may be any shape."""
     if not is_sharded(target):
         target.copy_(whole)
         return
@@ -31,7 +32,7 @@ def copy_whole(target: Tensor, whole: Tensor) -> None:
 
 
 def host_copy(tensor: Tensor, host_mesh: Any = None) -> Tensor:
-    """A copy in the machine's memory that later steps do not change; a part stays a part, on `host_mesh`."""
+    """A copy in the machine's memory that later steps do not change; a part stays a part, on `host_mesh`. Of any shape."""
     mine = local(tensor).detach().to("cpu", copy=True)
     if not is_sharded(tensor):
         return mine

@@ -18,7 +18,7 @@ LONGEST = 16  # positions that csrc/convolution.c has room for
 
 
 def short_convolution_reference(x: Tensor, weight: Tensor, doc_ids: Tensor | None = None, silu: bool = False) -> Tensor:
-    """The equation as it stands."""
+    """The equation as it stands. x [B, T, C], weight [C, size], doc_ids [B, T] -> [B, T, C]."""
     y = x * weight[:, 0]
     for back in range(1, min(weight.shape[1], x.shape[1])):
         earlier = F.pad(x, (0, 0, back, 0))[:, : x.shape[1]]

@@ -20,6 +20,7 @@ def sliding_window_attention_reference(q: Tensor, k: Tensor, v: Tensor, window: 
 
 
 def block_size(window: int) -> int:
+    """Positions of a query block for this window: no smaller, so that a block and the one before it hold all it sees."""
     return max(window, BLOCK)
 
 

@@ -25,7 +25,7 @@ def swiglu_reference(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tenso
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) up, of dense tensors of one type."""
+    """silu(gate) up, of dense tensors of one type. Both [..., D]."""
     native = kernels(gate, up)
     if native is None:
         return F.silu(gate) * up
@@ -35,7 +35,8 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def gated_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of gate and up, and silu(gate) up once more, written over `grad` where the kernel runs."""
+    """The gradients of gate and up, and silu(gate) up once more, written over `grad` where the kernel runs. All [...,
+    D]."""
     native = kernels(grad, gate, up)
     if native is None:
         active = F.silu(gate)
@@ -90,7 +91,8 @@ class _Gated(torch.autograd.Function):
 
 
 def gated_products(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) up of two products that are there already, with less kept and read for the gradients than one by one."""
+    """silu(gate) up of two products that are there already, with less kept and read for the gradients than one by one.
+    Both [..., D]."""
     alike = gate.dtype == up.dtype and gate.is_contiguous() and up.is_contiguous()
     if not alike or is_short(gate) or not runs_on_cpu(gate, up):
         return F.silu(gate) * up

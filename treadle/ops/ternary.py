@@ -88,7 +88,8 @@ class _Straight(torch.autograd.Function):
 
 
 def dequantized(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(n^, W^) as tensors whose plain product is the ternary one up to rounding, with the same gradients."""
+    """(n^, W^) as tensors whose plain product is the ternary one up to rounding, with the same gradients. x [..., K],
+    weight [N, K] -> [..., K], [N, K]."""
     with torch.no_grad():
         flat = x.reshape(-1, x.shape[-1])
         q, s = quantize_activations(flat)
@@ -130,6 +131,7 @@ class Setting(ctypes.Structure):
 
 @functools.cache
 def setting(eps: float, threads: int) -> Setting:
+    """What the compiled form is told besides tensors: the norm's eps, the smallest scale and the number of threads."""
     return Setting(eps, SMALLEST, threads)
 
 
@@ -148,7 +150,8 @@ def native() -> ctypes.CDLL | None:
 
 
 def rms_norm_rounded_once(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last dimension, in fp64 and rounded to fp32 once; without gradients."""
+    """x / rms(x) * weight over the last dimension, in fp64 and rounded to fp32 once; without gradients. x [..., D],
+    weight [D]."""
     plain = type(x) is Tensor and x.device.type == "cpu" and weight.dim() == 1 and x.numel() <= SMALL
     made = native() if plain else None
     if made is None:
@@ -185,6 +188,7 @@ class PackedLayer:
             self.at = ctypes.addressof(self.shape)
 
     def normalize(self, x: Tensor) -> Tensor:
+        """RMSNorm(x) gain in fp64: x [..., K] -> [..., K]."""
         return rms_norm_same_dtype(x.double(), self.gain, self.eps)
 
     def __call__(self, x: Tensor) -> Tensor:

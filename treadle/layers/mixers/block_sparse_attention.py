@@ -55,6 +55,7 @@ class BlockSparseAttention(TokenMixer):
 
     @property
     def window(self) -> int:
+        """Positions that decoding keeps behind the first ones: the own block and the `previous` ones."""
         return (self.previous + 1) * self.size
 
     def new_state(self, rows: int, max_len: int, device: Any, dtype: Any) -> LayerState:
@@ -70,6 +71,7 @@ class BlockSparseAttention(TokenMixer):
         return 2 * length * projections + block_sparse_flops(length, *shape)
 
     def forward(self, x: Tensor, context: Context, state: BlockSparseCache | None = None) -> Tensor:
+        """x [B, T, D] -> [B, T, D]; with a state, x continues the tokens it holds."""
         rows, length, _ = x.shape
         q = self.query(x).view(rows, length, self.heads, -1).transpose(1, 2)
         k, v = (layer(x).view(rows, length, self.groups, -1).transpose(1, 2) for layer in (self.key, self.value))

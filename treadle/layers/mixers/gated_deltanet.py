@@ -48,6 +48,7 @@ class GatedDeltaNet(DecayMixer):
 
     @property
     def channels(self) -> int:
+        """Channels of the short convolution: queries, keys and values side by side."""
         return self.heads * (2 * self.head_width + self.value_width)
 
     @classmethod
@@ -66,6 +67,7 @@ class GatedDeltaNet(DecayMixer):
         return 2 * length * products + delta_rule_flops(length, self.heads, self.head_width, self.value_width)
 
     def forward(self, x: Tensor, context: Context, state: MatrixState | None = None) -> Tensor:
+        """x [B, T, D] -> [B, T, D]; with a state, x continues the tokens it holds."""
         mixed, gate = torch.cat([self.query(x), self.key(x), self.value(x)], -1), self.gate(x)
         with without_autocast(x):
             mixed = convolved(self.convolution, wide(mixed), context, state)

@@ -54,6 +54,7 @@ class LinearAttention(TokenMixer):
         return 2 * length * projections + ssd_flops(length, self.heads, e, e) + ssd_flops(length, self.heads, e, 1)
 
     def forward(self, x: Tensor, context: Context, state: LinearAttentionState | None = None) -> Tensor:
+        """x [B, T, D] -> [B, T, D]; with a state, x continues the tokens it holds."""
         q, k, v = self.query(x), self.key(x), self.value(x)
         dtype = v.dtype
         with without_autocast(x):

@@ -31,6 +31,7 @@ class MatrixState(LayerState):
 
     @staticmethod
     def empty(shape: tuple[int, ...], past: tuple[int, int, int], device: Any, dtype: Any) -> MatrixState:
+        """Zeros: memory of `shape` [B, H, N, P], and the past [B, size - 1, channels] of a short convolution."""
         return MatrixState(torch.zeros(shape, device=device, dtype=wide_dtype(dtype)), torch.zeros(past, device=device, dtype=dtype))
 
 
@@ -40,12 +41,13 @@ def wide_dtype(dtype: Any) -> torch.dtype:
 
 
 def wide(t: Tensor) -> Tensor:
+    """t (of any shape) in fp32, or in fp64 where it is: the type that memories and exponentials are computed in."""
     return t.to(wide_dtype(t.dtype))
 
 
 def wide_linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """The layer in fp32 whatever its weights were gathered in: for gates, whose exponentials 16 bits would spoil. Outside
-    of autocast."""
+    of autocast. x [..., K] -> [..., N]."""
     x = wide(x)
     return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype) if layer.bias is not None else None)
 
@@ -71,13 +73,14 @@ class HeadNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width)) if centred else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., parts * P] -> the same shape."""
         x = x.unflatten(-1, (self.parts, -1))
         if self.bias is not None:
             return F.layer_norm(x, x.shape[-1:], eps=self.eps).flatten(-2) * self.weight.to(x.dtype) + self.bias.to(x.dtype)
         return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)).flatten(-2) * self.weight.to(x.dtype)
 
     def gated(self, x: Tensor, gate: Tensor, after: bool = False) -> Tensor:
-        """norm(x) silu(gate), or (`after`) norm(x silu(gate))."""
+        """norm(x) silu(gate), or (`after`) norm(x silu(gate)). x, gate [..., parts * P]."""
         kind: NormKind = "after" if after else "inside" if self.bias is None else "centred"
         bias = self.bias.to(x.dtype) if self.bias is not None else None
         return gated_norm(x, gate, self.weight.to(x.dtype), self.parts, self.eps, kind, bias)
@@ -106,7 +109,7 @@ def shifted(layer: ShortConvolution | None, x: Tensor, context: Context, state: 
 
 
 def convolved(layer: ShortConvolution | None, x: Tensor, context: Context, state: MatrixState | None) -> Tensor:
-    """silu of `shifted`."""
+    """silu of `shifted`. x [B, T, C] -> [B, T, C]."""
     if layer is None or state is not None:
         return F.silu(shifted(layer, x, context, state))
     return short_convolution_of(x, layer.weight, context.doc_ids, silu=True)
@@ -136,11 +139,13 @@ def decayed(
 
 
 def token_mask(context: Context) -> Tensor:
+    """bool [B, T] of a decoding context: True where a position holds a token, False for padding."""
     assert context.token_positions is not None
     return context.token_positions.token_mask
 
 
 def short_convolution(channels: int, size: int) -> ShortConvolution | None:
+    """The convolution over `size` positions of each channel; None for size 0, which asks for none."""
     return ShortConvolution(channels, size) if size else None
 
 

@@ -44,6 +44,7 @@ class RetNet(TokenMixer):
         return 2 * length * products + ssd_flops(length, self.heads, self.head_width, self.value_width)
 
     def forward(self, x: Tensor, context: Context, state: MatrixState | None = None) -> Tensor:
+        """x [B, T, D] -> [B, T, D]; with a state, x continues the tokens it holds."""
         q, k, v, gate = self.query(x), self.key(x), self.value(x), self.gate(x)
         dtype = v.dtype
         with without_autocast(x):

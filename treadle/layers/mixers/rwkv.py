@@ -68,6 +68,7 @@ class RWKV(TokenMixer):
         return 2 * length * products + wkv_flops(length, self.heads, self.head_width, self.head_width)
 
     def forward(self, x: Tensor, context: Context, state: MatrixState | None = None) -> Tensor:
+        """x [B, T, D] -> [B, T, D]; with a state, x continues the tokens it holds."""
         change = shifted(self.shift, x, context, state) - x
         first = x + change * self.mix_first.to(x.dtype)
         low = torch.tanh(self.mix_down(first)).unflatten(-1, (MIXED, self.rank))  # [B, T, 5, R]

@@ -59,6 +59,7 @@ class SSD(DecayMixer):
         return 2 * length * products + ssd_flops(length, self.heads, self.state_size, self.inner // self.heads, shared=True)
 
     def forward(self, x: Tensor, context: Context, state: MatrixState | None = None) -> Tensor:
+        """x [B, T, D] -> [B, T, D]; with a state, x continues the tokens it holds."""
         mixed, gate = self.input(x), self.gate(x)
         with without_autocast(x):
             mixed = convolved(self.convolution, wide(mixed), context, state)
