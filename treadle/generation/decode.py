@@ -72,7 +72,7 @@ def generate(
                 columns = _speculated(ready, read, max_new_tokens, sampling, eos_id, seed, on_ids, speculative, draft, weights, statistics)
     finally:
         model.train(was_training)
-    return torch.cat([ids, *(column[:, None].cpu() for column in columns)], dim=1)
+    return torch.cat([ids, *(column[:, None].to(ids.device) for column in columns)], dim=1)
 
 
 def _is_ragged(input_ids: Any) -> bool:

@@ -143,6 +143,23 @@ class Optimizers:
         if self.average is not None:
             self.average.update()
 
+    @property
+    def decide_on_device(self) -> bool:
+        """Whether numbers that stay on the device can divide the gradients and leave a step out: torch's fused AdamW alone, of
+        whole weights."""
+        fused = all(isinstance(one, torch.optim.AdamW) and getattr(one, "_step_supports_amp_scaling", False) for one in self.inner)
+        return fused and self.average is None and not any(is_sharded(p) for _, p in self.parameters)
+
+    def step_on_device(self, divisor: Tensor, left_out: Tensor) -> None:
+        """A step with the gradients divided by `divisor`, nothing at all where `left_out` is 1; fp32 scalars on the device, in
+        torch's way for scaled losses."""
+        for optimizer in self.inner:
+            optimizer.grad_scale, optimizer.found_inf = divisor, left_out  # type: ignore[attr-defined]
+            try:
+                optimizer.step()
+            finally:
+                del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+
     def averaged(self) -> AbstractContextManager[None]:
         """The model has the average of its weights inside, where one is kept."""
         return nullcontext() if self.average is None else self.average.used()

@@ -22,6 +22,7 @@ from treadle.errors import ConfigError
 from treadle.models.base import merged_stats
 from treadle.objectives.base import TOTAL, ModelWithObjective
 from treadle.ops.attention import attention_backend
+from treadle.ops.host_copy import HostCopy
 from treadle.ops.precision import autocast
 from treadle.ops.sharding import local
 from treadle.training.optim import Optimizers
@@ -79,6 +80,7 @@ class Stepper:
         self.max_grad_norm, self.loss_weights = max_grad_norm, loss_weights
         self.device = module.model.device
         self.loss_scale = LossScale() if precision == "fp16" else None
+        self.launches = self.device.type == "cuda" and not self.strategy.engine_owns_step and self.optimizers.decide_on_device
 
     def run(
         self,
@@ -122,14 +124,19 @@ class Stepper:
                               f"{', '.join(sums)}")  # fmt: skip
         shown = sums[headline] if headline in sums else torch.stack([weights[name] * value for name, value in sums.items()]).sum()
         norm = None if self.strategy.engine_owns_step else self._norm()
-        # One read of the device a step: a GPU stands still between it and the next kernels.
-        loss, *values = torch.stack([shown.float(), *totals.float(), *([norm.float()] if norm is not None else [])]).tolist()
-        refused = veto is not None and veto(loss)
+        numbers = torch.stack([shown.float(), *totals.float(), *([norm.float()] if norm is not None else [])])
+        # Where nobody has a say in it, a GPU gets the update before anybody knows the loss, so that it never waits for the host.
+        launched = self.launches and norm is not None and update and veto is None
+        reading = HostCopy(numbers)
+        if launched:
+            self._launch(learning_rate, numbers)
+        loss, *values = reading.numbers()  # the one read of a step
+        wanted = update and not (veto is not None and veto(loss))
         if norm is None:
-            value, finite = self._finish_by_engine(learning_rate, update and not refused, values)
+            value, finite = self._finish_by_engine(learning_rate, wanted, values)
         else:
-            value, finite = self._finish(learning_rate, update and not refused, values)
-        skipped = "nonfinite" if not finite else "spike" if refused else ""
+            value, finite = self._finish(learning_rate, wanted, values, launched)
+        skipped = "nonfinite" if not finite else "spike" if update and not wanted else ""
         scale = self.loss_scale.scale if self.loss_scale is not None else None
         return StepResult(sums, counts, value, skipped, loss, merged_stats(stats), units, scale)
 
@@ -157,13 +164,21 @@ class Stepper:
         norm = self.strategy.step(apply=update and sound)
         return norm, sound and (math.isfinite(norm) or not update)
 
-    def _finish(self, learning_rate: float, update: bool, values: list[float]) -> tuple[float, bool]:
-        """values: the losses and, last, the norm, which is not finite when any gradient is not."""
+    def _launch(self, learning_rate: float, numbers: Tensor) -> None:
+        """The update, clipped by the norm (the last of the numbers), nothing where one of them is not finite; all on the device."""
+        divisor = torch.full_like(numbers[-1], self.loss_scale.scale if self.loss_scale else 1.0)
+        if self.max_grad_norm > 0:
+            divisor = divisor * ((numbers[-1] + 1e-6) / self.max_grad_norm).clamp_min(1.0)
+        self.optimizers.set_learning_rate(learning_rate)
+        self.optimizers.step_on_device(divisor, (~numbers[1:].isfinite()).any().float())
+
+    def _finish(self, learning_rate: float, update: bool, values: list[float], launched: bool) -> tuple[float, bool]:
+        """values: the losses and, last, the norm, which is not finite when any gradient is not. launched: the update is under way."""
         norm, finite = values[-1], all(math.isfinite(value) for value in values)
         gradients, scale = self._gradients(), self.loss_scale.scale if self.loss_scale else 1.0
         if not gradients:
             return 0.0, True
-        if update and finite:
+        if update and finite and not launched:
             clip = self.max_grad_norm / (norm + 1e-6) if 0 < self.max_grad_norm < norm else 1.0
             if clip / scale != 1.0:
                 torch._foreach_mul_(gradients, clip / scale)

@@ -142,7 +142,8 @@ class Trainer:
         state, context, begun, cpu = self.state, self.context, time.perf_counter(), time.process_time()
         context.warmed_up = state.step >= warmup_steps(self.recipe.optim, self.plan.max_steps)
         context.learning_rate = learning_rate(self.recipe.optim, state.step, self.plan.max_steps)
-        context.result = self.assembly.stepper.run(state.step, micro_batches, context.learning_rate, veto=self.callbacks.skip_update)
+        veto = self.callbacks.skip_update if self.callbacks.may_skip() else None
+        context.result = self.assembly.stepper.run(state.step, micro_batches, context.learning_rate, veto=veto)
         context.step_seconds = time.perf_counter() - begun
         context.data_wait, context.data_wait_share, context.computed = self.feed.waits(context.step_seconds)
         context.step_positions, state.position = self.feed.begun_at, position
