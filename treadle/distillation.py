@@ -38,7 +38,8 @@ CONTEXTS = (1024, 8192)
 
 
 def distill(request: Request, console: Console | None = None) -> dict[str, Any]:
-    """Runs all stages (or continues them) and returns the last one's summary with the report."""
+    """Runs all stages (or continues them) and returns the last one's summary with the report. ConfigError without a
+    teacher."""
     console = console or Console(silent=detect().rank != 0)
     request = replace(request, base=(Layer({"model.arch": STUDENT}, "default"),))
     asked = compose(request.layers())
@@ -142,6 +143,7 @@ def agreement(ours: Model, theirs: Model, data: Dataset, rows: int | None = 256,
 
 
 def table_of(found: dict[str, Any]) -> list[str]:
+    """Teacher and student side by side, as lines."""
     lines = [f"{'':<10}{'loss':>9}{'bpb':>9}" + "".join(f"{f'state at {n}':>16}" for n in CONTEXTS)]
     for name in ("teacher", "student"):
         row = found[name]
@@ -162,6 +164,7 @@ class DistillationTrainer:
         self.dataset, self.eval_dataset, self.callbacks = dataset, eval_dataset, callbacks
 
     def train(self) -> dict[str, Any]:
+        """Runs the stages one after the other, or goes on with them; returns the last summary with the report."""
         settings, folder = self.config.distill, self.config.folder
         summary: dict[str, Any] = {}
         for stage, steps in stage_steps(settings, self.config.train.max_steps):

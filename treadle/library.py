@@ -41,7 +41,8 @@ class Model(BaseModel, abstract=True):
         source: str | Path, device: Any = None, pretrained: bool = True, preset: str | None = None,
         trust_code: Sequence[str] = (), **keys: Any,
     ) -> BaseModel:  # fmt: skip
-        """source: a run, a checkpoint, a model folder, or a preset's name (or an architecture with `preset`)."""
+        """source: a run, a checkpoint, a model folder, or a preset's name (or an architecture with `preset`).
+        ConfigError for such a name without it, and for keys that a trained model has already."""
         known = ["source", "device", "pretrained", "preset", "trust_code"]
         for key, value in keys.items():
             raise ConfigError(f"Model.load: {key} = {shown(value)}: {nearest(key, known)} A model's own keys are kept with its "
@@ -120,7 +121,8 @@ def _recomputing(model: BaseModel) -> bool | list[int]:
 
 
 def loss(out: Output, batch: Batch) -> tuple[Tensor, int]:
-    """(sum of nats over labels, number of labels); the caller divides, over as many batches as it likes."""
+    """(sum of nats over labels, number of labels); the caller divides, over as many batches as it likes. Logits [B, T,
+    V], labels [B, T]; ConfigError where one of them is missing."""
     import torch.nn.functional as F
 
     if batch.labels is None or out.logits is None:
@@ -215,7 +217,8 @@ def enable_checkpointing(model: BaseModel, every: bool | int | list[int] = True)
 
 def autocast(precision: str = "auto", device: Any = "cpu", width: int = 1024) -> AbstractContextManager[Any]:
     """Mixed precision around the forward pass and the loss of a hand-written loop: fp32, bf16, fp16, or auto, which is bf16
-    where it is known to pay for a model of this width. (fp16 needs torch.amp.GradScaler beside it.)"""
+    where it is known to pay for a model of this width. (fp16 needs torch.amp.GradScaler beside it.) ConfigError for any
+    other word."""
     from treadle.ops import precision as number_formats
 
     device = pick_device(device)

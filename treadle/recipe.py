@@ -84,12 +84,13 @@ def recipe_folder() -> Path:
 
 
 def builtin_recipes() -> dict[str, Path]:
+    """Name -> file of the recipes that come along."""
     return {path.stem: path for path in sorted(recipe_folder().glob("*.toml"))}
 
 
 def target_layer(target: str | Mapping[str, Any] | None) -> Layer:
     """What a user named to train on (nothing, a built-in recipe, a recipe file, a task file, text, a folder, or a recipe's
-    table) as a layer."""
+    table) as a layer. ConfigError says why it is none of these."""
     if isinstance(target, Mapping):
         return Layer(dict(target), "recipe")
     builtin = builtin_recipes()
@@ -170,7 +171,7 @@ def typed_layers(target: str | Mapping[str, Any] | None, typed: Layer, with_defa
 
 
 def run_of(checkpoint: str) -> Path:
-    """The folder of the run that a checkpoint (or RUN, RUN@STEP, RUN@best) belongs to."""
+    """The folder of the run that a checkpoint (or RUN, RUN@STEP, RUN@best) belongs to. ConfigError when it is not here."""
     if (Path(checkpoint) / "config.toml").is_file() and not (Path(checkpoint) / MANIFEST).is_file():
         return Path(checkpoint)
     from treadle.models.pretrained import home_of, locate, read_config
@@ -201,6 +202,7 @@ def compose(layers: list[Layer], with_model: bool = True) -> Recipe:
     """Layers, weakest first, as one validated Recipe.
 
     with_model=False leaves the model section raw (no torch); then a leaf name no core section knows is an error.
+    ConfigError for values that contradict each other.
     """
     words = vocabulary()
     words.other_flags = tuple(name for layer in layers for name in layer.other_flags)
@@ -319,7 +321,7 @@ class ModelFile:
 
     @staticmethod
     def read(given: Given, layer: Layer) -> ModelFile:
-        """The file beside the recipe that names it, or as seen from the current folder."""
+        """The file beside the recipe that names it, or as seen from the current folder. ConfigError when there is none."""
         written = Path(str(given.value))
         beside = layer.folder / written if layer.folder is not None else written
         path = beside if beside.is_file() else written

@@ -94,10 +94,12 @@ class Settings(BaseModel):
 
     @classmethod
     def section_name(cls) -> str:
+        """What the section is called in files and flags."""
         return cls.called or cls.__name__.removesuffix("Settings").lower()
 
     @classmethod
     def key_info(cls, name: str) -> dict[str, Any]:
+        """What `option(...)` says of a key: aliases, how it may change, spellings."""
         extra = cls.model_fields[name].json_schema_extra
         base: dict[str, Any] = {"aliases": (), "change": None, "spellings": {}}
         return {**base, **extra} if isinstance(extra, dict) else base
@@ -112,6 +114,7 @@ class Settings(BaseModel):
 
     @classmethod
     def first_key(cls) -> str:
+        """The key that a bare value of the section means."""
         return next(iter(cls.model_fields))
 
 
@@ -130,6 +133,7 @@ class ListChange:
     remove: tuple[Any, ...] = ()
 
     def applied(self, items: list[Any]) -> list[Any]:
+        """The list after the change; what is there already is not added again."""
         kept = [item for item in items if item not in self.remove]
         return [*kept, *(item for item in self.add if item not in kept)]
 class Refused(ConfigError):
@@ -144,6 +148,7 @@ class Refused(ConfigError):
         return Refused, (self.section, self.key, self.value, self.reason)
 
     def said_of(self, section: str) -> str:
+        """The refusal as a sentence about a key of this section."""
         return f"{section}: {self.reason}" if self.key is None else f"{section}.{self.key} = {shown(self.value)}: {self.reason}"
 
 
@@ -359,7 +364,8 @@ class Given:
 
 
 def parse_flags(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
-    """['x', '--a.b', '1', '--c=2', '--flag'] -> (['x'], {'a.b': '1', 'c': '2', 'flag': 'true'})."""
+    """['x', '--a.b', '1', '--c=2', '--flag'] -> (['x'], {'a.b': '1', 'c': '2', 'flag': 'true'}). ConfigError for a flag
+    given twice."""
     words: list[str] = []
     flags: dict[str, str] = {}
     index = 0
@@ -384,7 +390,8 @@ def parse_flags(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def build_section(section: str, cls: type[Settings], values: dict[str, Given]) -> Settings:
-    """The section's object from its values; a rule that spans keys names the section and the values involved."""
+    """The section's object from its values; a rule that spans keys names the section and the values involved.
+    ConfigError says which rule is broken."""
     try:
         return cls(**{given.key.partition(".")[2]: given.value for given in values.values()})
     except Refused as problem:

@@ -100,7 +100,7 @@ def rewind(state: State, tokens: int) -> None:
 
 
 def advance(state: State, token_mask: Tensor, counts: list[int]) -> None:
-    """The rows have seen their tokens of a batch."""
+    """The rows have seen their tokens of a batch. token_mask bool [B, T]."""
     state.lengths = advance_positions(state.lengths, token_mask)[1]
     state.host_lengths = [length + count for length, count in zip(state.host_lengths, counts)]
 

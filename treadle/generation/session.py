@@ -40,7 +40,8 @@ class Session:
         )  # fmt: skip
 
     def run_file(self, prompt_file: str, output_file: str | None, samples: int, write: Callable[[str], None]) -> None:
-        """One prompt a line; prompts and continuations go to the output file, or to `write`."""
+        """One prompt a line; prompts and continuations go to the output file, or to `write`. InputError for a file that
+        is missing or holds no prompt."""
         path = Path(prompt_file)
         if not path.is_file():
             raise InputError(f"{path} does not exist; --prompt-file is a text file with one prompt a line")
@@ -59,6 +60,7 @@ class Session:
             write(f"{len(parts)} continuations written to {output_file}\n")
 
     def greeting(self) -> str:
+        """What a conversation begins with."""
         return "type a prompt; /help lists the commands\n"
 
     def respond(self, line: str, number: int, write: Callable[[str], None]) -> None:

@@ -72,15 +72,18 @@ class AnySlots:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all decoding states held now."""
         states = [self.state, *(place.state for place in self._reading)]
         return sum(state.nbytes for state in states if state is not None)
 
     def open(self, prompt_tokens: int, new_tokens: int) -> Place:
+        """A place for a request of so many tokens; its prompt is not read yet."""
         place = Place(prompt_tokens + new_tokens)
         self._reading.append(place)
         return place
 
     def read(self, place: Place, ids: list[int], extras: dict[str, Tensor]) -> Tensor:
+        """Reads part of a prompt: its ids, one row; returns the logits [V] behind the last of them."""
         if place.state is None:
             place.state = self.model.new_state(1, place.most)
         batch = Batch.from_ids(torch.tensor([ids]), extras=extras or None).to(self.model.device)
@@ -91,6 +94,7 @@ class AnySlots:
         return logits
 
     def read_together(self, places: list[Place], ids: list[list[int]]) -> Tensor | None:
+        """Reads whole prompts in one pass, padded: logits [B, V] behind each; None where that is not worth it or not exact."""
         count, lengths = len(places), [len(own) for own in ids]
         longest = max(lengths)
         given, doc_ids = torch.zeros(count, longest, dtype=torch.int64), torch.full((count, longest), PAD)
@@ -104,6 +108,7 @@ class AnySlots:
         return logits
 
     def join(self, places: list[Place]) -> None:
+        """The rows whose prompts are read take part in `step` from now on."""
         running = [place for place in self.places if place is not None]
         needed = -(-max(place.most for place in (*running, *places)) // SLOTS) * SLOTS
         free = [row for row, kept in enumerate(self.places) if kept is None]
@@ -123,6 +128,7 @@ class AnySlots:
             self._reading.remove(place)
 
     def step(self, places: list[Place], ids: list[int]) -> Tensor:
+        """One token of each place: its logits [B, V], in the order of the places."""
         column = [0] * len(self.places)
         for place, token in zip(places, ids):
             column[place.row] = token
@@ -143,6 +149,7 @@ class AnySlots:
         return Batch(ids[:, None], doc_ids=doc_ids, segments=tuple((run,) for run in runs), position_ids=torch.zeros_like(doc_ids))
 
     def close(self, places: list[Place]) -> None:
+        """The places are free again."""
         ended = []
         for place in places:
             if place in self._reading:
@@ -175,23 +182,28 @@ class DenseSlots:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the one cache."""
         return self.decoding.state.nbytes
 
     def open(self, prompt_tokens: int, new_tokens: int) -> Place:
+        """A slot for a request of so many tokens."""
         return Place(prompt_tokens + new_tokens, row=self.free.pop(), rounded=self.decoding.rounds_a_prompt_of(prompt_tokens))
 
     def read(self, place: Place, ids: list[int], extras: dict[str, Tensor]) -> Tensor:
+        """Reads part of a prompt: its ids, one row; returns the logits [V] behind the last of them."""
         logits = self.decoding.read(place.row, torch.tensor(ids), place.length, place.rounded)
         place.length += len(ids)
         return logits
 
     def read_together(self, places: list[Place], ids: list[list[int]]) -> Tensor | None:
+        """None, as prompts [B, T] are read one by one here."""
         return None  # its products have one speed from a few tokens on
 
     def join(self, places: list[Place]) -> None:
-        pass
+        """Nothing to do: a slot takes part from its first token on."""
 
     def step(self, places: list[Place], ids: list[int]) -> Tensor:
+        """One token of each place: its logits [B, V], in the order of the places."""
         rows, positions = [place.row for place in places], [place.length for place in places]
         logits = self.decoding.tokens(*torch.tensor([ids, rows, positions]))
         for place in places:
@@ -199,6 +211,7 @@ class DenseSlots:
         return logits
 
     def close(self, places: list[Place]) -> None:
+        """The slots are free again."""
         for place in places:
             self.free.append(place.row)
             place.row = -1

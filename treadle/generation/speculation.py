@@ -41,6 +41,7 @@ class NGrams:
         self._known = 0
 
     def propose(self, ids: list[int], count: int) -> tuple[list[int], list[Tensor] | None]:
+        """Up to `count` tokens that followed the same ones before; no distributions [V], since nothing was drawn."""
         for end in range(self._known, len(ids)):  # occurrences that something follows
             for length in range(SHORTEST_MATCH, LONGEST_MATCH + 1):
                 if end >= length:
@@ -53,7 +54,7 @@ class NGrams:
         return [], None
 
     def settle(self, kept: int) -> None:
-        pass
+        """Nothing to do: the tokens themselves are looked through."""
 
 
 class Draft:
@@ -65,6 +66,7 @@ class Draft:
         self._given = 0  # since `begin`: tokens of the row, then proposed ones
 
     def propose(self, ids: list[int], count: int) -> tuple[list[int], list[Tensor] | None]:
+        """`count` tokens of the smaller model, and the distribution [V] that each was drawn from (None: greedily)."""
         device = self.decoding.model.device
         if self._read == 0:  # a prompt and the first token after it
             self.decoding.prompt(Batch.from_ids(torch.tensor(ids[:-1])[None]).to(device))
@@ -138,7 +140,8 @@ def speculated(
     decoding: Decoding, prompt: Tensor, count: int, sampling: Sampling, generator: torch.Generator, proposer: Proposer,
     statistics: dict[str, int] | None = None,
 ) -> Iterator[int]:  # fmt: skip
-    """The tokens that follow a prompt [1, T], one at a time. statistics: gets steps, proposed and kept, summed up."""
+    """The tokens that follow a prompt [1, T], one at a time. statistics: gets steps, proposed and kept, summed up.
+    ConfigError for several rows."""
     if prompt.shape[0] != 1:
         raise ConfigError(f"speculation reads one row at a time, not {prompt.shape[0]}; leave it out, or give one prompt")
     device, vocabulary = decoding.model.device, decoding.model.vocab_size

@@ -27,6 +27,7 @@ class TextStream:
 
     @property
     def text(self) -> str:
+        """All that was shown."""
         return "".join(self._shown)
 
     def push(self, token: int) -> str:

@@ -26,6 +26,7 @@ THEIR_NAMES = {
 
 
 def alpha_of(settings: AdapterSettings) -> float:
+    """lora_alpha, or twice the rank where none is given."""
     return settings.lora_alpha if settings.lora_alpha is not None else 2.0 * (settings.lora_rank or 1)
 
 
@@ -76,7 +77,8 @@ def adaptable(model: Model) -> dict[str, nn.Linear]:
 
 
 def targets(model: Model, patterns: list[str]) -> list[str]:
-    """The names of the layers that the patterns mean, in the model's order."""
+    """The names of the layers that the patterns mean, in the model's order. ConfigError for a model that takes none,
+    and for a pattern that fits no layer."""
     layers = list(adaptable(model))
     ternary = [name for name, layer in model.named_modules() if isinstance(layer, BitLinear)]
     if not layers:
@@ -109,6 +111,7 @@ def _no_such(model: Model, pattern: str, layers: list[str], ternary: list[str]) 
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """Module name -> layer, of all that have an adapter."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, AdaptedLinear)}
 
 
@@ -143,7 +146,7 @@ def merge(model: Model) -> None:
 @torch.no_grad()
 def merged(base: dict[str, Tensor], trained: dict[str, Tensor], settings: AdapterSettings, frozen: list[str]) -> dict[str, Tensor]:
     """The weights of base and adapters together, by the base's names. frozen: the layers whose weights were held in
-    base_precision."""
+    base_precision. Weights [N, K], lora_A [r, K], lora_B [N, r]."""
     whole = dict(base)
     for name in frozen if settings.base_precision != "fp32" else []:
         held = quantize(whole[f"{name}.weight"], settings.base_precision)
@@ -157,7 +160,7 @@ def merged(base: dict[str, Tensor], trained: dict[str, Tensor], settings: Adapte
 @torch.no_grad()
 def load_base(model: Model, tensors: dict[str, Tensor]) -> None:
     """Copies the base's weights under the adapters; each is dropped from `tensors` once it is there. ShapeError for a
-    model of other weights."""
+    model of other weights. Of any shapes."""
     wanted = {n: t for n, t in model.named_weights().items() if not is_adapter(n)}
     model.refuse_other_weights({name: list(tensor.shape) for name, tensor in tensors.items()}, wanted)
     for name, target in wanted.items():

@@ -144,7 +144,8 @@ class Model(nn.Module):
         """Everything before the heads: Output with hidden [B, T, D], the state when one was given, losses and stats."""
 
     def new_state(self, batch_size: int, max_len: int, device: Any = None, dtype: Any = None) -> State:
-        """An empty decoding state; device and dtype default to the model's. Models with capabilities.decodes have one."""
+        """An empty decoding state; device and dtype default to the model's. Models with capabilities.decodes have one.
+        ConfigError for others."""
         raise ConfigError(f"the model {self.arch} does not decode, so it has no state")
 
     def blocks(self) -> list[nn.Module]:
@@ -195,7 +196,8 @@ class Model(nn.Module):
 
     def initial(self, name: str, parameter: Tensor) -> float | str | Tensor:
         """How a parameter starts: "zeros", "ones", the standard deviation of a normal distribution, or its values. Here:
-        vectors called bias at 0, other vectors (norms) at 1, matrices with deviation 1 / sqrt(inputs), embeddings .02."""
+        vectors called bias at 0, other vectors (norms) at 1, matrices with deviation 1 / sqrt(inputs), embeddings .02.
+        Of any shape; values have the parameter's."""
         if parameter.dim() < 2:
             return "zeros" if name.endswith("bias") else "ones"
         return 0.02 if "embedding" in name else float(parameter[0].numel()) ** -0.5
@@ -242,7 +244,8 @@ class Model(nn.Module):
         return Batch.for_training(torch.randint(0, vocab_size, (batch_size, length), generator=generator))
 
     def start_from(self, tensors: dict[str, Tensor]) -> list[str]:
-        """Parameters of these names and shapes will start with these values when the model is allocated; returns which."""
+        """Parameters of these names and shapes will start with these values when the model is allocated; returns which.
+        Of any shapes."""
         own = {name: p.shape for name, p in self.named_parameters()}
         self._start = {name: t.detach() for name, t in tensors.items() if own.get(name) == t.shape}
         return sorted(self._start)
@@ -277,18 +280,19 @@ class Model(nn.Module):
         return torch.randn(parameter.shape, generator=generator) * float(rule)
 
     def named_weights(self) -> dict[str, Tensor]:
-        """Every parameter and persistent buffer once, by its checkpoint name; shared ones under their first name."""
+        """Every parameter and persistent buffer once, by its checkpoint name; shared ones under their first name. Of
+        any shapes."""
         persistent = set(self.state_dict(keep_vars=True))
         buffers = {name: b for name, b in self.named_buffers() if name in persistent}
         return {**dict(self.named_parameters()), **buffers}
 
     def trained_weights(self) -> dict[str, Tensor]:
-        """What a checkpoint of a training holds: all of them, of a model with adapters these alone."""
+        """What a checkpoint of a training holds: all of them, of a model with adapters these alone. Of any shapes."""
         return {name: t for name, t in self.named_weights().items() if not self.adapted or lora.is_adapter(name)}
 
     def load_weights(self, tensors: dict[str, Tensor]) -> None:
         """Copies `trained_weights` in by name, ternary layers packed or not, linear ones quantised or not; ShapeError names
-        what is missing, surplus or of another shape."""
+        what is missing, surplus or of another shape. Of any shapes."""
         tensors, layers = quantized_files.unpack(self, tensors)
         tensors, quantized = packed_weights.unpack(self, tensors)
         self.refuse_other_weights({name: list(tensor.shape) for name, tensor in tensors.items()})
@@ -301,7 +305,8 @@ class Model(nn.Module):
             remember(self, layers, "int4" if any(matrix.kind == "int4" for matrix in layers.values()) else "int8")
 
     def refuse_other_weights(self, shapes: dict[str, list[int]], wanted: Mapping[str, Tensor] | None = None) -> None:
-        """ShapeError unless these are the names and shapes of `trained_weights`, or of what is wanted."""
+        """ShapeError unless these are the names and shapes of `trained_weights`, or of what is wanted. Shapes as lists,
+        [N, K] of a matrix."""
         own = {name: list(tensor.shape) for name, tensor in (self.trained_weights() if wanted is None else wanted).items()}
         missing, surplus = sorted(own.keys() - shapes.keys()), sorted(shapes.keys() - own.keys())
         wrong = [f"{n} {shapes[n]} instead of {own[n]}" for n in own.keys() & shapes.keys() if own[n] != shapes[n]]
@@ -313,14 +318,17 @@ class Model(nn.Module):
                              "config.toml, or start anew with --fresh")  # fmt: skip
 
     def parameter_count(self) -> int:
+        """How many numbers all parameters hold; shared ones count once."""
         return sum(p.numel() for p in self.parameters())
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The type of the weights."""
         return next(self.parameters()).dtype
 
     def generate(self, input_ids: Any, max_new_tokens: int = 100, **options: Any) -> Tensor:
@@ -352,6 +360,7 @@ def build(
 
 
 def build_from(cls: type[Model], config: ModelConfig, seed: int = 0, device: Any = "cpu") -> Model:
+    """A model of a class and its configuration, with random weights that are a function of the seed."""
     with shapes_only():
         model = cls(config)
     return model.materialise(seed, device)
@@ -408,7 +417,7 @@ def count_label(count: int) -> str:
 
 
 def merged_stats(outputs: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of each statistic over micro-batches."""
+    """The mean of each statistic over micro-batches. Each a scalar."""
     found: dict[str, list[Tensor]] = {}
     for stats in outputs:
         for name, value in stats.items():

@@ -66,10 +66,12 @@ class DecoderConfig(LanguageModelConfig):
 
     @property
     def width_of_head(self) -> int:
+        """Numbers of a head: head_dim, else hidden_size / num_heads."""
         return self.head_dim or self.hidden_size // self.num_heads
 
     @property
     def groups(self) -> int:
+        """Heads of keys and values."""
         return self.num_kv_heads or self.num_heads
 
     @property

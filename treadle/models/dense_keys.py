@@ -128,6 +128,7 @@ class DenseConfig(DecoderConfig):
 
     @property
     def mlp_biases(self) -> bool:
+        """Whether the MLPs have biases: mlp_bias, else what the style has."""
         return self.style == "gpt2" if self.mlp_bias is None else self.mlp_bias
 
     @property

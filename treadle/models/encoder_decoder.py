@@ -41,6 +41,7 @@ class EncoderDecoderConfig(DecoderConfig):
 
     @property
     def encoder_depth(self) -> int:
+        """Blocks of the encoder; as many as the decoder's where nothing is said."""
         return self.encoder_layers or self.num_layers
 
 
@@ -55,6 +56,7 @@ class EncoderBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def forward(self, x: Tensor, context: Context, state: Any = None) -> Tensor:
+        """x [B, S, D] -> [B, S, D]."""
         x = x + self.dropout(self.attention(self.attention_norm(x), context))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
@@ -96,6 +98,7 @@ class DecoderBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def forward(self, x: Tensor, context: DecoderContext, state: DecoderLayerState | None = None) -> Tensor:
+        """x [B, T, D] -> [B, T, D]; the source stands in the context, or in the state of a decoding."""
         x = x + self.dropout(self.attention(self.attention_norm(x), context, state))
         x = x + self.dropout(self.source_attention(self.source_norm(x), *self._source(context, state)))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
@@ -145,7 +148,7 @@ class EncoderDecoder(Model):
         return batch
 
     def encode(self, source: Tensor, mask: Tensor | None) -> Tensor:
-        """source [B, S], mask bool [B, S] or None -> [B, S, D]."""
+        """source [B, S], mask bool [B, S] or None -> [B, S, D]. ConfigError when it is longer than source_length."""
         rows, length = source.shape
         if length > self.config.source_length:
             raise ConfigError(f"a source of {length} tokens, but the model has source_length = {self.config.source_length}; "
@@ -156,6 +159,7 @@ class EncoderDecoder(Model):
         return self.source_norm(run_blocks(self.encoder, self.embedding(source), context, None))
 
     def hidden(self, batch: Batch, state: State | None = None) -> Output:
+        """As Model.hidden, of a batch with extras["source"] [B, S] (and "source_mask"); ConfigError without a source."""
         source, mask = batch.extras.get(SOURCE), batch.extras.get(SOURCE_MASK)
         if source is None and (state is None or state.used == 0):
             raise ConfigError("an encoder-decoder reads a source beside its tokens: give it as Batch(extras={'source': ids [B, S]}), or to "

@@ -99,6 +99,7 @@ class HNetConfig(RecurrentConfig):
 
     @property
     def ratios(self) -> list[float]:
+        """Positions a chunk that each router aims at, from the bytes inwards."""
         if self.target_ratios is not None:
             return self.target_ratios
         outer = len(self.hidden_sizes) - 1
@@ -168,9 +169,11 @@ class Stage(nn.Module):
         self.decoder_norm = ReproducibleRMSNorm(width, config.norm_eps)
 
     def own_blocks(self) -> list[nn.Module]:
+        """The blocks of this level, without those of the stages inside."""
         return [*self.encoder, *(() if self.innermost else self.decoder)]
 
     def blocks(self) -> list[nn.Module]:
+        """All blocks in the order in which they run, those of the stages inside too."""
         inside = [] if self.innermost else [*self.inner.blocks(), *self.decoder]
         return [*self.encoder, *inside]
 

@@ -70,6 +70,7 @@ class RecurrentConfig(LanguageModelConfig):
         return width * self.expand_ratio
 
     def mlp_inner(self, width: int) -> int:
+        """Width inside the MLP: `hidden_ratio` times its own, or two thirds of that in multiples of 256."""
         wide = self.hidden_ratio * width
         return wide if self.mlp_width == "full" else 256 * -(-(2 * wide) // (3 * 256))
 
@@ -117,9 +118,11 @@ class Block(ModuleWithWeightCache):
 
     @property
     def bound(self) -> Tensor | None:
+        """The least share of its state that each channel keeps, [D'] in [0, 1]; None for a block without lower bounds."""
         return reproducible_sigmoid(self.lower_bound.float()) if self.lower_bound is not None else None
 
     def forward(self, x: Tensor, context: Context, state: Any = None) -> Tensor:
+        """x [B, T, D] -> [B, T, D]; with a state, x continues the tokens it holds."""
         if state is not None and x.shape[1] <= FEW_POSITIONS and not torch.is_grad_enabled() and not self.training:
             packed = self.packed(x)
             if packed is not None:
@@ -146,7 +149,7 @@ class Block(ModuleWithWeightCache):
         return self.attention.flops(length) + self.mlp.flops(length)  # type: ignore[operator]
 
     def packed(self, x: Tensor) -> PackedBlock | None:
-        """The block as one compiled call for one position at a time, where there is one."""
+        """The block as one compiled call for one position at a time, where there is one. x [B, T, D]."""
         if not self.fusable or x.device.type != "cpu" or not available():
             return None
         if self._sources is None:
@@ -177,7 +180,7 @@ INTO_STREAM = ("attention.out.weight", "mlp.down.weight")
 
 
 def block_initial(name: str, parameter: Tensor) -> Tensor | str | None:
-    """How a block's special parameters start; None for matrices."""
+    """How a block's special parameters start; None for matrices. Of any shape."""
     if name.endswith("convolution.weight"):  # starts as no convolution
         return torch.nn.functional.pad(torch.ones(parameter.shape[0], 1), (0, parameter.shape[1] - 1))
     if (own := SSMMixer.initial(name, parameter)) is not None:

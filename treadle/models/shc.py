@@ -100,6 +100,7 @@ class Block(nn.Module):
         self.mlp_router = _router(config) if several else None
 
     def forward(self, x: Tensor, context: Context, memory: Any = None) -> Tensor:
+        """x [B, T, n, D] -> the same shape, n streams; [B, T, D] in a block without routers."""
         if context.token_mixer_only:
             return self.attention(x, context)
         if self.attention_router is None or self.mlp_router is None:

@@ -94,6 +94,7 @@ class TransformerConfig(DynamicsKeys, MixerKeys, DenseConfig):
     # What each preset's name promises, in parameters (asserted by a test to 5%).
     @classmethod
     def preset_sizes(cls) -> dict[str, float]:
+        """Preset -> parameters, about, as people call the sizes."""
         return {"nano": 10e6, "micro": 30e6, "tiny": 125e6, "small": 350e6, "medium": 760e6, "large": 1.3e9,
                 "xl": 6.7e9, "gpt2": 124e6, "gpt2_medium": 355e6, "llama_7b": 6.74e9}  # fmt: skip
 
@@ -128,6 +129,7 @@ class Block(nn.Module):
         self.steers_attention = config.dynamics_placement == "attention"
 
     def forward(self, x: Tensor, context: Context, state: Any = None) -> Tensor:
+        """x [B, T, D] -> [B, T, D], or [B, T, 2, D] with dynamics; with a state, x continues the tokens it holds."""
         if context.token_mixer_only:
             return self.attention(x, context)
         x, velocity = (x, None) if self.dynamics is None else x.unbind(2)
@@ -199,6 +201,7 @@ class Transformer(Backbone):
         return batch.position_ids
 
     def embed(self, batch: Batch, context: Context) -> Tensor:
+        """The residual stream before the first block, [B, T, D]; ConfigError for more positions than learned ones."""
         x = super().embed(batch, context)
         if self.config.embedding_multiplier != 1:
             x = x * self.config.embedding_multiplier

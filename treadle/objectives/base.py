@@ -69,6 +69,7 @@ class Metric:
     shown: bool = True
 
     def show(self, value: float) -> str:
+        """The value as the metric is written."""
         return format(value, self.format)
 
     def described(self) -> dict[str, Any]:
@@ -163,6 +164,7 @@ class Objective(ABC):
         return {"loss": means.pop(self.headline), **{f"loss_{name}": value for name, value in means.items()}}
 
     def metric(self, name: str) -> Metric:
+        """How to read a metric of this name; a plain one where the objective does not say."""
         return self.metrics.get(name, Metric())
 
     def shown(self, metrics: Mapping[str, float]) -> dict[str, dict[str, Any]]:

@@ -26,7 +26,7 @@ from treadle.ops.divergence import linear_divergence
 
 @contextmanager
 def captured_io(modules: list[nn.Module]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """(input, output) of each module, as they are called inside."""
+    """(input, output) of each module, as they are called inside. Of any shapes."""
     seen: list[tuple[Tensor, Tensor]] = []
 
     def keep(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:

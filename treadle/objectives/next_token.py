@@ -165,6 +165,7 @@ def fitting(model: Model, tokenizer: Tokenizer, prompt: str, tokens: int) -> int
 
 
 def known_unit(name: str) -> str:
+    """`name`; ConfigError when no loss of a model may be counted in it."""
     if name not in UNITS:
         raise ConfigError(f"a model's loss counts {name!r}; it must be {', '.join(UNITS)}")
     return name

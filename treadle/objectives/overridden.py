@@ -30,7 +30,8 @@ def with_overrides(objective: Objective, owner: Any, base: type) -> Objective:
 
 
 def as_losses(found: Losses | Tensor, objective: Objective, batch: Batch) -> Losses:
-    """Losses as they are; one number is taken as the mean over the batch's labels, or over its rows where it has none."""
+    """Losses as they are; one number is taken as the mean over the batch's labels, or over its rows where it has none.
+    A number is a scalar; ConfigError for anything else."""
     if isinstance(found, Losses):
         return found
     if not isinstance(found, Tensor) or found.dim():

@@ -28,6 +28,7 @@ class LossSums:
         self.steps = int((saved or {}).get("steps", 0))
 
     def clear(self) -> None:
+        """Begins a new row."""
         self._sums: dict[str, Tensor] = {}
         self._totals: dict[str, Tensor] = {}
         self.counts = {}
@@ -45,13 +46,16 @@ class LossSums:
 
     @property
     def means(self) -> dict[str, float]:
+        """Term -> its mean over the steps."""
         return {name: float(total) / max(1, self.steps) for name, total in self._sums.items()}
 
     @property
     def totals(self) -> dict[str, float]:
+        """Term -> its mean times the count of its unit, summed."""
         return {name: float(total) for name, total in self._totals.items()}
 
     def to_json(self) -> dict[str, Any]:
+        """The sums so far, for run_state.json."""
         return {"sums": {name: float(v) for name, v in self._sums.items()}, "totals": self.totals, "counts": self.counts,
                 "steps": self.steps}  # fmt: skip
 

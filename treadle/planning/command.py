@@ -24,7 +24,8 @@ LENGTHS = (1024, 512, 256, 128, 64)  # tried in this order where none was asked 
 
 
 def answer(recipe: Recipe, given: Mapping[str, Any], target: str | None = None) -> tuple[dict[str, Any], list[str]]:
-    """The numbers and the same for people. given: the verb's own flags, as typed."""
+    """The numbers and the same for people. given: the verb's own flags, as typed. ConfigError for flags that contradict
+    each other."""
     own = dict(given)
     switched = {name: switch(name, own.pop(name)) for name in SWITCHES if name in own}
     own.pop("json", None)
@@ -47,6 +48,7 @@ def answer(recipe: Recipe, given: Mapping[str, Any], target: str | None = None) 
 
 
 def switch(name: str, value: Any) -> bool:
+    """Whether a flag without a value is on; ConfigError for any other word."""
     text = str(value).lower()
     if text not in ("true", "false", "1", "0", "yes", "no"):
         raise ConfigError(f"--{name} {value}: --{name} stands alone, or with true or false")

@@ -33,6 +33,7 @@ class Duration:
     steps: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
         return asdict(self)
 
 

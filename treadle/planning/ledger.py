@@ -52,7 +52,7 @@ class Ledger:
         return [moment for found in self._fullest.values() for moment in found]
 
     def sort(self, tensors: Iterable[Tensor], kind: Kind) -> None:
-        """Says what these are; they may be known already."""
+        """Says what these are; they may be known already. Of any shapes."""
         for tensor in tensors:
             self.add(tensor, kind)
             entry = self._known.get(id(tensor.untyped_storage()))
@@ -63,12 +63,12 @@ class Ledger:
         self._look()
 
     def is_weight(self, tensor: Tensor) -> bool:
-        """It was sorted as what is always there."""
+        """It was sorted as what is always there. Of any shape."""
         entry = self._known.get(id(tensor.untyped_storage()))
         return entry is not None and entry[2] == "kept"
 
     def add(self, tensor: Tensor, kind: Kind = "activations") -> None:
-        """Counts a tensor's storage if it is new."""
+        """Counts a tensor's storage if it is new. Of any shape."""
         storage = tensor.untyped_storage()
         key, size = id(storage), storage.nbytes()
         if key in self._known or not size:
@@ -111,10 +111,10 @@ class Watch(TorchDispatchMode):
 
 
 def storages(tensors: Iterable[Tensor]) -> int:
-    """Bytes of all, shared ones once."""
+    """Bytes of all, shared ones once. Of any shapes."""
     return sum({id(s): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
 
 
 def leaf_of(made: Any) -> Tensor | None:
-    """The first tensor of what a block returns that has a gradient."""
+    """The first tensor of what a block returns that has a gradient. Of any shape."""
     return next((t for t in pytree.tree_leaves(made) if isinstance(t, torch.Tensor) and t.requires_grad), None)

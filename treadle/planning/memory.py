@@ -39,6 +39,7 @@ class Sizes:
 
     @staticmethod
     def of(model: Model) -> Sizes:
+        """The sizes of a model, which may be without memory."""
         blocks = tuple(sum(p.numel() for p in block.parameters()) for block in model.blocks())
         total = model.parameter_count()
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -71,6 +72,7 @@ class Memory:
     phase: str
 
     def to_dict(self) -> dict[str, float | str]:
+        """As JSON has it."""
         return asdict(self)
 
 

@@ -232,6 +232,7 @@ def plan(
 
 
 def replace_mode(settings: ParallelSettings) -> ParallelSettings:
+    """The same settings for fsdp, which is planned in the place of DeepSpeed."""
     return settings.model_copy(update={"mode": "fsdp", "deepspeed": None})
 
 

@@ -22,6 +22,7 @@ class Traffic:
 
     @property
     def total(self) -> float:
+        """All bytes."""
         return self.gather + self.scatter + self.reduce
 
 

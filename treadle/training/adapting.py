@@ -18,7 +18,8 @@ from treadle.training.config import Recipe
 
 def put_on(model: Model, recipe: Recipe, start: Checkpoint | None, begun: bool) -> Checkpoint | None:
     """Adapters on a model without memory, and the base whose weights they need; None where the recipe asks for none. The
-    recipe then names the base. start: what --from named; begun: the run has a base already, which start does not replace."""
+    recipe then names the base. start: what --from named; begun: the run has a base already, which start does not replace.
+    ConfigError without a base, and with DeepSpeed."""
     settings = recipe.adapter
     if settings.lora_rank is None:
         return None

@@ -31,7 +31,8 @@ class Assembly:
 def assemble(
     model: Model, objective: Objective, recipe: Recipe, plan: Schedule, world: World, device: torch.device, precision: str
 ) -> Assembly:  # fmt: skip
-    """The model, allocated and spread over all processes, ready to take a step."""
+    """The model, allocated and spread over all processes, ready to take a step. ConfigError for DeepSpeed with an
+    average of the weights."""
     module = ModelWithObjective(model, objective)
     strategy = _spread(module, recipe, plan, world, device, precision)
     optimizers = Optimizers(model, recipe.optim, recipe.parallel.shard_optimizer and strategy.mode == "ddp")

@@ -99,6 +99,7 @@ class Recipe:
 
     @property
     def name(self) -> str:
+        """The run's name; "run" where none is given."""
         return "run" if self.run.run_name is None else self.run.run_name
 
     @property
@@ -111,13 +112,16 @@ class Recipe:
 
     @property
     def log_folder(self) -> Path:
+        """Where metrics go: log.log_dir, else the run's folder."""
         return Path(self.log.log_dir) if self.log.log_dir else self.folder
 
     @property
     def checkpoint_folder(self) -> Path:
+        """Where checkpoints go: checkpoint.checkpoint_dir, else checkpoints/ in the run's folder."""
         return Path(self.checkpoint.checkpoint_dir) if self.checkpoint.checkpoint_dir else self.folder / "checkpoints"
 
     def section(self, name: str) -> Settings:
+        """The settings of [name]."""
         return getattr(self, name)
 
     def tables(self) -> dict[str, dict[str, Any]]:
@@ -136,12 +140,14 @@ class Recipe:
                 for name, table in self.tables().items()}  # fmt: skip
 
     def to_toml(self) -> str:
+        """All of it as config.toml, with the code that it trusts."""
         tables = self.tables()
         tables["run"]["trusted_code"] = {**(self.run.trusted_code or {}), **trusted_code.record(tables)} or None
         return dump_toml(tables)
 
     def fit_while_training(self, word: str, value: Any) -> tuple[str, Any]:
-        """The full name of a key that may change between two steps, and `value` (text or not) as it wants it."""
+        """The full name of a key that may change between two steps, and `value` (text or not) as it wants it.
+        ConfigError for any other key."""
         found = [key for key in SETTABLE if word in (key, key.partition(".")[2])]
         if not found:
             raise ConfigError(f"{word!r} cannot be set while training: {nearest(word, list(SETTABLE))}")
@@ -162,7 +168,7 @@ class Recipe:
 
 
 def check_run_name(name: str) -> None:
-    """Run names become folder names, so they hold no separators and no surprises."""
+    """Run names become folder names, so they hold no separators and no surprises. ConfigError for others."""
     if not RUN_NAME.fullmatch(name):
         raise ConfigError(
             f"run.run_name = {name!r}: use letters, digits, '.', '_' and '-', starting with a letter or digit, "

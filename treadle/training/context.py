@@ -85,10 +85,12 @@ class Context:
 
     @property
     def log_folder(self) -> Path:
+        """Where metrics and traces go."""
         return self.config.log_folder
 
     @property
     def checkpoint_folder(self) -> Path:
+        """Where checkpoints go."""
         return self.config.checkpoint_folder
 
     @property
@@ -184,9 +186,11 @@ class Context:
             records.write_event(self.folder, event, **details)
 
     def say(self, text: str) -> None:
+        """A message for people, on the main process."""
         self.console.say(text)
 
     def warn(self, text: str) -> None:
+        """A warning for people, on the main process."""
         self.console.warn(text)
 
     def tell_of_data(self, text: str) -> None:

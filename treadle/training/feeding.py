@@ -91,6 +91,7 @@ class Feed:
         return self._waited + self.loader.waited, self.loader.wait_share(), self.loader.computed
 
     def close(self) -> None:
+        """Ends the workers; time spent waiting is kept."""
         if self.loader is not None:
             self._waited += self.loader.waited
             self.loader.close()

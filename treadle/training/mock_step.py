@@ -11,7 +11,8 @@ from treadle.training.config import Recipe
 
 
 def mock_step(dataset: Dataset, plan: BatchPlan, assembly: Assembly, recipe: Recipe) -> None:
-    """On the first batch. ConfigError for a loss weight of no loss, and where torch.compile does not work."""
+    """On the first batch. ConfigError for a loss weight of no loss, and where torch.compile does not work. DataError
+    for data without a batch."""
     first = next(iter(dataset.batches(dataset.start, plan.alone())), None)
     if first is None:
         raise DataError("the data holds no batch to train on")

@@ -78,6 +78,7 @@ def make_muon(model: Model, settings: OptimSettings, sharded: bool = False) -> l
     """Muon (Jordan et al. 2024) for the blocks' matrices, AdamW for the rest.
 
     Updates are scaled to AdamW's size (Liu et al. 2025, arXiv 2502.16982, eq. 4), so one learning rate serves both.
+    ConfigError with parallel.shard_optimizer.
     """
     if sharded:
         raise ConfigError("parallel.shard_optimizer works with optim.name = adamw; use --parallel fsdp to shard muon's state")
@@ -92,7 +93,7 @@ def make_muon(model: Model, settings: OptimSettings, sharded: bool = False) -> l
 
 
 def make_soap(model: Model, settings: OptimSettings, sharded: bool = False) -> list[torch.optim.Optimizer]:
-    """SOAP (training/soap.py) for the blocks' matrices, AdamW for the rest."""
+    """SOAP (training/soap.py) for the blocks' matrices, AdamW for the rest. ConfigError where matrices are in shards."""
     if sharded or any(is_sharded(p) for p in model.parameters()):
         raise ConfigError("soap needs whole matrices: use --parallel ddp without shard_optimizer, or optim.name = adamw")
     matrices, rest = matrices_and_rest(model, settings)
@@ -133,11 +134,13 @@ class Optimizers:
         self.average = WeightAverage(self.parameters, settings.ema) if settings.ema is not None else None
 
     def set_learning_rate(self, rate: float) -> None:
+        """The rate of every group: `rate` times the group's multiplier."""
         for optimizer in self.inner:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["multiplier"]
 
     def step(self) -> None:
+        """One update of all weights, and of their average."""
         for optimizer in self.inner:
             optimizer.step()
         if self.average is not None:
@@ -171,10 +174,11 @@ class Optimizers:
             self.average.exchange()
 
     def named_weights(self, model: Model) -> dict[str, Tensor]:
-        """What a checkpoint's model holds: the weights, or their average where one is kept."""
+        """What a checkpoint's model holds: the weights, or their average where one is kept. Of any shapes."""
         return model.trained_weights() | (self.average.named_averages() if self.average is not None else {})
 
     def zero_grad(self) -> None:
+        """Lets go of all gradients."""
         for _, parameter in self.parameters:
             parameter.grad = None
 
@@ -189,7 +193,8 @@ class Optimizers:
         return found
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """ "parameter|key" -> tensor, for a checkpoint; keyed by name so that group order can never mix moments up."""
+        """ "parameter|key" -> tensor, for a checkpoint; keyed by name so that group order can never mix moments up. Of
+        any shapes."""
         tensors: dict[str, Tensor] = {}
         for name, (optimizer, parameter) in self._places().items():
             for key, value in optimizer.state.get(parameter, {}).items():
@@ -198,7 +203,8 @@ class Optimizers:
 
     def empty_state(self, shapes: dict[str, list[int]]) -> dict[str, Tensor]:
         """Tensors to read a state of these names and shapes into: like the parameter (a part where it is one), or plain ones
-        of another shape (counts, SOAP's bases). Names of parameters that another process steps are left out; ShapeError for names of another model."""
+        of another shape (counts, SOAP's bases). Names of parameters that another process steps are left out; ShapeError for names of another model.
+        Shapes as lists, [N, K] of a matrix."""
         places, made = self._places(), {}
         self._refuse_unknown(shapes)
         for full, shape in shapes.items():
@@ -216,7 +222,7 @@ class Optimizers:
                 raise ShapeError(f"the checkpoint's optimiser state has {full.rpartition('|')[0]!r}, this model has not")
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `state_tensors`; ShapeError when the names are another optimiser's or model's."""
+        """The inverse of `state_tensors`; ShapeError when the names are another optimiser's or model's. Of any shapes."""
         self._refuse_unknown(tensors)
         places = self._places()
         found: dict[str, dict[str, Tensor]] = {}

@@ -66,6 +66,7 @@ class Requests:
         return self.reasons.pop(kind, None)
 
     def drop(self, *kinds: Kind) -> None:
+        """Takes back what was asked."""
         for kind in kinds:
             self.reasons.pop(kind, None)
 

@@ -63,6 +63,7 @@ class Schedule:
 
 
 def divisors(number: int) -> list[int]:
+    """All numbers that divide `number`, upwards."""
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
@@ -100,7 +101,8 @@ def _change_hint(recipe: Recipe, key: str) -> str:
 
 
 def schedule(recipe: Recipe, data: Dataset, world: int = 1) -> Schedule:
-    """Batch sizes, the number of steps, and how often to save and evaluate."""
+    """Batch sizes, the number of steps, and how often to save and evaluate. ConfigError for epochs of data without an
+    end."""
     micro, accumulation, total = batch_sizes(recipe, world)
     end = None
     if recipe.train.max_steps is not None:
@@ -203,7 +205,8 @@ def settle(
 
 
 def set_checkpointing(model: Model, wanted: bool | int | list[int]) -> None:
-    """Marks the blocks that recompute their activations: none, all, every n-th, or those listed."""
+    """Marks the blocks that recompute their activations: none, all, every n-th, or those listed. ConfigError for a
+    block that is not there."""
     blocks = model.blocks()
     if isinstance(wanted, list):
         outside = [n for n in wanted if not 0 <= n < len(blocks)]

@@ -54,6 +54,7 @@ class RunFolder:
             clean(self.context.checkpoint_folder)
 
     def close(self) -> None:
+        """Lets go of the run's lock."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None

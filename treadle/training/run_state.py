@@ -35,10 +35,12 @@ class RunState:
         self.cpu_seconds += cpu_seconds
 
     def to_json(self) -> dict[str, Any]:
+        """Plain numbers for run_state.json."""
         return asdict(self)
 
     @staticmethod
     def from_json(table: dict[str, Any]) -> RunState:
+        """The inverse of `to_json`, older forms too; CheckpointError for anything else."""
         if isinstance(table.get("step"), int) and "callbacks" not in table:
             table = _upgraded(table)
         known = {f.name for f in fields(RunState)}

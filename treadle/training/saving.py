@@ -25,6 +25,7 @@ class Saver:
         self._saved: Saved | None = None
 
     def submit(self, save: Saved, job: Callable[[], None]) -> None:
+        """Starts a save; the one before has to be over (`wait`)."""
         assert self._thread is None and self._saved is None, "wait for the save before"
         if not self.asynchronous:
             self._run(save, job)
@@ -46,6 +47,7 @@ class Saver:
 
     @property
     def busy(self) -> bool:
+        """Whether a save is still being written."""
         return self._thread is not None and self._saved is None
 
     def wait(self) -> Saved | None:

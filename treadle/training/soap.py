@@ -28,6 +28,7 @@ class SOAP(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update of all parameters that have a gradient; takes no closure."""
         assert closure is None
         for group in self.param_groups:
             for parameter in group["params"]:

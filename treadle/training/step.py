@@ -51,6 +51,7 @@ class LossScale:
     good_steps: int = 0
 
     def after(self, finite: bool) -> None:
+        """Says how a step ended, so that the scale can follow."""
         self.good_steps = self.good_steps + 1 if finite else 0
         if not finite:
             self.scale = max(1.0, self.scale / 2)
@@ -91,7 +92,7 @@ class Stepper:
         veto: Callable[[float], bool] | None = None,
     ) -> StepResult:
         """Step number `step`. A loss or gradient that is not finite, or a loss that `veto` refuses, leaves the weights as
-        they were (skipped)."""
+        they were (skipped). ConfigError when the loss lacks the objective's headline."""
         counts = self._counts(micro_batches)
         if not self.strategy.engine_owns_step:
             self.optimizers.zero_grad()

@@ -86,7 +86,8 @@ class Trainer:
     # ---- what a subclass may override ----
 
     def compute_loss(self, model: Model, batch: Batch) -> Losses | Tensor:
-        """The loss of one micro-batch: Losses, or one number, a mean over the batch's labels (its rows without labels)."""
+        """The loss of one micro-batch: Losses, or one number, a mean over the batch's labels (its rows without labels).
+        One number is a scalar."""
         return self._given_objective(model, batch)
 
     def compute_metrics(self, sums: dict[str, float]) -> dict[str, float]:
@@ -236,7 +237,7 @@ class Trainer:
     # ---- for users ----
 
     def evaluate(self) -> dict[str, float]:
-        """Metrics over the whole evaluation data."""
+        """Metrics over the whole evaluation data. ConfigError without any."""
         if self.eval_dataset is None:
             raise ConfigError("there is no evaluation data; give validation_path or a validation_fraction above 0")
         with self.assembly.optimizers.averaged():

@@ -57,18 +57,18 @@ class WeightAverage:
             self.exchange()
 
     def named_averages(self) -> dict[str, Tensor]:
-        """name -> the average, wherever it is now."""
+        """name -> the average, wherever it is now. Of the parameter's shape, any shape."""
         return {name: p.detach() for name, p in self.parameters.items()} if self.in_place_of_weights else self.averages
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """ "parameter|key" -> tensor, as Optimizers.state_tensors."""
+        """ "parameter|key" -> tensor, as Optimizers.state_tensors. Of any shapes."""
         weights = self.averages if self.in_place_of_weights else {name: p.detach() for name, p in self.parameters.items()}
         counted = {f"{name}|{UPDATES}": torch.tensor(float(self.updates)) for name in self.parameters}
         return counted | {f"{name}|{WEIGHT}": weight for name, weight in weights.items()}
 
     @torch.no_grad()
     def restore(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """From a checkpoint whose model is in place already; one without averages begins them there."""
+        """From a checkpoint whose model is in place already; one without averages begins them there. Of any shapes."""
         self.in_place_of_weights, self.updates = False, 0
         for name, parameter in self.parameters.items():
             self.averages[name].copy_(parameter)
@@ -79,7 +79,8 @@ class WeightAverage:
 
 @torch.no_grad()
 def resume_weights(parameters: dict[str, nn.Parameter], state: dict[str, dict[str, Tensor]]) -> None:
-    """Training goes on from the weights in an optimiser's state, where the checkpoint's model is their average."""
+    """Training goes on from the weights in an optimiser's state, where the checkpoint's model is their average. Of any
+    shapes."""
     for name, parameter in parameters.items():
         if (weight := state.get(name, {}).get(WEIGHT)) is not None:
             parameter.copy_(weight)

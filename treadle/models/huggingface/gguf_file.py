@@ -53,6 +53,7 @@ class Blocks:
     heads: int | None = None
 
     def rows(self, first: int, last: int) -> Tensor:
+        """Rows [first, last) of the matrix as fp32 [last - first, K]."""
         if self.heads is None:
             return self._read(first, last)
         size = self.shape[0] // self.heads  # whole heads are read
@@ -139,6 +140,7 @@ class GGUFFile(ForeignModel):
         return table
 
     def stored(self) -> dict[str, Stored]:
+        """Tensors by llama.cpp's names, unread; CheckpointError when rows do not divide into the heads."""
         found: dict[str, Stored] = {}
         permuted = {"llama": {"attn_q": self.config.num_heads, "attn_k": self.config.groups}}
         heads = permuted.get(str(self.metadata["general.architecture"]), {})

@@ -66,7 +66,8 @@ def write_gguf(
 ) -> Path:  # fmt: skip
     """Writes the file at once or not at all. kind: f32, f16 or q8_0 for matrices (f16 where a row does not divide into blocks
     of 32); vectors stay fp32. template: the chat template's text. described_as: general.* keys (name, license).
-    ConfigError: llama.cpp has no such model or tokenizer, or a weight is too large for f16."""
+    ConfigError: llama.cpp has no such model or tokenizer, or a weight is too large for f16. MissingExtra without the
+    package gguf. Weights [N, K]."""
     try:
         import gguf
     except ImportError:

@@ -23,7 +23,7 @@ def is_hub_name(name: str) -> bool:
 
 def fetched(name: str, revision: str | None = None) -> Path:
     """The folder of a model in the cache, downloaded where it is not there yet. InputError in one line: offline and not
-    cached, no such name or revision, or no access."""
+    cached, no such name or revision, or no access. MissingExtra without huggingface_hub."""
     name = name.removeprefix(PREFIX)
     try:
         from huggingface_hub import constants, snapshot_download

@@ -122,7 +122,8 @@ class PeftFolder(Checkpoint):
 
     @torch.no_grad()
     def tensors(self, stem: str) -> Tensors:
-        """The base's weights by our names with the adapter added, in fp32."""
+        """The base's weights by our names with the adapter added, in fp32. CheckpointError for any other stem than the
+        weights'."""
         if stem != "model":
             raise CheckpointError(f"{self.folder} holds weights alone")
         whole, model = self._weights(self.base)
@@ -220,7 +221,8 @@ def for_peft(
     shape: Any, trained: Mapping[str, Tensor], settings: AdapterSettings, base: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(table of adapter_config.json, tensors by peft's names) of a run's adapters. shape: the model's configuration; base: what
-    peft is told to load. The numbers are those of the run, in fp32; where a layer of theirs is several of ours, B holds zeros."""
+    peft is told to load. The numbers are those of the run, in fp32; where a layer of theirs is several of ours, B holds zeros.
+    lora_A [r, K], lora_B [N, r]."""
     family, rank = family_for(shape), settings.lora_rank
     assert rank is not None
     alpha = alpha_of(settings)

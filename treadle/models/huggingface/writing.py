@@ -20,14 +20,14 @@ def for_transformers(
     config: TransformerConfig, weights: Mapping[str, Tensor], dtype: torch.dtype, tokens: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(table of config.json, weights by transformers' names, in `dtype`). tokens: bos_token_id and its like. ConfigError
-    says what no family can hold."""
+    says what no family can hold. Weights [N, K]."""
     family, table = written(config)
     table = {**table, **tokens, "dtype": NAMES_OF_DTYPES[dtype], "torch_dtype": NAMES_OF_DTYPES[dtype]}
     return table, for_family(family, config, weights, dtype)
 
 
 def for_family(family: Family, config: TransformerConfig, weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights by the names and in the forms of one family, in `dtype`."""
+    """The weights by the names and in the forms of one family, in `dtype`. Weights [N, K]."""
     return {name: tensor.to(dtype).contiguous() for name, tensor in _renamed(family, config, weights)}
 
 

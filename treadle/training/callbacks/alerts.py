@@ -10,6 +10,8 @@ from treadle.training.context import Context
 
 
 class AlertsCallback(Callback):
+    """Tells webhooks what happens to a run."""
+
     name = "alerts"
 
     alerts: Alerts | None = None

@@ -118,6 +118,7 @@ class Callback:
 
 
 def built_in(callback: Callback) -> bool:
+    """Whether a callback is one of treadle's own."""
     return type(callback).__module__.startswith(_HERE)
 
 
@@ -198,7 +199,7 @@ class Callbacks:
         return self.context.requests.stop_asked_here
 
     def raise_problem(self) -> None:
-        """Raises what `fail` was told: here as it is, in the other processes as word of it."""
+        """Raises what `fail` was told: here as it is, in the other processes as word of it. PeerFailed."""
         if self.problem is not None:
             raise self.problem
         requests = self.context.requests
@@ -226,6 +227,7 @@ class Callbacks:
         return found
 
     def load_state(self, states: dict[str, dict[str, Any]]) -> None:
+        """Gives each callback its part of a saved state; CallbackError names the one that fails."""
         for callback, function in self._hooks["load_state_dict"]:
             try:
                 function(states.get(callback.name, {}))
@@ -236,7 +238,8 @@ class Callbacks:
 
 def make_callbacks(given: Sequence[Any], settings: TrainSettings) -> list[Callback]:
     """The built-in callbacks and others: `given` by the objective or from Python (instances or classes), and those that the
-    configuration names. One with the name of a built-in takes its place; train.disabled_callbacks are left out."""
+    configuration names. One with the name of a built-in takes its place; train.disabled_callbacks are left out.
+    ConfigError for two of one name, for what is no callback and for an unknown name."""
     known, disabled = [*BUILTIN, *(one.name for one in given if hasattr(one, "name"))], settings.disabled_callbacks
     for name in disabled:
         if name not in known:

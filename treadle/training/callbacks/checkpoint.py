@@ -7,6 +7,8 @@ from treadle.training.context import Context
 
 
 class CheckpointSchedule(Callback):
+    """Asks for the checkpoints that checkpoint.save_steps wants."""
+
     name = "checkpoint"
 
     def after_step(self, context: Context) -> None:

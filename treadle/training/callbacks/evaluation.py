@@ -11,6 +11,8 @@ from treadle.training.context import Context
 
 
 class EvaluationSchedule(Callback):
+    """Asks for the evaluations that eval.eval_steps and its like want."""
+
     name = "evaluation"
 
     def __init__(self) -> None:

@@ -11,6 +11,8 @@ from treadle.training.context import Context
 
 
 class HealthCallback(Callback):
+    """Watches loss, gradient norm and throughput."""
+
     name = "health"
 
     def __init__(self) -> None:

@@ -8,6 +8,8 @@ from treadle.training.context import Context
 
 
 class ProfilerCallback(Callback):
+    """Traces the steps that log.profile names."""
+
     name = "profiler"
 
     def wanted(self, context: Context) -> bool:

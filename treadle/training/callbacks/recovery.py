@@ -18,6 +18,7 @@ class Recovery(Callback):
         self.consecutive = 0
 
     def after_step(self, context: Context) -> None:
+        """Counts steps that were left out; Diverged when too many were and train.on_nonfinite is no rollback."""
         result, step = context.result, context.step
         assert result is not None
         if not result.skipped:

@@ -7,6 +7,8 @@ from treadle.training.context import Context
 
 
 class Sample(Callback):
+    """Lets the model write at each evaluation."""
+
     name = "sample"
 
     def wanted(self, context: Context) -> bool:

@@ -8,6 +8,8 @@ from treadle.training.context import Context
 
 
 class WatchdogCallback(Callback):
+    """Ends a process whose step hangs."""
+
     name = "watchdog"
 
     watchdog: Watchdog | None = None
