@@ -45,6 +45,7 @@ def _begun_at(place: RemotePath) -> list[int]:
 
 
 def best_file_at(place: RemotePath) -> bytes | None:
+    """What a copy says is its best checkpoint, as bytes; None where it says nothing."""
     try:
         return (place / CHECKPOINTS / BEST_FILE).read_now()
     except Gone:
@@ -55,12 +56,14 @@ def best_file_at(place: RemotePath) -> bytes | None:
 
 
 def id_here(run: Path) -> str | None:
+    """The identity of the run in a folder; None where there is none."""
     with contextlib.suppress(OSError):
         return _id_in((run / RUN_FILE).read_bytes())
     return None
 
 
 def id_there(place: RemotePath) -> str | None:
+    """The identity of the run whose copy this is; None where there is none."""
     try:
         return _id_in((place / RUN_FILE).read_now())
     except Gone:
@@ -133,6 +136,7 @@ def _copy(source: Path, target: RemotePath) -> None:
 
 
 def holds(file: RemotePath, data: bytes) -> bool:
+    """Whether a remote file has these contents."""
     try:
         return file.read_now() == data
     except Gone:

@@ -81,7 +81,7 @@ def _newest_whole(place: RemotePath, steps: list[int], warn: Warn, fetch: Callab
 
 def fetch_newest(place: RemotePath, root: Path, warn: Warn, choice: str = "") -> Checkpoint | None:
     """The newest checkpoint of a copy that verifies (choice: "best" or a step: that one), brought into `root`; None where there is none
-    at all."""
+    at all. InputError for a choice that is not there."""
     steps = steps_at(place)
     if choice:
         best = best_in(best_file_at(place))

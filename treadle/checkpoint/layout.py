@@ -13,6 +13,7 @@ _MEMBER = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]{0,63}/)?[A-Za-z0-9][A-Za-z0-9._
 
 
 def checkpoint_name(step: int) -> str:
+    """The folder of a step's checkpoint."""
     return f"step-{step:08d}"
 
 

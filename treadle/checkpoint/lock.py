@@ -53,6 +53,7 @@ class RunLock:
         _held.add(self)
 
     def release(self) -> None:
+        """Gives the folder free."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1

@@ -42,7 +42,7 @@ class Checkpoint:
         return data
 
     def tensors(self, stem: str) -> dict[str, Tensor]:
-        """The whole tensors of `stem`.safetensors, or of its shards, verified."""
+        """The whole tensors of `stem`.safetensors, or of its shards, verified. Of any shapes."""
         if not self.sharded:
             return parse_tensors(self._bytes(stem + ".safetensors"), f"{self.folder / stem}.safetensors")
         parts: dict[str, list[tuple[list[int], Tensor]]] = {}
@@ -67,13 +67,14 @@ class Checkpoint:
         return self._bytes(member).tobytes()
 
     def text(self, member: str) -> str:
-        """A text member, verified."""
+        """A text member, verified. CheckpointError when it is no text."""
         try:
             return self.raw(member).decode("utf-8")
         except UnicodeDecodeError as problem:
             raise CheckpointError(f"{self.folder / member} is not text: {problem}") from None
 
     def json(self, member: str) -> dict[str, Any]:
+        """A member that holds one table, verified; CheckpointError when it does not."""
         try:
             table = json.loads(self.text(member))
         except (ValueError, RecursionError) as problem:
@@ -83,6 +84,7 @@ class Checkpoint:
         return table
 
     def members(self, prefix: str = "") -> list[str]:
+        """Names of all members that begin so."""
         return [name for name in self.manifest["files"] if name.startswith(prefix)]
 
     def verify(self) -> None:

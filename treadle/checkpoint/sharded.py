@@ -31,11 +31,14 @@ class Peers(Protocol):
     rank: int
     group: Any
 
-    def all_gather_object(self, value: Any) -> list[Any]: ...
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """The value of each process, in their order."""
 
-    def on_main_first(self, action: Callable[[], T]) -> T: ...
+    def on_main_first(self, action: Callable[[], T]) -> T:
+        """Runs an action in the first process; its result, or error, in all of them."""
 
-    def agree(self, problem: Exception | None) -> None: ...
+    def agree(self, problem: Exception | None) -> None:
+        """Raises in all processes where one has a problem."""
 
 
 def save(
@@ -47,7 +50,7 @@ def save(
     peers: Peers,
     name: str | None = None,
 ) -> str:
-    """`writer.save` by all processes together; SaveError in all of them when one cannot write."""
+    """`writer.save` by all processes together; SaveError in all of them when one cannot write. Tensors of any shapes."""
     root = str(root)
     need = int(sum(sum(peers.all_gather_object(sum(t.nbytes for t in group.values()))) for group in tensors.values()))
 
@@ -129,7 +132,7 @@ def shapes(checkpoint: Checkpoint, stem: str) -> dict[str, list[int]]:
 
 def load_into(checkpoint: Checkpoint, stem: str, targets: dict[str, Tensor], group: Any) -> None:
     """Fills targets (parts or whole tensors) from a verified checkpoint, reading only the bytes each part needs. All
-    processes call it. CheckpointError when it cannot be read."""
+    processes call it. CheckpointError when it cannot be read. Of any shapes."""
     try:
         dcp.load(dict(targets), storage_reader=_reader(checkpoint, stem), process_group=group)
     except (dcp.CheckpointException, OSError, ValueError, RuntimeError, KeyError) as problem:

@@ -30,7 +30,7 @@ LONGEST_HEADER = 100 << 20
 
 
 def stream_tensors(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Iterator[bytes | memoryview]:
-    """A safetensors file in parts, tensors in the order of their names."""
+    """A safetensors file in parts, tensors in the order of their names. Of any shapes."""
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     offset = 0
     for name in sorted(tensors):
@@ -48,14 +48,15 @@ def stream_tensors(tensors: dict[str, Tensor], metadata: dict[str, str] | None =
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """A plain safetensors file (checkpoints go through checkpoint/writer.py, which makes them durable)."""
+    """A plain safetensors file (checkpoints go through checkpoint/writer.py, which makes them durable). Of any shapes."""
     with path.open("wb") as stream:
         for part in stream_tensors(tensors, metadata):
             stream.write(part)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; InputError when there is none, CheckpointError when it is damaged."""
+    """The tensors of a safetensors file; InputError when there is none, CheckpointError when it is damaged. Of any
+    shapes."""
     if not path.is_file():
         raise InputError(f"{path} does not exist")
     return parse_tensors(np.fromfile(path, dtype=np.uint8), path.name)
@@ -116,10 +117,12 @@ class TensorPlace:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def rows(self, first: int, last: int) -> Tensor:
-        """Rows [first, last), or these numbers of a vector; InputError when the file cannot be read."""
+        """Rows [first, last), or these numbers of a vector; InputError when the file cannot be read. CheckpointError
+        when it has become shorter."""
         row = math.prod(self.shape[1:]) * self.dtype.itemsize
         try:
             with self.path.open("rb") as stream:
@@ -133,7 +136,8 @@ class TensorPlace:
 
 
 def tensor_places(path: Path) -> dict[str, TensorPlace]:
-    """The tensors of a safetensors file, unread; CheckpointError when its header is not sound."""
+    """The tensors of a safetensors file, unread; CheckpointError when its header is not sound. InputError when it
+    cannot be read."""
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
@@ -153,7 +157,8 @@ def tensor_places(path: Path) -> dict[str, TensorPlace]:
 
 
 def parse_offsets(data: np.ndarray, name: str) -> dict[str, list[int]]:
-    """Where each tensor of a sharded file lies in its whole, from the metadata torch.distributed.checkpoint writes."""
+    """Where each tensor of a sharded file lies in its whole, from the metadata torch.distributed.checkpoint writes.
+    CheckpointError when it is not sound."""
     try:
         (length,) = struct.unpack("<Q", data[:8].tobytes())
         metadata = json.loads(data[8 : 8 + min(length, LONGEST_HEADER)].tobytes()).get("__metadata__", {})
@@ -167,7 +172,7 @@ def parse_offsets(data: np.ndarray, name: str) -> dict[str, list[int]]:
 
 
 def joined(pieces: list[tuple[list[int], Tensor]], name: str) -> Tensor:
-    """Parts with their offsets as one tensor; CheckpointError unless they fill it exactly."""
+    """Parts with their offsets as one tensor; CheckpointError unless they fill it exactly. Of any shapes."""
     kinds = {(tensor.dim(), tensor.dtype, len(offsets)) for offsets, tensor in pieces}
     if len(kinds) != 1 or any(len(offsets) != tensor.dim() for offsets, tensor in pieces):
         raise CheckpointError(f"{name}: its parts do not belong together")

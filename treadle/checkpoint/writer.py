@@ -60,6 +60,7 @@ def _write_file(path: str, parts: Iterable[bytes | memoryview]) -> tuple[int, st
 
 
 def fsync_directory(path: str) -> None:
+    """Returns once the names in a folder would survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -68,6 +69,7 @@ def fsync_directory(path: str) -> None:
 
 
 def remove_tree(path: str) -> None:
+    """Deletes a folder with all in it; links are deleted, not followed."""
     # Only os.* calls, like all writing here, so that the power-cut test sees every operation.
     for name in os.listdir(path):
         inner = os.path.join(path, name)
@@ -147,7 +149,7 @@ def save(
 
     tensors: file stem -> tensors by name; files: member name -> contents; described: goes into the manifest; beside: files that
     the manifest does not name, since people edit them.
-    Raises SaveError (the previous checkpoints are untouched) when the disk refuses.
+    Raises SaveError (the previous checkpoints are untouched) when the disk refuses. Tensors of any shapes.
     """
     final, temporary = places(str(root), step, name)
     with refusals(final, temporary):
@@ -168,7 +170,8 @@ def write_members(
     described: dict[str, Any],
     written: dict[str, dict[str, Any]],
 ) -> None:
-    """Tensors, files and, last, the manifest that names them and what was `written` before (member -> size, checksum)."""
+    """Tensors, files and, last, the manifest that names them and what was `written` before (member -> size, checksum).
+    Tensors of any shapes."""
     written = dict(written)
     for stem, group in tensors.items():
         size, digest = _write_file(os.path.join(folder, stem + ".safetensors"), stream_tensors(group, {"format": "pt"}))

@@ -43,7 +43,8 @@ class Batch:
     @staticmethod
     def from_ids(ids: Any, doc_ids: Any = None, labels: Any = None, extras: dict[str, Any] | None = None) -> Batch:
         """A batch from ids [B, T] or [T] (lists or tensors), where they are; without labels nothing is scored. extras: what else
-        a task needs, by name, each with the rows as its first dimension."""
+        a task needs, by name, each with the rows as its first dimension. ConfigError for shapes that do not belong
+        together."""
         input_ids = _integers("ids", ids)
         input_ids = input_ids[None] if input_ids.dim() == 1 else input_ids
         if input_ids.dim() != 2:
@@ -89,11 +90,13 @@ class Batch:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(B, T)."""
         rows, length = self.input_ids.shape
         return rows, length
 
     @property
     def device(self) -> torch.device:
+        """Where the tensors are."""
         return self.input_ids.device
 
     def _count(self) -> dict[str, int]:

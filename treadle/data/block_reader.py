@@ -34,6 +34,7 @@ class Block:
     places: list[str] = field(default_factory=list)
 
     def row(self, number: int, length: int) -> Row:
+        """Row `number` of `length` tokens."""
         return row_of(self.shard, self.plan, number, length)
 
 
@@ -90,12 +91,14 @@ class BlockReader:
             self._pool = ProcessPoolExecutor(workers, context, _begin_worker, (reading,))
 
     def request(self, number: int) -> None:
+        """Says that a block will be wanted; a worker begins with it."""
         if self._pool is None or number in self._made:
             return
         with contextlib.suppress(BrokenProcessPool):  # said where the block is taken
             self._made[number] = self._pool.submit(_read_in_worker, number)
 
     def take(self, number: int) -> Block:
+        """The block, waited for where a worker makes it; DataError when a worker was ended from outside."""
         if self._pool is None:
             return self.reading.read(number)
         self.request(number)
@@ -108,6 +111,7 @@ class BlockReader:
                             "workers: --num_workers 0") from None  # fmt: skip
 
     def close(self) -> None:
+        """Ends the workers without waiting for what they make."""
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
 

@@ -23,7 +23,7 @@ def sources_of(settings: DataSettings) -> list[Source]:
 
 
 def opened_sources(settings: DataSettings) -> list[Source]:
-    """The sources a [data] section names, as they are."""
+    """The sources a [data] section names, as they are. InputError when it names none."""
     limit = settings.max_samples
     if settings.dataset_name is not None:
         return [HuggingFaceSource(settings.dataset_name, settings.dataset_config, settings.split, settings.text_column, limit)]

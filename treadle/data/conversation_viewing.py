@@ -44,7 +44,7 @@ def kind_of_rows(path: str, text_column: str) -> str:
 
 
 def opened(path: str, kind: str, tokenizer: str, **keys: Any) -> dict[str, Conversations]:
-    """The splits of a file of conversations or preferences. keys: of [data]."""
+    """The splits of a file of conversations or preferences. keys: of [data]. ConfigError for any other kind."""
     made = DATASETS.get(kind)
     if not issubclass(made, Conversations):
         raise ConfigError(f"--dataset {kind}: choose conversations, preferences or text")
@@ -60,7 +60,8 @@ def spelled(tokenizer: Tokenizer, ids: list[int]) -> str:
 
 
 def show_rows(path: str, kind: str, first: int, count: int, tokenizer: str, colour: bool, **keys: Any) -> Iterator[str]:
-    """Rows `first` to `first + count` of what is trained on: of each document its tokens in runs, with whether they are learnt."""
+    """Rows `first` to `first + count` of what is trained on: of each document its tokens in runs, with whether they are learnt.
+    ConfigError for a row that is not there."""
     data = opened(path, kind, tokenizer, **keys)["train"]
     (rows,) = data.parts
     if first >= len(rows):

@@ -46,6 +46,7 @@ def template_of(settings: DataSettings, tokenizer: Tokenizer) -> ChatTemplate | 
 
 
 def name_of(template: ChatTemplate | None) -> str:
+    """What people call a template: its name, or that it is the tokenizer's own."""
     return NO_TEMPLATE if template is None else next((n for n, source in NAMED.items() if source == template.source), "the tokenizer's or a file's own")
 
 
@@ -66,6 +67,7 @@ class RowSource(WrappedSource):
         """What becomes of a row; InputError that says what is wrong with it."""
 
     def read(self, piece: Piece) -> Iterator[Document | Bad]:
+        """The documents made of each row; ConfigError for prepared tokens, which have none."""
         for row in self.source.read(piece):
             if isinstance(row, str):  # a file of text among them
                 row = Record({self.column: row}, piece.files[0] if piece.files else "", None, 0)
@@ -100,12 +102,14 @@ class EncodedRows(RowSource):
         self.tokenizer, self.template, self.train_on, self.seq_len = tokenizer, template, train_on, seq_len
 
     def identity(self) -> str:
+        """A hash of the rows, the template and what is learnt."""
         template = self.template.source if self.template is not None else None
         described = [type(self).__name__, VERSION, self.source.identity(), template, self.train_on, self.seq_len, self.column]
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
     def encode(self, said: Said, messages: Sequence[dict[str, Any]] | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """(ids [N], mask [N]) of what a row says, or of the first of its messages."""
+        """(ids [N], mask [N]) of what a row says, or of the first of its messages. InputError for messages without a
+        template."""
         if said.messages is not None:
             if self.template is None:
                 raise InputError("messages need a chat template; leave out --chat_template none")
@@ -239,6 +243,7 @@ class Conversations(TokenDataset):
         return found
 
     def counted(self, documents: int) -> str:
+        """How many conversations, in words."""
         return f"{documents:,} conversation(s)"
 
 

@@ -22,6 +22,7 @@ class CsvSource(Source):
     """
 
     def pieces(self) -> list[Piece]:
+        """Byte ranges of the files, cut where rows end."""
         return [piece for file in self.files for piece in self._pieces(file)]
 
     def _pieces(self, file: AnyPath) -> list[Piece]:
@@ -45,6 +46,7 @@ class CsvSource(Source):
         return names.index(self.column)
 
     def read(self, piece: Piece) -> Iterator[Document | Bad]:
+        """One document a row; malformed rows as Bad."""
         file = str(self.file(piece))
         with opened(self.file(piece), piece) as stream:
             stream.seek(0)
@@ -72,4 +74,5 @@ class CsvSource(Source):
             yield text_of(row[column], file, None, piece.start, self.column)
 
     def count(self) -> int:
+        """Lines of all files, about as many as documents."""
         return count_lines(self.files)

@@ -76,7 +76,7 @@ class TokenDataset(IndexedDataset):
         **options: Any,
     ) -> Dataset:
         """The rows of a file or folder; prepared (and cached) on first use. `options` are keys of [data], or other
-        words for them."""
+        words for them. InputError when it has no such split."""
         options = DataSettings.in_our_words(options)
         trusted_code.allow_names([options.get("transforms"), options.get("filters")])  # who passes a name from Python means that
         paths = [str(p) for p in path] if isinstance(path, (list, tuple)) else str(path)
@@ -215,7 +215,8 @@ def load_splits(
     fresh: bool = False,
     sources: list[Source] | None = None,
 ) -> dict[str, TokenDataset]:
-    """The train and (where something is held out) validation rows that the configuration asks for."""
+    """The train and (where something is held out) validation rows that the configuration asks for. ConfigError where
+    prepared tokens do not fit what is asked."""
     root = cache_root(settings.cache_dir)
     held_out = held_shares(settings)
 

@@ -92,6 +92,7 @@ class Deduplication(Transform):
         return (text for ordinal, text in enumerate(texts) if isinstance(text, Bad) or ordinal not in duplicates)
 
     def said(self, file: str) -> str:
+        """What a finished pass left out, in words."""
         kept = _open(Path(file))
         documents, left_out = kept.execute("SELECT documents, left_out FROM counted").fetchone()
         kept.close()

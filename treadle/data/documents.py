@@ -32,6 +32,7 @@ class Record:
     offset: int
 
     def bad(self, reason: str) -> Bad:
+        """The row as malformed, for this reason."""
         return Bad(self.file, self.line, self.offset, reason)
 
     def __len__(self) -> int:
@@ -50,6 +51,7 @@ class Encoded:
 
     @staticmethod
     def left_out(remark: str) -> Encoded:
+        """No tokens, and why."""
         return Encoded(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=bool), (), remark)
 
     def __len__(self) -> int:

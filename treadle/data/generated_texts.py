@@ -35,16 +35,20 @@ class GeneratedTexts(Source):
         raise TypeError("each worker would run the function again")  # so that prepare reads it in this process
 
     def label(self) -> str:
+        """The function's name."""
         return function_label(self.function)
 
     def fingerprint(self) -> str | None:
+        """A hash of the function's source, or its version; None where neither is known."""
         return self._source
 
     def identity(self) -> str:
+        """A hash of the function and the limit; of this process where the function has none."""
         text = json.dumps(["texts", self._source or THIS_PROCESS + str(id(self)), self.limit])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def signature(self) -> dict[str, str]:
+        """Nothing: there is no file that may change."""
         return {}  # its fingerprint stands among those of the transforms
 
     def _counted(self) -> array[int]:
@@ -55,12 +59,15 @@ class GeneratedTexts(Source):
         return self._lengths
 
     def size(self) -> int:
+        """Bytes of all texts, counted in a first run through them."""
         return sum(self._counted())
 
     def count(self) -> int:
+        """How many texts there are."""
         return len(self._counted())
 
     def pieces(self) -> list[Piece]:
+        """Ranges of texts of about piece_bytes."""
         starts, held = [0], 0
         for number, size in enumerate(self._counted()):
             if held and held + size > self.piece_bytes:
@@ -78,6 +85,7 @@ class GeneratedTexts(Source):
             raise DataError(f"{self.label()} raised {type(problem).__name__}: {problem}") from problem
 
     def read(self, piece: Piece) -> Iterator[Document | Bad]:
+        """The texts of a piece; DataError when there are fewer than there were."""
         at, texts = self._open or (-1, iter(()))
         if at != piece.start:
             texts = self._from(piece.start)

@@ -44,22 +44,27 @@ class HuggingFaceSource(Source):
         super().__init__([], column)
 
     def identity(self) -> str:
+        """A hash of name, configuration, split, column and the rows' fingerprint."""
         text = json.dumps(["hf", self.name, self.config, self.split, self.column, self.rows._fingerprint])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def signature(self) -> dict[str, str]:
+        """Name -> the fingerprint that `datasets` gives."""
         return {self.name: self.rows._fingerprint}
 
     def size(self) -> int:
+        """Bytes of the data set, as `datasets` says."""
         return int(self.rows.dataset_size or 0)
 
     def pieces(self) -> list[Piece]:
+        """Ranges of rows."""
         total, step = len(self.rows), self.ROWS
         if self.piece_bytes < PIECE_BYTES:
             step = max(1, min(step, total // FEWEST_PARTS, total * self.piece_bytes // max(1, self.size())))
         return [Piece((), a, min(a + step, total)) for a in range(0, total, step)]
 
     def read(self, piece: Piece) -> Iterator[Document | Bad]:
+        """The text of each row of a piece, or whole rows."""
         if self.whole_rows:
             for number in range(piece.start, piece.stop):
                 yield Record(self.rows[number], self.name, number, 0)
@@ -68,4 +73,5 @@ class HuggingFaceSource(Source):
             yield text_of(value, self.name, piece.start + row, 0, self.column)
 
     def count(self) -> int:
+        """Rows."""
         return len(self.rows)

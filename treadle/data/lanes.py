@@ -45,6 +45,7 @@ class BlockOrder:
         return max(0, -(-(self.blocks - first) // LANES))
 
     def block(self, epoch: int, lane: int, ordinal: int) -> int:
+        """Which block is the `ordinal`-th of a lane in an epoch."""
         place = np.array([_SPREAD[lane] + ordinal * LANES])
         return int(permute(place, self.blocks, key(self.seed, 0xB10C5, epoch))[0]) if self.shuffle else int(place[0])
 
@@ -58,10 +59,12 @@ class GroupCursor:
     lanes: list[list[int]] = field(default_factory=list)
 
     def to_json(self) -> list[Any]:
+        """Plain numbers, for run_state.json."""
         return [self.epoch, self.turn, [list(place) for place in self.lanes]]
 
     @staticmethod
     def from_json(found: Any, lanes: int) -> GroupCursor:
+        """The inverse of `to_json`; CheckpointError for anything else."""
         try:
             epoch, turn, places = found
             cursor = GroupCursor(int(epoch), int(turn), [[int(a), int(b)] for a, b in places])
@@ -78,4 +81,5 @@ class GroupCursor:
 
 
 def first_cursor(lanes: int) -> GroupCursor:
+    """The beginning of the first epoch."""
     return GroupCursor(0, 0, [[0, 0] for _ in range(lanes)])

@@ -113,6 +113,7 @@ class Mixture:
 
     @staticmethod
     def of(weights: Sequence[Any], seed: int, shuffle: bool, global_batch: int) -> Mixture:
+        """From weights as [data] has them, whose schedule is in steps."""
         return Mixture(tuple((step * global_batch, some) for step, some in segments_of(weights)), seed, shuffle)
 
     def draws(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -180,6 +181,7 @@ class Order:
 
     @property
     def rows(self) -> int:
+        """Rows of all sources."""
         return sum(self.sizes)
 
     def draws(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -213,6 +215,7 @@ class Order:
 
     @functools.cached_property
     def mixture(self) -> Mixture:
+        """Which source each draw comes from; only with weights."""
         assert self.weights is not None
         return Mixture.of(self.weights, self.seed, self.shuffle, self.global_batch)
 

@@ -22,6 +22,7 @@ class Plan:
 
     @property
     def rows(self) -> int:
+        """How many rows there are."""
         return len(self.row_starts) - 1
 
     def efficiency(self, row_length: int) -> float:

@@ -30,6 +30,7 @@ class ParquetSource(Source):
             raise DataError(f"{file}: not a readable parquet file ({problem})") from None
 
     def pieces(self) -> list[Piece]:
+        """One for each row group; InputError for a file without the column."""
         found = []
         for file in self.files:
             opened = self._open(file)
@@ -45,6 +46,7 @@ class ParquetSource(Source):
         return found
 
     def read(self, piece: Piece) -> Iterator[Document | Bad]:
+        """The text of each row of a group, or whole rows."""
         file = str(self.file(piece))
         try:
             group = self._open(self.file(piece)).read_row_group(piece.start, columns=None if self.whole_rows else [self.column])
@@ -58,4 +60,5 @@ class ParquetSource(Source):
             yield Record(values[row], file, row, 0) if self.whole_rows else text_of(values[row], file, row, 0, self.column)
 
     def count(self) -> int:
+        """Rows of all files."""
         return sum(self._open(file).metadata.num_rows for file in self.files)

@@ -38,6 +38,7 @@ def DataPipeline(
     source: a file or folder, a list of them, a treadle.data.sources.Source (or a list), or a function that returns an iterator of texts
     (`version` then stands for it in the place of its source). transforms: Map, Filter and the other transforms; a plain function is
     a Map, or a Filter where it is annotated `-> bool`; so is FILE.py:FUNCTION. keys: keys of [data], or other words for them.
+    InputError without such a split; ConfigError for weights of anything but paths.
     """
     keys = DataSettings.in_our_words(keys)
     trusted_code.allow_names([keys, [t for t in transforms if isinstance(t, str)]])  # who passes a name means that

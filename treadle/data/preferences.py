@@ -41,6 +41,7 @@ class PackedPairs(Rows):
         return shard.document_starts[::2]
 
     def row(self, number: int) -> Row:
+        """Row `number`, its documents by turns chosen and rejected."""
         pairs = super().row(number)
         starts = pairs.shard.document_starts
         second = starts[np.searchsorted(starts, pairs.start) + 1]
@@ -70,6 +71,7 @@ class Preferences(Conversations):
         return made
 
     def counted(self, documents: int) -> str:
+        """How many pairs, in words."""
         return f"{documents // 2:,} pair(s)"
 
 

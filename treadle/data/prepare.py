@@ -52,6 +52,7 @@ class Split:
 
     @staticmethod
     def of(source: Source, held: Held) -> Split:
+        """Whole documents where there are enough of them, else the end of each."""
         return Split(held, sum(held) > 0 and (source.indivisible or source.count() >= WHOLE_DOCUMENTS_FROM))
 
     def divide(self, document: Document, piece: int, ordinal: int) -> Iterator[tuple[str, Document]]:
@@ -212,6 +213,7 @@ def open_prepared(folder: AnyPath) -> dict[str, TokenSet]:
 
 
 def is_prepared(path: str | Path) -> bool:
+    """Whether a folder holds prepared tokens."""
     found = path_of(path)
     if isinstance(found, RemotePath) and found.suffix:  # a file: nothing is asked for over the network
         return False

@@ -31,10 +31,12 @@ SCHEMA = 2  # part of the cache key: data prepared by another layout is prepared
 
 
 def id_type(vocab_size: int) -> np.dtype:
+    """The smallest type that holds all ids: two or four bytes, little-endian."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 def file_sha256(path: AnyPath) -> str:
+    """The checksum of a file, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
 
@@ -95,7 +97,7 @@ class TokenSet:
         return Shard(mapped(path, dtype), starts, mapped(files[2][0], np.dtype("u1")) if len(files) > 2 else None)
 
     def verify(self) -> None:
-        """Reads everything once: checksums and id range."""
+        """Reads everything once: checksums and id range. DataError says what is damaged."""
         for record in self.described["shards"]:
             kinds = (".bin", ".idx", ".mask")[: 3 if record.get("masked") else 2]
             for name in (record["file"].replace(".bin", kind) for kind in kinds):
@@ -107,20 +109,24 @@ class TokenSet:
 
     @property
     def fingerprint(self) -> str:
+        """A hash of the text, the tokenizer and the form of the files."""
         return self.described["fingerprint"]
 
     @property
     def statistics(self) -> dict[str, Any]:
+        """What was counted while it was prepared: documents, tokens, bytes, lengths."""
         return self.described["statistics"]
 
     def documents(self) -> int:
+        """Documents in all shards."""
         return sum(len(shard.document_starts) for shard in self.shards)
 
     def tokens(self) -> int:
+        """Tokens in all shards."""
         return sum(len(shard.ids) for shard in self.shards)
 
     def document(self, number: int) -> np.ndarray:
-        """The ids of document `number`, end-of-document token included."""
+        """The ids of document `number`, end-of-document token included. DataError when there is none."""
         for shard in self.shards:
             count = len(shard.document_starts)
             if number < count:
@@ -172,6 +178,7 @@ def rows_in(shard: Shard, made: Plan | None, row_length: int) -> int:
 
 
 def row_of(shard: Shard, made: Plan | None, number: int, row_length: int) -> Row:
+    """Row `number` of a shard under a plan; without one, the tokens of the shard in equal parts."""
     if made is not None:
         segments = slice(int(made.row_starts[number]), int(made.row_starts[number + 1]))
         return Row(shard, made.start[segments], made.length[segments])
@@ -220,6 +227,7 @@ class Rows:
         return int(self._first_row[-1])
 
     def row(self, number: int) -> Row:
+        """Row `number` over all shards."""
         at = int(np.searchsorted(self._first_row, number, side="right")) - 1
         shard, made, local = self.tokens.shards[at], self._plans[at], number - int(self._first_row[at])
         return row_of(shard, made, local, self.row_length)

@@ -98,9 +98,11 @@ class Source:
         """Told, before reading, what ends a document in the tokenizer; for sources of ids."""
 
     def pieces(self) -> list[Piece]:
+        """The parts that are read (and prepared) independently, in order."""
         raise NotImplementedError
 
     def read(self, piece: Piece) -> Iterator[Document | Bad]:
+        """The documents of one piece, in order; malformed ones as Bad."""
         raise NotImplementedError
 
     def count(self) -> int:
@@ -179,6 +181,7 @@ class TextSource(Source):
     """
 
     def pieces(self) -> list[Piece]:
+        """Small files together, large ones in ranges that end at a line."""
         pieces: list[Piece] = []
         group: list[str] = []
         held = 0
@@ -223,6 +226,7 @@ class TextSource(Source):
                 yield file, begin, b"".join(content)
 
     def read(self, piece: Piece) -> Iterator[Document | Bad]:
+        """A document a file, or between two separator lines."""
         for file, begin, raw in self._bytes(piece):
             text: list[str] = []
             for part in _decode_lines(raw, str(file), begin, 1 if begin == 0 else None):
@@ -247,6 +251,7 @@ class TextSource(Source):
             yield "".join(document)
 
     def count(self) -> int:
+        """How many documents; with a separator, all text is looked through."""
         if self.separator is None:
             return sum(len(piece.files) for piece in self.pieces())
         mark = self.separator.encode()
@@ -257,6 +262,7 @@ class JsonLinesSource(Source):
     """.jsonl files (also .json and .ndjson, .gz, .zst): one JSON object a line, the text under `column`."""
 
     def pieces(self) -> list[Piece]:
+        """Byte ranges of the files; InputError for a file that is one array."""
         for file in self.files:
             if not file.name.endswith(LINES[:2]):  # .json may be either
                 with open_bytes(file) as stream:
@@ -265,6 +271,7 @@ class JsonLinesSource(Source):
         return [piece for file in self.files for piece in byte_ranges(file, content_size(file), self.piece_bytes)]
 
     def read(self, piece: Piece) -> Iterator[Document | Bad]:
+        """The text of each line, or whole rows; malformed lines as Bad."""
         file = str(self.file(piece))
         with opened(self.file(piece), piece) as stream:
             offset, line = first_line(stream, piece), 1 if piece.start == 0 else None
@@ -297,6 +304,7 @@ class JsonLinesSource(Source):
         return text_of(row[self.column], file, line, offset, self.column)
 
     def count(self) -> int:
+        """Lines of all files."""
         return count_lines(self.files)
 
 
@@ -321,6 +329,7 @@ def opened(file: AnyPath, piece: Piece) -> AbstractContextManager[BinaryIO]:
 
 
 def text_of(value: Any, file: str, line: int | None, offset: int, column: str) -> Document | Bad:
+    """A value of a column as a document; Bad where it is no text that UTF-8 can hold."""
     if not isinstance(value, str):
         return Bad(file, line, offset, f"{column!r} is {type(value).__name__}, not text")
     try:
@@ -338,12 +347,15 @@ class TokenFileSource(Source):
     eos_id: int | None = None
 
     def ended_by(self, eos_id: int) -> None:
+        """Says which id ends a document."""
         self.eos_id = eos_id
 
     def pieces(self) -> list[Piece]:
+        """One for each file."""
         return [Piece((str(file),)) for file in self.files]
 
     def read(self, piece: Piece) -> Iterator[Document | Bad]:
+        """The ids of each document, end included."""
         file = self.file(piece)
         if (size := size_of(file)) % 2:
             yield Bad(str(file), None, size - 1, "an odd number of bytes cannot hold uint16 ids")
@@ -357,6 +369,7 @@ class TokenFileSource(Source):
             start = end + 1
 
     def count(self) -> int:
+        """Files: their documents are counted when they are read."""
         return len(self.files)
 
 
@@ -368,22 +381,28 @@ class WrappedSource(Source):
         self.source, self.piece_bytes = source, source.piece_bytes
 
     def signature(self) -> dict[str, str]:
+        """That of the source inside."""
         return self.source.signature()
 
     def size(self) -> int:
+        """That of the source inside."""
         return self.source.size()
 
     def ended_by(self, eos_id: int) -> None:
+        """Handed to the source inside."""
         self.source.ended_by(eos_id)
 
     def pieces(self) -> list[Piece]:
+        """Those of the source inside."""
         self.source.piece_bytes = self.piece_bytes
         return self.source.pieces()
 
     def read(self, piece: Piece) -> Iterator[Document | Bad]:
+        """The documents of the source inside."""
         return self.source.read(piece)
 
     def count(self) -> int:
+        """That of the source inside."""
         return self.source.count()
 
 
@@ -396,14 +415,17 @@ class FirstDocuments(WrappedSource):
         self._share: dict[Piece, int] = {}
 
     def ended_by(self, eos_id: int) -> None:
+        """Handed to the source inside; what was counted is counted again."""
         super().ended_by(eos_id)
         if isinstance(self.source, TokenFileSource):  # it has other documents now
             self._share = {}
 
     def identity(self) -> str:
+        """A hash of the limit and of the source inside."""
         return hashlib.sha256(f"first {self.limit} of {self.source.identity()}".encode()).hexdigest()
 
     def pieces(self) -> list[Piece]:
+        """Pieces of the source inside, up to the one that holds the last document."""
         if not self._share or self.source.piece_bytes != self.piece_bytes:  # read once here: nobody else knows how many documents a piece holds
             left, self._share = self.limit, {}
             for piece in super().pieces():
@@ -414,6 +436,7 @@ class FirstDocuments(WrappedSource):
         return list(self._share)
 
     def read(self, piece: Piece) -> Iterator[Document | Bad]:
+        """Documents of a piece until the limit is reached."""
         self.pieces()
         left = self._share[piece]
         for document in self.source.read(piece):
@@ -423,6 +446,7 @@ class FirstDocuments(WrappedSource):
             yield document
 
     def count(self) -> int:
+        """At most the limit."""
         return min(self.limit, self.source.count())
 
 

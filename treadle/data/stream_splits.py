@@ -32,10 +32,12 @@ class ChosenPieces(WrappedSource):
         self.chosen = chosen
 
     def identity(self) -> str:
+        """A hash of the source inside and of the pieces."""
         described = [self.source.identity(), [[*p.files, p.start, p.stop, p.part, p.parts] for p in self.chosen]]
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
     def pieces(self) -> list[Piece]:
+        """Those chosen."""
         return self.chosen
 
 
@@ -54,7 +56,8 @@ def stream_splits(
     settings: DataSettings, tokenizer_settings: TokenizerSettings, tokenizer: Tokenizer | None = None, progress: Progress | None = None,
     given: list[Source] | None = None,
 ) -> dict[str, Dataset]:  # fmt: skip
-    """The stream to train on, and the held-out text, prepared, where there is some. given: read in place of what the settings name."""
+    """The stream to train on, and the held-out text, prepared, where there is some. given: read in place of what the settings name.
+    ConfigError for a folder that is prepared already."""
     paths = settings.path if isinstance(settings.path, list) else [settings.path]
     for path in paths:
         if path is not None and is_prepared(path):

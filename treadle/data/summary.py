@@ -44,6 +44,7 @@ def opened(
     wanted: DataSettings, tokenizer: str, vocab_size: int, output: str | None = None, fresh: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> tuple[Tokenizer, dict[str, TokenSet]]:  # fmt: skip
+    """(tokenizer, token sets by split) of text, which is prepared, or of a prepared folder."""
     if isinstance(wanted.path, str) and is_prepared(wanted.path):
         folder = path_of(wanted.path, part_cache(wanted))
         return Tokenizer.load(local_copy(folder / "tokenizer", cache_root(wanted.cache_dir))), open_prepared(folder)
@@ -53,6 +54,7 @@ def opened(
 
 
 def described(tokenizer: Tokenizer, sets: dict[str, TokenSet]) -> list[str]:
+    """What token sets hold, as lines for people."""
     lines = [f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size} tokens"]
     for split, tokens in sets.items():
         s = tokens.statistics

@@ -40,27 +40,32 @@ class TransformedSource(WrappedSource):
         return table
 
     def without_fingerprint(self) -> list[str]:
+        """Labels of the functions whose source is unknown; their results cannot be kept for another process."""
         made: list[Transform | GeneratedTexts] = [*self.transforms]
         made += [self.source] if isinstance(self.source, GeneratedTexts) else []
         return [one.label() for one in made if one.fingerprint() is None]
 
     def identity(self) -> str:
+        """A hash of the source inside and of all transforms."""
         mark = THIS_PROCESS if self.without_fingerprint() else ""
         others = [one.source.identity() for one in self.together] if self._deduplications() else []
         text = json.dumps([self.source.identity(), list(self.table().values()), mark, others])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def signature(self) -> dict[str, str]:
+        """That of the source inside, and the transforms' fingerprints."""
         return super().signature() | self.table()
 
     # ---- reading ----
 
     def pieces(self) -> list[Piece]:
+        """Those of the source inside, once duplicates are decided on."""
         for number in self._deduplications():
             self._decide(number)
         return super().pieces()
 
     def read(self, piece: Piece) -> Iterator[Document | Bad]:
+        """The documents of a piece after all transforms."""
         return self.read_until(piece, len(self.transforms))
 
     def read_until(self, piece: Piece, end: int) -> Texts:
@@ -148,6 +153,7 @@ class Shaped:
 
     @staticmethod
     def of(sources: Sequence[Source], root: Path) -> Shaped:
+        """What these sources went through; nothing where they are as they were."""
         if not sources or not isinstance(first := sources[0], TransformedSource):
             return Shaped()
         every = first.together
@@ -156,9 +162,11 @@ class Shaped:
         return Shaped(table, unknown, first.remarks(), root / "functions")
 
     def remark(self) -> str:
+        """The remarks as the end of a sentence."""
         return "".join(f"; {line}" for line in self.remarks)
 
     def keep(self, fingerprint: str) -> None:
+        """Writes the functions down under the fingerprint of what was prepared with them."""
         if self.folder is not None and self.functions:
             remembered.keep(self.folder, fingerprint, self.functions)
 

@@ -25,6 +25,7 @@ def transforms_of(settings: DataSettings) -> list[Transform]:
 
 
 def named_transform(name: str, key: str, kind: type[FunctionTransform] = Map) -> FunctionTransform:
+    """FILE.py:FUNCTION of a [data] key as a transform of this kind; ConfigError when it is no function of one text."""
     if not trusted_code.is_place(name):
         raise ConfigError(f"data.{key} = {name!r}: give FILE.py:FUNCTION")
     function = trusted_code.load(name, f"data.{key}")

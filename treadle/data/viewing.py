@@ -39,7 +39,8 @@ def _stream(path: str, tokenizer: str, seq_len: int, packing: str = "concat", te
 def show_rows(
     path: str, first: int, count: int, packing: str, tokenizer: str, seq_len: int, text_column: str, streaming: bool, colour: bool
 ) -> Iterator[str]:  # fmt: skip
-    """Rows `first` to `first + count`; of a stream, in the order of a run with seed 0."""
+    """Rows `first` to `first + count`; of a stream, in the order of a run with seed 0. ConfigError for a row that is
+    not there."""
     if streaming:
         data = _stream(path, tokenizer, seq_len, packing, text_column)
         made = data.tokenizer
@@ -82,6 +83,7 @@ def _masked(made: Tokenizer, ids: list[int], colour: bool) -> str:
 
 
 def statistics(path: str, tokenizer: str, seq_len: int, text_column: str = "text", streaming: bool = False) -> list[str]:
+    """Lengths and how well each packing fills rows, as lines."""
     if streaming:
         return _stream_statistics(_stream(path, tokenizer, seq_len, text_column=text_column))
     made, sets = opened(settings(path, text_column=text_column), tokenizer, 2048)

@@ -44,6 +44,7 @@ class Strategy:
         return contextlib.nullcontext()
 
     def backward(self, loss: Tensor, last: bool) -> None:
+        """Adds the gradients of a micro-batch's loss, a scalar; `last`: of a step."""
         loss.backward()
 
     def attach_optimizers(self, optimizers: list[torch.optim.Optimizer]) -> None:
@@ -60,19 +61,20 @@ class Strategy:
     def gather_full_state(
         self, weights: dict[str, Tensor], state: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Weights and optimiser state as a checkpoint holds them; where one process writes it, on that one at least."""
+        """Weights and optimiser state as a checkpoint holds them; where one process writes it, on that one at least. Of
+        any shapes."""
         return weights, state
 
     def load_full_state(self, weights: dict[str, Tensor], state: dict[str, Tensor]) -> bool:
-        """Takes over weights and state of a checkpoint; False leaves it to the model and the optimisers."""
+        """Takes over weights and state of a checkpoint; False leaves it to the model and the optimisers. Of any shapes."""
         return False
 
     def global_norm(self, norm: Tensor) -> Tensor:
-        """The norm over all parts of what this process has a part of."""
+        """The norm over all parts of what this process has a part of. A scalar."""
         return norm
 
     def sum_losses(self, values: Tensor) -> Tensor:
-        """Sums over the processes' different rows."""
+        """Sums over the processes' different rows. Of any shape."""
         if self.world.size > 1:
             dist.all_reduce(values)
         return values

@@ -24,7 +24,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """The package, told not to compile anything for a CPU: a first use would otherwise build for minutes."""
+    """The package, told not to compile anything for a CPU: a first use would otherwise build for minutes. MissingExtra
+    without it."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
@@ -60,6 +61,7 @@ class DeepSpeed(Strategy):
         return self.stage == 3
 
     def attach_optimizers(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        """Makes the engine around the one optimiser; ConfigError for any but adamw."""
         if len(optimizers) != 1 or not isinstance(optimizers[0], torch.optim.AdamW):
             raise ConfigError("parallel.mode = deepspeed works with optim.name = adamw; use --parallel ddp or fsdp for muon")
         self.named = [(n, p) for n, p in self.plain.model.named_parameters() if p.requires_grad]  # type: ignore[union-attr]
@@ -97,7 +99,8 @@ class DeepSpeed(Strategy):
             self.engine.step()  # counts the micro-batch
 
     def step(self, apply: bool) -> float:
-        """The update, or (apply=False) none; the norm of the gradients before clipping."""
+        """The update, or (apply=False) none; the norm of the gradients before clipping. Diverged when they were not
+        finite and are applied already."""
         if not apply:
             self._discard()
             return math.nan

@@ -27,6 +27,7 @@ def detect(environ: Mapping[str, str] = os.environ) -> Launch:
     """Reads RANK, WORLD_SIZE and LOCAL_RANK (torchrun and everything that imitates it), else the SLURM step's variables.
 
     A SLURM batch script runs with SLURM_* set but is one process: only `srun` sets SLURM_STEP_NUM_TASKS.
+    ConfigError where they contradict each other.
     """
     if "RANK" in environ and "WORLD_SIZE" in environ:
         rank, size = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
@@ -66,7 +67,8 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
 
 
 def complete(environ: MutableMapping[str, str], launch: Launch) -> None:
-    """Sets what torch.distributed reads (MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE) where SLURM gave other names."""
+    """Sets what torch.distributed reads (MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE) where SLURM gave other names.
+    ConfigError where one is missing."""
     if launch.launcher == "slurm":
         nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "localhost")
         environ.setdefault("MASTER_ADDR", first_host(nodes))
@@ -80,7 +82,7 @@ def complete(environ: MutableMapping[str, str], launch: Launch) -> None:
 
 
 def first_host(nodes: str) -> str:
-    """The first host of a SLURM list: "gpu[07-09,12],cpu1" -> "gpu07"."""
+    """The first host of a SLURM list: "gpu[07-09,12],cpu1" -> "gpu07". ConfigError for a list that cannot be read."""
     match = re.match(r"([^,\[]+)(?:\[([^\]]+)\])?([^,\[]*)", nodes.strip())
     if match is None:
         raise ConfigError(f"SLURM's list of machines {nodes!r} cannot be read; set MASTER_ADDR")

@@ -53,6 +53,7 @@ class Notes:
         return beside
 
     def set(self, key: str, text: str) -> None:
+        """Writes a text; one of equal length over the one before, which costs no new file."""
         try:
             with self._path(key).open("r+b") as stream:
                 if os.fstat(stream.fileno()).st_size == len(text.encode()):
@@ -63,6 +64,7 @@ class Notes:
         self._written(key, text).replace(self._path(key))
 
     def get(self, key: str) -> bytes:
+        """Reads a text; FileNotFoundError where there is none yet."""
         return self._path(key).read_bytes()
 
     def check(self, keys: Sequence[str]) -> bool:

@@ -44,6 +44,7 @@ class Answers:
         return answer
 
     def add(self, kind: str, question: Sequence[Any], answer: Any) -> None:
+        """Keeps an answer, at once in the file; a question that is known keeps its first one."""
         digest = _digest(kind, question)
         if digest in self._known or self.path is None:
             return

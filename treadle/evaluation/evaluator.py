@@ -51,6 +51,7 @@ class Evaluator:
         top5_accuracy, and the labels and bytes they are over.
 
         `rows` takes that many rows spread over the data. None when `should_stop` turned true on the way.
+        InputError for data without a row.
         """
         self.objective.begin_evaluation(data)
         batches = data.in_sequence(batch_size, rows)

@@ -31,7 +31,8 @@ CONVERSATIONS = "conversations"  # data.dataset_class of runs that answer
 def held_out(
     config: dict[str, Any], tokenizer: Tokenizer | None, data: str | None, split: str = "validation"
 ) -> dict[str, Dataset]:
-    """The splits a run is evaluated on: those of its own data, or all of another text, called `split`."""
+    """The splits a run is evaluated on: those of its own data, or all of another text, called `split`. InputError where
+    there is no such text."""
     if data is None and "data" not in config:
         raise InputError("this model was not trained here, so it has no held-out text of its own; give some: --data FILE")
     section, seed = dict(config.get("data", {})), config.get("run", {}).get("seed", 0)

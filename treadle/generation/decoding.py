@@ -17,22 +17,27 @@ class DecodableModel(Protocol):
     training: bool
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """Logits of a position."""
 
     def heads(self) -> Any:
         """lm_head among them, by name."""
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Where the model is."""
 
     def hidden(self, batch: Batch, state: Any = None) -> Any:
         """An output with `hidden` [B, T, D] and `state`."""
 
-    def new_state(self, batch_size: int, max_len: int) -> Any: ...
+    def new_state(self, batch_size: int, max_len: int) -> Any:
+        """An empty decoding state."""
 
-    def train(self, mode: bool = True) -> Any: ...
+    def train(self, mode: bool = True) -> Any:
+        """As nn.Module.train."""
 
-    def eval(self) -> Any: ...
+    def eval(self) -> Any:
+        """As nn.Module.eval."""
 
 
 class Decoding:

@@ -50,7 +50,8 @@ class TokenMixer(nn.Module):
         raise NotImplementedError(f"{cls.__name__} is made by its model alone")
 
     @abstractmethod
-    def forward(self, x: Tensor, context: Context, state: Any = None) -> Tensor: ...
+    def forward(self, x: Tensor, context: Context, state: Any = None) -> Tensor:
+        """x [B, T, D] -> [B, T, D]; with a state, x continues the tokens it holds."""
 
     @abstractmethod
     def new_state(self, rows: int, max_len: int, device: Any, dtype: Any) -> LayerState:

@@ -16,6 +16,7 @@ def duration(seconds: float) -> str:
 
 
 def rate(value: float) -> str:
+    """A rate for people: 950, 1.2k, 3.45M."""
     return f"{value / 1e6:.2f}M" if value >= 1e6 else f"{value / 1e3:.1f}k" if value >= 1e3 else f"{value:.0f}"
 
 
@@ -31,6 +32,7 @@ class Console:
         self._task: Any = None
 
     def say(self, text: str = "") -> None:
+        """A line for people; nothing when quiet."""
         if self.quiet:
             return
         if self._progress is not None:

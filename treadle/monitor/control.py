@@ -92,6 +92,7 @@ class Control:
             os._exit(self.exit_code or STOP_COMMAND_CODE)
 
     def request_stop(self, reason: str, exit_code: int = STOP_COMMAND_CODE) -> None:
+        """Asks for an end after this step; the first reason stays."""
         if self.stop_reason is None:
             self.stop_reason, self.exit_code = reason, exit_code
 

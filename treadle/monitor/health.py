@@ -93,6 +93,7 @@ class Health:
         return True
 
     def to_json(self) -> dict[str, Any]:
+        """The distributions so far, for run_state.json."""
         return {"losses": self.losses, "norms": self.norms, "speeds": self.speeds, "long_losses": self.long_losses[-8:],
                 "said": self.said}  # fmt: skip
 

@@ -16,6 +16,7 @@ class Profiler:
     inner: Any
 
     def before(self, step: int) -> None:
+        """Begins the trace where this step is the first of those asked for."""
         if step == self.first and self.last >= self.first > 0:
             import torch.profiler
 
@@ -23,6 +24,7 @@ class Profiler:
             self.inner.__enter__()
 
     def after(self, step: int) -> None:
+        """Ends it after the last and writes trace.json."""
         if self.inner is not None and step == self.last:
             self.inner.__exit__(None, None, None)
             self.inner.export_chrome_trace(str(self.folder / "trace.json"))

@@ -28,9 +28,11 @@ class Watchdog:
         self._closed.set()
 
     def begin(self) -> None:
+        """A step begins to compute."""
         self._since = time.monotonic()
 
     def end(self) -> None:
+        """It has ended, or waits for something that may take long."""
         self._since = None
 
     def _watch(self) -> None:

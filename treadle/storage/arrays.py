@@ -46,6 +46,7 @@ class RemoteArray:
         return np.asarray(self[:], dtype)
 
     def max(self, **options: Any) -> Any:
+        """As numpy's, of the whole array."""
         return np.asarray(self).max(**options)
 
 

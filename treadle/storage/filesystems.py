@@ -31,7 +31,7 @@ class State:
 
 
 def system_of(url: str) -> tuple[Any, str]:
-    """(file system, path in it)."""
+    """(file system, path in it). MissingExtra without the packages; ConfigError for a URL that nothing reads."""
     try:
         import fsspec
     except ImportError:
@@ -55,6 +55,7 @@ def place_to_write(url: str) -> tuple[Any, str]:
 
 
 def state_of(info: dict[str, Any]) -> State:
+    """Size and version of a file, from what a file system says of it."""
     size = info.get("size")
     version = next((info[key] for key in VERSION_KEYS if info.get(key)), "")
     if isinstance(version, datetime):  # as listings say it where a file by itself says seconds
@@ -84,6 +85,7 @@ def _handles() -> OrderedDict[tuple[str, State], tuple[float, Any]]:
 
 
 def forget(url: str) -> None:
+    """Closes what is known of a URL, after it was written."""
     for key in [key for key in _handles() if key[0] == url]:
         del _handles()[key]
 
@@ -95,6 +97,7 @@ def info_of(url: str) -> dict[str, Any]:
 
 
 def refuse_change(url: str, known: State, now: State) -> None:
+    """DataError when a file is not what it was when it was first looked at."""
     if now != known:
         what = f"size {known.size} -> {now.size}" if known.size != now.size else f"version {known.version} -> {now.version}"
         raise DataError(f"{url} was changed while it was read ({what}); the order of a run holds only for the data it was started with")

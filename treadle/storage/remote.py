@@ -41,6 +41,7 @@ AHEAD_BYTES = 4 << 20  # that are fetched at most while a file is read from fron
 
 
 def is_url(place: object) -> bool:
+    """Whether this stands for something behind a URL."""
     return isinstance(place, RemotePath) or (isinstance(place, str) and bool(URL.match(place)))
 
 
@@ -98,27 +99,34 @@ class RemotePath:
 
     @property
     def name(self) -> str:
+        """The last part of the path."""
         return self._pure.name
 
     @property
     def stem(self) -> str:
+        """The name without its last suffix."""
         return self._pure.stem
 
     @property
     def suffix(self) -> str:
+        """The name's last suffix, with its dot."""
         return self._pure.suffix
 
     @property
     def suffixes(self) -> list[str]:
+        """All suffixes of the name."""
         return self._pure.suffixes
 
     def resolve(self) -> RemotePath:
+        """Itself: a URL is absolute."""
         return self
 
     def with_suffix(self, suffix: str) -> RemotePath:
+        """The URL with another suffix."""
         return RemotePath(self.url[: len(self.url) - len(self.suffix)] + suffix, self.cache)
 
     def is_file(self) -> bool:
+        """Whether a file is there now."""
         if self._known is not None:
             return True
         try:
@@ -130,12 +138,14 @@ class RemotePath:
         return found["type"] == "file"
 
     def is_dir(self) -> bool:
+        """Whether a folder is there now."""
         try:
             return self._info()["type"] == "directory"
         except Gone:
             return False
 
     def exists(self) -> bool:
+        """Whether anything is there now."""
         return self.is_file() or self.is_dir()
 
     def open(self, mode: str = "rb") -> BinaryIO:
@@ -144,15 +154,17 @@ class RemotePath:
         return self.window(0, 0)
 
     def read_bytes(self) -> bytes:
+        """All of it, through the cache."""
         return self.read_range(0, self.state().size)
 
     def read_text(self, encoding: str = "utf-8") -> str:
+        """All of it as text."""
         return self.read_bytes().decode(encoding)
 
     # ---- what is there ----
 
     def state(self) -> State:
-        """As the file was when it was first looked at."""
+        """As the file was when it was first looked at. DataError for a folder, and for a file of unknown size."""
         if self._known is None:
             found = self._info()
             if found["type"] != "file":
@@ -264,6 +276,7 @@ class RemotePath:
         self._write(lambda system, path: system.put_file(str(file), path))
 
     def write_bytes(self, data: bytes) -> None:
+        """Writes all of it at once."""
         self._write(lambda system, path: system.pipe_file(path, data))
 
     def _write(self, put: Callable[[Any, str], None]) -> None:
@@ -304,7 +317,8 @@ def size_of(file: AnyPath) -> int:
 
 
 def local_copy(folder: AnyPath, root: Path) -> Path:
-    """A small folder as one of this machine: itself, or its files under `root`, fetched once for each version. InputError for none."""
+    """A small folder as one of this machine: itself, or its files under `root`, fetched once for each version. InputError for none.
+    DataError for names that lead out of it."""
     if isinstance(folder, Path):
         return folder
     files = folder.files()

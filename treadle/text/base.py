@@ -76,6 +76,7 @@ class Tokenizer(ABC):
         """Text -> int32 ids [N], without specials."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of several texts, each int32 [N]."""
         return [self.encode(text) for text in texts]
 
     @abstractmethod
@@ -141,6 +142,7 @@ class Tokenizer(ABC):
         """A text that is equal for equal tokenizers; the fingerprint is its hash."""
 
     def fingerprint(self) -> str:
+        """A hash of all that decides ids: equal fingerprints encode alike."""
         return hashlib.sha256(f"{self.kind}\n{self.canonical()}".encode()).hexdigest()
 
     @staticmethod
@@ -184,7 +186,7 @@ class Tokenizer(ABC):
 
     @staticmethod
     def train(kind: str, texts: Iterator[str], vocab_size: int) -> Tokenizer:
-        """Trains a bpe, wordpiece, unigram or char tokenizer on an iterator of texts."""
+        """Trains a bpe, wordpiece, unigram or char tokenizer on an iterator of texts. ConfigError for any other kind."""
         kind = TOKENIZERS.canonical(kind)
         if kind not in TRAINABLE:
             raise ConfigError(f"a {kind} tokenizer is not trained; trainable: {', '.join(TRAINABLE)}")
@@ -205,5 +207,6 @@ def read_table(path: Path, largest: int | None = None) -> dict[str, Any]:
 
 
 def write_meta(folder: Path, kind: str, **extra: object) -> None:
+    """Says in a folder which kind of tokenizer it holds."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / META_FILE).write_text(json.dumps({"kind": kind, **extra}, indent=1) + "\n", encoding="utf-8")

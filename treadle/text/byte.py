@@ -20,6 +20,7 @@ class ByteTokenizer(Tokenizer):
 
     @classmethod
     def from_folder(cls, folder: Path) -> ByteTokenizer:
+        """There is nothing to read."""
         return cls()
 
     @property

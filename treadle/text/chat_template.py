@@ -65,15 +65,21 @@ class Encodes(Protocol):
     """What a template asks of a tokenizer."""
 
     @property
-    def eos_id(self) -> int: ...
+    def eos_id(self) -> int:
+        """The id that ends a document."""
     @property
-    def control_tokens(self) -> dict[str, int]: ...
+    def control_tokens(self) -> dict[str, int]:
+        """Special token -> id."""
     @property
-    def added_tokens(self) -> dict[str, int]: ...
+    def added_tokens(self) -> dict[str, int]:
+        """Token added to the vocabulary -> id."""
     @property
-    def named_tokens(self) -> dict[str, str]: ...
-    def encode_controlled(self, text: str, first: bool = True) -> tuple[list[int], Offsets]: ...
-    def encode_literal(self, text: str) -> list[int]: ...
+    def named_tokens(self) -> dict[str, str]:
+        """"bos_token" and its like -> the token."""
+    def encode_controlled(self, text: str, first: bool = True) -> tuple[list[int], Offsets]:
+        """(ids, where each stands in the text), special tokens read as such."""
+    def encode_literal(self, text: str) -> list[int]:
+        """Ids of a text in which special tokens are plain characters."""
 
 
 def _refuse(message: str) -> NoReturn:
@@ -208,7 +214,8 @@ class ChatTemplate:
 
     @classmethod
     def of_folder(cls, folder: str | Path) -> ChatTemplate | None:
-        """The template of a tokenizer's folder (chat_template.jinja, else the one in tokenizer_config.json), where there is one."""
+        """The template of a tokenizer's folder (chat_template.jinja, else the one in tokenizer_config.json), where there is one.
+        InputError for a damaged file."""
         folder = Path(folder)
         if (folder / TEMPLATE_FILE).is_file():
             return cls(_read(folder / TEMPLATE_FILE))
@@ -241,6 +248,7 @@ class ChatTemplate:
 
         train_on: every turn of the assistant (from its turn number first_turn on), "completion" (its last turn), or "all" tokens. Raises
         InputError, which says why, where no token would be learnt and where the assistant's parts cannot be told exactly.
+        ConfigError for another train_on.
         """
         if train_on not in TRAIN_ON:
             raise ConfigError(f"data.train_on = {train_on!r}: choose one of {', '.join(TRAIN_ON)}")

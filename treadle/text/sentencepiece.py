@@ -35,6 +35,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @classmethod
     def from_file(cls, path: str | Path) -> SentencePieceTokenizer:
+        """Of a .model file; InputError when it cannot be read."""
         try:
             return cls(Path(path).read_bytes())
         except OSError as problem:
@@ -42,6 +43,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @classmethod
     def from_folder(cls, folder: Path) -> SentencePieceTokenizer:
+        """Of a folder that `save` wrote."""
         return cls.from_file(folder / MODEL_FILE)
 
     @property

@@ -55,6 +55,7 @@ class LibraryTokenizer(Tokenizer):
 
     @classmethod
     def from_file(cls, path: str | Path, eos_token: str | None = None) -> LibraryTokenizer:
+        """Of a tokenizer.json; InputError when it is none, or names no end of a document."""
         from tokenizers import Tokenizer as Inner
 
         try:
@@ -69,6 +70,7 @@ class LibraryTokenizer(Tokenizer):
 
     @classmethod
     def from_folder(cls, folder: Path) -> LibraryTokenizer:
+        """Of a folder of treadle's or of transformers'."""
         eos_token = None
         for name in ("treadle_tokenizer.json", CONFIG_FILE):
             if eos_token is None and (folder / name).is_file():
@@ -88,6 +90,7 @@ class LibraryTokenizer(Tokenizer):
 
     @functools.cached_property
     def vocab_size(self) -> int:
+        """One more than the largest id; InputError for more than 2^24."""
         # Ids may have holes, and an id is what an embedding is indexed by.
         size = max(self.inner.get_vocab(with_added_tokens=True).values()) + 1
         if size > MOST_TOKENS:
@@ -138,6 +141,7 @@ class LibraryTokenizer(Tokenizer):
         return np.asarray(self.inner.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of several texts, each int32 [N]."""
         if self._words is not None:
             return [self._words.encode(text) for text in texts]
         encoded = self.inner.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -200,6 +204,7 @@ class LibraryTokenizer(Tokenizer):
         return [token.id for word in words for token in self.inner.model.tokenize(word)]
 
     def encode_literal(self, text: str) -> list[int]:
+        """Ids of a text in which special tokens are plain characters; InputError where that cannot be."""
         ids = self._plain_ids(text)
         if self._layout == "metaspace":  # it goes on a text: without the space that such a tokenizer puts before one
             start, after = self._plain_ids("\n"), self._plain_ids("\n" + text)
