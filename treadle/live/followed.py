@@ -26,7 +26,7 @@ class Followed:
     kept, None: all."""
 
     def __init__(self, folder: Path, number: int, most_rows: int, columns: Iterable[str] | None = None) -> None:
-        self.folder, self.number, self.changed = folder, number, 0
+        self.folder, self.number, self.label, self.changed = folder, number, folder.name, 0
         self.config: dict[str, Any] = {}
         self.summary: dict[str, Any] | None = None
         self.status: dict[str, Any] = {"state": WAITING}
@@ -51,7 +51,7 @@ class Followed:
             try:
                 self._take(moment)
                 self._signature = self._stamps() if self._signature is None else signature  # where its logs lie is known by now
-            except (InputError, OSError, ValueError, KeyError, TypeError):
+            except (InputError, OSError, ValueError, KeyError, TypeError, AttributeError):
                 self._signature = None  # gone, or torn while it is written: the next time says more
         status = self._now()
         if status != self.status:
@@ -105,7 +105,7 @@ class Followed:
     def _now(self) -> dict[str, Any]:
         last, plan, summary = self._last, self._plan, self.summary or {}
         state, reason = self._state()
-        step = last.get("step") or next((event["step"] for event in reversed(self.events) if isinstance(event.get("step"), int)), 0)
+        step = (state not in ACTIVE and summary.get("step")) or last.get("step") or next((event["step"] for event in reversed(self.events) if isinstance(event.get("step"), int)), 0)
         most = plan.get("max_steps")
         saved = [event["step"] for event in self.events if event.get("event") == "saved" and isinstance(event.get("step"), int)]
         seconds = last.get("seconds")
@@ -147,13 +147,17 @@ class Followed:
 
     # ---- what is told ----
 
-    def news(self, known: int, label: str) -> dict[str, Any] | None:
+    def called(self, label: str, moment: int) -> None:
+        if label != self.label:
+            self.label, self.changed = label, moment
+
+    def news(self, known: int) -> dict[str, Any] | None:
         """What changed after the moment `known`; None where nothing did. "from" says after how many rows, evaluations and events
         the new ones go; 0, 0, 0 replaces all that was known."""
         if self.changed <= known:
             return None
         rows, evaluations, events = next(((one[1:]) for one in reversed(self._history) if one[0] <= known), (0, 0, 0))
-        told = {"number": self.number, "label": label, "folder": str(self.folder), "status": self.status,
+        told = {"number": self.number, "label": self.label, "folder": str(self.folder), "status": self.status,
                 "from": {"rows": rows, "evals": evaluations, "events": events}, "steps": self.steps[rows:],
                 "columns": {name: kept[rows:] for name, kept in self.columns.items()}, "evals": self.evaluations[evaluations:],
                 "events": self.events[events:], "sample": self.sample}  # fmt: skip

@@ -30,9 +30,8 @@ class Group:
     done: bool | None = None
 
     def told(self) -> dict[str, Any]:
-        folders = {path: number for number, path in enumerate(self.members)}
         return {"metric": self.metric, "columns": self.columns, "rows": self.rows, "jobs": self.jobs, "scaling": self.scaling,
-                "cost": self.cost, "done": self.done, "members": len(folders)}  # fmt: skip
+                "cost": self.cost, "done": self.done, "members": len(self.members)}  # fmt: skip
 
 
 def group_of(root: Path, before: Group | None) -> Group:
@@ -113,7 +112,7 @@ def _runs_below(root: Path) -> list[Path]:
             inner.clear()
         elif len(path.relative_to(root).parts) >= DEEPEST:
             inner.clear()
-        inner.sort()
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
         if len(found) >= MOST_RUNS:
             break
     return found

@@ -10,7 +10,7 @@ const STATES = { training: "live", preparing: "live", running: "live", finished:
 const at = id => document.getElementById(id);
 
 const live = { kind: "", cursor: "", runs: new Map(), group: null, path: "", readOnly: false, token: "", chosen: 0, failures: 0 };
-const view = { axis: "step", log: false, smooth: 0 };
+const view = { axis: "step", log: false, smooth: 0, hidden: new Set() };
 const drawn = { quality: null, training: null, model: null, axes: "", table: "", jobs: "" };
 
 function headers(more) {
@@ -38,6 +38,7 @@ function merge(told) {
   run.evals = run.evals.slice(0, from.evals).concat(told.evals);
   run.events = run.events.slice(0, from.events).concat(told.events);
   if (told.config) Object.assign(run, { config: told.config, summary: told.summary });
+  run.summary ||= { ranking_metric: told.status.metric }; // what is ranked by comes first
   run.samples = told.sample ? [told.sample] : [];
   const scored = run.evals.filter(row => row.bytes > 0 && row.labels > 0).pop();
   Object.assign(run, { number: told.number, label: told.label, name: told.label, folder: told.folder, status: told.status, bytes_per_token: scored ? scored.bytes / scored.labels : null });
@@ -195,7 +196,8 @@ function drawGroup() {
   at("progress").hidden = !jobs.length;
   at("progress").setAttribute("aria-valuemax", jobs.length);
   at("progress").setAttribute("aria-valuenow", done + failed);
-  at("progress").firstElementChild.style.width = `${jobs.length ? 100 * (done + failed) / jobs.length : 0}%`;
+  const begun = list.reduce((sum, { status }) => sum + (ACTIVE.has(status.state) && status.max_steps ? Math.min(1, status.step / status.max_steps) : 0), 0);
+  at("progress").firstElementChild.style.width = `${jobs.length ? 100 * (done + failed + begun) / jobs.length : 0}%`;
   const tiles = [tile(`${done} / ${jobs.length}`, "runs done"), tile(String(busy), "running now")];
   if (failed) { const made = tile(String(failed), "failed or interrupted"); made.classList.add("bad"); tiles.push(made); }
   const best = bestOf(group);
@@ -221,7 +223,7 @@ function bestOf(group) {
   if (!rows.length) return null;
   const sign = column.lower_is_better === false ? -1 : 1;
   const first = rows.reduce((a, b) => sign * a.cells[column.key].mean <= sign * b.cells[column.key].mean ? a : b);
-  return { value: first.cells[column.key].mean, label: first.label, title: column.title, kind: kindOf(column.key) };
+  return { value: first.cells[column.key].mean, label: first.label, title: column.title === column.key ? titleOf(column.key) : column.title, kind: kindOf(column.key) };
 }
 
 function jobsOf(list, group) {
@@ -243,7 +245,7 @@ function drawTable(group) {
   if (at("table").hidden || key === drawn.table) return;
   drawn.table = key;
   at("rows").replaceChildren();
-  const kinds = group.columns.map(column => ({ ...column, kind: column.unit === "s" ? "seconds" : kindOf(column.key), unit: column.unit === "s" ? "" : column.unit }));
+  const kinds = group.columns.map(column => ({ ...column, title: column.title === column.key ? titleOf(column.key) : column.title, kind: column.unit === "s" ? "seconds" : kindOf(column.key), unit: column.unit === "s" ? "" : column.unit }));
   comparison(at("rows"), { columns: kinds, rows: group.rows.map(row => ({ ...row, cells: row.cells || {} })) }, "");
   at("table-note").textContent = "Mean, and below it least and most over the seeds; it grows as runs are done.";
 }
@@ -257,23 +259,41 @@ function drawJobs(jobs, group) {
     const spent = present(cpu) && cpu ? cpu : run && run.summary && run.summary.cpu_seconds;
     return [name, state, run ? (status.max_steps ? `${status.step} / ${status.max_steps}` : status.step) : "", scored ? number(scored[metric], kindOf(metric)) : "–", present(spent) ? duration(spent) : "–", run ? run.number : ""];
   });
-  const key = JSON.stringify(rows);
-  if (key === drawn.jobs) return;
-  drawn.jobs = key;
+  const colours = new Map(withCurves().map((run, place) => [run.number, place]));
+  const shown = JSON.stringify([rows, [...colours]]);
+  if (shown === drawn.jobs) return;
+  drawn.jobs = shown;
   const order = { preparing: 0, training: 0, running: 0, failed: 1, diverged: 1, interrupted: 1, stopped: 2 };
   const sorted = rows.map((row, place) => ({ row, place })).sort((a, b) => (order[a.row[1]] ?? 3) - (order[b.row[1]] ?? 3) || a.place - b.place);
   at("job-rows").replaceChildren(...sorted.map(({ row }) => {
     const line = node("tr"), name = node("th"), state = node("td");
     name.scope = "row";
-    name.append(row[0]);
+    name.append(colours.has(row[5]) ? key(row, colours.get(row[5])) : row[0]);
     state.append(badge(row[1]));
     line.append(name, state, ...row.slice(2, 5).map(text => node("td", "n", String(text))));
     return line;
   }));
 }
 
+// A run's name as the key to its curves; a click takes them off the charts or back.
+function key([name, , , , , place], colour) {
+  const made = node("button", "key", name), run = live.runs.get(place);
+  made.type = "button";
+  made.style.setProperty("--key", `var(--c${colour % COLOURS})`);
+  if (colour >= COLOURS) made.classList.add("dashed");
+  made.setAttribute("aria-pressed", String(!view.hidden.has(run.label)));
+  made.addEventListener("click", () => {
+    if (!view.hidden.delete(run.label)) view.hidden.add(run.label);
+    made.setAttribute("aria-pressed", String(!view.hidden.has(run.label)));
+    redraw(withCurves());
+  });
+  return made;
+}
+
+const withCurves = () => runs().filter(run => run.steps.length || run.evals.length);
+
 function drawCharts() {
-  const list = runs().filter(run => run.steps.length || run.evals.length);
+  const list = withCurves();
   at("bar").hidden = !list.length;
   if (!list.length) return;
   const axes = axesOf(list).join();
@@ -281,7 +301,7 @@ function drawCharts() {
     drawn.axes = axes;
     if (!axes.split(",").includes(view.axis)) view.axis = "step";
     at("switches").replaceChildren();
-    viewSwitches(at("switches"), list, view, () => redraw(runs().filter(run => run.steps.length || run.evals.length)));
+    viewSwitches(at("switches"), list, view, () => redraw(withCurves()));
   }
   const shape = list.map(run => `${run.number}:${run.steps.length}:${run.steps[run.steps.length - 1]}:${run.evals.length}:${run.events.length}`).join();
   if (shape === drawn.shape) return;

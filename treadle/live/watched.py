@@ -16,7 +16,9 @@ from treadle.reporting.run_data import is_run
 FRESH = 0.4  # seconds that what was read counts as new: several tabs read the disk once
 MOST_ROWS = 6000  # of all runs together; a screen has fewer points
 FEWEST_ROWS = 200
-SHARED = ("loss", "bpb", "accuracy", "learning_rate", "grad_norm", "tokens_per_second", "memory_gb", "seconds")  # kept of each of several
+# Columns that are kept of each of several runs.
+SHARED = ("loss", "bpb", "accuracy", "learning_rate", "grad_norm", "tokens_per_second", "memory_gb", "seconds",
+          "tokens")  # fmt: skip
 
 
 class Watched:
@@ -28,7 +30,6 @@ class Watched:
         self._lock = threading.Lock()
         self._session, self._moment, self._until = secrets.token_hex(4), 0, 0.0
         self._runs: dict[Path, Followed] = {}
-        self._labels: dict[Path, str] = {}
         self._group: Group | None = None
         self._group_changed = 0
 
@@ -45,7 +46,7 @@ class Watched:
                 self._until = time.monotonic() + FRESH
             session, _, known = since.partition("-")
             last = int(known) if session == self._session and known.isascii() and known.isdigit() and len(known) < 16 else 0
-            runs = [told for path, run in self._runs.items() if (told := run.news(last, self._labels[path])) is not None]
+            runs = [told for run in self._runs.values() if (told := run.news(last)) is not None]
             group = self._group.told() if self._group is not None and self._group_changed > last else None
             return {"kind": self._kind, "name": self.root.resolve().name, "path": str(self.root), "cursor": f"{self._session}-{self._moment}",
                     "whole": last == 0, "count": len(self._runs), "runs": runs, "group": group}  # fmt: skip
@@ -55,19 +56,19 @@ class Watched:
         if self._kind != "run" or not self._runs:
             self._kind = kind_of(self.root)  # a sweep writes its table when the first run is done
         if self._kind == "run":
-            self._labels = {self.root: self.root.name}
+            members = {self.root: self.root.resolve().name}
         else:
-            group = group_of(self.root, self._group)
-            if self._group is None or group.told() != self._group.told():
-                self._group, self._group_changed = group, self._moment
-            self._labels = dict(self._group.members)
-        for path in self._labels:
+            before, self._group = self._group, group_of(self.root, self._group)
+            if before is None or before.told() != self._group.told():
+                self._group_changed = self._moment
+            members = self._group.members
+        for path, label in members.items():
             if path not in self._runs:
                 alone = self._kind == "run"
-                rows = MOST_ROWS if alone else max(FEWEST_ROWS, MOST_ROWS * 4 // len(self._labels))
+                rows = MOST_ROWS if alone else max(FEWEST_ROWS, MOST_ROWS * 4 // len(members))
                 self._runs[path] = Followed(path, len(self._runs), rows, None if alone else SHARED)
-        for path, run in self._runs.items():
-            self._labels.setdefault(path, path.name)
+            self._runs[path].called(label, self._moment)
+        for run in self._runs.values():
             run.refresh(self._moment)
 
 

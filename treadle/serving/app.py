@@ -106,7 +106,7 @@ class App:
 
     async def _of_run(self, live: Live, request: Any, send: Send) -> None:
         body = await self._body(request) if request.method == "POST" else b""
-        target = f"{request.url.path}?{request.url.query}"
+        target = f"{request.scope['path']}?{request.scope.get('query_string', b'').decode('latin-1')}"
         work = asyncio.get_running_loop().run_in_executor(self._live_threads, live.answer, request.method, target, dict(request.headers), body)
         status, content, kind, headers = await work
         await respond(send, status, content, kind.encode(), headers)
