@@ -89,6 +89,15 @@ def ceilings(device: str, tiny: bool) -> dict[str, Any]:
     return found
 
 
+def documents(task: Task, count: int, seed: int) -> torch.Tensor | None:
+    """doc_ids [rows, length] of `count` documents a row, cut at random; None for 0."""
+    if not count:
+        return None
+    draw = torch.Generator().manual_seed(seed)
+    cuts = torch.stack([torch.randperm(task.length - 1, generator=draw)[: count - 1] + 1 for _ in range(task.rows)])
+    return (torch.arange(task.length)[None, :, None] >= cuts[:, None, :]).sum(-1)
+
+
 def stepper_of(model: Any, precision: str, learning_rate: float) -> Any:
     from treadle.objectives.base import ModelWithObjective
     from treadle.objectives.next_token import NextToken
@@ -100,8 +109,8 @@ def stepper_of(model: Any, precision: str, learning_rate: float) -> Any:
     return Stepper(ModelWithObjective(model, NextToken()), optimizers, seed=0, precision=precision, max_grad_norm=1.0, loss_weights={})
 
 
-def our_steps(device: str, tiny: bool, compiled: bool) -> dict[str, Any]:
-    """Our model and step at GPT-2's shape."""
+def our_steps(device: str, tiny: bool, compiled: bool, packed: int = 0) -> dict[str, Any]:
+    """Our model and step at GPT-2's shape; packed: so many documents a row, of other lengths in each."""
     from bench.peers.ours import our_model
     from treadle.data.batch import Batch
     from treadle.training import resolve
@@ -113,14 +122,15 @@ def our_steps(device: str, tiny: bool, compiled: bool) -> dict[str, Any]:
     stepper = stepper_of(model, "bf16", task.learning_rate)
     data = task.data()
     rows = [torch.from_numpy(task.batch(data, i)) for i in range(4)]
-    batches = [Batch.from_ids(r[:, :-1].contiguous(), labels=r[:, 1:].contiguous()).to(device) for r in rows]
+    batches = [Batch.from_ids(r[:, :-1].contiguous(), labels=r[:, 1:].contiguous(), doc_ids=documents(task, packed, seed)).to(device)
+               for seed, r in enumerate(rows)]  # fmt: skip
     steps, losses = iter(range(10**6)), []
 
     def step() -> None:
         number = next(steps)
         losses.append(stepper.run(number, [batches[number % 4]], task.learning_rate).losses["next_token"])
 
-    return step_figures(f"124M ours {'compiled' if compiled else 'eager'}", step, task, model.parameter_count(), device, tiny, losses)
+    return step_figures(f"124M ours {'compiled' if compiled else 'eager'}{f', {packed} documents a row' if packed else ''}", step, task, model.parameter_count(), device, tiny, losses)
 
 
 def step_figures(
@@ -288,6 +298,7 @@ PARTS: dict[str, tuple[Callable[[str, bool], dict[str, Any]], str | None, int]] 
     "ceilings": (ceilings, None, 60),
     "ours eager": (lambda d, t: our_steps(d, t, False), None, 90),
     "ours compiled": (lambda d, t: our_steps(d, t, True), None, 150),
+    "ours compiled, 8 documents a row": (lambda d, t: our_steps(d, t, True, 8), None, 150),
     "plain eager": (lambda d, t: plain_steps(d, t, False), None, 60),
     "plain compiled": (lambda d, t: plain_steps(d, t, True), None, 120),
     "HF Trainer compiled": (lambda d, t: trainer_steps(d, t, True), "accelerate", 150),
@@ -326,7 +337,7 @@ def ratios(found: dict[str, Any]) -> dict[str, Any]:
         return found.get(f"124M {name}: tokens per second", "skipped (not measured)")
 
     for ours, other in (("ours compiled", "plain compiled"), ("ours eager", "plain eager"), ("ours compiled", "HF Trainer compiled"),
-                        ("ours eager", "HF Trainer eager"), ("ours compiled", "ours eager")):  # fmt: skip
+                        ("ours eager", "HF Trainer eager"), ("ours compiled", "ours eager"), ("ours compiled, 8 documents a row", "ours compiled")):  # fmt: skip
         pair = [speed(ours), speed(other)]
         reason = next((one for one in pair if isinstance(one, str)), None)
         made[f"124M {ours} over {other}"] = reason or pair[0] / pair[1]

@@ -22,8 +22,11 @@ from treadle.models.adapters import add_adapters
 from treadle.models.base import Model
 from treadle.models.settings import AdapterSettings
 from treadle.objectives.next_token import NextToken
-from treadle.ops import ternary
+from treadle.ops import document_attention, ternary
+from treadle.ops.attention import causal_attention
+from treadle.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from treadle.ops.scan import scan, scan_reference
+from treadle.training.resolve import compile_blocks
 
 from .conftest import make, needs, random_ids
 
@@ -151,6 +154,58 @@ def test_kernels_of_flash_linear_attention(kind: str) -> None:
     if not found and "differs from the loop" not in why:  # the package itself refuses some GPUs with some versions of Triton
         pytest.skip(why or "there is no such kernel in this version")
     assert found, why
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_attention_of_packed_rows_by_the_kernel_for_documents(window: int | None) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert document_attention.agrees("cuda:0")
+    torch.manual_seed(0)
+    runs = ((30, 1, 60, -9), (100,), (1,) * 100)
+    documents = torch.tensor([[number if run > 0 else -1 for number, run in enumerate(row) for _ in range(abs(run))] for row in runs])
+    q, k, v = (torch.randn(3, heads, 100, 64).bfloat16() for heads in (4, 2, 2))
+    found = []
+    for device in ("cpu", DEVICE):
+        given = [t.to(device, torch.float32 if device == "cpu" else torch.bfloat16).requires_grad_() for t in (q, k, v)]
+        ends = document_attention.document_ends(runs, torch.device("cuda:0")) if device == DEVICE else None
+        y = causal_attention(given[0], given[1], given[2], doc_ids=documents.to(device), segments=runs, window=window, ends=ends)
+        real = (documents >= 0)[:, None, :, None].to(device)
+        found.append([(y * real).float().cpu(), *(g.float().cpu() for g in torch.autograd.grad((y * real).float().square().sum(), given))])
+    for want, got in zip(*found):
+        assert (got - want).norm() <= 1e-2 * want.norm()
+
+
+def test_compiled_blocks_take_other_documents_without_another_compilation() -> None:
+    from torch._dynamo.utils import counters
+
+    model = make("transformer", 0, hidden_size=64, num_heads=4, num_kv_heads=2).to(DEVICE)
+    compile_blocks(model)
+    rows = [[40, 24], [10, 20, 34], [5, 5, 5, 49], [64], [1, 63], [20] * 3 + [4]]
+    counters.clear()
+    for step, row in enumerate(rows * 2):
+        documents = torch.tensor([[number for number, run in enumerate(row) for _ in range(run)]] * 2)
+        batch = Batch.for_training(random_ids(2, 64, seed=step), doc_ids=documents).to(DEVICE)
+        with torch.autocast("cuda", torch.bfloat16):
+            NextToken()(model, batch).losses["next_token"].total.backward()
+    assert counters["stats"]["unique_graphs"] <= 3, dict(counters["stats"])
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy_in_one_kernel(softcap: float | None, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    hidden, weight, labels = torch.randn(300, 64), torch.randn(5003, 64) * 0.3, torch.randint(0, 5003, (300,))
+    labels[::7] = -100
+    found = []
+    for device, way in (("cpu", linear_cross_entropy_reference), (DEVICE, linear_cross_entropy)):
+        given = [t.to(device).requires_grad_() for t in (hidden, weight)]
+        with torch.autocast("cuda", dtype, enabled=device == DEVICE and dtype != torch.float32):
+            total = way(given[0], given[1], labels.to(device), softcap)
+        found.append([total.detach().cpu(), *(g.cpu() for g in torch.autograd.grad(total, given))])
+    bound = 1e-5 if dtype == torch.float32 else 1e-2
+    for want, got in zip(*found):
+        assert (got - want).norm() <= bound * want.norm()
 
 
 @pytest.mark.parametrize("weights", [None, "bf16", "int8"])

@@ -122,7 +122,7 @@ class Attention(TokenMixer):
         if cache is None:
             dropout = self.dropout if self.training else 0.0
             y = causal_attention(q, k, v, doc_ids=context.doc_ids, segments=context.segments, dropout=dropout,
-                                 window=self.sliding_window, softcap=softcap)  # fmt: skip
+                                 window=self.sliding_window, softcap=softcap, ends=context.document_ends)  # fmt: skip
         elif self.sliding_window is not None:
             assert positions is not None
             y = cache.attend(q, k, v, positions, cache.keys.shape[2] - 1, softcap)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from treadle.layers.state import TokenPositions
-from treadle.ops.attention import Segments
+from treadle.ops.documents import Segments
 
 
 @dataclass
@@ -26,3 +26,4 @@ class Context:
     previous: Any = None  # with a decoding state: what a token shift of the embeddings keeps
     routed: list[Any] | None = None  # what routers decide is kept here when somebody looks
     steered: list[Any] | None = None  # and what dynamics do
+    document_ends: Tensor | None = None  # int32 [N + 1], on a GPU: ops/document_attention.py

@@ -59,7 +59,7 @@ class LatentAttention(Attention):
         if cache is None:
             k = rotate(self._split(self.key(latents), self.groups), *context.rotary)
             v = self._split(self.value(latents), self.groups)
-            y = causal_attention(q, k, v, doc_ids=context.doc_ids, segments=context.segments)
+            y = causal_attention(q, k, v, doc_ids=context.doc_ids, segments=context.segments, ends=context.document_ends)
         else:
             assert context.token_positions is not None
             past = cache.append(latents, context.token_positions, context.used).to(latents.dtype)

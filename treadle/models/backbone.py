@@ -17,6 +17,7 @@ from treadle.data.batch import Batch
 from treadle.layers.context import Context
 from treadle.layers.state import State
 from treadle.models.base import LanguageModelConfig, Model, Output
+from treadle.ops.document_attention import document_ends
 from treadle.ops.precision import without_kept_casts
 
 
@@ -57,7 +58,8 @@ class Backbone(Model):
         context = Context()
         if not batch.is_unpacked:  # unpacked rows look alike at every step, which keeps compiled blocks from recompiling
             compiled = self.layers[0]._compiled_call_impl is not None
-            context = Context(batch.doc_ids, None if compiled else batch.segments)
+            ends = document_ends(batch.segments, batch.input_ids.device) if state is None else None
+            context = Context(batch.doc_ids, None if compiled else batch.segments, document_ends=ends)
         if state is not None:
             context.token_positions = state.token_positions(*batch.shape, batch.doc_ids, batch.segments)
             context.used = state.used

@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from treadle.errors import ConfigError
+from treadle.ops.document_attention import document_attention, takes
+from treadle.ops.documents import Segments
 from treadle.ops.first_order import first_order
 from treadle.ops.fused import KINDS, kernels, threads_for
 from treadle.ops.planned import gpu_is_planned
 from treadle.ops.sliding_window_attention import sliding_window_attention
 
 QUERY_BLOCK = 128  # measured on CPU at T = 256 and 512: 64 and 256 are 3-10% slower
-
-Segments = tuple[tuple[int, ...], ...]
 
 # torch's kernels by the names that users know; auto leaves the choice to `causal_attention` and to torch.
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -225,10 +225,13 @@ def causal_attention(
     dropout: float = 0.0,
     window: int | None = None,
     softcap: float | None = None,
+    ends: Tensor | None = None,
 ) -> Tensor:
-    """The fastest exact path for what is known on the host: whole rows, documents by segments, else the dense mask. window:
-    position t sees t - window + 1 .. t; softcap c: the scores s become c tanh(s / c). q [B, H, T, E], k, v [B, G, T,
-    E], doc_ids [B, T] -> [B, H, T, E]."""
+    """The fastest exact path for what is known on the host: whole rows, documents by segments (on a GPU by `ends`,
+    ops/document_attention.py), else the dense mask. window: position t sees t - window + 1 .. t; softcap c: the scores s become
+    c tanh(s / c). q [B, H, T, E], k, v [B, G, T, E], doc_ids [B, T] -> [B, H, T, E]."""
+    if ends is not None and dropout == 0 and softcap is None and _backend == "auto" and takes(q):
+        return document_attention(q, k, v, ends, window)
     whole = all(len(row) == 1 and row[0] > 0 for row in segments) if segments is not None else doc_ids is None
     plain = q.device.type == "cpu" and not torch.compiler.is_compiling() and _backend == "auto" and not gpu_is_planned()
     if window is not None and window < q.shape[2]:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Segments = tuple[tuple[int, ...], ...]  # of each row, the lengths of its documents; negative: a run of padding
+
 
 def document_starts(doc_ids: Tensor) -> Tensor:
     """The first position of every document (or run of padding), bool [B, T]."""

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from treadle.ops.attention import Segments
 from treadle.ops.delta_rule import delta_rule_reference
+from treadle.ops.documents import Segments
 from treadle.ops.ssd import ssd_reference
 from treadle.ops.wkv import wkv_reference
 
