@@ -15,7 +15,7 @@ from treadle.files import write_atomically
 from treadle.monitor.records import versions
 from treadle.reporting.pages import page
 from treadle.reporting.run_data import is_run, measured, read_run
-from treadle.reporting.tables import best_of, differences, runs_board, shown, suite_board, sweep_board
+from treadle.reporting.tables import alike, best_of, differences, runs_board, shown, suite_board, sweep_board
 from treadle.reporting.thinning import rounded, thinned
 
 PARTS = ("charts.js", "panels.js", "report.js")
@@ -164,15 +164,17 @@ def _measured_here(places: list[str], runs: list[dict[str, Any]]) -> tuple[dict[
         rows = compare(places, rows=COMPARED_ROWS)
     except TreadleError as problem:
         return {}, f"From the runs' own logs; not measured beside each other: {problem}"
-    found = {}
+    found, same = {}, alike(runs)
     for run, row in zip(runs, rows):
         lower = dict.fromkeys(row["shown"], True) | {name: False for name in row["shown"] if "accuracy" in name}
         lower[row["ranking"]] = row["lower_is_better"]
-        kept = {name: rounded(row[name]) for name in row["shown"] if name != "perplexity" and name in row}
+        kept = {name: rounded(row[name]) for name in row["shown"]
+                if name != "perplexity" and name in row and (same or name == row["ranking"])}  # fmt: skip
         costs = {name: row[name] for name in ("flops_per_byte", "flops_per_row", "state_bytes") if name in row}
         found[run["label"]] = {"metrics": kept, "costs": costs, "lower": lower}
     return found, (f"“Measured here”: {COMPARED_ROWS} rows of the same held-out data for every run (treadle compare measures all of it); "
-                   "the rest is from the runs' own logs. ★: the best of a column.")  # fmt: skip
+                   "the rest is from the runs' own logs. ★: the best of a column."
+                   + ("" if same else " Tokens are not the same for all runs, so that numbers a token (loss, accuracy, tokens/s) do not compare."))  # fmt: skip
 
 
 def _changed(tables: dict[str, Any]) -> list[str]:
@@ -196,8 +198,8 @@ def _lead(run: dict[str, Any]) -> str:
     size = f" of {summary['parameters'] / 1e6:,.2f}M parameters" if summary.get("parameters") else ""
     data = run["config"].get("data.path") or run["config"].get("data.dataset_class")
     on = f", trained on {shown(data)}" if data else ""
-    gpus = environment.get("gpus") or []
-    where = f"{len(gpus)} x {gpus[0]}" if gpus else f"CPU ({environment.get('threads', '?')} threads)" if environment else ""
+    gpus, threads = environment.get("gpus") or [], environment.get("threads", "?")
+    where = f"{len(gpus)} x {gpus[0]}" if gpus else f"a CPU, {threads} thread{'s' * (threads != 1)}" if environment else ""
     return f"{arch}{size}{on}" + (f"; {summary.get('precision', '')} on {where}" if where else "")
 
 

@@ -45,7 +45,8 @@ def runs_board(runs: list[dict[str, Any]], measured_here: dict[str, dict[str, An
                     for name in first["metrics"]]  # fmt: skip
         costs = {name for one in measured_here.values() for name in one["costs"]}
         columns += [{"key": f"here {name}", "title": _title(name), "lower_is_better": None} for name in sorted(costs)]
-    columns += [{"key": "tokens_per_second", "title": "tokens/s", "lower_is_better": False},
+    same = alike(runs)
+    columns += [{"key": "tokens_per_second", "title": "tokens/s", "lower_is_better": False if same else None},
                 {"key": "memory_gb", "title": "peak memory", "unit": "GB", "lower_is_better": True},
                 {"key": "cpu_seconds", "title": "CPU time", "kind": "seconds", "lower_is_better": True}]  # fmt: skip
     rows = []
@@ -65,6 +66,11 @@ def runs_board(runs: list[dict[str, Any]], measured_here: dict[str, dict[str, An
         picture = {"title": f"best {_title(metric)}",
                    "rows": [{"label": row["label"], "mean": row["cells"][f"best {metric}"], "colour": row["colour"]} for row in rows]}  # fmt: skip
     return {"title": "Comparison", "note": note, "first": "run", "columns": used, "rows": rows, "bars": picture}
+
+
+def alike(runs: list[dict[str, Any]]) -> bool:
+    """Whether a token means the same to all runs, so that numbers a token compare."""
+    return len({tuple(run["config"].get(f"tokenizer.{key}") for key in ("name", "vocab_size")) + (run["bytes_per_token"],) for run in runs}) == 1
 
 
 def _title(name: str) -> str:
@@ -156,14 +162,19 @@ def _scaling(table: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Keys whose values are not the same for all runs, and the commonest value of each."""
+    """Keys whose values are not the same for all runs, with the commonest value of each (None where no value is common); "own": those
+    of the model where the runs' architectures are different ones."""
     keys = list(dict.fromkeys(key for run in runs for key in run["config"]))
-    rows = []
+    several = len({run["config"].get("model.arch") for run in runs}) > 1
+    found: dict[str, list[dict[str, Any]]] = {"rows": [], "own": []}
     for key in keys:
         values = [shown(run["config"][key]) if key in run["config"] else None for run in runs]
-        if key not in NAMES_ONLY and len(set(values)) > 1:
-            rows.append({"key": key, "values": values, "usual": statistics.mode(values)})
-    return {"rows": rows, "note": "Values that are not the commonest are marked." if len(runs) > 2 else ""}
+        if key in NAMES_ONLY or len(set(values)) == 1:
+            continue
+        usual = statistics.mode(values)
+        row = {"key": key, "values": values, "usual": usual if values.count(usual) > len(values) / 2 else None}
+        found["own" if several and key.startswith("model.") and key != "model.arch" else "rows"].append(row)
+    return {**found, "note": "Values that are not those of most runs are marked." if len(runs) > 2 else ""}
 
 
 def shown(value: Any) -> str:

@@ -43,12 +43,13 @@ function duration(seconds) {
   return (hours ? hours + ":" + two(Math.floor(whole / 60) % 60) : Math.floor(whole / 60)) + ":" + two(whole % 60) + (hours ? " h" : " min");
 }
 
-// The labels of an axis: as many digits as tell its ticks apart.
+// The labels of an axis: as many digits as its ticks need.
 function labelled(values, kind) {
+  const largest = Math.max(...values.map(Math.abs)), factor = kind === "share" ? 100 : 1;
   if (kind === "seconds") return values.map(duration);
-  const largest = Math.max(...values.map(Math.abs)), step = values.length > 1 ? Math.min(...values.slice(1).map((value, i) => Math.abs(value - values[i]))) : largest;
   if (largest >= 1e4 || (largest > 0 && largest < 1e-3)) return values.map(value => number(value));
-  const factor = kind === "share" ? 100 : 1, digits = Math.max(0, Math.min(6, -Math.floor(Math.log10(step * factor || 1) + 1e-9) + (/[25]$/.test((step * factor).toPrecision(2)) && /^2\.5/.test((step * factor).toExponential()) ? 1 : 0)));
+  let digits = 0;
+  while (digits < 6 && values.some(value => Math.abs(value * factor - (value * factor).toFixed(digits)) > largest * factor * 1e-6)) digits++;
   return values.map(value => (value * factor).toFixed(digits) + (kind === "share" ? "%" : ""));
 }
 
@@ -168,6 +169,9 @@ function chart(element, options) {
       let low = Infinity, high = -Infinity;
       for (const point of every) { low = Math.min(low, point[column]); high = Math.max(high, point[column]); }
       if (floor !== undefined && !log) low = Math.min(low, floor);
+      // Below a thousandth of the values themselves differences are those of rounding; they are not blown up to the whole height.
+      const least = Math.max(Math.abs(low), Math.abs(high)) * 1e-3;
+      if (!log && column === 1 && high - low < least && low !== high) return [(low + high - least) / 2, (low + high + least) / 2];
       if (low === high) return log ? [low / 1.5, high * 1.5] : [low - (Math.abs(low) * 0.1 || 1), high + (Math.abs(high) * 0.1 || 1)];
       return [low, high];
     };
@@ -186,7 +190,7 @@ function chart(element, options) {
       picture.append(shape("line", { x1: box.left, x2: box.right, y1: Y(value), y2: Y(value), class: "grid" }),
         shape("text", { x: box.left - 7, y: Y(value) + 4, class: "axis", "text-anchor": "end" }, labels[i]));
     });
-    for (const value of ticks(x0, x1, Math.max(3, Math.floor((box.right - box.left) / 95)), logX)) {
+    for (const value of ticks(x0, x1, Math.max(4, Math.floor((box.right - box.left) / 95)), logX)) {
       const anchor = X(value) > box.right - 16 ? "end" : X(value) < box.left + 8 ? "start" : "middle";
       picture.append(shape("line", { x1: X(value), x2: X(value), y1: box.bottom, y2: box.bottom + 4, class: "tick" }),
         shape("text", { x: X(value), y: box.bottom + 17, class: "axis", "text-anchor": anchor }, number(value, options.x_kind)));

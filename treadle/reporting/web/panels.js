@@ -11,6 +11,10 @@ const KNOWN = {
   skipped_steps: ["Skipped steps", "so far"], routing_sigma: ["Routing spectrum", "singular values of the mixing between streams; 1: nothing grows or fades"],
   routing_composite: ["Routing through all layers", "singular values of the product of the layers' mixing"],
   routing_entropy: ["Routing entropy", "nats"], routing_effective_components: ["Effective components", "exp of the routing's entropy"],
+  routing_pre_norm: ["Routing: into a layer", "norm of the weights that read the streams"], routing_post_norm: ["Routing: out of a layer", "norm of the weights that write to the streams"],
+  routing_max_share: ["Largest share of a component", "mean over positions", "share"], mu: ["Dynamics: equilibrium", "mu, which activations are pulled towards"], mu_std: ["Dynamics: spread of mu", ""],
+  beta_max_seen: ["Dynamics: largest beta", "strength of the pull"], velocity_rms: ["Dynamics: velocity", "root mean square"],
+  boundary_rate: ["Boundary rate", "share of positions that begin a chunk"], ratio_loss: ["Ratio loss", "1: chunks as long as wanted"],
   tokens_per_chunk: ["Tokens per chunk", "of each stage"], loss_: ["Terms of the loss", ""],
 };
 const TRAINING = ["learning_rate", "grad_norm", "tokens_per_second", "memory_gb", "data_wait", "mfu", "skipped_steps"];
@@ -84,6 +88,7 @@ function families(runs) {
     if (!found.has(key)) found.set(key, { name: key, title: titleOf(key), note: noteOf(key), kind: kindOf(key, metrics), members: [], group });
     found.get(key).members.push(name);
   }
+  for (const family of found.values()) if (family.name === "loss_" && family.members.length === 1) family.title = "Loss term: " + family.members[0].slice(5).replaceAll("_", " ");
   const place = family => family.name === ranking ? -1 : [...QUALITY, "loss_", ...TRAINING].indexOf(family.name) + 1 || 99;
   return [...found.values()].sort((a, b) => place(a) - place(b));
 }
@@ -110,7 +115,7 @@ function seriesOf(family, runs, view) {
   return found;
 }
 
-const shortened = (member, family) => member.startsWith(family) ? words(member.slice(family.length).replace(/^[._]/, "")) || member : member.replaceAll("_", " ");
+const shortened = (member, family) => member.startsWith(family) ? member.slice(family.length).replace(/^[._]/, "").replaceAll("_", " ") || member : member.replaceAll("_", " ");
 
 function marksOf(run, axis) {
   const found = [];
@@ -319,7 +324,8 @@ function comparison(element, table, first) {
   line.append(corner);
   let sorted = null, up = true;
   for (const column of table.columns) {
-    const cell = node("th", "n"), button = node("button", "key", column.title || words(column.key));
+    const textual = table.rows.every(row => typeof (value(row.cells[column.key]) ?? "") === "string");
+    const cell = node("th", textual ? "" : "n"), button = node("button", "key", column.title || words(column.key));
     cell.scope = "col";
     button.style.setProperty("--key", "transparent");
     button.title = "Sort";
@@ -336,6 +342,7 @@ function comparison(element, table, first) {
       name.scope = "row";
       if (row.colour !== undefined) { const swatch = node("span", "swatch"); swatch.style.setProperty("--key", `var(--c${row.colour % COLOURS})`); name.append(swatch); }
       name.append(row.label);
+      name.className = "name";
       tr.append(name);
       for (const column of table.columns) {
         const cell = row.cells[column.key], plain = value(cell);

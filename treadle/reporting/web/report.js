@@ -62,7 +62,7 @@ if (data.tiles.length) {
   const tiles = node("div", "tiles");
   for (const tile of data.tiles) {
     const made = node("div", "tile");
-    made.append(node("b", "", tile.kind === "text" ? tile.value : number(tile.value, tile.kind)), node("span", "", tile.title));
+    made.append(node("b", "", trimmed(number(tile.value, tile.kind))), node("span", "", tile.title));
     tiles.append(made);
   }
   main.append(tiles);
@@ -139,14 +139,20 @@ if (runs.some(run => run.samples.length)) samples(section("Samples", "What the m
 
 const planned = runs.filter(run => run.planned && run.planned.rows.length);
 if (planned.length) {
-  const made = section("What the planner said, and what was", data.planner_note);
-  for (const run of planned) {
-    const card = node("div", "card");
-    if (!one) { card.style.marginBottom = "1rem"; card.append(node("h3", "", run.label)); }
-    comparison(card, { columns: [{ key: "planned", title: "planned" }, { key: "was", title: "was" }, { key: "ratio", title: "was / planned" }], rows: run.planned.rows }, "quantity");
-    if (run.planned.note) card.append(node("p", "soft", run.planned.note));
-    made.append(card);
+  const made = section("What the planner said, and what was", data.planner_note), card = node("div", "card");
+  if (one) comparison(card, { columns: [{ key: "planned", title: "planned" }, { key: "was", title: "was" }, { key: "ratio", title: "was / planned" }], rows: one.planned.rows }, "quantity");
+  else {
+    const quantities = planned[0].planned.rows.slice(1).map(row => row.label);
+    comparison(card, {
+      columns: quantities.flatMap((label, i) => [{ key: `p${i}`, title: label, unit: "planned" }, { key: `w${i}`, title: "", unit: "was" }]),
+      rows: planned.map(run => ({ label: run.label, colour: runs.indexOf(run), cells: Object.fromEntries(quantities.flatMap((label, i) => {
+        const cells = (run.planned.rows.find(row => row.label === label) || { cells: {} }).cells;
+        return [[`p${i}`, cells.planned], [`w${i}`, cells.was]];
+      })) })),
+    });
   }
+  card.append(...[...new Set(planned.map(run => run.planned.note))].map(note => node("p", "soft", note)));
+  made.append(card);
 }
 for (const run of runs) if (run.planned && !run.planned.rows.length && run.planned.note) section("What the planner said").append(node("p", "soft", (one ? "" : `${run.label}: `) + run.planned.note));
 
@@ -163,19 +169,27 @@ if (runs.some(run => run.events.length)) {
 }
 
 if (data.differences) {
-  const made = section("What differs between the configurations", data.differences.note), card = node("div", "card"), scroll = node("div", "scroll");
-  const table = node("table"), head = node("tr"), body = node("tbody"), top = node("thead");
-  head.append(node("th", "", "key"), ...runs.map(run => node("th", "", run.label)));
-  for (const row of data.differences.rows) {
-    const line = node("tr"), key = node("th", "code", row.key), usual = row.usual;
-    key.scope = "row";
-    line.append(key, ...row.values.map(value => node("td", "code" + (value !== usual ? " changed" : ""), value === null ? "–" : value)));
-    body.append(line);
+  const made = section("What differs between the configurations", data.differences.note), card = node("div", "card");
+  const tableOf = rows => {
+    const scroll = node("div", "scroll"), table = node("table"), head = node("tr"), body = node("tbody"), top = node("thead");
+    head.append(node("th", "", "key"), ...runs.map(run => node("th", "", run.label)));
+    for (const row of rows) {
+      const line = node("tr"), key = node("th", "code", row.key);
+      key.scope = "row";
+      line.append(key, ...row.values.map(value => node("td", "code" + (row.usual !== null && value !== row.usual ? " changed" : ""), value === null ? "–" : value)));
+      body.append(line);
+    }
+    top.append(head);
+    table.append(top, body);
+    scroll.append(table);
+    return scroll;
+  };
+  card.append(data.differences.rows.length ? tableOf(data.differences.rows) : node("p", "soft", "Nothing but names, folders and the keys of the architectures."));
+  if (data.differences.own.length) {
+    const details = node("details");
+    details.append(node("summary", "", `${data.differences.own.length} keys of the architectures themselves`), tableOf(data.differences.own));
+    card.append(details);
   }
-  top.append(head);
-  table.append(top, body);
-  scroll.append(table);
-  card.append(data.differences.rows.length ? scroll : node("p", "soft", "Nothing but names and folders."));
   made.append(card);
 }
 
