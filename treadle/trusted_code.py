@@ -49,6 +49,7 @@ class Source:
 
     @property
     def key(self) -> tuple[str, str]:
+        """(path, digest): what trust is given to."""
         return self.path, self.sha256
 
 
@@ -137,6 +138,7 @@ def share() -> frozenset[tuple[str, str]]:
 
 
 def adopt(shared: Iterable[tuple[str, str]]) -> None:
+    """Takes over what another process was told to trust."""
     _allowed.update(shared)
     _kept.update(shared)  # the process that was told keeps it
 

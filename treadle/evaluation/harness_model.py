@@ -81,6 +81,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return self._tokenizer.chat_template.source if self._tokenizer.chat_template is not None and chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as the model's own template writes it; ConfigError for a model without one."""
         if self._tokenizer.chat_template is None:
             raise ConfigError("--apply_chat_template: this model has no chat template; leave it out")
         return self._tokenizer.chat_template.text(self._tokenizer, chat_history, add_generation_prompt)

@@ -135,7 +135,8 @@ class Attention(TokenMixer):
 
 
 class SlidingAttention(Attention):
-    """Attention over the last `sliding_window` positions of a document: time and memory grow with T, the cache does not."""
+    """Attention over the last `sliding_window` positions of a document: time and memory grow with T, the cache does not.
+    Beltagy et al. 2020, arXiv 2004.05150."""
 
     @classmethod
     def window_of(cls, config: Any) -> int | None:

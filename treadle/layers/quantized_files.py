@@ -16,7 +16,7 @@ CODES, SCALES = ".weight.codes", ".weight.scales"
 
 
 def to_tensors(layers: dict[str, Quantized]) -> dict[str, Tensor]:
-    """Module name -> matrix, as named tensors. X.weight.codes [N, K] (int4: [N, K / 2]) and X.weight.scales [N] or [N,
+    """Module name -> matrix, as named tensors. X.weight.codes [N, K] (int4: [N, K / 2]), X.weight.scales [N] or [N,
     groups]."""
     out = {}
     for name, quantized in layers.items():
@@ -27,7 +27,7 @@ def to_tensors(layers: dict[str, Quantized]) -> dict[str, Tensor]:
 
 def from_tensors(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> dict[str, Quantized]:
     """The inverse. shapes: of each layer's weight; CheckpointError for codes or scales of other ones, or of no such layer.
-    Shapes as `to_tensors` gives them."""
+    Codes [N, K] and scales as `to_tensors` gives them."""
     found = {}
     for key, codes in tensors.items():
         if not key.endswith(CODES):

@@ -22,7 +22,8 @@ from treadle.ops.precision import without_kept_casts
 
 
 def run_blocks(blocks: Iterable[nn.Module], x: Tensor, context: Context, states: Iterator[Any] | None) -> Tensor:
-    """Runs x through the blocks, with gradient checkpointing where a block asks for it; with states, each takes the next."""
+    """Runs x through the blocks, with gradient checkpointing where a block asks for it; with states, each takes the next.
+    x [B, T, ...] -> the same shape."""
     for block in blocks:
         state = next(states) if states is not None else None
         if block.training and torch.is_grad_enabled() and getattr(block, "gradient_checkpointing", False):
@@ -66,7 +67,7 @@ class Backbone(Model):
         return context
 
     def embed(self, batch: Batch, context: Context) -> Tensor:
-        """The residual stream before the first block."""
+        """The residual stream before the first block. [B, T, D], or what else the blocks of an architecture carry."""
         return self.embedding(batch.input_ids)  # [B, T, D]
 
     def final_norm(self, x: Tensor) -> Tensor:

@@ -155,6 +155,7 @@ class SHC(Backbone):
         return context
 
     def embed(self, batch: Batch, context: Context) -> Tensor:
+        """The n streams [B, T, n, D], each begun from the embedding in a way of its own; [B, T, D] without streams."""
         x = super().embed(batch, context)
         if self.stream_scale is None or self.stream_shift is None:
             return x

@@ -13,7 +13,7 @@ from treadle.objectives.next_token import SAMPLE_TEMPERATURE, SAMPLE_TOKENS, Nex
 
 
 class FineTuning(NextToken):
-    """Cross-entropy of the tokens that the assistant says."""
+    """Cross-entropy of the tokens that the assistant says. Ouyang et al. 2022, arXiv 2203.02155, section 3.5."""
 
     def prepare(self, model: Model, dataset: Dataset, device: torch.device) -> None:
         super().prepare(model, dataset, device)

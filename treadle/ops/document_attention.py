@@ -36,7 +36,7 @@ def _ends(segments: Segments, device: torch.device) -> Tensor:
 
 
 def takes(q: Tensor) -> bool:
-    """Whether the kernel takes queries of this type and width."""
+    """Whether the kernel takes queries of this type and width. q [B, H, T, E]."""
     return q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= LARGEST_WIDTH
 
 

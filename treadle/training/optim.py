@@ -93,7 +93,8 @@ def make_muon(model: Model, settings: OptimSettings, sharded: bool = False) -> l
 
 
 def make_soap(model: Model, settings: OptimSettings, sharded: bool = False) -> list[torch.optim.Optimizer]:
-    """SOAP (training/soap.py) for the blocks' matrices, AdamW for the rest. ConfigError where matrices are in shards."""
+    """SOAP (training/soap.py) for the blocks' matrices, AdamW for the rest. ConfigError where matrices are in shards.
+    Vyas et al. 2024, arXiv 2409.11321."""
     if sharded or any(is_sharded(p) for p in model.parameters()):
         raise ConfigError("soap needs whole matrices: use --parallel ddp without shard_optimizer, or optim.name = adamw")
     matrices, rest = matrices_and_rest(model, settings)

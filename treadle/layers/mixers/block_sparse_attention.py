@@ -29,7 +29,8 @@ class BlockSparseCache(LayerState):
 
 
 class BlockSparseAttention(TokenMixer):
-    """softmax(q k^T / sqrt(E)) v over what ops/block_sparse_attention.py lets a position see; projections as in Attention."""
+    """softmax(q k^T / sqrt(E)) v over what ops/block_sparse_attention.py lets a position see; projections as in Attention.
+    Zaheer et al. 2020, arXiv 2007.14062."""
 
     def __init__(
         self, width: int, heads: int, groups: int, head_width: int, *, size: int, previous: int, global_tokens: int,
