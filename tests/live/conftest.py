@@ -16,6 +16,7 @@ import pytest
 
 from treadle.live.desk import Desk
 from treadle.live.server import Server
+from treadle.serving.sockets import listening
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -79,10 +80,8 @@ class Known:
 
 
 @contextlib.contextmanager
-def behind_socket(desk: Desk) -> Iterator[str]:
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    listener.listen(64)
+def behind_socket(desk: Desk, port: int = 0) -> Iterator[str]:
+    listener = listening("127.0.0.1", port)
     with Server(listener, desk) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         thread.start()

@@ -231,7 +231,8 @@ function jobsOf(list, group) {
   const jobs = (group ? group.jobs : []).map(job => {
     const run = byFolder.get(job.folder);
     if (run) byFolder.delete(job.folder);
-    const own = run && (ACTIVE.has(run.status.state) || ["interrupted", "diverged"].includes(run.status.state)) ? run.status.state : "";
+    const state = run ? run.status.state : "", settled = ["done", "failed"].includes(job.state);
+    const own = ACTIVE.has(state) || !settled && ["interrupted", "diverged"].includes(state) ? state : ""; // the table is written when a run has ended
     const rate = present(job.learning_rate) ? ` · lr ${number(job.learning_rate)}` : "";
     return { name: `${job.label}${rate}${present(job.seed) ? ` · seed ${job.seed}` : ""}`, state: own || job.state, run, cpu: job.cpu_seconds };
   });

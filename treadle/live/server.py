@@ -33,6 +33,9 @@ class Handler(BaseHTTPRequestHandler):
         raise AttributeError(name)
 
     def _any(self) -> None:
+        if self.server.ending:
+            self.close_connection = True
+            return
         try:
             reply = self._reply()
         except RequestError as problem:
@@ -98,8 +101,13 @@ class Server(ThreadingHTTPServer):
         listener.setblocking(True)
         super().__init__(listener.getsockname()[:2], Handler, bind_and_activate=False)
         self.socket.close()
-        self.socket, self.desk = listener, desk
+        self.socket, self.desk, self.ending = listener, desk, False
         self._room = threading.BoundedSemaphore(CONNECTIONS)
+
+    def shutdown(self) -> None:
+        """Ends the loop; connections that stay open are answered no more."""
+        self.ending = True
+        super().shutdown()
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if self._room.acquire(blocking=False):
