@@ -70,7 +70,8 @@ def runs_board(runs: list[dict[str, Any]], measured_here: dict[str, dict[str, An
 
 def alike(runs: list[dict[str, Any]]) -> bool:
     """Whether a token means the same to all runs, so that numbers a token compare."""
-    return len({tuple(run["config"].get(f"tokenizer.{key}") for key in ("name", "vocab_size")) + (run["bytes_per_token"],) for run in runs}) == 1
+    keys = ("tokenizer.name", "tokenizer.vocab_size")
+    return len({(*map(run["config"].get, keys), run["bytes_per_token"]) for run in runs}) == 1
 
 
 def _title(name: str) -> str:
