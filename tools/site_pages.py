@@ -13,6 +13,8 @@ from typing import Any
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
+import treadle
+
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|mailto:|#)([^)\s#]+)(#[^)\s]*)?\)")
 
@@ -44,9 +46,21 @@ def modules(name: str) -> list[str]:
     return [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in public]
 
 
+def public_names() -> list[str]:
+    """What `import treadle` gives, as a table of links to where it is described."""
+    pages = {f"treadle.{name}": page for page, _, names in REFERENCE for name in names}
+    lines = ["| `treadle.` | defined in |", "| --- | --- |"]
+    for name, place in treadle._PLACES.items():
+        module, _, attribute = place.partition(":")
+        page = pages[".".join(module.split(".")[:2])]
+        lines.append(f"| [`{name}`]({page}.md#{module}.{attribute}) | `{module}` |")
+    return [*lines, ""]
+
+
 def reference_page(title: str, names: tuple[str, ...]) -> str:
     """Markdown of one page."""
     lines = [f"# {title}", ""]
+    lines += public_names() if title == "treadle" else []
     for module in (module for name in names for module in modules(name)):
         lines += [f"::: {module}", ""]
     return "\n".join(lines)
