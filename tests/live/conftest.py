@@ -92,7 +92,7 @@ def behind_socket(desk: Desk, port: int = 0) -> Iterator[str]:
             thread.join(10)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # its loop keeps asyncio.run from running, so that other modules must not see it
 def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api", reason="the playwright package is not installed")
     if CHROMIUM is None:

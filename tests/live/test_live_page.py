@@ -17,8 +17,10 @@ import pytest
 
 from tests.conftest import flags
 from tests.live.conftest import RunFolder, behind_socket
+from tests.serving.conftest import Scripted, listening, served
 from treadle.live.desk import Desk
 from treadle.live.watched import Watched
+from treadle.serving.app import App
 from treadle.training.config import SETTABLE
 
 SOON = 20_000  # ms, on a loaded machine
@@ -174,6 +176,17 @@ def test_thousands_of_points_are_drawn_quickly(browser: Any, tmp_path: Path) -> 
         milliseconds = visit.tab.evaluate("() => { const start = performance.now(); redraw(withCurves()); return performance.now() - start; }")
         assert milliseconds < 2000, milliseconds  # 13 charts of 5000 points; about 100 on an idle machine
         assert visit.wrong == []
+        visit.tab.close()
+
+
+def test_the_conversation_links_to_the_training(browser: Any, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.steps(1, 4)
+    with listening(App(Scripted(), served(), live=Desk(Watched(run.folder)))) as address:
+        visit = Tab(browser, address)
+        visit.tab.locator("#run").click()
+        visit.state("training")
+        assert visit.tab.url == f"{address}/run" and visit.wrong == []
         visit.tab.close()
 
 
