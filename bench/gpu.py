@@ -10,6 +10,7 @@ medians of groups of steps between two synchronisations of the device. Peers: `p
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import json
 import statistics
@@ -231,6 +232,9 @@ def architectures(device: str, tiny: bool) -> dict[str, Any]:
     for name, keys in ARCHITECTURES.items():
         arch = name.split()[0]
         fields = MODELS.get(arch).Config.model_fields
+        if keys.get("layer_types") in (["rwkv"],) and device == "cuda" and importlib.util.find_spec("fla") is not None:
+            found[f"{name}: tokens per second"] = "skipped (Triton tunes flash-linear-attention's wkv for more than five minutes)"
+            continue
         keys = {"hidden_sizes": [32, 40], "num_blocks": [[1, 0, 1], [1]]} if tiny and arch == "hnet" else keys
         own = {key: value for key, value in usual.items() if key in fields} if arch != "hnet" else {}
         try:
