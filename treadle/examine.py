@@ -13,7 +13,11 @@ from treadle.errors import CheckpointError, InputError
 from treadle.files import cache_root
 from treadle.models.pretrained import checkpoint_root
 
-EXTRAS = {"hf": "datasets", "parquet": "pyarrow", "sentencepiece": "sentencepiece", "wandb": "wandb"}
+# Extra -> what `import` calls its packages (pyproject.toml has the packages).
+EXTRAS = {"hf": ("transformers", "datasets", "gguf"), "parquet": ("pyarrow",), "compressed": ("indexed_gzip", "zstandard"),
+          "remote": ("fsspec", "s3fs", "aiohttp"), "sentencepiece": ("sentencepiece",), "wandb": ("wandb",),
+          "collatz": ("numba", "matplotlib"), "ray": ("ray",), "deepspeed": ("deepspeed",), "serve": ("starlette", "uvicorn"),
+          "eval": ("lm_eval",)}  # fmt: skip
 
 
 def machine() -> tuple[list[str], bool]:
@@ -38,9 +42,10 @@ def machine() -> tuple[list[str], bool]:
         f"(bf16 products measured {precision.probe(512):.1f}x fp32)",
         f"cache: {cache} ({free / 1e9:.1f} GB free)",
     ]
-    for extra, module in EXTRAS.items():
-        have = importlib.util.find_spec(module) is not None
-        lines.append(f"extra {extra}: {'installed' if have else f'''not installed (pip install 'treadle[{extra}]')'''}")
+    for extra, modules in EXTRAS.items():
+        missing = [module for module in modules if importlib.util.find_spec(module) is None]
+        some = f", without {', '.join(missing)}" if len(missing) < len(modules) else ""
+        lines.append(f"extra {extra}: " + (f"not installed{some} (pip install 'treadle[{extra}]')" if missing else "installed"))
     healthy = free > 1e9
     if not healthy:
         lines.append("less than 1 GB is free where data is cached; set TREADLE_CACHE to a larger disk")

@@ -15,7 +15,7 @@ from treadle.files import write_atomically
 from treadle.monitor.sinks import finite
 from treadle.version import __version__
 
-PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "pydantic")
+PACKAGES = ("torch", "numpy", "tokenizers", "pydantic")
 
 
 def write_event(run: Path, kind: str, **details: Any) -> None:
