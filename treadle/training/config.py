@@ -135,7 +135,7 @@ class Recipe:
         """The same without what is at its default, as a recipe would say it."""
         usual = {name: {k: i.get_default(call_default_factory=True) for k, i in cls.model_fields.items()}
                  for name, cls in SECTIONS.items()}  # fmt: skip
-        usual["model"] = {"preset": None}
+        usual |= {"model": {"preset": None}, "task": {}}
         return {name: {k: v for k, v in table.items() if k not in usual[name] or v != usual[name][k]}
                 for name, table in self.tables().items()}  # fmt: skip
 
