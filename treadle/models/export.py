@@ -14,16 +14,18 @@ from treadle.checkpoint import writer
 from treadle.checkpoint.layout import MANIFEST
 from treadle.checkpoint.reader import Checkpoint
 from treadle.checkpoint.tensors import write_tensors
-from treadle.errors import CheckpointError, ConfigError, InputError
+from treadle.errors import CheckpointError, InputError
 from treadle.files import write_atomically
 from treadle.generation.reading import quantized as quantize_layers
 from treadle.layers import packed_weights, quantized_files
 from treadle.models import model_card
 from treadle.models.base import CONFIG_FILE, WEIGHTS_FILE, Model, ModelConfig, allocated, describe
+from treadle.models.huggingface.byte_tokenizer import byte_tokenizer_files
 from treadle.models.huggingface.gguf_writing import TYPES, refuse_foreign_file, write_gguf, written_for_llama_cpp
+from treadle.models.huggingface.modeling_file import with_code
 from treadle.models.huggingface.peft import CONFIG as ADAPTER_CONFIG
 from treadle.models.huggingface.peft import WEIGHTS as ADAPTER_WEIGHTS
-from treadle.models.huggingface.peft import PeftFolder, files_of, for_peft
+from treadle.models.huggingface.peft import PeftFolder, family_for, files_of, for_peft
 from treadle.models.huggingface.reading import ForeignModel, is_foreign
 from treadle.models.huggingface.reading import read_json as read_table
 from treadle.models.huggingface.writing import TOKEN_KEYS, for_transformers
@@ -43,6 +45,7 @@ from treadle.models.pretrained import (
 )
 from treadle.models.transformer import TransformerConfig
 from treadle.text.base import Tokenizer
+from treadle.text.byte import ByteTokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMATS = {"treadle": "treadle", "huggingface": "huggingface", "hf": "huggingface", "transformers": "huggingface",
@@ -60,7 +63,8 @@ def export(
     RUN/gguf/NAME-TYPE.gguf, which is returned): what llama.cpp reads, of `gguf_type` f32 (the default), f16 or q8_0. A model card is
     written beside, where no README.md of somebody's own is; license is what it states. Of a run with adapters: these alone, as peft
     reads them ("peft", by default in RUN/peft), unless `merge` or another layout asks for the whole model. InputError when the
-    folder is in use for something else, or nothing in it is ternary; ConfigError for a model that transformers has none of.
+    folder is in use for something else, or nothing in it is ternary; ConfigError for a model that writes no text
+    token by token.
     """
     layout = _known(layout, precision, packed, quantize, gguf_type)
     checkpoint = locate(run, warn)
@@ -98,7 +102,7 @@ def export(
     if tokenizer is not None and not text:
         text = _files_of(tokenizer)
     if layout == "huggingface":
-        weights, files = _for_transformers(shape, weights, DTYPES[precision], tokenizer, generation_file(checkpoint.folder)[1])
+        weights, files = _for_transformers(cls, shape, weights, DTYPES[precision], tokenizer, generation_file(checkpoint.folder)[1])
         files.update(text)
     else:
         files = {"config.toml": checkpoint.raw("config.toml"), CONFIG_FILE: describe(cls, shape).encode()}
@@ -157,10 +161,14 @@ def told(written: Path, layout: str | None, precision: str, packed: bool, quanti
     if layout == "gguf":
         return [f"{written}: {size / 1e6:.1f} MB, for llama.cpp: llama-cli -m {written}; treadle reads it too"]
     if layout == "huggingface":
+        code = next((path.name for path in written.glob("modeling_*.py")), None)
+        how = f"{str(written)!r}, trust_remote_code=True" if code else repr(str(written))
         lines = [f"{written}: {size / 1e6:.1f} MB of weights in {precision}, for transformers: "
-                 f"AutoModelForCausalLM.from_pretrained({str(written)!r}); treadle reads it too"]  # fmt: skip
+                 f"AutoModelForCausalLM.from_pretrained({how}); treadle reads it too"]  # fmt: skip
+        if code:
+            lines.append(f"note: transformers has no such architecture; {code} beside the weights is its code, and needs torch and transformers alone")
         if not (written / "tokenizer.json").is_file() and not list(written.glob("*.model")):
-            lines.append("note: this run's tokenizer has no form in transformers; give it the ids yourself (of bytes: their values)")
+            lines.append("note: this run's tokenizer has no form in transformers; give it the ids yourself")
         return lines
     ternary = (", ternary ones packed" if packed else "") + (f", linear layers in {quantize}" if quantize else "")
     return [f"{written}: {size / 1e6:.1f} MB of weights in {precision}{ternary}; use it like a run: treadle generate {written}, "
@@ -219,9 +227,9 @@ def _quantized(cls: type[Model], shape: ModelConfig, weights: dict[str, Tensor],
 
 
 def save_for_transformers(model: Model, folder: str | Path, tokenizer: Tokenizer | None = None, precision: str = "fp32") -> None:
-    """Writes a model (and its tokenizer) as `AutoModelForCausalLM.from_pretrained` reads it. ConfigError for a model that
-    transformers has none of."""
-    weights, files = _for_transformers(model.config, model.named_weights(), DTYPES[precision], tokenizer, {})
+    """Writes a model (and its tokenizer) as `AutoModelForCausalLM.from_pretrained` reads it; where transformers has no such class, with
+    a modeling file for trust_remote_code=True. ConfigError for a model that writes no text token by token."""
+    weights, files = _for_transformers(type(model), model.config, model.named_weights(), DTYPES[precision], tokenizer, {})
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in {**files, **(_files_of(tokenizer) if tokenizer is not None else {})}.items():
@@ -236,18 +244,23 @@ def _files_of(tokenizer: Tokenizer) -> dict[str, bytes]:
 
 
 def _for_transformers(
-    shape: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype, tokenizer: Tokenizer | None, told: dict[str, Any]
-) -> tuple[dict[str, Tensor], dict[str, bytes]]:
-    """(weights by transformers' names, config.json and generation_config.json)."""
-    if not isinstance(shape, TransformerConfig):
-        raise ConfigError("transformers has no such model; of treadle's architectures it reads the transformer alone")
+    cls: type[Model], shape: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype, tokenizer: Tokenizer | None, told: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, bytes]]:  # fmt: skip
+    """(weights by transformers' names; config.json, generation_config.json, what a byte tokenizer is there, and for a model that
+    transformers has no class of a modeling file)."""
     tokens: dict[str, Any] = dict.fromkeys(TOKEN_KEYS)  # a family's own would be written otherwise, whatever the vocabulary
     if tokenizer is not None:
         tokens |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     tokens |= {key: told[key] for key in TOKEN_KEYS if key in told}
-    table, renamed = for_transformers(shape, weights, dtype, tokens)
+    files: dict[str, bytes] = {}
+    if isinstance(shape, TransformerConfig) and family_for(shape) is not None:
+        table, renamed = for_transformers(shape, weights, dtype, tokens)
+    else:
+        table, renamed, files = with_code(cls, shape, weights, dtype, tokens)
+    if tokenizer is not None and tokenizer.kind == ByteTokenizer.kind:
+        files |= byte_tokenizer_files()
     defaults = {**{key: value for key, value in tokens.items() if value is not None}, **_ends_of_turns(tokenizer), **told}
-    return renamed, {CONFIG_FILE: (json.dumps(table, indent=1) + "\n").encode(),
+    return renamed, {**files, CONFIG_FILE: (json.dumps(table, indent=1) + "\n").encode(),
                      GENERATION_FILE: (json.dumps(defaults, indent=1) + "\n").encode()}  # fmt: skip
 
 

@@ -33,7 +33,7 @@ from treadle.models.base import CONFIG_FILE, Model, ModelConfig, allocated, buil
 from treadle.models.catalogue import MODELS
 from treadle.models.huggingface import hub
 from treadle.models.huggingface.peft import PeftFolder, is_peft
-from treadle.models.huggingface.reading import ForeignModel, TransformersFolder, is_foreign
+from treadle.models.huggingface.reading import ForeignModel, folder_of, is_foreign
 from treadle.models.settings import AdapterSettings
 from treadle.storage.remote import RemotePath, is_url, local_copy, refuse_secrets
 from treadle.text.base import Tokenizer
@@ -118,7 +118,7 @@ def open_foreign(path: Path) -> ForeignModel:
         from treadle.models.huggingface.gguf_file import GGUFFile  # here, since most never need its package
 
         return GGUFFile(path)
-    return TransformersFolder(path)
+    return folder_of(path)
 
 
 def _instead_of(path: Path) -> str:
@@ -162,6 +162,7 @@ def home_of(checkpoint: Path) -> Path:
 
 
 def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The tables of a checkpoint's config.toml; CheckpointError when it cannot be read or holds no sections."""
     try:
         config = tomllib.loads(checkpoint.text("config.toml"))
     except (ValueError, RecursionError) as problem:
@@ -197,7 +198,8 @@ def tokenizer_to_start_with(checkpoint: Checkpoint, chosen: str) -> Tokenizer | 
 
 
 def read_shape(checkpoint: Checkpoint, config: dict[str, Any]) -> tuple[type[Model], ModelConfig]:
-    """The architecture and its configuration that a checkpoint's config.toml describes."""
+    """The architecture and its configuration that a checkpoint's config.toml describes. CheckpointError when it names
+    none."""
     keys = dict(config.get("model", {}))
     arch, _ = keys.pop("arch", None), keys.pop("preset", None)
     if arch is None:
@@ -244,7 +246,8 @@ def weights_checksum(checkpoint: Checkpoint) -> str:
 
 
 def whole_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The weights of a checkpoint by name; of a run with adapters, those of its base with the adapters merged."""
+    """The weights of a checkpoint by name; of a run with adapters, those of its base with the adapters merged. Of any
+    shapes."""
     found = adapters_and_base(checkpoint)
     if found is None:
         return checkpoint.tensors("model")
@@ -264,7 +267,7 @@ def adapters_and_base(checkpoint: Checkpoint) -> tuple[AdapterSettings, Checkpoi
 
 
 def plain_weights(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], Model]:
-    """`whole_weights` with nothing packed or quantised, and the model without memory that they belong to."""
+    """`whole_weights` with nothing packed or quantised, and the model without memory that they belong to. Of any shapes."""
     cls, shape = read_shape(checkpoint, read_config(checkpoint))
     with torch.device("meta"):
         model = cls(shape)
@@ -279,7 +282,8 @@ def generation_defaults(folder: Path) -> dict[str, Any]:
 
 
 def generation_file(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The generation_config.json of a checkpoint's folder or of its run, as it is; {} when there is none. Of adapters: their base's."""
+    """The generation_config.json of a checkpoint's folder or of its run, as it is; {} when there is none. Of adapters: their base's.
+    ConfigError when it is not JSON or holds no table."""
     if is_peft(folder) and isinstance(adapter := locate(str(folder)), PeftFolder):
         return generation_file(adapter.base.folder)
     for place in (folder, home_of(folder)):
@@ -319,7 +323,7 @@ def load_run(run: str, device: Any = None, warn: Any = None, tokenizer: bool = T
 
 
 def _foreign_model(checkpoint: ForeignModel, device: Any) -> Model:
-    model = allocated(MODELS.get("transformer"), checkpoint.config, checkpoint.nbytes, pick_device(device or "auto"))
+    model = allocated(checkpoint.cls, checkpoint.config, checkpoint.nbytes, pick_device(device or "auto"))
     checkpoint.load_into(model)
     return model
 
@@ -347,7 +351,8 @@ def tokenizer_of(loaded: Loaded) -> Tokenizer:
 
 
 def load_model(source: str, device: Any = None, pretrained: bool = True) -> Model:
-    """A model from a run, a checkpoint, or a folder of save_pretrained; a preset's name only with pretrained=False."""
+    """A model from a run, a checkpoint, or a folder of save_pretrained; a preset's name only with pretrained=False.
+    ConfigError for such a name without it."""
     presets = {name: arch for arch in MODELS.names() for name in MODELS.get(arch).Config.presets()}
     plain = source.lower().replace("-", "_")
     if plain in presets and not Path(source).exists():

@@ -27,6 +27,7 @@ from treadle.text.base import Tokenizer, read_table
 INDEX_FILE = "model.safetensors.index.json"
 CHUNK_BYTES = 2 << 20  # measured with a model of 112 MB: 1.04 times its weights at the peak; 8 MB: 1.15
 LARGEST_JSON = 64 << 20
+OWN_KEYS, PREFIX = "treadle", "model."  # in config.json, and before our names of weights: of exports with a modeling file
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -34,7 +35,8 @@ class Stored(Protocol):
     """A tensor in a file."""
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """As the file has it."""
 
     def rows(self, first: int, last: int) -> Tensor:
         """Rows [first, last) of it, or these numbers of a vector."""
@@ -44,14 +46,23 @@ class ForeignModel(Checkpoint):
     """A model that treadle did not write, read like a checkpoint of weights alone. Subclasses say what its configuration and
     its tensors are."""
 
+    cls: type[Model] = Transformer
+    config: Any  # of cls
+    family: Family | None
+
     def __init__(self, path: Path, table: dict[str, Any]) -> None:
         self.folder, self.step = path, 0
         self.manifest = {"step": 0, "files": {}, "weights_only": True}
-        self.table, self.family = table, family_of(table, self.place)
+        self.table = table
         try:
-            self.config = TransformerConfig(**keys_of(table, self.place))
+            self._understand()
         except ConfigError as problem:
             raise ConfigError(f"{problem}" if self.place in f"{problem}" else f"{self.place}: {problem}") from None
+
+    def _understand(self) -> None:
+        """Sets `family`, `cls` and `config`; ConfigError for what is not computed."""
+        self.family = family_of(self.table, self.place)
+        self.config = TransformerConfig(**keys_of(self.table, self.place))
 
     @property
     def place(self) -> str:
@@ -77,7 +88,7 @@ class ForeignModel(Checkpoint):
         if member != "config.toml":
             raise CheckpointError(f"{self.folder} was not written by treadle and has no {member}")
         keys = {key: value for key, value in self.config.model_dump().items() if value is not None}
-        return dump_toml({"model": {"arch": Transformer.arch, **keys}})
+        return dump_toml({"model": {"arch": self.cls.arch, **keys}})
 
     def raw(self, member: str) -> bytes:
         return self.text(member).encode()
@@ -95,11 +106,11 @@ class ForeignModel(Checkpoint):
         raise NotImplementedError
 
     def tensors(self, stem: str) -> dict[str, Tensor]:
-        """All weights by our names, in fp32."""
+        """All weights by our names, in fp32. Of any shapes; CheckpointError for any other stem than the weights'."""
         if stem != "model":
             raise CheckpointError(f"{self.folder} holds weights alone")
         with torch.device("meta"):
-            shapes = Transformer(self.config).named_weights()
+            shapes = self.cls(self.config).named_weights()
         weights = {name: torch.empty(tensor.shape) for name, tensor in shapes.items()}
         self._fill(weights)
         return weights
@@ -120,6 +131,7 @@ class ForeignModel(Checkpoint):
 
     def _plan(self, stored: Mapping[str, Stored], weights: Mapping[str, Tensor]) -> dict[str, tuple[list[str], Weight]]:
         """Their tensor -> (ours that it holds, how), checked before anything is read."""
+        assert self.family is not None
         prefixed = any(name.startswith(self.family.prefix) for name in stored)
         plan = {}
         for name in stored:
@@ -162,7 +174,7 @@ def _check(name: str, shape: tuple[int, ...], targets: list[tuple[int, ...]], we
 
 
 def copy(source: Stored, targets: list[Tensor], weight: Weight) -> None:
-    """One of their tensors into ours, a few rows at a time."""
+    """One of their tensors into ours, a few rows at a time. Of one shape, [N, K] or [N]."""
     width = max(1, int(torch.Size(source.shape[1:]).numel()))
     step = max(1, CHUNK_BYTES // (4 * width))
     turned = weight.transposed and len(source.shape) == 2
@@ -229,6 +241,8 @@ class TransformersFolder(ForeignModel):
             raise InputError(f"{self.folder} holds no {WEIGHTS_FILE} and no {INDEX_FILE}")
 
     def stored(self) -> Mapping[str, TensorPlace]:
+        """Tensors by transformers' names, unread; InputError for a shard that is missing, CheckpointError for a name that
+        two have."""
         found: dict[str, TensorPlace] = {}
         for path in self._files():
             if not path.is_file():
@@ -248,3 +262,33 @@ class TransformersFolder(ForeignModel):
             return Tokenizer.load(self.folder)
         except InputError as problem:
             raise InputError(f"{problem}; copy the tokenizer's files (tokenizer.json, tokenizer_config.json) there") from None
+
+
+class WithCode(TransformersFolder):
+    """A folder that an export wrote for transformers with a modeling file. Its keys are treadle's own, and so is what computes it here:
+    the file is never read, let alone run."""
+
+    def _understand(self) -> None:
+        keys = dict(self.table[OWN_KEYS])
+        self.family, self.cls = None, MODELS.get(str(keys.pop("arch", None)))
+        self.config = self.cls.Config.with_preset(None, **keys)
+
+    def _plan(self, stored: Mapping[str, Stored], weights: Mapping[str, Tensor]) -> dict[str, tuple[list[str], Weight]]:
+        plan = {}
+        for name, found in stored.items():
+            ours = name.removeprefix(PREFIX)
+            if ours not in weights:
+                if ours == "head.weight":  # written beside the embedding it equals
+                    continue
+                raise ShapeError(f"{self.folder} has a tensor {name}, which its configuration does not describe")
+            how = Weight(name, (ours,))
+            _check(name, found.shape, [tuple(weights[ours].shape)], how, self.folder)
+            plan[name] = [ours], how
+        return plan
+
+
+def folder_of(folder: Path) -> TransformersFolder:
+    """A folder of transformers' form; one with treadle's own keys is read as they say."""
+    table = read_json(folder / CONFIG_FILE)
+    own = isinstance(table.get(OWN_KEYS), dict) and ":" not in str(table[OWN_KEYS].get("arch"))
+    return WithCode(folder) if own else TransformersFolder(folder)
