@@ -180,17 +180,17 @@ def test_a_sweep_in_a_folder_that_was_moved(tmp_path: Path) -> None:
     assert len(page.runs) == 2 and {run["label"] for run in page.runs.values()} == {"1-0", "2-0"}
     (tmp_path / "moved" / "sweep.json").write_text(json.dumps(cells(v1_0=3.0, v2_0=2.0)), encoding="utf-8")
     page.take(watched.news(page.cursor))
-    assert {run["label"] for run in page.runs.values()} == {"optim.learning_rate=1 seed 0", "optim.learning_rate=2 seed 0"} | (
-        {f"optim.learning_rate={rate} seed 1" for rate in "12"})  # fmt: skip
+    assert {run["label"] for run in page.runs.values()} == {"optim.learning_rate=1 · seed 0", "optim.learning_rate=2 · seed 0"} | (
+        {f"optim.learning_rate={rate} · seed 1" for rate in "12"})  # fmt: skip
     group = page.group
     assert [job["state"] for job in group["jobs"]] == ["done", "done", "waiting", "waiting"]
-    assert group["rows"][0]["cells"]["bpb"] == {"mean": 3.0, "low": 3.0, "high": 3.0, "values": [3.0]}
+    assert [(row["label"], row["cells"]["value"]["mean"]) for row in group["board"]["rows"]] == [("optim.learning_rate=2", 2.0), ("optim.learning_rate=1", 3.0)]
     (tmp_path / "moved" / "sweep.json").write_text('{"cells": [{"poi', encoding="utf-8")  # torn
     page.take(watched.news(page.cursor))
     assert page.group == group
     (tmp_path / "moved" / "sweep.json").write_text(json.dumps(cells(v1_0=3.0, v2_0=2.0, v1_1=5.0)), encoding="utf-8")
     page.take(watched.news(page.cursor))
-    assert page.group["rows"][0]["cells"]["bpb"] == {"mean": 4.0, "low": 3.0, "high": 5.0, "values": [3.0, 5.0]}
+    assert page.group["board"]["rows"][1]["cells"]["value"] == {"mean": 4.0, "low": 3.0, "high": 5.0}
 
 
 @pytest.mark.parametrize("table", [{}, {"cells": 3}, {"cells": [None]}, {"cells": [{"point": 1}]}, {"jobs": [1]}, {"jobs": [], "metric": 1, "columns": None}])

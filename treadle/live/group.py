@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from treadle.reporting.run_data import is_run
+from treadle.reporting.tables import suite_board, sweep_board
 
 MOST_RUNS = 400
 DEEPEST = 3  # folders below the one that is watched
@@ -17,21 +17,18 @@ DEEPEST = 3  # folders below the one that is watched
 
 @dataclass
 class Group:
-    """members: folder -> label. columns and rows: the table. jobs: what runs, waits, is done or failed. done: None where nothing
-    says it."""
+    """members: folder -> label. board: the table, as reporting/tables.py says. jobs: what runs, waits, is done or failed. done: None
+    where nothing says it."""
 
     members: dict[Path, str] = field(default_factory=dict)
     metric: str = ""
-    columns: list[dict[str, Any]] = field(default_factory=list)
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    board: dict[str, Any] | None = None
     jobs: list[dict[str, Any]] = field(default_factory=list)
-    scaling: list[Any] = field(default_factory=list)
-    cost: Any = None
+    cpu_seconds: float | None = None
     done: bool | None = None
 
     def told(self) -> dict[str, Any]:
-        return {"metric": self.metric, "columns": self.columns, "rows": self.rows, "jobs": self.jobs, "scaling": self.scaling,
-                "cost": self.cost, "done": self.done, "members": len(self.members)}  # fmt: skip
+        return {"metric": self.metric, "board": self.board, "jobs": self.jobs, "cpu_seconds": self.cpu_seconds, "done": self.done}
 
 
 def group_of(root: Path, before: Group | None) -> Group:
@@ -51,46 +48,37 @@ def group_of(root: Path, before: Group | None) -> Group:
 
 def _suite(root: Path, table: dict[str, Any]) -> Group | None:
     try:
-        jobs = [{"label": str(job["label"]), "seed": job.get("seed"), "learning_rate": job.get("learning_rate"),
-                 "state": str(job.get("state", "")), "folder": _named(root, job), "cpu_seconds": job.get("cpu_seconds")}
-                for job in table["jobs"]]  # fmt: skip
-        members = {Path(job["folder"]): _label(job) for job in jobs if job["folder"]}
-        return Group(members, str(table["metric"]), list(table["columns"]), list(table["rows"]), jobs, list(table.get("scaling") or []),
-                     table.get("cost"), bool(table.get("done")))  # fmt: skip
-    except (KeyError, TypeError, AttributeError, ValueError):
+        jobs = [{"label": str(job["label"]), "kind": str(job.get("kind", "run")), "seed": job.get("seed"), "state": str(job["state"]),
+                 "learning_rate": job.get("learning_rate"), "folder": _named(root, job), "cpu_seconds": job.get("cpu_seconds"),
+                 "problem": str(job.get("problem") or "")} for job in table["jobs"]]  # fmt: skip
+        board, cost = suite_board(table), table.get("cost") or {}
+        return Group(_members(jobs), str(table["metric"]), board, jobs, cost.get("cpu_seconds"), bool(table.get("done")))
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError):
         return None  # torn, or of a version that writes otherwise
-
-
-def _label(job: dict[str, Any]) -> str:
-    rate = f" lr {job['learning_rate']:g}" if isinstance(job["learning_rate"], (int, float)) else ""
-    return f"{job['label']}{rate} seed {job['seed']}"
 
 
 def _sweep(root: Path, table: dict[str, Any]) -> Group | None:
     try:
-        cells = [{**cell, "label": " ".join(f"{key}={value}" for key, value in cell["point"].items())} for cell in table["cells"]]
-        metric = next((str(cell["metric"]) for cell in cells if cell.get("metric")), "")
-        points: dict[str, list[dict[str, Any]]] = {}
-        for cell in cells:
-            points.setdefault(cell["label"], []).append(cell)
-        rows = [{"label": label, "cells": {metric: _spread([cell.get("value") for cell in of]),
-                                           "cpu_seconds": _spread([cell.get("cpu_seconds") or None for cell in of])}}
-                for label, of in points.items()]  # fmt: skip
-        jobs = [{"label": cell["label"], "seed": cell.get("seed"), "folder": _named(root, cell), "cpu_seconds": cell.get("cpu_seconds"),
-                 "state": "failed" if cell.get("failed") else "done" if cell.get("value") is not None else "waiting",
-                 "learning_rate": None} for cell in cells]  # fmt: skip
-        lower = all(cell.get("lower_is_better", True) for cell in cells)
-        columns = [{"key": metric, "title": metric, "unit": "", "lower_is_better": lower},
-                   {"key": "cpu_seconds", "title": "CPU time", "unit": "s", "lower_is_better": True}]  # fmt: skip
-        return Group({Path(job["folder"]): f"{job['label']} seed {job['seed']}" for job in jobs if job["folder"]}, metric, columns, rows, jobs)
-    except (KeyError, TypeError, AttributeError, ValueError):
+        jobs = [{"label": " ".join(f"{key}={value}" for key, value in cell["point"].items()), "kind": "run", "seed": cell.get("seed"),
+                 "state": "failed" if cell.get("failed") else "done" if cell.get("value") is not None else str(cell.get("state", "waiting")),
+                 "learning_rate": None, "folder": _named(root, cell), "cpu_seconds": cell.get("cpu_seconds"),
+                 "problem": str(cell.get("failed") or "")} for cell in table["cells"]]  # fmt: skip
+        metric = next((str(cell["metric"]) for cell in table["cells"] if cell.get("metric")), "")
+        spent = sum(float(job["cpu_seconds"] or 0) for job in jobs)
+        return Group(_members(jobs), metric, sweep_board(table, root), jobs, spent)
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError):
         return None
 
 
-def _spread(values: list[Any]) -> dict[str, Any] | None:
-    """Mean, least and most of the numbers among these."""
-    numbers = [float(value) for value in values if isinstance(value, (int, float))]
-    return {"mean": statistics.mean(numbers), "low": min(numbers), "high": max(numbers), "values": numbers} if numbers else None
+def _members(jobs: list[dict[str, Any]]) -> dict[Path, str]:
+    return {Path(job["folder"]): _label(job) for job in jobs if job["folder"]}
+
+
+def _label(job: dict[str, Any]) -> str:
+    rate = job["learning_rate"]
+    parts = [job["label"], f"lr {rate:g}" if isinstance(rate, (int, float)) else "", f"seed {job['seed']}" if job["seed"] is not None else "",
+             job["kind"] if job["kind"] != "run" else ""]  # fmt: skip
+    return " · ".join(filter(None, parts))
 
 
 def _named(root: Path, job: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ const at = id => document.getElementById(id);
 
 const live = { kind: "", cursor: "", runs: new Map(), group: null, path: "", readOnly: false, token: "", chosen: 0, failures: 0 };
 const view = { axis: "step", log: false, smooth: 0, hidden: new Set() };
+const side = new Map(); // number of a run that a suite makes on its way -> whether it is drawn
 const drawn = { quality: null, training: null, model: null, axes: "", table: "", jobs: "" };
 
 function headers(more) {
@@ -200,11 +201,10 @@ function drawGroup() {
   at("progress").firstElementChild.style.width = `${jobs.length ? 100 * (done + failed + begun) / jobs.length : 0}%`;
   const tiles = [tile(`${done} / ${jobs.length}`, "runs done"), tile(String(busy), "running now")];
   if (failed) { const made = tile(String(failed), "failed or interrupted"); made.classList.add("bad"); tiles.push(made); }
-  const best = bestOf(group);
-  if (best) tiles.push(tile(number(best.value, best.kind), `best ${best.title.toLowerCase()} so far: ${best.label}`));
-  const cost = group && group.cost && group.cost.cpu_seconds;
-  const spent = present(cost) ? cost : list.reduce((sum, run) => sum + ((run.summary && run.summary.cpu_seconds) || 0), 0);
-  if (spent) tiles.push(tile(duration(spent), "CPU time of finished runs"));
+  const best = group && group.board && group.board.bars && group.board.bars.rows[0];
+  if (best && present(best.mean)) tiles.push(tile(number(best.mean, group.board.bars.kind), `best ${group.board.bars.title} so far: ${best.label}`));
+  const spent = group && group.cpu_seconds ? group.cpu_seconds : list.reduce((sum, run) => sum + (run.summary.cpu_seconds || 0), 0);
+  if (spent) tiles.push(tile(duration(spent), "CPU time so far"));
   at("tiles").replaceChildren(...tiles);
   const report = `treadle report ${quote(live.path)}`, key = state === "done" ? report : "";
   if (at("ended").dataset.key !== key) {
@@ -216,16 +216,6 @@ function drawGroup() {
   drawJobs(jobs, group);
 }
 
-function bestOf(group) {
-  const column = group && group.columns.find(one => one.key === group.metric);
-  if (!column) return null;
-  const rows = group.rows.filter(row => row.cells[column.key] && present(row.cells[column.key].mean));
-  if (!rows.length) return null;
-  const sign = column.lower_is_better === false ? -1 : 1;
-  const first = rows.reduce((a, b) => sign * a.cells[column.key].mean <= sign * b.cells[column.key].mean ? a : b);
-  return { value: first.cells[column.key].mean, label: first.label, title: column.title === column.key ? titleOf(column.key) : column.title, kind: kindOf(column.key) };
-}
-
 function jobsOf(list, group) {
   const byFolder = new Map(list.map(run => [run.folder, run]));
   const jobs = (group ? group.jobs : []).map(job => {
@@ -233,32 +223,37 @@ function jobsOf(list, group) {
     if (run) byFolder.delete(job.folder);
     const state = run ? run.status.state : "", settled = ["done", "failed"].includes(job.state);
     const own = ACTIVE.has(state) || !settled && ["interrupted", "diverged"].includes(state) ? state : ""; // the table is written when a run has ended
-    const rate = present(job.learning_rate) ? ` · lr ${number(job.learning_rate)}` : "";
-    return { name: `${job.label}${rate}${present(job.seed) ? ` · seed ${job.seed}` : ""}`, state: own || job.state, run, cpu: job.cpu_seconds };
+    if (run && job.kind !== "run" && !side.has(run.number)) side.set(run.number, false);
+    const rate = present(job.learning_rate) ? `lr ${number(job.learning_rate)}` : "", seed = present(job.seed) ? `seed ${job.seed}` : "";
+    const name = [job.label, rate, seed, job.kind === "run" ? "" : job.kind].filter(Boolean).join(" · ");
+    return { name, state: own || job.state, run, cpu: job.cpu_seconds, problem: job.problem };
   });
   for (const run of byFolder.values()) jobs.push({ name: run.label, state: run.status.state, run, cpu: null });
   return jobs;
 }
 
 function drawTable(group) {
-  const key = JSON.stringify(group && [group.columns, group.rows]);
-  at("table").hidden = !group || !group.rows.some(row => Object.values(row.cells).some(Boolean));
+  const board = group && group.board, key = JSON.stringify(board);
+  at("table").hidden = !board || !board.rows.some(row => Object.values(row.cells).some(Boolean));
   if (at("table").hidden || key === drawn.table) return;
   drawn.table = key;
+  at("table-note").textContent = board.note || "";
   at("rows").replaceChildren();
-  const kinds = group.columns.map(column => ({ ...column, title: column.title === column.key ? titleOf(column.key) : column.title, kind: column.unit === "s" ? "seconds" : kindOf(column.key), unit: column.unit === "s" ? "" : column.unit }));
-  comparison(at("rows"), { columns: kinds, rows: group.rows.map(row => ({ ...row, cells: row.cells || {} })) }, "");
-  at("table-note").textContent = "Mean, and below it least and most over the seeds; it grows as runs are done.";
+  comparison(at("rows"), board, board.first);
+  if (board.bars && board.bars.rows.length > 1) { at("rows").append(node("h3", "", board.bars.title)); bars(at("rows"), board.bars.rows, "", board.bars.kind); }
+  if (!board.scaling || !board.scaling.length) return;
+  const series = board.scaling.map((line, place) => ({ name: line.label, x: line.points.map(point => point.x), y: line.points.map(point => point.value), points: true, colour: place }));
+  chart(at("rows"), { title: "Against size", note: board.scaling_note, series, x_title: board.scaling_x, log_x: true, height: 260 });
 }
 
 function drawJobs(jobs, group) {
   at("jobs").hidden = !jobs.length;
   const metric = (group && group.metric) || (jobs.find(job => job.run) || { run: { status: { metric: "loss" } } }).run.status.metric;
   at("jobs-metric").textContent = titleOf(metric);
-  const rows = jobs.map(({ name, state, run, cpu }) => {
+  const rows = jobs.map(({ name, state, run, cpu, problem }) => {
     const scored = run ? run.evals.filter(row => present(row[metric])).pop() : null, status = run ? run.status : {};
     const spent = present(cpu) && cpu ? cpu : run && run.summary && run.summary.cpu_seconds;
-    return [name, state, run ? (status.max_steps ? `${status.step} / ${status.max_steps}` : status.step) : "", scored ? number(scored[metric], kindOf(metric)) : "–", present(spent) ? duration(spent) : "–", run ? run.number : ""];
+    return [name, state, run ? (status.max_steps ? `${status.step} / ${status.max_steps}` : status.step) : "", scored ? number(scored[metric], kindOf(metric)) : "–", present(spent) && spent ? duration(spent) : "–", run ? run.number : "", problem || ""];
   });
   const colours = new Map(withCurves().map((run, place) => [run.number, place]));
   const shown = JSON.stringify([rows, [...colours]]);
@@ -269,29 +264,36 @@ function drawJobs(jobs, group) {
   at("job-rows").replaceChildren(...sorted.map(({ row }) => {
     const line = node("tr"), name = node("th"), state = node("td");
     name.scope = "row";
-    name.append(colours.has(row[5]) ? key(row, colours.get(row[5])) : row[0]);
+    const run = live.runs.get(row[5]);
+    name.append(run && (run.steps.length || run.evals.length) ? key(run, row[0], colours.get(row[5])) : row[0]);
     state.append(badge(row[1]));
+    if (row[6]) state.append(node("div", "spread bad", row[6]));
     line.append(name, state, ...row.slice(2, 5).map(text => node("td", "n", String(text))));
     return line;
   }));
 }
 
-// A run's name as the key to its curves; a click takes them off the charts or back.
-function key([name, , , , , place], colour) {
-  const made = node("button", "key", name), run = live.runs.get(place);
+// A run's name as the key to its curves; a click takes them off the charts or puts them there.
+function key(run, name, colour) {
+  const made = node("button", "key", name), shown = side.has(run.number) ? side.get(run.number) : !view.hidden.has(run.label);
   made.type = "button";
-  made.style.setProperty("--key", `var(--c${colour % COLOURS})`);
+  made.style.setProperty("--key", colour === undefined ? "var(--line)" : `var(--c${colour % COLOURS})`);
   if (colour >= COLOURS) made.classList.add("dashed");
-  made.setAttribute("aria-pressed", String(!view.hidden.has(run.label)));
+  made.setAttribute("aria-pressed", String(shown));
   made.addEventListener("click", () => {
-    if (!view.hidden.delete(run.label)) view.hidden.add(run.label);
-    made.setAttribute("aria-pressed", String(!view.hidden.has(run.label)));
-    redraw(withCurves());
+    if (side.has(run.number)) side.set(run.number, !shown);
+    else if (!view.hidden.delete(run.label)) view.hidden.add(run.label);
+    drawn.shape = drawn.jobs = "";
+    draw();
   });
   return made;
 }
 
-const withCurves = () => runs().filter(run => run.steps.length || run.evals.length);
+// Runs that are drawn, in the order of their colours; those that a suite makes on its way (search, probes) only when asked for, last.
+function withCurves() {
+  const some = runs().filter(run => run.steps.length || run.evals.length);
+  return [...some.filter(run => !side.has(run.number)), ...some.filter(run => side.get(run.number))];
+}
 
 function drawCharts() {
   const list = withCurves();

@@ -53,8 +53,11 @@ class Watched:
 
     def _refresh(self) -> None:
         self._moment += 1
-        if self._kind != "run" or not self._runs:
-            self._kind = kind_of(self.root)  # a sweep writes its table when the first run is done
+        now = kind_of(self.root)  # a sweep and a suite write their table when their first run has begun
+        if now != self._kind and now != "folder":  # a run whose folder is away for a while stays a run
+            if "run" in (now, self._kind):
+                self._runs, self._group, self._session = {}, None, secrets.token_hex(4)  # whoever asked before learns everything anew
+            self._kind = now
         if self._kind == "run":
             members = {self.root: self.root.resolve().name}
         else:
