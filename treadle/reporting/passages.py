@@ -17,6 +17,7 @@ from treadle.text.base import Tokenizer
 
 MOST_TOKENS = 768  # of a passage
 PASSAGES = 3
+END = "\u220e\n"  # how a token without text is shown, as the end of a document or of a turn
 
 
 @dataclass
@@ -96,7 +97,9 @@ def pieces_of(tokenizer: Tokenizer, ids: list[int]) -> tuple[list[str], list[int
         # From one token before, since some tokenizers leave out the space of a text's first word.
         lead = tokenizer.decode(ids[begun - 1 : begun]) if begun else ""
         text = tokenizer.decode(ids[max(0, begun - 1) : stop])[len(lead) :]
-        if (text.endswith("\ufffd") and stop - begun < 4) or (not text and stop < len(ids)):
+        if not text and begun == stop - 1:
+            text = END  # a special token has no text
+        elif (text.endswith("\ufffd") and stop - begun < 4) or not text:
             continue
         pieces.append(text)
         begun = stop

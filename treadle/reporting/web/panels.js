@@ -89,8 +89,14 @@ function families(runs) {
     found.get(key).members.push(name);
   }
   for (const family of found.values()) if (family.name === "loss_" && family.members.length === 1) family.title = "Loss term: " + family.members[0].slice(5).replaceAll("_", " ");
+  for (const family of found.values()) family.single = !runs.some(run => family.members.some(name => pointsOf(run, name) > 1));
   const place = family => family.name === ranking ? -1 : [...QUALITY, "loss_", ...TRAINING].indexOf(family.name) + 1 || 99;
   return [...found.values()].sort((a, b) => place(a) - place(b));
+}
+
+function pointsOf(run, name) {
+  const column = run.columns[name];
+  return Math.max(column ? valuesOf(column).filter(present).length : 0, run.evals.filter(row => present(row[name])).length);
 }
 
 // The series of one chart. One run: a colour a series; several: a colour a run, dots for evaluations.
@@ -132,7 +138,7 @@ function curves(element, group, firstRuns, firstView) {
   const made = new Map(), holder = node("div", "small");
   element.append(holder);
   const redraw = (runs, view) => {
-    const wanted = families(runs).filter(family => family.group === group);
+    const wanted = families(runs).filter(family => family.group === group && !family.single);
     wanted.forEach((family, place) => {
       const options = {
         title: family.title, note: family.note, series: seriesOf(family, runs, view), x_title: AXES[view.axis],

@@ -90,8 +90,19 @@ const GROUPS = [
   ["model", "Inside the model", "What the architectures themselves log: routing, dynamics, chunks, terms of their losses."],
 ];
 for (const [group, title, note] of GROUPS) {
-  if (!families(runs).some(family => family.group === group)) continue;
+  if (!families(runs).some(family => family.group === group && !family.single)) continue;
   redraws.push(curves(section(title, note), group, runs, view));
+}
+
+// What was measured once has no curve: the newest evaluation as a table.
+const once = families(runs).filter(family => family.single).flatMap(family => family.members).filter(name => runs.some(run => run.evals.some(row => present(row[name]))));
+if (once.length) {
+  const card = node("div", "card"), latest = (run, name) => run.evals.map(row => row[name]).filter(present).pop();
+  const metrics = Object.assign({}, ...runs.map(run => run.metrics || {}));
+  comparison(card, one
+    ? { columns: [{ key: "value", title: "value" }], rows: once.map(name => ({ label: titleOf(name), cells: { value: number(latest(one, name), kindOf(name, metrics)) } })) }
+    : { columns: once.map(name => ({ key: name, title: titleOf(name), kind: kindOf(name, metrics) })), rows: runs.map((run, colour) => ({ label: run.label, colour, cells: Object.fromEntries(once.map(name => [name, latest(run, name)])) })) }, one ? "metric" : "run");
+  section("The newest evaluation", "What was measured once has no curve.").append(card);
 }
 
 const coloured = runs.filter(run => run.text && run.text.length);
@@ -125,7 +136,8 @@ if (coloured.length) {
     }
     choice.append(passages);
   }
-  card.append(choice, holder);
+  if (choice.children.length) card.append(choice);
+  card.append(holder);
   made.append(card);
   show();
 }
