@@ -45,7 +45,7 @@ lint: $(VENV)/ready
 
 # build/site/index.html; the variable silences a notice of the theme's about its successor.
 docs: $(VENV)/ready
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 bench: $(VENV)/ready
 	$(BIN)/python -m bench.peers.environment

@@ -159,7 +159,7 @@ class EncoderDecoder(Model):
         return self.source_norm(run_blocks(self.encoder, self.embedding(source), context, None))
 
     def hidden(self, batch: Batch, state: State | None = None) -> Output:
-        """As Model.hidden, of a batch with extras["source"] [B, S] (and "source_mask"); ConfigError without a source."""
+        """As Model.hidden, of a batch whose extras have "source" [B, S] (and "source_mask"); ConfigError without a source."""
         source, mask = batch.extras.get(SOURCE), batch.extras.get(SOURCE_MASK)
         if source is None and (state is None or state.used == 0):
             raise ConfigError("an encoder-decoder reads a source beside its tokens: give it as Batch(extras={'source': ids [B, S]}), or to "

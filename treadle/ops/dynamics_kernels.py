@@ -44,8 +44,8 @@ def _done(code: int) -> None:
 
 
 def moved(logits: Tensor, h: Tensor, v: Tensor, mu: Tensor, limits: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """[a, b, g] [N, 3D], h, v [N, D], mu [D], all contiguous, limits as ops.dynamics.Limits -> (h', v') in the wider of the types of
-    h and v."""
+    """logits (a, b, g) [N, 3D], h, v [N, D], mu [D], all contiguous, limits as ops.dynamics.Limits -> (h', v') in the wider of the
+    types of h and v."""
     out = torch.promote_types(h.dtype, v.dtype)
     found = h.new_empty(h.shape, dtype=out), h.new_empty(h.shape, dtype=out)
     given = _given(logits, h, v, mu, limits, out)
