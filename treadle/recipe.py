@@ -166,8 +166,19 @@ def typed_layers(target: str | Mapping[str, Any] | None, typed: Layer, with_defa
     elif not files and resume:
         layers = [_run_layer(run_of(str(resume[0])))]
     elif not files and with_default:
-        layers = [replace(target_layer(None), unasked=True)]
+        layers = [replace(_default_layer(flags), unasked=True)]
     return [*layers, replace(typed, table=rest)]
+
+
+def _default_layer(flags: Mapping[str, Any]) -> Layer:
+    """The recipe of a command that names none; with a data set of its own (--dataset_name) that takes the text's place."""
+    layer = target_layer(None)
+    name = next((v for k, v in flags.items() if plain(k).removeprefix("data.") == "dataset_name" and plain(str(v)) != "none"), None)
+    if name is None:
+        return layer
+    data = {key: value for key, value in layer.table.get("data", {}).items() if key != "path"}
+    stem = str(name).rstrip("/").rpartition("/")[2].lstrip("._-")
+    return replace(layer, table=_with_name({key: data if key == "data" else value for key, value in layer.table.items() if key != "run.run_name"}, stem))
 
 
 def run_of(checkpoint: str) -> Path:

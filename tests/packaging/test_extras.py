@@ -36,17 +36,13 @@ def _run(folder: Path) -> None:
         (folder / "runs").symlink_to(TRAINED[0])
 
 
-def _recipe(folder: Path) -> None:
-    (folder / "set.toml").write_text('[data]\ndataset_name = "some/set"\n')
-
-
 def _some(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_bytes(b"GGUF\x03\0\0\0" + b"\0" * 64) and None
 
 
 # extra -> (what has to be there, what to type), one for each feature that asks for it
 FEATURES: dict[str, list[tuple[Callable[[Path], None], list[str]]]] = {
-    "hf": [(_recipe, ["train", "set.toml", *TRAIN[2:]]), (_some("m.gguf"), ["generate", "m.gguf"]),
+    "hf": [(_text, ["train", *TRAIN[2:], "--dataset_name", "some/set"]), (_some("m.gguf"), ["generate", "m.gguf"]),
            (_text, ["generate", "some/model"]), (_run, ["export", "runs/story", "--format", "gguf"])],
     "parquet": [(_some("story.parquet"), ["train", "story.parquet", *TRAIN[2:]])],
     "compressed": [(_gz, ["train", "story.txt.gz", *TRAIN[2:]]), (_some("story.txt.zst"), ["train", "story.txt.zst", *TRAIN[2:]])],
@@ -80,6 +76,15 @@ def hide(extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, module, None)  # type: ignore[arg-type]
         if module == "transformers":
             monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # type: ignore[arg-type]
+
+
+def test_a_data_set_takes_the_place_of_the_bundled_text() -> None:
+    """A command that names no recipe and --dataset_name: the default recipe's text would contradict it."""
+    from treadle.recipe import Layer, compose, typed_layers
+
+    recipe = compose(typed_layers(None, Layer({"dataset_name": "some/set"}, "flag", from_text=True)))
+    assert (recipe.data.path, recipe.data.dataset_name, str(recipe.folder)) == (None, "some/set", "runs/set")
+    assert recipe.data.seq_len == compose(typed_layers(None, Layer({}, "flag"))).data.seq_len
 
 
 def test_every_extra_has_a_case() -> None:
