@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench import goals as judged
 from bench import pictures
 from bench.run import as_text
 
@@ -50,13 +51,15 @@ def machine(result: Values) -> str:
 
 
 def goals(result: Values) -> str:
-    rows = []
-    for goal in result["goals"]:
+    """Judged anew, so that a later run on a GPU counts."""
+    values = judged.flat(result["parts"]) | judged.of_a_gpu(RESULTS)
+    rows, verdicts = [], [verdict.as_json() for verdict in judged.judge(values, result["machine"]["kind"])]
+    for goal in verdicts:
         figure = "" if goal["value"] is None else f"{goal['value']:.3g}"
         outcome = goal["outcome"]
         rows.append([goal["name"], goal["wanted"], figure, f"**{outcome}**" if outcome.startswith("MISSED") else outcome])
-    met = sum(goal["outcome"] == "met" for goal in result["goals"])
-    missed = sum(goal["outcome"].startswith("MISSED") for goal in result["goals"])
+    met = sum(goal["outcome"] == "met" for goal in verdicts)
+    missed = sum(goal["outcome"].startswith("MISSED") for goal in verdicts)
     return f"{met} met, {missed} missed, {len(rows) - met - missed} not measured.\n\n" + table(["goal", "wanted", "measured", ""], rows)
 
 
@@ -136,7 +139,8 @@ def gpu(result: Values) -> str:
         if not found.get("tiny"):
             about = found["machine"]
             rows = [[name, as_text(value)] for name, value in found["parts"]["gpu"].items()]
-            return f"{about.get('gpu', 'a GPU')}, torch {about['torch']}, CUDA {about.get('cuda')}.\n\n" + table(["", ""], rows)
+            note = f" {about['note']}." if "note" in about else ""
+            return f"{about.get('gpu', 'a GPU')}, torch {about['torch']}, CUDA {about.get('cuda')}.{note}\n\n" + table(["", ""], rows)
     return "Not measured: no GPU was at hand. `python -m bench.gpu` writes this table, in under ten minutes."
 
 
