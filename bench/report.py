@@ -51,9 +51,9 @@ def machine(result: Values) -> str:
 
 
 def goals(result: Values) -> str:
-    """Judged anew, so that a later run on a GPU counts."""
-    values = judged.flat(result["parts"]) | judged.of_a_gpu(RESULTS)
-    rows, verdicts = [], [verdict.as_json() for verdict in judged.judge(values, result["machine"]["kind"])]
+    """As judged then, those of a GPU by its newest run."""
+    of_a_gpu = {verdict.name: verdict.as_json() for verdict in judged.judge(judged.of_a_gpu(RESULTS), "") if verdict.section == "gpu"}
+    rows, verdicts = [], [of_a_gpu.get(goal["name"], goal) for goal in result["goals"]]
     for goal in verdicts:
         figure = "" if goal["value"] is None else f"{goal['value']:.3g}"
         outcome = goal["outcome"]
