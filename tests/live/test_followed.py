@@ -214,3 +214,33 @@ def test_what_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         found("runs/nwe")
     with pytest.raises(InputError, match="is a file"):
         found("runs/new/metrics.jsonl")
+
+
+def suite(*states: str) -> dict[str, Any]:
+    jobs = [{"label": f"shc, seed {seed}", "kind": "run" if seed else "search", "seed": seed, "learning_rate": 0.01, "state": state, "cpu_seconds": 2.0,
+             "folder": f"runs/su/runs/{seed}" if state != "waiting" else None, "problem": "out of memory" if state == "failed" else ""}
+            for seed, state in enumerate(states)]  # fmt: skip
+    return {"name": "su", "budget": {"bytes": 9}, "metric": "bpb", "columns": [{"key": "bpb", "title": "bits per byte", "unit": "", "lower_is_better": True}],
+            "rows": [{"label": "shc", "cells": {"bpb": {"mean": 2.0, "low": 1.0, "high": 3.0, "values": [1.0, 3.0]}}, "runs": [], "paired": None}],
+            "scaling": [], "jobs": jobs, "cost": {"cpu_seconds": 8.0, "of_search": 2.0}, "done": all(state in ("done", "failed") for state in states)}  # fmt: skip
+
+
+def test_a_suite_from_before_its_first_job_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    root = Path("runs/su")
+    root.mkdir(parents=True)
+    (root / "LOCK").write_text("process 1 on elsewhere", encoding="utf-8")
+    watched = Watched(root)
+    page = known(root, watched)
+    assert page.group is None or not page.group["jobs"]
+    (root / "suite.json").write_text(json.dumps(suite("running", "waiting", "waiting")), encoding="utf-8")
+    RunFolder(root / "runs" / "0").steps(1, 5)
+    page.take(news := watched.news(page.cursor))
+    assert news["kind"] == "suite" and news["whole"] and [run["label"] for run in page.runs.values()] == ["shc, seed 0"]
+    assert page.group["done"] is False and page.group["cpu_seconds"] == 8.0 and page.group["board"]["rows"][0]["cells"]["bpb"]["mean"] == 2.0
+    (root / "suite.json").write_text(json.dumps(suite("done", "done", "failed")), encoding="utf-8")
+    RunFolder(root / "runs" / "1").steps(1, 7)
+    page.take(watched.news(page.cursor))
+    assert [(job["kind"], job["state"], job["problem"]) for job in page.group["jobs"]] == [
+        ("search", "done", ""), ("run", "done", ""), ("run", "failed", "out of memory")]  # fmt: skip
+    assert page.group["done"] is True and {run["folder"] for run in page.runs.values()} == {job["folder"] for job in page.group["jobs"]}

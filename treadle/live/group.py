@@ -48,8 +48,7 @@ def group_of(root: Path, before: Group | None) -> Group:
 
 def _suite(root: Path, table: dict[str, Any]) -> Group | None:
     try:
-        jobs = [{"label": str(job["label"]), "kind": str(job.get("kind", "run")), "seed": job.get("seed"), "state": str(job["state"]),
-                 "learning_rate": job.get("learning_rate"), "folder": _named(root, job), "cpu_seconds": job.get("cpu_seconds"),
+        jobs = [{"label": str(job["label"]), "kind": str(job.get("kind", "run")), "state": str(job["state"]), "folder": _named(root, job), "cpu_seconds": job.get("cpu_seconds"),
                  "problem": str(job.get("problem") or "")} for job in table["jobs"]]  # fmt: skip
         board, cost = suite_board(table), table.get("cost") or {}
         return Group(_members(jobs), str(table["metric"]), board, jobs, cost.get("cpu_seconds"), bool(table.get("done")))
@@ -59,9 +58,9 @@ def _suite(root: Path, table: dict[str, Any]) -> Group | None:
 
 def _sweep(root: Path, table: dict[str, Any]) -> Group | None:
     try:
-        jobs = [{"label": " ".join(f"{key}={value}" for key, value in cell["point"].items()), "kind": "run", "seed": cell.get("seed"),
+        jobs = [{"label": " ".join(f"{key}={value}" for key, value in cell["point"].items()) + f" · seed {cell.get('seed')}", "kind": "run",
                  "state": "failed" if cell.get("failed") else "done" if cell.get("value") is not None else str(cell.get("state", "waiting")),
-                 "learning_rate": None, "folder": _named(root, cell), "cpu_seconds": cell.get("cpu_seconds"),
+                 "folder": _named(root, cell), "cpu_seconds": cell.get("cpu_seconds"),
                  "problem": str(cell.get("failed") or "")} for cell in table["cells"]]  # fmt: skip
         metric = next((str(cell["metric"]) for cell in table["cells"] if cell.get("metric")), "")
         spent = sum(float(job["cpu_seconds"] or 0) for job in jobs)
@@ -71,14 +70,7 @@ def _sweep(root: Path, table: dict[str, Any]) -> Group | None:
 
 
 def _members(jobs: list[dict[str, Any]]) -> dict[Path, str]:
-    return {Path(job["folder"]): _label(job) for job in jobs if job["folder"]}
-
-
-def _label(job: dict[str, Any]) -> str:
-    rate = job["learning_rate"]
-    parts = [job["label"], f"lr {rate:g}" if isinstance(rate, (int, float)) else "", f"seed {job['seed']}" if job["seed"] is not None else "",
-             job["kind"] if job["kind"] != "run" else ""]  # fmt: skip
-    return " · ".join(filter(None, parts))
+    return {Path(job["folder"]): job["label"] for job in jobs if job["folder"]}
 
 
 def _named(root: Path, job: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ const at = id => document.getElementById(id);
 
 const live = { kind: "", cursor: "", runs: new Map(), group: null, path: "", readOnly: false, token: "", chosen: 0, failures: 0 };
 const view = { axis: "step", log: false, smooth: 0, hidden: new Set() };
-const side = new Map(); // number of a run that a suite makes on its way -> whether it is drawn
+const side = new Map(); // number of a run that a suite makes on its way -> whether it is drawn; null where nobody said
 const drawn = { quality: null, training: null, model: null, axes: "", table: "", jobs: "" };
 
 function headers(more) {
@@ -223,10 +223,8 @@ function jobsOf(list, group) {
     if (run) byFolder.delete(job.folder);
     const state = run ? run.status.state : "", settled = ["done", "failed"].includes(job.state);
     const own = ACTIVE.has(state) || !settled && ["interrupted", "diverged"].includes(state) ? state : ""; // the table is written when a run has ended
-    if (run && job.kind !== "run" && !side.has(run.number)) side.set(run.number, false);
-    const rate = present(job.learning_rate) ? `lr ${number(job.learning_rate)}` : "", seed = present(job.seed) ? `seed ${job.seed}` : "";
-    const name = [job.label, rate, seed, job.kind === "run" ? "" : job.kind].filter(Boolean).join(" · ");
-    return { name, state: own || job.state, run, cpu: job.cpu_seconds, problem: job.problem };
+    if (run && job.kind !== "run" && !side.has(run.number)) side.set(run.number, null);
+    return { name: job.label, state: own || job.state, run, cpu: job.cpu_seconds, problem: job.problem };
   });
   for (const run of byFolder.values()) jobs.push({ name: run.label, state: run.status.state, run, cpu: null });
   return jobs;
@@ -253,7 +251,7 @@ function drawJobs(jobs, group) {
   const rows = jobs.map(({ name, state, run, cpu, problem }) => {
     const scored = run ? run.evals.filter(row => present(row[metric])).pop() : null, status = run ? run.status : {};
     const spent = present(cpu) && cpu ? cpu : run && run.summary && run.summary.cpu_seconds;
-    return [name, state, run ? (status.max_steps ? `${status.step} / ${status.max_steps}` : status.step) : "", scored ? number(scored[metric], kindOf(metric)) : "–", present(spent) && spent ? duration(spent) : "–", run ? run.number : "", problem || ""];
+    return [name, state, status.max_steps ? `${status.step} / ${status.max_steps}` : status.step || "", scored ? number(scored[metric], kindOf(metric)) : "–", present(spent) && spent ? duration(spent) : "–", run ? run.number : "", problem || ""];
   });
   const colours = new Map(withCurves().map((run, place) => [run.number, place]));
   const shown = JSON.stringify([rows, [...colours]]);
@@ -275,7 +273,7 @@ function drawJobs(jobs, group) {
 
 // A run's name as the key to its curves; a click takes them off the charts or puts them there.
 function key(run, name, colour) {
-  const made = node("button", "key", name), shown = side.has(run.number) ? side.get(run.number) : !view.hidden.has(run.label);
+  const made = node("button", "key", name), shown = colour !== undefined && !view.hidden.has(run.label);
   made.type = "button";
   made.style.setProperty("--key", colour === undefined ? "var(--line)" : `var(--c${colour % COLOURS})`);
   if (colour >= COLOURS) made.classList.add("dashed");
@@ -289,10 +287,12 @@ function key(run, name, colour) {
   return made;
 }
 
-// Runs that are drawn, in the order of their colours; those that a suite makes on its way (search, probes) only when asked for, last.
+// Runs that are drawn, in the order of their colours; those that a suite makes on its way (search, probes) last, and only when asked
+// for or where there is nothing else yet.
 function withCurves() {
   const some = runs().filter(run => run.steps.length || run.evals.length);
-  return [...some.filter(run => !side.has(run.number)), ...some.filter(run => side.get(run.number))];
+  const own = some.filter(run => !side.has(run.number));
+  return [...own, ...some.filter(run => side.has(run.number) && (side.get(run.number) ?? !own.length))];
 }
 
 function drawCharts() {
