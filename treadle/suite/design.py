@@ -106,14 +106,15 @@ def _variant(suite: Suite, entry: EntrySettings, size: int | None) -> Variant:
     bytes_per_token = data.stats().get("bytes_per_token")
     if bytes_per_token is None and suite.budget.unit == "bytes":
         raise ConfigError(f"{settings.base} is no text, so a budget of bytes means nothing; give [budget] flops = ... or cpu_seconds = ...")
-    tables = recipe.tables()
-    tables.pop("run", None)
+    differs = recipe.set_values()
+    tables = {section: {key: value for key, value in table.items() if value is not None or key in differs.get(section, {})}
+              for section, table in recipe.tables().items() if section != "run"}  # None of a default is nothing that is asked for
     tables["model"] = {"arch": recipe.arch, **{k: v for k, v in model.config.model_dump().items() if v is not None}}
     for section, key in SET_LATER:
         tables.get(section, {}).pop(key, None)
     variant = Variant(entry, size, recipe.arch, sized.parameters, tables, rows, data.seq_len, tokens * float(bytes_per_token or 0.0),
                       FORWARD_AND_BACKWARD * float(model.flops(data.seq_len)) * rows, data.fingerprint())  # fmt: skip
-    identity = {**recipe.set_values(), "model": {"arch": recipe.arch, **sized.keys}}
+    identity = {**differs, "model": {"arch": recipe.arch, **sized.keys}}
     variant.identity = {name: {key: value for key, value in table.items() if (name, key) not in SET_LATER}
                         for name, table in identity.items() if name != "run"}  # fmt: skip
     step = {"bytes": variant.bytes_per_step, "flops": variant.flops_per_step}.get(suite.budget.unit)

@@ -6,7 +6,7 @@ import math
 from html import escape
 from typing import Any
 
-ROW, LETTER, PANEL, GAP, TOP = 26, 7.2, 230, 30, 58  # pixels
+ROW, LETTER, PANEL, GAP, TOP = 26, 7.2, 240, 26, 58  # pixels
 COLOURS = ("#0b6bcb", "#c2410c", "#15803d", "#7e22ce", "#b91c1c", "#0e7490", "#a16207", "#be185d", "#4d7c0f", "#1e40af")
 PANELS = ("step_time_ratio", "state_8k", "associative_recall")  # beside the metric, those that there are
 
@@ -58,9 +58,9 @@ def _panel(rows: list[dict[str, Any]], column: dict[str, Any], points: bool, lef
     def x(value: float) -> float:
         return left + room * ((math.log(value) if logarithm else value) - start) / ((end - start) or 1.0)
 
-    better = "lower" if column["lower_is_better"] else "higher"
+    better = "\u2193" if column["lower_is_better"] else "\u2191"  # an arrow to where it is better
     unit = f", {column['unit']}" if column["unit"] else ""
-    parts = [f'<text x="{left}" y="44" fill="#374151">{escape(column["title"] + unit)} ({better} is better)</text>']
+    parts = [f'<text x="{left}" y="44" fill="#374151">{escape(column["title"] + unit)} {better}</text>']
     best = (min if column["lower_is_better"] else max)(cell["mean"] for cell in there)
     for number, cell in enumerate(cells):
         middle = TOP + ROW * number + ROW / 2
@@ -80,7 +80,8 @@ def _panel(rows: list[dict[str, Any]], column: dict[str, Any], points: bool, lef
 
 def _short(value: float, key: str) -> str:
     if key.startswith("state"):
-        return f"{value / 1e6:.1f} MB" if value >= 1e6 else f"{value / 1e3:.0f} kB"
+        size, unit = next(((size, unit) for size, unit in ((1e6, "MB"), (1e3, "kB")) if value >= size), (1.0, "B"))
+        return f"{value / size:.1f} {unit}"
     return f"{value:.3f}" if key not in ("step_time_ratio", "associative_recall") else f"{value:.2f}"
 
 

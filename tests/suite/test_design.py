@@ -1,0 +1,113 @@
+"""Equal shapes, equal budgets and the same rows: what a suite works out before it trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from treadle.data.base import BatchPlan
+from treadle.data.dataset import splits_of
+from treadle.data.settings import DataSettings
+from treadle.errors import ConfigError
+from treadle.models.base import parameter_count
+from treadle.models.catalogue import MODELS
+from treadle.planning.equal_parameters import equal_parameters
+from treadle.suite.design import variants
+from treadle.suite.settings import Suite, builtin_suites, read_suite
+from treadle.text.settings import TokenizerSettings
+
+MIXERS = ["block_sparse_attention", "linear_attention", "ssd", "hgrn", "retnet", "rwkv", "gated_deltanet"]
+KINDS: list[tuple[str, dict[str, Any]]] = [(name, {"num_heads": 1} if name in ("hgrn_bit", "hnet") else {}) for name in MODELS.names()]
+KINDS += [("transformer", {"layer_types": [mixer]}) for mixer in MIXERS]
+
+
+@pytest.mark.parametrize(("arch", "fixed"), KINDS, ids=lambda one: one if isinstance(one, str) else str(one.get("layer_types", "")))
+@pytest.mark.parametrize("parameters", [100_000, 3_000_000, 100_000_000])
+def test_every_architecture_has_a_shape_of_so_many_parameters(arch: str, fixed: dict[str, Any], parameters: int) -> None:
+    found = equal_parameters(arch, parameters, fixed, {"num_layers": 4, "num_heads": 4, "vocab_size": 256})
+    cls = MODELS.get(arch)
+    assert parameter_count(cls, cls.Config.with_preset(None, **found.keys)) == found.parameters
+    assert abs(found.parameters / parameters - 1) <= 0.02
+    assert all(found.keys[key] == value for key, value in fixed.items())
+
+
+def test_what_is_fixed_stays_and_what_cannot_be_names_the_nearest() -> None:
+    found = equal_parameters("transformer", 500_000, {"hidden_size": 64, "num_layers": 6}, {"num_heads": 4})
+    assert found.keys["hidden_size"] == 64 and found.keys["num_layers"] == 6 and abs(found.parameters / 500_000 - 1) <= 0.02
+    with pytest.raises(ConfigError, match=r"the nearest .* Ask for [0-9]+ parameters"):
+        equal_parameters("transformer", 500_000, {"hidden_size": 8, "num_layers": 1, "num_heads": 2})
+
+
+def suite(text: Path, **changes: Any) -> Suite:
+    entries = [{"label": "one", "architecture": "transformer"}, {"architecture": "hgrn_bit", "keys": {"num_heads": 1}}]
+    table: dict[str, Any] = {"base": str(text), "parameters": 40_000, "budget": {"bytes": 8192}, "entries": entries,
+                             "keys": {"seq_len": 32, "per_device_train_batch_size": 4, "tokenizer.name": "byte"},
+                             "shape": {"num_layers": 2, "num_heads": 2}}  # fmt: skip
+    return Suite({**table, **changes}, "some.toml")
+
+
+def test_a_budget_of_bytes_gives_each_the_same_bytes(text_file: Path) -> None:
+    found = variants(suite(text_file))
+    assert [v.steps for v in found] == [64, 64] and [v.bytes_per_step for v in found] == [128, 128]
+    assert len({v.fingerprint for v in found}) == 1  # and the same rows
+
+
+def test_an_entry_with_a_tokenizer_of_its_own_sees_as_many_bytes(text_file: Path) -> None:
+    keys = {"tokenizer.name": "bpe", "tokenizer.vocab_size": 300}
+    one, other = variants(suite(text_file, entries=[{"label": "bytes"}, {"label": "words", "keys": keys}]))
+    assert other.bytes_per_step > 1.5 * one.bytes_per_step and other.steps < one.steps and other.fingerprint != one.fingerprint
+    for variant in (one, other):  # to the rounding of steps to whole evaluations
+        assert abs(variant.steps * variant.bytes_per_step - 8192) <= 2 * variant.bytes_per_step
+
+
+def test_budgets_of_flops_and_seconds(text_file: Path) -> None:
+    found = variants(suite(text_file, budget={"flops": 2e9}))
+    assert all(abs(v.steps * v.flops_per_step / 2e9 - 1) < 2 / v.steps + 1e-9 for v in found)
+    assert [v.steps for v in variants(suite(text_file, budget={"cpu_seconds": 5.0}))] == [0, 0]  # known once a step is timed
+
+
+def test_rows_do_not_depend_on_the_architecture(text_file: Path) -> None:
+    def rows(tables: dict[str, Any]) -> torch.Tensor:
+        data = DataSettings(**tables["data"])
+        train = splits_of(data, TokenizerSettings(**tables["tokenizer"]), None, 3)["train"]
+        steps = train.batches(train.start, BatchPlan(seed=3, global_batch_size=4, steps=3))
+        return torch.cat([batch.input_ids for batches, _ in steps for batch in batches])
+
+    one, other = (rows(v.tables) for v in variants(suite(text_file)))
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"budget": {}}, r"no \[budget\]"),
+    ({"budget": {"bytes": 1.0, "flops": 1.0}}, "exactly one"),
+    ({"budget": {"bites": 1.0}}, "bytes"),
+    ({"entries": []}, "entries"),
+    ({"entries": [{"architecture": "transfomer"}]}, "transformer"),
+    ({"entries": [{}, {}]}, "two entries"),
+    ({"entries": [{"keys": {"lr": 1e-3}}]}, "sets lr itself"),
+    ({"keys": {"run.seed": 3}}, "sets run.seed itself"),
+    ({"learning_rates": [1e-3, 1e-3]}, "different numbers"),
+    ({"sizes": [1000, 2000]}, "parameters or sizes"),
+    ({"probes": {"names": ["copi"]}}, "copy"),
+    ({"seedz": 3}, "seeds"),
+])  # fmt: skip
+def test_what_cannot_be_is_said(text_file: Path, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        suite(text_file, **changes)
+
+
+def test_an_entry_that_cannot_be_is_named(text_file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"entry 'one': .*hidden_siz"):
+        variants(suite(text_file, entries=[{"label": "one", "keys": {"hidden_siz": 3}}]))
+
+
+def test_the_built_in_suites_are_sound() -> None:
+    assert set(builtin_suites()) >= {"architectures", "quick"}
+    for name in builtin_suites():
+        found = variants(read_suite(name))
+        assert all(abs(v.parameters / found[0].parameters - 1) < 0.04 for v in found) and len({v.fingerprint for v in found}) == 1
+    with pytest.raises(ConfigError, match="architectures"):
+        read_suite("architecture")
