@@ -12,7 +12,7 @@ import pytest
 
 from tests.reporting.conftest import ENDS_A_SCRIPT, write_run
 from treadle.reporting.pages import page
-from treadle.reporting.report import PARTS, collected, write_report
+from treadle.reporting.report import PARTS, Place, collected, write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -32,7 +32,7 @@ def browser() -> Iterator[Any]:
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report of one run whose text has been coloured already."""
     folder = write_run(tmp_path_factory.mktemp("one") / "run")
-    data = collected([str(folder)], [], model=False)
+    data = collected([Place(folder, str(folder))], [], model=False)
     data["runs"][0]["text"] = [
         {"title": "Passage 1", "tokens": ["The", " wheel", ENDS_A_SCRIPT, "."], "losses": [None, 2.0, 9.0, 0.1], "chunks": [[0, 2]], "per_chunk": [2.0]},
         {"title": "Passage 2", "tokens": ["On"], "losses": [1.0]},

@@ -7,6 +7,7 @@ import shlex
 import time
 import tomllib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def write_report(names: Sequence[str], output: Path | None, model: bool = True) 
     """Writes the file and returns what to say. names: runs (RUN@best and RUN@STEP choose the checkpoint that colours the text), sweeps
     or suites. model: whether checkpoints may be loaded. InputError for what is none of these."""
     places, boards = found_in(names)
-    first = Path(places[0].partition("@")[0]) if places else Path(names[0])
+    first = places[0].folder if places else Path(names[0])
     target = output if output is not None else (Path(names[0]) if Path(names[0]).is_dir() else first) / "report.html"
     if target.is_dir():
         target = target / "report.html"
@@ -42,9 +43,21 @@ def write_report(names: Sequence[str], output: Path | None, model: bool = True) 
     return [*silent, f"{target} written ({len(text.encode()) / 1e3:,.0f} kB); open it in any browser, it needs no network"]
 
 
-def found_in(names: Sequence[str]) -> tuple[list[str], list[dict[str, Any]]]:
-    """The runs to read (folder, with @best or @STEP as given), and the boards of the sweeps and suites among the names."""
-    places: list[str] = []
+@dataclass
+class Place:
+    """A run to read. model: what load_run takes (RUN@best, RUN@STEP); label: what a sweep or suite calls it; named: whether it was
+    asked for by itself."""
+
+    folder: Path
+    model: str
+    label: str | None = None
+    named: bool = True
+
+
+def found_in(names: Sequence[str]) -> tuple[list[Place], list[dict[str, Any]]]:
+    """The runs to read, and the boards of the sweeps and suites among the names. Of a sweep a run for each point, of a suite one for
+    each row."""
+    places: list[Place] = []
     boards = []
     for name in names:
         if name == "last":
@@ -52,22 +65,30 @@ def found_in(names: Sequence[str]) -> tuple[list[str], list[dict[str, Any]]]:
 
             name = str(home_of(locate("last").folder))
         folder = Path(name.partition("@")[0] if not Path(name).is_dir() else name)
+        labelled: dict[str, str] = {}
         if (table := _table(folder / "suite.json")) is not None:
             boards.append(suite_board(table))
-            places += [str(row["runs"][0]) for row in table.get("rows", []) if row.get("runs")]
+            labelled = {row["label"]: row["runs"][0] for row in table.get("rows", []) if row.get("runs")}
         elif (table := _table(folder / "sweep.json")) is not None:
             boards.append(sweep_board(table, folder))
-            seen = set()
             for cell in table.get("cells", []):
-                if (point := json.dumps(cell["point"])) not in seen and is_run(Path(cell["folder"])):
-                    seen.add(point)
-                    places.append(cell["folder"])
+                labelled.setdefault(" ".join(f"{key}={value}" for key, value in cell["point"].items()), cell["folder"])
         elif is_run(folder):
-            places.append(name)
+            places.append(Place(folder, name))
         else:
             raise InputError(f"{name} is no folder of a run, a sweep or a suite; runs lie in runs/ (`last` is the newest), and treadle "
                              "train makes one")  # fmt: skip
-    return [place for place in dict.fromkeys(places) if is_run(Path(place.partition("@")[0]))], boards
+        for label, place in labelled.items():
+            if (found := _near(folder, place)) is not None:
+                places.append(Place(found, str(found), label, named=False))
+    return list({place.folder.resolve(): place for place in reversed(places)}.values())[::-1], boards
+
+
+def _near(folder: Path, place: str) -> Path | None:
+    """A run of a sweep or suite: where its table says, or, where the folder was moved, as it lies below the folder."""
+    parts = Path(place).parts
+    below = [folder.joinpath(*parts[number:]) for number in range(len(parts) - 1, -1, -1)]
+    return next((path for path in (Path(place), *below) if is_run(path)), None)
 
 
 def _table(path: Path) -> dict[str, Any] | None:
@@ -80,19 +101,19 @@ def _table(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def collected(places: list[str], boards: list[dict[str, Any]], model: bool) -> dict[str, Any]:
+def collected(places: list[Place], boards: list[dict[str, Any]], model: bool) -> dict[str, Any]:
     """Everything that report.js draws."""
     left_out = places[MOST_RUNS:]
     places = places[:MOST_RUNS]
-    runs = [read_run(_folder(place)) for place in places]
-    for run, label in zip(runs, labels_of(runs)):
-        run["label"] = label
-    if len(runs) > 1:
+    runs = [read_run(place.folder) for place in places]
+    for place, run, label in zip(places, runs, labels_of(runs)):
+        run["label"] = label if place.label is None else place.label
+    if len(runs) > 1 and any(place.named for place in places):
         here, note = _measured_here(places, runs) if model else ({}, "From the runs' own logs.")
         boards = [*boards, runs_board(runs, here, note)]
     flops: float | None = None
     for place, run in zip(places, runs):
-        tables = _tables(_folder(place))
+        tables = _tables(place.folder)
         run["metrics"] = _metrics(tables)
         run["planned"] = {"rows": [], "note": ""}
         if tables:
@@ -105,7 +126,7 @@ def collected(places: list[str], boards: list[dict[str, Any]], model: bool) -> d
             [], "No text is coloured: the report was made with --no-model.")  # fmt: skip
     one = runs[0] if len(runs) == 1 else None
     data = {
-        "title": one["name"] if one is not None else boards[0]["title"] if len(boards) > 1 or not runs else f"{len(runs)} runs",
+        "title": one["name"] if one is not None else f"{len(runs)} runs" if any(place.named for place in places) else boards[0]["title"],
         "lead": _lead(one) if one is not None else _leads(runs, left_out),
         "tiles": _tiles(one) if one is not None else [],
         "boards": boards,
@@ -114,10 +135,6 @@ def collected(places: list[str], boards: list[dict[str, Any]], model: bool) -> d
         "made": f"Made by treadle {versions()['treadle']} on {time.strftime('%Y-%m-%d %H:%M')}. This file asks no network.",
     }
     return {**data, "runs": [_small(run, max(60, POINTS // max(1, sum(len(r["columns"]) for r in runs)))) for run in runs]}
-
-
-def _folder(place: str) -> Path:
-    return Path(place if Path(place).is_dir() else place.partition("@")[0])
 
 
 def labels_of(runs: list[dict[str, Any]]) -> list[str]:
@@ -142,26 +159,26 @@ def _metrics(tables: dict[str, Any]) -> dict[str, Any]:
     return {name: {"format": metric.format, "lower_is_better": metric.lower_is_better} for name, metric in objective.metrics.items() if metric.shown}
 
 
-def _text(place: str, run: dict[str, Any], tables: dict[str, Any]) -> tuple[list[dict[str, Any]], str | None]:
+def _text(place: Place, run: dict[str, Any], tables: dict[str, Any]) -> tuple[list[dict[str, Any]], str | None]:
     """Passages, and why there are none."""
     from treadle.models.pretrained import checkpoint_root
     from treadle.reporting.passages import read_passages
 
-    if not tables or not any(checkpoint_root(_folder(place)).glob("*")):
+    if not tables or not any(checkpoint_root(place.folder).glob("*")):
         return [], "No text is coloured: this run has no checkpoint yet."
     try:
-        found = read_passages(place)
+        found = read_passages(place.model)
     except TreadleError as problem:
         return [], f"No text is coloured: {problem}"
     return found.passages, found.note
 
 
-def _measured_here(places: list[str], runs: list[dict[str, Any]]) -> tuple[dict[str, dict[str, Any]], str]:
+def _measured_here(places: list[Place], runs: list[dict[str, Any]]) -> tuple[dict[str, dict[str, Any]], str]:
     """Rows of reporting/compare.py by label, where the runs' held-out data is the same, and what to say of them."""
     from treadle.reporting.compare import compare
 
     try:
-        rows = compare(places, rows=COMPARED_ROWS)
+        rows = compare([place.model for place in places], rows=COMPARED_ROWS)
     except TreadleError as problem:
         return {}, f"From the runs' own logs; not measured beside each other: {problem}"
     found, same = {}, alike(runs)
@@ -203,7 +220,7 @@ def _lead(run: dict[str, Any]) -> str:
     return f"{arch}{size}{on}" + (f"; {summary.get('precision', '')} on {where}" if where else "")
 
 
-def _leads(runs: list[dict[str, Any]], left_out: list[str]) -> str:
+def _leads(runs: list[dict[str, Any]], left_out: list[Place]) -> str:
     if not runs:
         return "No run has begun yet."
     arches = list(dict.fromkeys(str(run["config"].get("model.arch", "?")) for run in runs))

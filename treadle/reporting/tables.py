@@ -15,6 +15,7 @@ from treadle.reporting.run_data import measured
 
 NAMES_ONLY = ("run.output_dir", "run.run_name", "run.trusted_code")
 SPLIT = "validation"
+BUDGETS = {"bytes": "bytes of text", "flops": "floating-point operations", "cpu_seconds": "CPU seconds"}  # of a suite
 
 
 def best_of(run: dict[str, Any]) -> tuple[str, float | None, int | None, bool]:
@@ -114,7 +115,8 @@ def sweep_board(table: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def suite_board(table: dict[str, Any]) -> dict[str, Any]:
     """The board of a suite.json: its own columns, the paired differences, and curves over sizes."""
-    columns = [{**column, "kind": "seconds" if column.get("unit") in ("s", "seconds") else None} for column in table.get("columns", [])]
+    kinds = {"s": "seconds", "seconds": "seconds", "CPU s": "seconds", "share right": "share"}
+    columns = [{**column, "kind": kinds.get(column.get("unit"))} for column in table.get("columns", [])]
     rows = []
     for number, row in enumerate(table.get("rows", [])):
         cells = dict(row.get("cells", {}))
@@ -131,10 +133,11 @@ def suite_board(table: dict[str, Any]) -> dict[str, Any]:
                 if key not in known and any(row["cells"].get(key) is not None for row in rows)]  # fmt: skip
     jobs, cost = table.get("jobs", []), table.get("cost") or {}
     done = sum(job.get("state") == "done" for job in jobs)
-    budget = ", ".join(f"{value:,.0f} {key.replace('_', ' ')}" if isinstance(value, (int, float)) else f"{value} {key}"
-                       for key, value in (table.get("budget") or {}).items() if value is not None)  # fmt: skip
+    asked = table.get("budget") or {}
+    budget = ", ".join(f"{asked[key]:,.0f} {word}" for key, word in BUDGETS.items() if isinstance(asked.get(key), (int, float)))
+    budget += f" and has {asked['seeds']} seeds" if budget and asked.get("seeds") else ""
     note = f"{done} of {len(jobs)} jobs done." if not table.get("done", True) else ""
-    note = " ".join(filter(None, [f"Every run may spend {budget}." if budget else "", note, _cost(cost)]))
+    note = " ".join(filter(None, [f"Every entry may spend {budget}." if budget else "", note, _cost(cost)]))
     metric = next((column for column in columns if column["key"] == table.get("metric")), None)
     picture = None
     if metric is not None:
@@ -154,12 +157,21 @@ def _cost(cost: dict[str, Any]) -> str:
 
 
 def _scaling(table: dict[str, Any]) -> dict[str, Any]:
-    lines = []
+    """Values against parameters, and the fitted power law factor parameters^-exponent between the smallest and the largest size."""
+    lines, laws = [], []
     for line in table.get("scaling") or []:
-        points = [{"x": point["parameters"], "value": point["value"]} for point in line.get("points", []) if point.get("parameters")]
-        if points:
-            lines.append({"label": line.get("label", ""), "points": sorted(points, key=lambda point: point["x"])})
-    return {"scaling": lines, "scaling_x": "parameters", "scaling_note": "each dot a size"} if lines else {}
+        points = sorted((point["parameters"], point["value"]) for point in line.get("points", []) if point.get("parameters"))
+        if not points:
+            continue
+        made: dict[str, Any] = {"label": line.get("label", ""), "points": [{"x": x, "value": value} for x, value in points]}
+        if isinstance(law := line.get("fit"), dict):
+            sizes = [points[0][0] * (points[-1][0] / points[0][0]) ** (number / 16) for number in range(17)]
+            made["curve"] = {"x": sizes, "y": [law["factor"] * size ** -law["exponent"] for size in sizes]}
+            laws.append(f"{made['label']}: exponent {law['exponent']:.3f} ({law['low']:.3f} to {law['high']:.3f})")
+        elif line.get("refused"):
+            laws.append(f"{made['label']}: no law, {line['refused']}")
+        lines.append(made)
+    return {"scaling": lines, "scaling_x": "parameters", "scaling_note": "a dot a size; " + "; ".join(laws)} if lines else {}
 
 
 def differences(runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -354,7 +354,7 @@ function comparison(element, table, first) {
         const cell = row.cells[column.key], plain = value(cell);
         const td = node("td", typeof plain === "string" ? "" : "n", typeof plain === "string" ? plain : number(plain, column.kind));
         if (best.has(column.key) && plain === best.get(column.key)) td.classList.add("best");
-        if (cell && typeof cell === "object" && present(cell.low) && cell.low !== cell.high) td.append(node("div", "spread", `${number(cell.low, column.kind)} – ${number(cell.high, column.kind)}`));
+        if (cell && typeof cell === "object" && present(cell.low) && Math.abs(cell.high - cell.low) > 0.01 * Math.abs(plain)) td.append(node("div", "spread", `${number(cell.low, column.kind)} – ${number(cell.high, column.kind)}`));
         tr.append(td);
       }
       return tr;
