@@ -1,4 +1,4 @@
-"""What a reader of the code can lean on: every public name says what it is, in which shapes, and which errors it raises.
+"""What a reader of the code can lean on: every public name says what it is, in which shapes and units, and which errors it raises.
 
 The surface: modules without an underscore in the rooms below, their public functions and classes, and the public methods of
 those. Read as text, so that no optional package is needed.
@@ -23,6 +23,14 @@ MODULES = ("distillation", "errors", "library", "recipe", "registry", "settings"
 # Bases from elsewhere: what their methods do is documented there.
 FOREIGN = {"ast.NodeVisitor", "GenerationMixin", "PreTrainedModel", "TemplateLM"}
 SHAPE = re.compile(r"\[|scalar|any shape", re.I)
+# Numbers that mean nothing without a unit, by the names of the functions that return them, and the units.
+QUANTITY = re.compile(
+    r"age\b|budget|bytes?|cost|delay|duration|flops|gb\b|length|limit|loss|memory|rate(?!d)|second|size|speed|throughput|time|traffic|width"
+)
+UNIT = re.compile(
+    r"(?<![a-zA-Z])(?:nat|bit|second|hour|n?byte|token|step|row|position|parameter|operation|flop|share|ratio|number|document|channel|logit|id"
+    r"|head|layer|thread|chunk|line)s?\b|gb\b|gigabyte", re.I
+)  # fmt: skip
 PAPER = re.compile(r"arXiv|et al\.|\b(?:19|20)\d\d\b")
 # Things that a user chooses by name and that nobody published.
 OWN = {"collatz", "collatz_delay", "inl", "next_token"}
@@ -154,6 +162,20 @@ def test_whoever_takes_tensors_says_their_shapes(room: str) -> None:
         if not SHAPE.search(documentation(node, cls, of_class=True))
     ]
     assert not silent, "say the shapes:\n" + "\n".join(silent)
+
+
+@pytest.mark.parametrize("room", surface())
+def test_whoever_returns_a_quantity_says_its_unit(room: str) -> None:
+    """In the docstring, or in the name."""
+    silent = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {name}"
+        for path in surface()[room]
+        for name, node, cls in names(path)
+        if isinstance(node, FUNCTIONS) and node.returns is not None and not is_foreign(cls)
+        if re.search(r"\b(?:float|int)\b", ast.unparse(node.returns)) and QUANTITY.search(node.name)
+        if not UNIT.search(f"{node.name} {documentation(node, cls, of_class=False)}")
+    ]
+    assert not silent, "say the unit:\n" + "\n".join(silent)
 
 
 @pytest.mark.parametrize("room", surface())

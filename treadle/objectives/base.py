@@ -123,7 +123,7 @@ class Objective(ABC):
         return sum(weights.get(name, 1.0) * value for name, value in means.items())
 
     def lowest_loss(self, model: Model, dataset: Dataset) -> tuple[float, str] | None:
-        """The least "loss" that an honest evaluation can reach, and why, where that is known; a target below it is refused."""
+        """The least "loss" (nats a label, of cross-entropies) that an honest evaluation can reach, and why, where that is known; a target below it is refused."""
         return None
 
     def notes(self, model: Model) -> list[str]:

@@ -250,7 +250,7 @@ class RemotePath:
     # ---- copying and writing ----
 
     def size_now(self) -> int:
-        """Looked at again. Gone where there is nothing."""
+        """Bytes, looked at again. Gone where there is nothing."""
         forget(self.url)
         self._known = None
         return self.state().size

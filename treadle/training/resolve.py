@@ -68,7 +68,7 @@ def divisors(number: int) -> list[int]:
 
 
 def batch_sizes(recipe: Recipe, world: int = 1) -> tuple[int, int, int]:
-    """(micro-batch, accumulation, global batch). ConfigError names the sizes that fit when they do not multiply."""
+    """(rows of a micro-batch, micro-batches of a step, rows of a step by all processes). ConfigError names the sizes that fit when they do not multiply."""
     micro, accumulation = recipe.train.per_device_train_batch_size, recipe.train.gradient_accumulation_steps
     total = recipe.train.global_batch_size
     if total is None:
