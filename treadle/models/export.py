@@ -111,7 +111,8 @@ def export(
             files[GENERATION_FILE] = (json.dumps(told, indent=1) + "\n").encode()
     described = {"weights_only": True, "source": str(checkpoint.folder), "precision": precision, "packed": packed,
                  "quantized": quantize}  # fmt: skip
-    card = model_card.card_of(checkpoint, layout, precision, license, folder)
+    code = any(name.startswith("modeling_") for name in files)
+    card = model_card.card_of(checkpoint, layout, precision, license, folder, code)
     writer.save(folder.parent, checkpoint.step, {"model": weights}, files, described, name=folder.name, beside={model_card.FILE: card})
     return folder
 

@@ -37,15 +37,16 @@ def run_name(checkpoint: Checkpoint) -> str:
     return re.sub(r"[^\w.-]+", "-", path.resolve().name.removesuffix(".gguf")).strip("-") or "model"
 
 
-def card_of(checkpoint: Checkpoint, layout: str, precision: str, license: str | None, folder: Path) -> bytes:
-    """The card for an export into `folder`: the one that is there where it is somebody's own, else a new one."""
+def card_of(checkpoint: Checkpoint, layout: str, precision: str, license: str | None, folder: Path, code: bool = False) -> bytes:
+    """The card for an export into `folder`: the one that is there where it is somebody's own, else a new one. code: the export has a
+    modeling file."""
     try:
         there = (folder / FILE).read_bytes()
     except OSError:
         there = None
     if there is not None and not is_ours(there.decode("utf-8", "replace")):
         return there
-    text = written(checkpoint, layout, precision, license)
+    text = written(checkpoint, layout, precision, license, code)
     return (text + MARK.format(_digest(text))).encode()
 
 
@@ -59,7 +60,7 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def written(checkpoint: Checkpoint, layout: str, precision: str, license: str | None) -> str:
+def written(checkpoint: Checkpoint, layout: str, precision: str, license: str | None, code: bool = False) -> str:
     """The card without its last line."""
     config, home = read_config(checkpoint), home_of(checkpoint.folder)
     own = not isinstance(checkpoint, (ForeignModel, PeftFolder))
@@ -71,7 +72,7 @@ def written(checkpoint: Checkpoint, layout: str, precision: str, license: str | 
     data = _data(config)
     found = _results(home) if own else []
     arch = str(config.get("model", {}).get("arch", "model"))
-    front: dict[str, Any] = {"license": stated or "unknown", "library_name": LIBRARY[layout], "tags": ["treadle", arch]}
+    front: dict[str, Any] = {"license": stated or "unknown", "library_name": LIBRARY[layout], "tags": ["treadle", arch, *(["custom_code"] if code else [])]}
     if "tokenizer" in config or not own:
         front["pipeline_tag"] = "text-generation"
     if base and hub.is_hub_name(named := base.partition("@")[0]):
@@ -86,7 +87,7 @@ def written(checkpoint: Checkpoint, layout: str, precision: str, license: str | 
     count = f" of {summary['parameters']:,} parameters" if isinstance(summary.get("parameters"), int) else ""
     lines += [f"A {arch} model{count}, written by treadle in {precision}, step {checkpoint.step}." if own else
               f"A {arch} model, converted by treadle from {Path(str(base)).name} in {precision}.", ""]  # fmt: skip
-    lines += ["## Use", "", *_use(layout), ""]
+    lines += ["## Use", "", *_use(layout, code), ""]
     if data or base:
         lines += ["## Data", ""]
         lines += [f"- {name}" + (f": {TERMS[name]}" if name in TERMS else "") for name in data]
@@ -104,9 +105,11 @@ def written(checkpoint: Checkpoint, layout: str, precision: str, license: str | 
     return "\n".join(lines)
 
 
-def _use(layout: str) -> list[str]:
+def _use(layout: str, code: bool) -> list[str]:
     if layout == "huggingface":
-        return ["```python", "from transformers import AutoModelForCausalLM", "", 'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")', "```"]
+        more = ", trust_remote_code=True" if code else ""
+        lines = ["```python", "from transformers import AutoModelForCausalLM", "", f'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER"{more})', "```"]
+        return [*lines, "", "The modeling file beside the weights needs torch and transformers alone."] if code else lines
     if layout == "peft":
         return ["```python", "from peft import AutoPeftModelForCausalLM", "", 'model = AutoPeftModelForCausalLM.from_pretrained("THIS_FOLDER")', "```"]
     if layout == "gguf":

@@ -168,4 +168,22 @@ def test_bytes_have_a_tokenizer_there(tmp_path: Path) -> None:
     theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     text = "Þe  quick\n\tbrown föx 漢字 🙂 isn't 12 345"
     assert theirs(text)["input_ids"] == list(text.encode()) and theirs.decode(theirs(text)["input_ids"]) == text
-    assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (254, 255, 256)
+    assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (None, 255, 256)
+
+
+def test_the_harness_reads_it_as_treadle_does(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="the extra eval is not installed")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from treadle.evaluation.harness_model import HarnessModel
+
+    model, tokenizer = build("hnet", hidden_sizes=[32, 48], max_position_embeddings=64).eval(), ByteTokenizer()
+    save_for_transformers(model, tmp_path, tokenizer)
+    theirs = HFLM(pretrained=str(tmp_path), tokenizer=str(tmp_path), device="cpu", dtype="float32", batch_size=2, trust_remote_code=True)
+    ours = HarnessModel(model, tokenizer, batch_size=2)
+    asked = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate([("The wheel", " turned"), ("naïve", " 日本"), ("", "a")])]
+    for (log, likeliest), wanted in zip(ours.loglikelihood(asked), theirs.loglikelihood(asked)):
+        assert (pytest.approx(log, abs=1e-4), likeliest) == wanted
+    more = [Instance("generate_until", {}, (text, {"until": ["\n"], "max_gen_toks": 6, "do_sample": False}), n) for n, text in enumerate(["The wheel", "a"])]
+    assert ours.generate_until(more) == theirs.generate_until(more)

@@ -18,7 +18,8 @@ def _letters() -> list[str]:
 
 
 def byte_tokenizer_files() -> dict[str, bytes]:
-    """tokenizer.json and tokenizer_config.json. BOS and EOS are bytes that no text has, and names of special tokens."""
+    """tokenizer.json and tokenizer_config.json. BOS and EOS are bytes that no text has, and names of special tokens; rows of training begin
+    with no BOS, so that nothing there is told to put one before a text."""
     special = [{"id": number, "content": name, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
                for number, name in ((BOS, BOS_TOKEN), (EOS, EOS_TOKEN))]  # fmt: skip
     level: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
@@ -30,6 +31,6 @@ def byte_tokenizer_files() -> dict[str, bytes]:
                   "fuse_unk": False, "byte_fallback": False, "ignore_merges": False, "vocab": {**vocabulary, BOS_TOKEN: BOS, EOS_TOKEN: EOS},
                   "merges": []},
     }  # fmt: skip
-    told = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS_TOKEN, "eos_token": EOS_TOKEN, "clean_up_tokenization_spaces": False}
+    told = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS_TOKEN, "clean_up_tokenization_spaces": False}
     return {"tokenizer.json": (json.dumps(table, ensure_ascii=False) + "\n").encode(),
             "tokenizer_config.json": (json.dumps(told, indent=1) + "\n").encode()}  # fmt: skip

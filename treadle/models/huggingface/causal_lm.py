@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.utils.generic import ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from treadle.data.batch import PAD, Batch
 from treadle.errors import ConfigError
@@ -76,16 +75,6 @@ class TreadleCache:
     def crop(self, max_length: int) -> None:
         """Raises NotImplementedError: a recurrent state cannot go back."""
         raise NotImplementedError("this model's memory cannot be taken back by some tokens; generate without an assistant")
-
-
-@dataclass
-class TreadleOutput(ModelOutput):  # type: ignore[misc, no-untyped-call, unused-ignore]
-    """loss: a scalar, where there are labels; logits [B, T, V]; the cache under the name that this transformers gives it."""
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: TreadleCache | None = None
-    cache: TreadleCache | None = None
 
 
 # transformers 5 calls it `cache` from some version on.
@@ -186,7 +175,7 @@ class TreadleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         loss = None if labels is None else self._loss(logits, labels, out.losses, batch, num_items_in_batch)
         if not isinstance(logits_to_keep, int) or logits_to_keep:
             logits = logits[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else logits[:, logits_to_keep]
-        found = TreadleOutput(loss=loss, logits=logits, **{CACHE: held})
+        found = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: held})
         return found.to_tuple() if return_dict is False else found
 
     def _loss(self, logits: Tensor, labels: Tensor, losses: Mapping[str, tuple[Tensor, str]], batch: Batch, items: Any) -> Tensor:

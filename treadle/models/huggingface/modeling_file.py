@@ -63,8 +63,8 @@ def described(cls: type[Model], shape: ModelConfig) -> dict[str, Any]:
         "architectures": ["TreadleForCausalLM"], "auto_map": places, "model_type": f"treadle_{cls.arch}", "vocab_size": model.vocab_size,
         "tie_word_embeddings": embedding is not None and model.head.weight is embedding.weight, OWN_KEYS: own,
     }  # fmt: skip
-    if model.longest_row is not None:
-        table["max_position_embeddings"] = model.longest_row
+    if (longest := getattr(shape, "max_position_embeddings", None) or model.longest_row) is not None:
+        table["max_position_embeddings"] = longest
     return table
 
 
