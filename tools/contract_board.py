@@ -3,7 +3,7 @@
     make contracts                                                  # prints it (minutes)
     python -m tools.contract_board --write docs/contracts.md        # and writes it into the document
 
-A cell counts the checks that passed. A contract is left out only by a declared capability, which the table names; a failure
+README.md gets the same, shortened: a check mark where all of a contract's checks passed. A cell counts the checks that passed. A contract is left out only by a declared capability, which the table names; a failure
 is printed in capitals, and the exit status is 1.
 """
 
@@ -39,8 +39,26 @@ CONTRACTS = {
     "14": "no reads from the device, nothing on another device",
     "15": "every parameter gets a gradient",
 }
-DOCUMENT = Path(__file__).parents[1] / "docs" / "contracts.md"
+ROOT = Path(__file__).parents[1]
+DOCUMENT, README = ROOT / "docs" / "contracts.md", ROOT / "README.md"
 BEGIN, END = "<!-- the board: python -m tools.contract_board --write docs/contracts.md -->\n", "<!-- end of the board -->\n"
+SHORT = "<!-- the board, shortened -->\n"
+
+
+def shortened(board: str) -> str:
+    """The board's table with a mark for every cell: kept, FAILED, left out by a declared capability (-) or left to another row."""
+
+    def mark(cell: str) -> str:
+        return "✓" if cell.isdigit() else cell if "FAILED" in cell else "-" if cell else ""
+
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in board.splitlines() if line.startswith("|")]
+    return "".join(f"| {' | '.join([name, *(cells if name in ('architecture', '---') else map(mark, cells))])} |\n" for name, *cells in rows)
+
+
+def replaced(text: str, begin: str, inside: str) -> str:
+    """`text` with what stands between a mark and the end of the board replaced."""
+    before, _, rest = text.partition(begin)
+    return before + begin + inside + END + rest.partition(END)[2]
 
 
 @dataclass
@@ -105,8 +123,8 @@ def main() -> None:
              f"{'a GPU too' if torch.cuda.is_available() else 'no GPU'}."]  # fmt: skip
     print("\n".join(["", *lines, "", *(f"{number}  {text}" for number, text in CONTRACTS.items())]))
     if given.write is not None:
-        before, _, rest = given.write.read_text().partition(BEGIN)
-        given.write.write_text(before + BEGIN + "\n".join(lines) + "\n" + END + rest.partition(END)[2])
+        given.write.write_text(replaced(given.write.read_text(), BEGIN, "\n".join(lines) + "\n"))
+        README.write_text(replaced(README.read_text(), SHORT, shortened("\n".join(lines))))
     raise SystemExit(int(status))
 
 

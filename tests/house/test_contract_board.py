@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
-from tools.contract_board import BEGIN, CONTRACTS, DOCUMENT, END, Board
+from tools.contract_board import BEGIN, CONTRACTS, DOCUMENT, END, README, SHORT, Board, replaced, shortened
 
 TESTS = Path(__file__).parents[1] / "contracts"
 
@@ -18,6 +18,14 @@ def test_contracts_rows_and_the_document() -> None:
     board, legend = text.split(BEGIN)[1].split(END)
     assert re.findall(r"^\| ([a-z][^|]*?) \|", board, flags=re.M)[1:] == list(dict.fromkeys(Board().rows.values()))
     assert "FAILED" not in board and all(f"| {number} | {what} |" in legend for number, what in CONTRACTS.items())
+
+    readme = README.read_text()
+    assert readme == replaced(readme, SHORT, shortened(board)) and "✓" in readme
+
+
+def test_a_short_board_hides_no_failure() -> None:
+    table = "| architecture | 01 | 02 | 03 | 04 |\n|---|---|---|---|---|\n| shc | 2 | 1 FAILED | decodes |   |\n"
+    assert shortened(table).splitlines()[-1] == "| shc | ✓ | 1 FAILED | - |  |"
 
 
 def test_what_a_cell_says() -> None:
