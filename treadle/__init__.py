@@ -62,43 +62,58 @@ _PLACES = {
 }
 __all__ = [*_PLACES]
 
-if TYPE_CHECKING:
-    from treadle.data.base import Dataset, create_dataloader
-    from treadle.data.batch import Batch
-    from treadle.data.deduplication import ExactDeduplication, NearDeduplication
-    from treadle.data.generated import GeneratedDataset
-    from treadle.data.pipeline import DataPipeline
-    from treadle.data.transforms import BatchedMap, Filter, Map, MaximumLength, MinimumLength
-    from treadle.distillation import DistillationTrainer, student_of
-    from treadle.evaluation.evaluator import Evaluator
-    from treadle.layers.dynamics import INLDynamics
-    from treadle.layers.state import LayerState, State
-    from treadle.library import (
-        Model,
-        architectures,
-        autocast,
-        count_params,
-        enable_checkpointing,
-        estimate_memory,
-        load,
-        loss,
-        memory_usage,
-        plan,
-        print_summary,
-        recommend_config,
-        summary,
-        train,
-    )
-    from treadle.models.base import Capabilities, ModelConfig, Output, build
-    from treadle.models.compress import compress_cache
-    from treadle.models.pretrained import from_pretrained
-    from treadle.objectives.base import Losses, LossTerm, Metric, Objective
-    from treadle.objectives.next_token import NextToken
-    from treadle.recipe import from_leaf_names as TrainConfig
-    from treadle.settings import Settings, option
-    from treadle.text.base import Tokenizer
-    from treadle.training.callbacks.base import Callback
-    from treadle.training.trainer import Trainer
+if TYPE_CHECKING:  # `as` is what hands a name on to type checkers (PEP 484)
+    from treadle.data.base import Dataset as Dataset
+    from treadle.data.base import create_dataloader as create_dataloader
+    from treadle.data.batch import Batch as Batch
+    from treadle.data.deduplication import ExactDeduplication as ExactDeduplication
+    from treadle.data.deduplication import NearDeduplication as NearDeduplication
+    from treadle.data.generated import GeneratedDataset as GeneratedDataset
+    from treadle.data.pipeline import DataPipeline as DataPipeline
+    from treadle.data.transforms import BatchedMap as BatchedMap
+    from treadle.data.transforms import Filter as Filter
+    from treadle.data.transforms import Map as Map
+    from treadle.data.transforms import MaximumLength as MaximumLength
+    from treadle.data.transforms import MinimumLength as MinimumLength
+    from treadle.distillation import DistillationTrainer as DistillationTrainer
+    from treadle.distillation import student_of as student_of
+    from treadle.evaluation.evaluator import Evaluator as Evaluator
+    from treadle.layers.dynamics import INLDynamics as INLDynamics
+    from treadle.layers.state import LayerState as LayerState
+    from treadle.layers.state import State as State
+    from treadle.library import Model as Model
+    from treadle.library import architectures as architectures
+    from treadle.library import autocast as autocast
+    from treadle.library import count_params as count_params
+    from treadle.library import enable_checkpointing as enable_checkpointing
+    from treadle.library import estimate_memory as estimate_memory
+    from treadle.library import load as load
+    from treadle.library import loss as loss
+    from treadle.library import memory_usage as memory_usage
+    from treadle.library import plan as plan
+    from treadle.library import print_summary as print_summary
+    from treadle.library import recommend_config as recommend_config
+    from treadle.library import summary as summary
+    from treadle.library import train as train
+    from treadle.models.base import Capabilities as Capabilities
+    from treadle.models.base import ModelConfig as ModelConfig
+    from treadle.models.base import Output as Output
+    from treadle.models.base import build as build
+    from treadle.models.compress import compress_cache as compress_cache
+    from treadle.models.pretrained import from_pretrained as from_pretrained
+    from treadle.objectives.base import Losses as Losses
+    from treadle.objectives.base import LossTerm as LossTerm
+    from treadle.objectives.base import Metric as Metric
+    from treadle.objectives.base import Objective as Objective
+    from treadle.objectives.next_token import NextToken as NextToken
+    from treadle.recipe import from_leaf_names
+    from treadle.settings import Settings as Settings
+    from treadle.settings import option as option
+    from treadle.text.base import Tokenizer as Tokenizer
+    from treadle.training.callbacks.base import Callback as Callback
+    from treadle.training.trainer import Trainer as Trainer
+
+    TrainConfig = from_leaf_names
 
 
 def __getattr__(name: str) -> Any:

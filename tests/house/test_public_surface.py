@@ -224,10 +224,14 @@ def test_what_comes_from_a_paper_names_it(kind: str) -> None:
 
 
 def test_type_checkers_see_every_name_of_the_package() -> None:
-    """What loads on first use is imported under TYPE_CHECKING from the same place, and the marker of PEP 561 is there."""
-    seen = {}
+    """What loads on first use is imported under TYPE_CHECKING from the same place, in the form that hands it on to users under
+    mypy --strict (`import X as X`, or an assignment); and the marker of PEP 561 is there."""
+    imported, seen = {}, {}
     for node in ast.walk(tree_of(ROOT / "__init__.py")):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("treadle."):
-            seen |= {alias.asname or alias.name: f"{node.module}:{alias.name}" for alias in node.names}
+            imported |= {alias.name: f"{node.module}:{alias.name}" for alias in node.names}
+            seen |= {alias.name: imported[alias.name] for alias in node.names if alias.asname == alias.name}
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Name):
+            seen |= {ast.unparse(node.targets[0]): imported[node.value.id]}
     assert {name: place for name, place in treadle._PLACES.items() if seen.get(name) != place} == {}
     assert (ROOT / "py.typed").is_file()
