@@ -65,12 +65,13 @@ def serve(
     run: Run = "last",
     host: Annotated[str, typer.Option(help="The address to listen at; any but this machine's own needs a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Where it listens; 0: any free port.")] = 8000,
-    token: Annotated[str | None, typer.Option(help="What clients send as their API key; better in TREADLE_TOKEN, where no list of processes shows it.")] = None,
+    token: Annotated[str | None, typer.Option("--token", "--api-key", help="What clients send as their API key; better in TREADLE_TOKEN, where no list of processes shows it.")] = None,
     token_file: Annotated[str | None, typer.Option(help="A file with the token in its first line.")] = None,
-    name: Annotated[str | None, typer.Option(help="What the model is called; default the folder's name.")] = None,
+    name: Annotated[str | None, typer.Option("--name", "--served-model-name", help="What the model is called; default the folder's name.")] = None,
     chat_template: Template = None,
-    rows: Annotated[int, typer.Option(min=1, help="Requests that share a forward pass.")] = 16,
-    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt.")] = 2048,
+    rows: Annotated[int, typer.Option("--rows", "--max-num-seqs", min=1, help="Requests that share a forward pass.")] = 16,
+    max_prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Longest prompt; default 2048.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(min=2, help="Prompt and answer together, where no longest prompt is said.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "--max-tokens", min=1, help="Most tokens of an answer.")] = 512,
     queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are told to come back (429).")] = 256,
     weights: Weights = None,
@@ -78,11 +79,12 @@ def serve(
     trust_code: Trust = None,
 ) -> None:
     """A trained model behind OpenAI's API, with a page to talk to it. At http://127.0.0.1:8000; Ctrl-C finishes what runs."""
-    from treadle.serving.limits import Limits, checked_host
+    from treadle.serving.limits import Limits, checked_host, longest
     from treadle.serving.server import needed
     from treadle.serving.sockets import listening, read_token
 
     needed()
+    max_prompt_tokens, max_new_tokens = longest(max_prompt_tokens, max_new_tokens, max_model_len)
     secret = read_token(token, token_file) or read_token(os.environ.get("TREADLE_TOKEN") or None, None)
     checked_host(host, secret)
     listener = listening(host, port)  # before a model is loaded: a port that is taken is said at once

@@ -213,3 +213,13 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(ConfigError, match=r"treadle\[serve\]"):
         needed()
+
+
+def test_prompt_and_answer_together() -> None:
+    from treadle.errors import ConfigError
+    from treadle.serving.limits import longest
+
+    assert longest(None, 512, None) == (2048, 512) and longest(100, 7, None) == (100, 7)
+    assert longest(None, 512, 4096) == (3584, 512) and longest(None, 512, 64) == (32, 32)
+    with pytest.raises(ConfigError, match="leave it or --max-prompt-tokens out"):
+        longest(100, 512, 4096)

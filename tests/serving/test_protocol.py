@@ -170,6 +170,20 @@ def test_models_health_and_metrics() -> None:
     assert ask(app, "/health")[1] == {"status": "ok"}
     text = ask(app, "/metrics")[1]
     assert 'treadle_responses_total{status="404"} 2' in text and "treadle_tokens_per_second 1.5" in text
+    assert "# TYPE treadle_responses_total counter" in text and "# TYPE treadle_tokens_per_second gauge" in text
+    told = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
+    names = {line.partition("{")[0].split()[0] for line in text.splitlines() if not line.startswith("#")}
+    assert sorted(names) == sorted(told) and text.count("# HELP") == len(told)
+
+
+def test_fields_of_a_message_are_known_or_refused_by_name() -> None:
+    app, _ = scripted_app()
+    said = {"role": "user", "content": "hi"}
+    for field in ("name", "refusal", "annotations", "reasoning_content"):  # those of answers come back
+        assert ask(app, "/v1/chat/completions", {"messages": [{**said, field: "x"}]})[0] == 200
+    assert ask(app, "/v1/chat/completions", {"messages": [{**said, "tool_call_id": None}]})[0] == 200
+    status, answer, *_ = ask(app, "/v1/chat/completions", {"messages": [{**said, "contents": "hi"}]})
+    assert status == 400 and "unknown field 'contents'" in answer["error"]["message"] and answer["error"]["param"] == "messages[0].contents"
 
 
 def test_a_message_that_spells_control_tokens_stays_text() -> None:

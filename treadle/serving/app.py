@@ -19,6 +19,17 @@ from treadle.serving.protocol import Asked, Served
 from treadle.serving.token_names import TokenNames
 
 IN_THREAD = 16_384  # bytes of a body from which on its text is encoded beside the loop: 16 KB are about 5 ms
+# What the engine's numbers are (Engine.stats), and their types for Prometheus.
+METRICS = {
+    "running": ("Requests that are answered now.", "gauge"),
+    "waiting": ("Requests that wait for a row.", "gauge"),
+    "rows": ("Requests that share a forward pass at most.", "gauge"),
+    "max_len": ("Tokens of a prompt and its answer at most.", "gauge"),
+    "generated_tokens": ("Tokens generated so far.", "counter"),
+    "prompt_tokens": ("Tokens of prompts read so far.", "counter"),
+    "tokens_per_second": ("Generated tokens by the seconds in which there was work.", "gauge"),
+    "state_bytes": ("Bytes of the decoding state.", "gauge"),
+}
 METHODS = {"/": "GET", "/health": "GET", "/metrics": "GET", "/v1/models": "GET", "/v1/completions": "POST",
            "/v1/chat/completions": "POST", "/v1/chunks": "POST"}  # fmt: skip
 
@@ -169,14 +180,24 @@ class App:
         await respond(send, 200, as_json({"stages": await asyncio.to_thread(marks.of, said, most)}))
 
     def _metrics(self) -> str:
-        """Numbers in Prometheus' text format."""
-        lines = []
+        """Numbers in Prometheus' text format, each with its help and type."""
+        lines: list[str] = []
         for name, value in sorted(self._engine.stats().items()):
             if isinstance(value, (int, float)):
+                meaning, kind = METRICS.get(name, (name.replace("_", " "), "gauge"))
+                lines += _described(f"treadle_{name}", meaning, kind)
                 lines.append(f"treadle_{name} {value:g}" if isinstance(value, float) else f"treadle_{name} {value}")
-        for name, count in sorted(self.counts.items()):
-            lines.append(f'treadle_responses_total{{status="{name}"}} {count}' if name.isdigit() else f"treadle_{name}_total {count}")
+        statuses = {name: count for name, count in sorted(self.counts.items()) if name.isdigit()}
+        lines += _described("treadle_responses_total", "Responses so far, by their HTTP status.", "counter") if statuses else []
+        lines += [f'treadle_responses_total{{status="{name}"}} {count}' for name, count in statuses.items()]
+        for name in sorted(self.counts.keys() - statuses):
+            lines += _described(f"treadle_{name}_total", f"Clients that {name.replace('_', ' ')} so far.", "counter")
+            lines.append(f"treadle_{name}_total {self.counts[name]}")
         return "\n".join(lines) + "\n"
+
+
+def _described(name: str, meaning: str, kind: str) -> list[str]:
+    return [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
 
 
 class _Gone(Exception):

@@ -52,6 +52,17 @@ class Limits:
         return self.max_prompt_tokens + self.max_new_tokens
 
 
+def longest(prompt: int | None, new: int, together: int | None) -> tuple[int, int]:
+    """(longest prompt, most new tokens) of what was said: `together` bounds both, half of it at most new ones. ConfigError where it is
+    said beside a longest prompt."""
+    if together is None:
+        return Limits.max_prompt_tokens if prompt is None else prompt, new
+    if prompt is not None:
+        raise ConfigError("--max-model-len is prompt and answer together; leave it or --max-prompt-tokens out")
+    new = max(1, min(new, together // 2))
+    return together - new, new
+
+
 def is_local(host: str) -> bool:
     """Whether a name or an address is this machine's own."""
     name = host.strip("[]").lower()

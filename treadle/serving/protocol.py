@@ -33,6 +33,8 @@ SAMPLED = frozenset({"model", "n", "max_tokens", "temperature", "top_p", "top_k"
 OF_COMPLETION = SAMPLED | {"prompt", "suffix", "echo", "best_of"}
 OF_CHAT = SAMPLED | {"messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "functions", "function_call",
                      "response_format", "modalities", "audio", "web_search_options"}  # fmt: skip
+# name is the API reference's; the others stand in answers, which clients send back as they got them.
+OF_MESSAGE = frozenset({"role", "content", "name", "refusal", "annotations", "audio", "tool_calls", "function_call", "reasoning_content"})
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
@@ -157,6 +159,9 @@ def _messages(value: Any) -> list[dict[str, str]]:
             raise RequestError(400, f"{place}.role must be one of {', '.join(ROLES)}", f"{place}.role")
         if message.get("tool_calls") or message.get("function_call"):
             raise RequestError(400, f"{place} calls a tool, which this server does not support", place)
+        if unknown := sorted(key for key, given in message.items() if key not in OF_MESSAGE and given is not None):
+            raise RequestError(400, f"{place} has an unknown field {unknown[0][:80]!r}; a message has role and content (ignored: "
+                               f"{', '.join(sorted(OF_MESSAGE - {'role', 'content'}))})", f"{place}.{unknown[0][:80]}")  # fmt: skip
         found.append({"role": ROLES[role], "content": _content(message.get("content"), f"{place}.content")})
     return found
 

@@ -298,7 +298,7 @@ class ChatTemplate:
             spelled = next((mark for mark in sorted(absent) if mark in said), None)
             if spelled is not None:
                 raise InputError(f"a message says {spelled!r}, which this tokenizer cannot tell from the template's own: it has no such "
-                                 "token. Leave the conversation out, or take data.chat_template = plain")  # fmt: skip
+                                 "token. Leave it out, or use the template plain")  # fmt: skip
         pattern = re.compile("|".join(map(re.escape, sorted(controls, key=len, reverse=True))) or "(?!)")
         if any(pattern.search(said) for said in _strings(messages)):
             messages = _with_marks(messages, pattern)
