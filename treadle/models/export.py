@@ -26,7 +26,7 @@ from treadle.models.huggingface.modeling_file import with_code
 from treadle.models.huggingface.peft import CONFIG as ADAPTER_CONFIG
 from treadle.models.huggingface.peft import WEIGHTS as ADAPTER_WEIGHTS
 from treadle.models.huggingface.peft import PeftFolder, family_for, files_of, for_peft
-from treadle.models.huggingface.reading import ForeignModel, is_foreign
+from treadle.models.huggingface.reading import OWN_KEYS, ForeignModel, is_foreign
 from treadle.models.huggingface.reading import read_json as read_table
 from treadle.models.huggingface.writing import TOKEN_KEYS, for_transformers
 from treadle.models.model_card import run_name
@@ -163,9 +163,10 @@ def told(written: Path, layout: str | None, precision: str, packed: bool, quanti
         return [f"{written}: {size / 1e6:.1f} MB, for llama.cpp: llama-cli -m {written}; treadle reads it too"]
     if layout == "huggingface":
         code = next((path.name for path in written.glob("modeling_*.py")), None)
+        own = ":" in str(read_table(written / CONFIG_FILE).get(OWN_KEYS, {}).get("arch"))  # an architecture of somebody's own
         how = f"{str(written)!r}, trust_remote_code=True" if code else repr(str(written))
         lines = [f"{written}: {size / 1e6:.1f} MB of weights in {precision}, for transformers: "
-                 f"AutoModelForCausalLM.from_pretrained({how}); treadle reads it too"]  # fmt: skip
+                 f"AutoModelForCausalLM.from_pretrained({how})" + ("" if own else "; treadle reads it too")]  # fmt: skip
         if code:
             lines.append(f"note: transformers has no such architecture; {code} beside the weights is its code, and needs torch and transformers alone")
         if not (written / "tokenizer.json").is_file() and not list(written.glob("*.model")):
@@ -202,6 +203,10 @@ def _gguf_file(output: Path, name: str, kind: str) -> Path:
     return output if output.suffix.lower() == ".gguf" else output / f"{name}-{kind}.gguf"
 
 
+def _is_newer(file: Path, than: float) -> bool:
+    return file.is_file() and file.stat().st_mtime >= than
+
+
 def _refuse_without_form(file: Path, shape: ModelConfig) -> None:
     """What llama.cpp has no form for, and a file of somebody else's, before any weight is read."""
     written_for_llama_cpp(shape)
@@ -216,7 +221,9 @@ def _as_gguf(
     told = {"name": run_name(checkpoint), **({"license": license} if license is not None else {})}
     file.parent.mkdir(parents=True, exist_ok=True)
     write_gguf(file, shape, weights, tokenizer, kind, template, told)
-    card = model_card.card_of(checkpoint, "gguf", kind, license, file.parent)
+    written = checkpoint.folder.stat().st_mtime  # files of an earlier state of the run are not what the card describes
+    there = [one for one in TYPES if one == kind or _is_newer(_gguf_file(file.parent, run_name(checkpoint), one), written)]
+    card = model_card.card_of(checkpoint, "gguf", ", ".join(there), license, file.parent)
     write_atomically(file.parent / model_card.FILE, card.decode())
     return file
 

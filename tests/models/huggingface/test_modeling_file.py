@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.models.huggingface.own_model import Mine
 from treadle import Batch, build, from_pretrained
 from treadle.errors import ConfigError
 from treadle.models.base import Model
@@ -25,7 +26,7 @@ pytest.importorskip("transformers", reason="the extra hf is not installed")
 
 VOCABULARY, WIDTH = 61, {"hidden_size": 32, "num_heads": 4, "intermediate_size": 64}
 MIXERS = ["retnet", "mamba2", "gated_deltanet", "rwkv", "linear_attention", "hgrn", "block_sparse", "local"]
-SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+SHAPES: dict[str, tuple[str | type[Model], dict[str, Any]]] = {
     "shc": ("shc", {**WIDTH, "num_layers": 2, "num_kv_heads": 2}),
     "shc_latent": ("shc", {**WIDTH, "num_layers": 2, "latent_size": 8, "routing": "sinkhorn", "num_streams": 2, "tie_embeddings": False}),
     "ssm": ("ssm", {**WIDTH, "num_layers": 2, "num_kv_heads": 2}),
@@ -34,6 +35,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "hnet": ("hnet", {"hidden_sizes": [32, 48], "token_mixers": [["hgrn_bit", "attention", "ssm"], "hgrn_bit"], "num_blocks": [[3, 0, 1], [2]]}),
     "inl": ("inl", {**WIDTH, "num_layers": 2, "dynamics_controller_size": 8}),
     "mixers": ("transformer", {**WIDTH, "num_layers": 8, "layer_types": MIXERS, "sliding_window": 6}),
+    "own": (Mine, {"hidden_size": 32}),
     "post_norm": ("transformer", {**WIDTH, "num_layers": 2, "style": "gpt2", "pre_norm": False, "max_position_embeddings": 64}),
 }  # fmt: skip
 

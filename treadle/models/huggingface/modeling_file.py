@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,7 +55,8 @@ def described(cls: type[Model], shape: ModelConfig) -> dict[str, Any]:
     if not (alone and model.capabilities.causal and model.capabilities.decodes):
         raise ConfigError("transformers would load it as a model that continues a text, token by token from nothing else, and "
                           f"{cls.arch} is none; use --format treadle")  # fmt: skip
-    own = {"arch": trusted_code.place_of(cls) or cls.arch, **shape.model_dump()}
+    file = trusted_code.place_of(cls)  # of a class of somebody's own; its folder is nobody's business
+    own = {"arch": cls.arch if file is None else re.split(r"[\\/]", file)[-1], **shape.model_dump()}
     if types := _layer_types(shape):
         own["layer_types"] = types
     embedding = getattr(model, "embedding", None)

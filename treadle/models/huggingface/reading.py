@@ -289,6 +289,10 @@ class WithCode(TransformersFolder):
 
 def folder_of(folder: Path) -> TransformersFolder:
     """A folder of transformers' form; one with treadle's own keys is read as they say."""
-    table = read_json(folder / CONFIG_FILE)
-    own = isinstance(table.get(OWN_KEYS), dict) and ":" not in str(table[OWN_KEYS].get("arch"))
-    return WithCode(folder) if own else TransformersFolder(folder)
+    own = read_json(folder / CONFIG_FILE).get(OWN_KEYS)
+    if not isinstance(own, dict):
+        return TransformersFolder(folder)
+    if ":" in (arch := str(own.get("arch"))):
+        raise InputError(f"{folder} is for transformers, of an architecture in {arch}: treadle runs no code of an export; use the run, or an "
+                         "export with --format treadle")  # fmt: skip
+    return WithCode(folder)
