@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import treadle
+from tests.conftest import flags, treadle
 from tests.several import run_in
 from treadle.distributed import deepspeed_json
 from treadle.errors import ConfigError
@@ -99,6 +99,15 @@ def needs_deepspeed() -> None:
 
 def keys_for(folder: Path, stage: int, **more: Any) -> Keys:
     return {"deepspeed": write(folder, {"zero_optimization": {"stage": stage}, **more}), "max_steps": 8, "save_steps": 4}
+
+
+def test_one_process_that_no_launcher_started(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """DeepSpeed refuses to start without LOCAL_RANK, which only launchers set."""
+    needs_deepspeed()
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    out = treadle("train", text, *flags(max_steps=2, optim__name="adamw"), "--parallel", "deepspeed", "--output_dir", tmp_path / "r")
+    assert out.returncode == 0, out.stderr
+    assert checkpoint(tmp_path / "r", 2).step == 2
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

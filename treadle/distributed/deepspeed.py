@@ -66,7 +66,16 @@ class DeepSpeed(Strategy):
             raise ConfigError("parallel.mode = deepspeed works with optim.name = adamw; use --parallel ddp or fsdp for muon")
         self.named = [(n, p) for n, p in self.plain.model.named_parameters() if p.requires_grad]  # type: ignore[union-attr]
         self.base = optimizers[0]
-        self.engine, *_ = self.package.initialize(model=self.plain, optimizer=self.base, config=self.table)
+        # AdamW's step is called through a class of ours derived from it (training/optim.py); DeepSpeed looks at the class alone.
+        table = {**self.table, "zero_allow_untested_optimizer": True}
+        alone = "LOCAL_RANK" not in os.environ
+        if alone:  # DeepSpeed asks for what a launcher sets, also of one process; ours is not to be seen as started by one
+            os.environ["LOCAL_RANK"] = "0"
+        try:
+            self.engine, *_ = self.package.initialize(model=self.plain, optimizer=self.base, config=table)
+        finally:
+            if alone:
+                del os.environ["LOCAL_RANK"]
         self.module = self.engine
         if self.stage > 0:
             self._create_moments()
