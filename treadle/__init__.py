@@ -37,6 +37,7 @@ _PLACES = {
     "Output": "treadle.models.base:Output",
     "Settings": "treadle.settings:Settings",
     "State": "treadle.layers.state:State",
+    "StreamingDataset": "treadle.data.pipeline:StreamingDataset",
     "Tokenizer": "treadle.text.base:Tokenizer",
     "TrainConfig": "treadle.recipe:from_leaf_names",
     "Trainer": "treadle.training.trainer:Trainer",
@@ -70,6 +71,7 @@ if TYPE_CHECKING:  # `as` is what hands a name on to type checkers (PEP 484)
     from treadle.data.deduplication import NearDeduplication as NearDeduplication
     from treadle.data.generated import GeneratedDataset as GeneratedDataset
     from treadle.data.pipeline import DataPipeline as DataPipeline
+    from treadle.data.pipeline import StreamingDataset as StreamingDataset
     from treadle.data.transforms import BatchedMap as BatchedMap
     from treadle.data.transforms import Filter as Filter
     from treadle.data.transforms import Map as Map

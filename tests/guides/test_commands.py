@@ -104,8 +104,8 @@ def before(guide: str, folder: Path, typed: Typed) -> None:
         sender = {"TREADLE_CONFIG_HOME": str(folder / "sender")}  # whose list of trusted code is another one
         (folder / "sent").mkdir()
         shutil.copy("my_model.py", "sent/my_model.py")
-        line = "treadle train ../story.txt --model.arch my_model.py:MyModel --output_dir run"
-        assert treadle(*shortened(line), cwd=folder / "sent", **sender).returncode == 0
+        line = "treadle train story.txt --model.arch sent/my_model.py:MyModel --output_dir sent/run"
+        assert treadle(*shortened(line), cwd=folder, **sender).returncode == 0
 
 
 def reason(line: str) -> str | None:

@@ -127,3 +127,53 @@ def test_a_plan_of_a_dictionary() -> None:
     asked = {"model": {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 256}, "data": {"seq_len": 32}, "batch_size": 2}
     found = treadle.plan(asked, flops=1e12)
     assert found["per_device_train_batch_size"] == 2 and isinstance(found["memory"]["total_gb"], float)
+
+
+def test_streams_and_pipelines(in_folder: Path) -> None:
+    """StreamingDataset and DataPipeline with the guide's words; a stream trains."""
+    (in_folder / "train.txt").write_text(make_text(200))
+    stream = treadle.StreamingDataset("train.txt", tokenizer="byte", max_seq_len=32, shuffle_buffer=1000)
+    again = treadle.DataPipeline("train.txt", "byte", seq_len=32, streaming=True)
+    plain = treadle.StreamingDataset("train.txt", "byte", max_seq_len=32, shuffle_buffer=0)
+    first, same, ordered = (next(iter(treadle.create_dataloader(data, batch_size=4))).input_ids for data in (stream, again, plain))
+    assert torch.equal(first, same) and first.shape[1] == 32 and not torch.equal(first, ordered)
+    with pytest.raises(ConfigError, match="give 0 for rows in their order"):
+        treadle.StreamingDataset("train.txt", shuffle_buffer=-1)
+    louder = treadle.DataPipeline("train.txt", tokenizer="byte", transforms=[str.upper], seq_len=32)
+    tokens = next(iter(treadle.create_dataloader(louder, batch_size=2))).input_ids
+    assert not ((tokens >= ord("a")) & (tokens <= ord("z"))).any()
+    model = treadle.build("transformer", hidden_size=32, num_layers=1, num_heads=2, vocab_size=256)
+    config = treadle.TrainConfig(max_steps=2, batch_size=2, output_dir="run", sample_tokens=0, num_workers=0)
+    assert treadle.Trainer(model, stream, config=config).train()["step"] == 2
+
+
+def test_its_architectures() -> None:
+    """INL dynamics, flash, sliding, sparse and linear attention, and models of linear time, by the names they have elsewhere."""
+    shape = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 256}
+    ids = treadle.Batch.from_ids([[1, 2, 3, 4]])
+    for keys in (
+        {"use_inl_dynamics": True}, {"layer_types": ["sliding_attention"], "sliding_window": 2}, {"layer_types": ["sparse"]},
+        {"layer_types": ["linear"]}, {"layer_types": ["mamba2"]}, {"layer_types": ["rwkv"]}, {"layer_types": ["retnet"]},
+    ):  # fmt: skip
+        assert treadle.build("transformer", **shape, **keys)(ids).logits.shape == (1, 4, 256)
+    assert treadle.TrainConfig(attn_implementation="flash").train.attention_backend == "flash"
+
+
+def test_a_trainer_with_metrics_of_its_own(in_folder: Path) -> None:
+    """The LLM trainer's guide: a subclass that logs numbers of its own (a callback's: tests/training/test_callbacks.py)."""
+    import json
+
+    (in_folder / "train.txt").write_text(make_text(60))
+    dataset = treadle.Dataset.load("train.txt", tokenizer="byte", max_seq_len=32)
+
+    class Mine(treadle.Trainer):
+        def compute_metrics(self, sums: dict[str, float]) -> dict[str, float]:
+            return {**super().compute_metrics(sums), "wrong": 1 - sums["correct"] / sums["labels"]}
+
+    model = treadle.build("transformer", hidden_size=32, num_layers=1, num_heads=2, vocab_size=256)
+    config = treadle.TrainConfig(max_steps=2, batch_size=2, eval_steps=1, output_dir="run", sample_tokens=0)
+    held_out = treadle.Dataset.load("train.txt", tokenizer="byte", max_seq_len=32, split="validation")
+    Mine(model, dataset, held_out, config).train()
+    rows = [json.loads(line) for line in (in_folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    wrong = [value for row in rows for key, value in row.items() if key.endswith("wrong")]
+    assert len(wrong) == 2 and all(0 <= value <= 1 for value in wrong)

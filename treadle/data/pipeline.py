@@ -1,4 +1,4 @@
-"""treadle.DataPipeline: text from anywhere, through functions of the user's, as a dataset."""
+"""treadle.DataPipeline and StreamingDataset: text from anywhere, through functions of the user's, as a dataset."""
 
 from __future__ import annotations
 
@@ -63,6 +63,22 @@ def DataPipeline(
         raise InputError(f"there is no {split} split (there is: {', '.join(found)}); data.validation_fraction and data.test_fraction hold "
                          "text out")  # fmt: skip
     return found[split]
+
+
+def StreamingDataset(
+    path: Any, tokenizer: Tokenizer | str = "auto", max_seq_len: int = 256, shuffle_buffer: int | None = None, **keys: Any
+) -> Dataset:
+    """Text of any size, read and tokenised while training; the words that other frameworks have for DataPipeline(streaming=True).
+
+    path: what DataPipeline's source is. max_seq_len: tokens in a row. shuffle_buffer: 0 leaves rows in their order; any other number is
+    taken and not needed, since an epoch permutes the whole text in blocks of 256 kB. keys: keys of [data]. ConfigError for a negative
+    buffer, and whatever DataPipeline raises.
+    """
+    if shuffle_buffer is not None:
+        if isinstance(shuffle_buffer, bool) or not isinstance(shuffle_buffer, int) or shuffle_buffer < 0:
+            raise ConfigError(f"shuffle_buffer = {shuffle_buffer!r}: give 0 for rows in their order, or leave it out")
+        keys.setdefault("shuffle", shuffle_buffer > 0)
+    return DataPipeline(path, tokenizer, seq_len=max_seq_len, **{"streaming": True, **keys})
 
 
 def _opened(one: Any, settings: DataSettings, version: str | int | None) -> Source:

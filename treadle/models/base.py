@@ -31,7 +31,7 @@ from treadle.models.catalogue import MODELS
 from treadle.ops.quick_start import empty_on, shapes_only
 from treadle.ops.sharding import copy_whole
 from treadle.registry import nearest
-from treadle.settings import Given, Settings, build_section, option
+from treadle.settings import Given, Settings, build_section, option, plain
 
 LM_HEAD = "lm_head"  # the head that gives the logits of tokens
 WEIGHTS_IN_A_BYTE = 5  # ternary ones, packed
@@ -73,7 +73,8 @@ class ModelConfig(Settings):
             key = word if word in cls.model_fields else aliases.get(word, word)
             if key != word and key in keys:
                 raise ConfigError(f"model.{key} is given twice, also as {word}; keep one")
-            table[key] = value
+            spellings = cls.key_info(key)["spellings"] if key in cls.model_fields and isinstance(value, (str, bool)) else {}
+            table[key] = spellings.get(plain(str(value)), value)  # use_inl_dynamics=True, as a recipe may say it
         given = {f"model.{key}": Given(f"model.{key}", value, "arguments", False) for key, value in table.items()}
         return build_section("model", cls, given)  # type: ignore[return-value]
 
