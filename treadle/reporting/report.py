@@ -212,12 +212,18 @@ def _status(run: dict[str, Any]) -> str:
 def _lead(run: dict[str, Any]) -> str:
     summary, environment = run["summary"] or {}, run["environment"] or {}
     arch = run["config"].get("model.arch", "a model")
-    size = f" of {summary['parameters'] / 1e6:,.2f}M parameters" if summary.get("parameters") else ""
+    size = f" of {_amount(summary['parameters'])} parameters" if summary.get("parameters") else ""
     data = run["config"].get("data.path") or run["config"].get("data.dataset_class")
     on = f", trained on {shown(data)}" if data else ""
     gpus, threads = environment.get("gpus") or [], environment.get("threads", "?")
     where = f"{len(gpus)} x {gpus[0]}" if gpus else f"a CPU, {threads} thread{'s' * (threads != 1)}" if environment else ""
     return f"{arch}{size}{on}" + (f"; {summary.get('precision', '')} on {where}" if where else "")
+
+
+def _amount(count: float) -> str:
+    """24720 -> "24.7k"."""
+    power = next((power for power in (3, 2, 1) if count >= 1000.0**power), 0)
+    return f"{count / 1000.0**power:.3g}{('', 'k', 'M', 'G')[power]}"
 
 
 def _leads(runs: list[dict[str, Any]], left_out: list[Place]) -> str:
@@ -239,7 +245,7 @@ def _tiles(run: dict[str, Any]) -> list[dict[str, Any]]:
         {"title": "parameters", "value": summary.get("parameters")},
         {"title": f"steps of {summary['max_steps']:,}" if summary.get("max_steps") else "steps",
          "value": summary.get("step") or (run["steps"][-1] if run["steps"] else None)},
-        {"title": "tokens seen" + (f", {tokens * size / 1e6:,.1f} MB of text" if size and tokens else ""), "value": tokens},
+        {"title": "tokens seen" + (f", {_amount(tokens * size)}B of text" if size and tokens else ""), "value": tokens},
         {"title": "of training", "value": was["seconds"], "kind": "seconds"},
         {"title": "tokens a second", "value": was["tokens_per_second"]},
         {"title": "GB of memory at the peak", "value": was["memory_gb"]},

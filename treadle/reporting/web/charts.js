@@ -26,6 +26,7 @@ function number(value, kind) {
   if (kind === "share") return (100 * value).toFixed(Math.abs(value) < 0.1 ? 2 : 1) + "%";
   const size = Math.abs(value);
   if (size === 0) return "0";
+  if (size >= 1e15) return value.toExponential(2).replace(/\.?0+e\+/, "e");
   if (size >= 1e4) {
     const power = Math.min(4, Math.floor(Math.log10(size) / 3));
     return trimmed((value / 1000 ** power).toPrecision(3)) + ["", "k", "M", "G", "T"][power];
@@ -197,11 +198,16 @@ function chart(element, options) {
     }
     picture.append(shape("line", { x1: box.left, x2: box.right, y1: box.bottom, y2: box.bottom, class: "tick" }),
       shape("text", { x: box.right, y: high - 3, class: "axis title", "text-anchor": "end" }, options.x_title || "step"));
+    let free = box.left;
     for (const mark of options.marks || []) {
       if (!present(mark.x) || mark.x < x0 || mark.x > x1) continue;
       const line = shape("line", { x1: X(mark.x), x2: X(mark.x), y1: box.top, y2: box.bottom, class: "mark" + (mark.bad ? " bad" : "") });
       line.append(shape("title", {}, mark.text));
-      picture.append(line, shape("text", { x: X(mark.x) + 4, y: box.top + 9, class: "axis mark" + (mark.bad ? " bad" : "") }, mark.short || ""));
+      picture.append(line);
+      const room = 8 + 6 * (mark.short || "").length;
+      if (wide < 500 || !mark.short || X(mark.x) < free || X(mark.x) + room > box.right) continue; // labels that do not fit are in the readout
+      free = X(mark.x) + room;
+      picture.append(shape("text", { x: X(mark.x) + 4, y: box.top + 9, class: "axis mark" + (mark.bad ? " bad" : "") }, mark.short));
     }
     const path = points => thinned(points, box.right - box.left).map(([x, y], i) => `${i ? "L" : "M"}${X(x).toFixed(1)} ${Y(y).toFixed(1)}`).join("");
     for (const one of drawn) {

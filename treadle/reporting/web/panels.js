@@ -20,8 +20,8 @@ const KNOWN = {
 const TRAINING = ["learning_rate", "grad_norm", "tokens_per_second", "memory_gb", "data_wait", "mfu", "skipped_steps"];
 const QUIET = new Set(["tokens", "seconds", "epoch", "labels", "bytes", "step", "split", "rows", "perplexity"]);
 const QUALITY = ["loss", "bpb", "accuracy", "top5_accuracy"];
-const BAD = new Set(["rolled_back", "save_failed", "mirror_failed", "anomaly", "leak", "diverged", "failed"]);
-const MARKED = new Set(["resumed", "rolled_back", "command", "stopped", "discovery", "anomaly", "leak", "save_failed", "failed", "diverged"]);
+const BAD = new Set(["nonfinite", "spike", "rolled_back", "save_failed", "mirror_failed", "anomaly", "leak", "diverged", "failed"]);
+const MARKED = new Set(["resumed", "nonfinite", "spike", "rolled_back", "command", "stopped", "discovery", "anomaly", "leak", "save_failed", "failed", "diverged"]);
 
 const words = name => { const text = name.replace(/_+$/, "").replaceAll("_", " "); return text.charAt(0).toUpperCase() + text.slice(1); };
 const titleOf = name => (KNOWN[name] || [words(name)])[0];
@@ -223,7 +223,7 @@ function chooser(runs, chosen) {
   return select;
 }
 
-const EVENTS = { rolled_back: "Rolled back", save_failed: "Save failed", mirror_failed: "Mirror failed", command: "Command", search_ended: "Search ended" };
+const EVENTS = { nonfinite: "Not finite", rolled_back: "Rolled back", save_failed: "Save failed", mirror_failed: "Mirror failed", command: "Command", search_ended: "Search ended" };
 const eventName = event => EVENTS[event] || words(event);
 
 function describe(event) {
@@ -231,8 +231,8 @@ function describe(event) {
   if (event.event === "rolled_back") return `to step ${event.to}: ${event.reason}`;
   if (event.event === "saved") return event.best ? "the best so far" : "";
   if (event.event === "started" || event.event === "resumed") return [event.precision, event.processes > 1 ? `${event.processes} processes, ${event.parallel}` : ""].filter(Boolean).join(", ");
-  const known = new Set(["event", "time", "step", "plan"]);
-  return event.text || event.reason || Object.entries(event).filter(([key]) => !known.has(key)).map(([key, value]) => `${key} ${typeof value === "object" ? JSON.stringify(value) : value}`).join(", ");
+  const known = new Set(["event", "time", "step", "plan", "rows"]);
+  return event.text || event.reason || Object.entries(event).filter(([key, value]) => !known.has(key) && value !== null).map(([key, value]) => `${key} ${typeof value === "object" ? JSON.stringify(value) : value}`).join(", ");
 }
 
 // What happened; saves together where they follow one another.
@@ -241,10 +241,10 @@ function events(element, run) {
   for (let i = 0; i < all.length; i++) {
     const event = all[i], row = node("li");
     let last = i;
-    if (event.event === "saved") while (last + 1 < all.length && all[last + 1].event === "saved") last++;
+    if (["saved", "nonfinite", "spike"].includes(event.event)) while (last + 1 < all.length && all[last + 1].event === event.event) last++;
     const many = last - i + 1, step = present(event.step) ? `step ${event.step}` + (many > 1 ? ` – ${all[last].step}` : "") : "";
     const best = all.slice(i, last + 1).filter(one => one.best);
-    const text = many > 1 ? `${many} checkpoints` + (best.length ? `, the best at step ${best[best.length - 1].step}` : "") : describe(event);
+    const text = many > 1 && event.event !== "saved" ? `${many} steps` : many > 1 ? `${many} checkpoints` + (best.length ? `, the best at step ${best[best.length - 1].step}` : "") : describe(event);
     row.append(node("span", "at", step), node("span", BAD.has(event.event) ? "bad" : "", eventName(event.event)), node("span", "soft", text));
     const time = node("time", "unseen", event.time || "");
     row.append(time);
