@@ -92,6 +92,26 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Toke
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "metaspace"])
+def test_a_text_that_goes_on_gets_no_space_of_its_own(kind: str, tokenizers: dict[str, tuple[Tokenizer, Any]]) -> None:
+    ours, _ = tokenizers[kind]
+    for rest in ("beta gamma", " beta", "\n\nbeta"):
+        ids = [*ours.encode("alpha").tolist(), *ours.encode_rest(rest).tolist()]
+        assert ours.decode(ids) == "alpha" + rest
+    spaced = [*ours.encode("alpha").tolist(), *ours.encode("beta").tolist()]
+    assert ours.decode(spaced) == ("alpha beta" if kind == "metaspace" else "alphabeta")
+
+
+def test_a_heading_that_no_prompt_writes_is_not_learnt(tokenizers: dict[str, tuple[Tokenizer, Any]]) -> None:
+    ours, _ = tokenizers["byte_level"]
+    turns = "{% for m in messages %}[{{ m.role }}] {{ m.content }}</s>{% endfor %}"
+    with pytest.raises(InputError, match=r"writes '\[assistant\]' before an answer and nothing for add_generation_prompt"):
+        ChatTemplate(turns).encode(ours, TURNS[:2])
+    assert ChatTemplate(turns + "{% if add_generation_prompt %}[assistant]{% endif %}").encode(ours, TURNS[:2])[1].any()
+    bare = "{% for m in messages %}{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else ' ' + m.content + '</s>' }}{% endfor %}"
+    assert ChatTemplate(bare).encode(ours, TURNS[:2])[1].any()  # Llama 2's and Mistral's have no heading
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "metaspace"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_of_templates(family: str, kind: str, tokenizers: dict[str, tuple[Tokenizer, Any]]) -> None:
     ours, theirs = tokenizers[kind]

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from treadle.data.settings import DataSettings
     from treadle.text.settings import TokenizerSettings
 
-VERSION = 2  # of what becomes of a row: another one prepares anew
+VERSION = 3  # of what becomes of a row: another one prepares anew
 CUT, TOO_LONG = "longer than a row, cut after a message of the assistant", "longer than a row, left out (a larger --seq_len keeps them)"
 AUTO, NO_TEMPLATE = "auto", "none"
 
@@ -121,7 +121,8 @@ class EncodedRows(RowSource):
                 self._refuse_unwritten_calls(given, made[0])
             return made
         prompt = self.tokenizer.encode(said.prompt)
-        rest = np.append(self.tokenizer.encode(said.text[len(said.prompt) :]), self.tokenizer.eos_id)
+        encode = self.tokenizer.encode_rest if said.prompt else self.tokenizer.encode
+        rest = np.append(encode(said.text[len(said.prompt) :]), self.tokenizer.eos_id)
         mask = np.arange(len(prompt) + len(rest)) >= (0 if self.train_on == "all" else len(prompt))
         return np.concatenate([prompt, rest]).astype(np.int32), mask
 

@@ -299,7 +299,7 @@ class JsonLinesSource(Source):
         if not isinstance(row, dict) or self.column not in row:
             have = ", ".join(list(row)[:8]) if isinstance(row, dict) else type(row).__name__
             talk = isinstance(row, dict) and ("preferences are trained on with --objective dpo" if "chosen" in row else
-                                              "conversations are trained on with --objective sft" if {"messages", "conversations", "completion"} & set(row) else "")  # fmt: skip
+                                              "conversations are trained on with --objective sft, which prepares them itself" if {"messages", "conversations", "completion"} & set(row) else "")  # fmt: skip
             return Bad(file, line, offset, f"no key {self.column!r} (there is: {have}); {talk or 'set --data.text_column'}")
         return text_of(row[self.column], file, line, offset, self.column)
 

@@ -121,6 +121,18 @@ class Tokenizer(ABC):
         """A spelled control token as the ordinary text that it is."""
         return self.encode(text).tolist()
 
+    def encode_rest(self, text: str) -> np.ndarray:
+        """Ids int32 of a text that goes on another: without the space that some tokenizers put before a text."""
+        return self.encode(text)
+
+    def _after_another(self, text: str) -> np.ndarray:
+        """`encode_rest` of a tokenizer that puts a space before a text: what comes after a character that stays by itself."""
+        for before in ("\n", "\x01", "0"):
+            start, whole = self.encode(before), self.encode(before + text)
+            if np.array_equal(whole[: len(start)], start):
+                return whole[len(start) :]
+        return self.encode(text)
+
     def _places(self, text: str, ids: list[int]) -> Offsets:
         """The characters each id stands for, by the bytes it stands for."""
         ends = np.cumsum(self.byte_lengths[ids]) if ids else np.zeros(0, dtype=np.int64)

@@ -363,6 +363,11 @@ class ChatTemplate:
                     break
             if at < 0:
                 raise InputError(f"message {number + 1}: the assistant's turn does not end in {end!r}")
+            heading = so_far.text[len(before) : max(so_far.text.find(str(message.get("content", "")).strip(), len(before)), len(before))].strip()
+            if heading and _writes_no_prompt(self.source, tuple(sorted(tokenizer.named_tokens.items()))):
+                raise InputError(f"the template writes {heading[:80]!r} before an answer and nothing for add_generation_prompt: a model would "
+                                 "learn to write that itself, and no prompt would ask for it. Let the template write it under "
+                                 "{% if add_generation_prompt %} as well")  # fmt: skip
             spans.append((len(before), at + len(end)))
         return spans
 
@@ -407,6 +412,13 @@ def _marks_answers(source: str, named: tuple[tuple[str, str], ...]) -> bool:
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": ANSWER}]
     made = _Rendered.of(_render(source, messages, False, dict(named)))
     return any(ANSWER in made.text[start:stop] for start, stop in made.spans)
+
+
+@functools.lru_cache(maxsize=64)
+def _writes_no_prompt(source: str, named: tuple[tuple[str, str], ...]) -> bool:
+    """Whether a prompt looks the same with add_generation_prompt and without it."""
+    with_it, without = (_render(source, [{"role": "user", "content": "?"}], asked, dict(named)) for asked in (True, False))
+    return with_it == without
 
 
 @functools.lru_cache(maxsize=64)

@@ -72,6 +72,9 @@ class SentencePieceTokenizer(Tokenizer):
     def encode(self, text: str) -> np.ndarray:
         return np.asarray(self.inner.encode(text), dtype=np.int32)
 
+    def encode_rest(self, text: str) -> np.ndarray:
+        return self._after_another(text)
+
     def decode(self, ids: Iterable[int], errors: str = "replace") -> str:
         keep = [i for i in map(int, ids) if 0 <= i < self.vocab_size and not self.inner.is_control(i)]
         return self.inner.decode(keep)

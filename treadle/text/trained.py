@@ -197,6 +197,9 @@ class LibraryTokenizer(Tokenizer):
             return self.encode_controlled(text)
         return encoded.ids[len(start) :], [(max(a - 1, 0), b - 1) for a, b in encoded.offsets[len(start) :]]
 
+    def encode_rest(self, text: str) -> np.ndarray:
+        return self._after_another(text) if self._layout == "metaspace" else self.encode(text)
+
     def _plain_ids(self, text: str) -> list[int]:
         """Without any added token: encode() would still read those that are not special."""
         text = text if self.inner.normalizer is None else self.inner.normalizer.normalize_str(text)
