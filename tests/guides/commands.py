@@ -44,6 +44,8 @@ def shortened(line: str) -> list[str]:
         words += ["--workers", "1"]
     if words[0] == "eval" and "--tasks" not in words:
         words += ["--samples", "1", "--rows", "4"]
+    if words[0] == "check":
+        words = _training(words)
     if words[0] == "plan" and "--recommend" not in words and "--table" not in words and "--gpu" not in words:
         words += ["--flops", "1e12"]
     return words
