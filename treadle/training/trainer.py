@@ -86,8 +86,7 @@ class Trainer:
     # ---- what a subclass may override ----
 
     def compute_loss(self, model: Model, batch: Batch) -> Losses | Tensor:
-        """The loss of one micro-batch: Losses, or one number, a mean over the batch's labels (its rows without labels).
-        One number is a scalar."""
+        """The loss of one micro-batch: Losses, or a scalar, a mean over the batch's labels (its rows without labels)."""
         return self._given_objective(model, batch)
 
     def compute_metrics(self, sums: dict[str, float]) -> dict[str, float]:
@@ -143,8 +142,7 @@ class Trainer:
         state, context, begun, cpu = self.state, self.context, time.perf_counter(), time.process_time()
         context.warmed_up = state.step >= warmup_steps(self.recipe.optim, self.plan.max_steps)
         context.learning_rate = learning_rate(self.recipe.optim, state.step, self.plan.max_steps)
-        veto = self.callbacks.skip_update if self.callbacks.may_skip() else None
-        context.result = self.assembly.stepper.run(state.step, micro_batches, context.learning_rate, veto=veto)
+        context.result = self.assembly.stepper.run(state.step, micro_batches, context.learning_rate, veto=self.callbacks.veto)
         context.step_seconds = time.perf_counter() - begun
         context.data_wait, context.data_wait_share, context.computed = self.feed.waits(context.step_seconds)
         context.step_positions, state.position = self.feed.begun_at, position

@@ -178,10 +178,12 @@ class Callbacks:
             self.problem = problem
             self.context.requests.ask("stop", str(problem), problem.exit_code, by, failed=True)
 
-    def may_skip(self) -> bool:
-        """Whether `skip_update` could refuse the coming step at all; where not, nobody has to know its loss before the update."""
+    @property
+    def veto(self) -> Callable[[float], bool] | None:
+        """`skip_update` where it could refuse the coming step; None where nobody has to know its loss before the update."""
         own = any(not built_in(callback) for callback, _ in self._hooks["skip_update"])
-        return own or self.problem is not None or self.context.config.train.on_spike == "skip"
+        asked = own or self.problem is not None or self.context.config.train.on_spike == "skip"
+        return self.skip_update if asked else None
 
     def skip_update(self, loss: float) -> bool:
         """Whether a callback refuses the update of a step with this loss; where a user's callback is asked, a refusal or a
