@@ -6,6 +6,8 @@ import math
 from html import escape
 from typing import Any
 
+from treadle.suite.table import short_bytes
+
 ROW, LETTER, PANEL, GAP, TOP = 26, 7.2, 240, 26, 58  # pixels
 COLOURS = ("#0b6bcb", "#c2410c", "#15803d", "#7e22ce", "#b91c1c", "#0e7490", "#a16207", "#be185d", "#4d7c0f", "#1e40af")
 PANELS = ("step_time_ratio", "state_8k", "associative_recall")  # beside the metric, those that there are
@@ -59,7 +61,7 @@ def _panel(rows: list[dict[str, Any]], column: dict[str, Any], points: bool, lef
         return left + room * ((math.log(value) if logarithm else value) - start) / ((end - start) or 1.0)
 
     better = "\u2193" if column["lower_is_better"] else "\u2191"  # an arrow to where it is better
-    unit = f", {column['unit']}" if column["unit"] else ""
+    unit = f", {column['unit']}" if column["unit"] and not column["key"].startswith("state") else ""
     parts = [f'<text x="{left}" y="44" fill="#374151">{escape(column["title"] + unit)} {better}</text>']
     best = (min if column["lower_is_better"] else max)(cell["mean"] for cell in there)
     for number, cell in enumerate(cells):
@@ -80,8 +82,7 @@ def _panel(rows: list[dict[str, Any]], column: dict[str, Any], points: bool, lef
 
 def _short(value: float, key: str) -> str:
     if key.startswith("state"):
-        size, unit = next(((size, unit) for size, unit in ((1e6, "MB"), (1e3, "kB")) if value >= size), (1.0, "B"))
-        return f"{value / size:.1f} {unit}"
+        return short_bytes(value)
     return f"{value:.3f}" if key not in ("step_time_ratio", "associative_recall") else f"{value:.2f}"
 
 

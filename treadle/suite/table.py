@@ -7,7 +7,8 @@ from typing import Any
 
 def lines_of(result: dict[str, Any]) -> list[str]:
     """The table, the first entry on top as in the suite, and below it what it cost and what it does not say."""
-    cells = [_heads(result), *(_row(result, row) for row in result["rows"])]
+    heads = [head.removesuffix(")").split(" (") for head in _heads(result)]  # a unit stands below its title
+    cells = [[head[0] for head in heads], [head[1] if len(head) > 1 else "" for head in heads], *(_row(result, row) for row in result["rows"])]
     widths = [max(len(line[number]) for line in cells) for number in range(len(cells[0]))]
     lines = ["  ".join(text.ljust(width) if number == 0 else text.rjust(width) for number, (text, width) in enumerate(zip(line, widths))).rstrip()
              for line in cells]  # fmt: skip
@@ -46,9 +47,20 @@ def notes(result: dict[str, Any]) -> list[str]:
     return found + [f"failed: {job['label']}: {job['problem']}" for job in failed]
 
 
+def short_bytes(count: float) -> str:
+    """12_584_456 -> "12.6 MB"."""
+    size, unit = next(((size, unit) for size, unit in ((1e6, "MB"), (1e3, "kB")) if count >= size), (1.0, "B"))
+    return f"{count / size:.1f} {unit}" if size > 1 else f"{count:.0f} B"
+
+
 def _heads(result: dict[str, Any]) -> list[str]:
     metric, *others = result["columns"]
-    return ["", "parameters", "rate", metric["title"], "difference", *(f"{one['title']} ({one['unit']})" for one in others)]
+    return ["", "parameters", "rate", metric["title"], "difference", *(_head(one) for one in others)]
+
+
+def _head(column: dict[str, Any]) -> str:
+    unit = "" if column["key"].startswith("state") else f" ({column['unit']})"
+    return f"{column['title']}{unit}"
 
 
 def _row(result: dict[str, Any], row: dict[str, Any]) -> list[str]:
@@ -79,6 +91,8 @@ def _cell(cell: dict[str, Any] | None, key: str) -> str:
     mean = cell["mean"]
     if key in ("step_time_ratio", "peak_memory_gb"):
         return f"{mean:.2f}"
+    if key.startswith("state"):
+        return short_bytes(mean)
     if key in ("copy", "associative_recall", "induction"):
         return f"{mean:.2f}"
     return f"{mean:,.0f}"
