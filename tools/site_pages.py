@@ -35,6 +35,9 @@ REFERENCE = (
     ("checkpoint", "treadle.checkpoint", ("checkpoint",)),
     ("monitor", "treadle.monitor", ("monitor",)),
     ("storage", "treadle.storage", ("storage",)),
+    ("suite", "treadle.suite", ("suite",)),
+    ("reporting", "treadle.reporting", ("reporting",)),
+    ("convert", "treadle.convert", ("convert",)),
 )
 
 
