@@ -186,7 +186,7 @@ def _measured_here(places: list[Place], runs: list[dict[str, Any]]) -> tuple[dic
         lower = dict.fromkeys(row["shown"], True) | {name: False for name in row["shown"] if "accuracy" in name}
         lower[row["ranking"]] = row["lower_is_better"]
         kept = {name: rounded(row[name]) for name in row["shown"]
-                if name != "perplexity" and name in row and (same or name == row["ranking"])}  # fmt: skip
+                if name not in ("perplexity", "top5_accuracy") and name in row and (same or name == row["ranking"])}  # fmt: skip
         costs = {name: row[name] for name in ("flops_per_byte", "flops_per_row", "state_bytes") if name in row}
         found[run["label"]] = {"metrics": kept, "costs": costs, "lower": lower}
     return found, (f"“Measured here”: {COMPARED_ROWS} rows of the same held-out data for every run (treadle compare measures all of it); "

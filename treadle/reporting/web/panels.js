@@ -386,7 +386,7 @@ function bars(element, rows, title, kind) {
   }
   if (title) element.append(node("h3", "", title));
   element.append(holder);
-  if (start !== 0) element.append(node("p", "soft", `Bars begin at ${number(start, kind)}; the line is the range over seeds.`));
+  if (start !== 0) element.append(node("p", "soft", `Bars begin at ${number(start, kind)}${usable.some(row => present(row.low) && row.low !== row.high) ? "; the line is the range over seeds" : ""}.`));
 }
 
 // A switch between light and dark, beside what the system prefers.
