@@ -117,7 +117,7 @@ def test_read_only_says_nothing(run: RunFolder) -> None:
 
 @pytest.mark.parametrize(
     ("body", "status"),
-    [(b"", 400), (b"[]", 400), (b"[" * 4000, 400), (line(None), 400), (line(""), 400), (line("stop\nstop"), 400), (line("save\x00"), 400), (line("x" * 1001), 400),
+    [(b"", 400), (b"[]", 400), (b"[" * 4000, 400), (line(None), 400), (line(""), 400), (line("stop\nstop"), 400), (line("save\x00"), 400), (line("set optim.learning_rate=1\nstop"), 400), (line("x" * 1001), 400),
      (line("halt"), 400), (line("set"), 409), (line("status", 1), 404), (line("status", -1), 404), (line("status", True), 400), (line("status", "../x"), 400),
      (line("status", None), 400), (line("status", 10**30), 404), (b"x" * (MAX_BODY_BYTES + 1), 413), (b'{"run": 0, "line": "\\ud800"}', 400)],
 )  # fmt: skip
@@ -208,6 +208,7 @@ def test_the_socket_and_many_tabs(run: RunFolder) -> None:
 
 
 def test_silent_connections_are_closed(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 0 < serving.Handler.timeout <= 60
     monkeypatch.setattr(serving.Handler, "timeout", 0.2)
     with behind_socket(desk(run)) as address:
         host, port = address.removeprefix("http://").split(":")

@@ -158,6 +158,18 @@ def test_a_long_run_stays_small_and_whole(tmp_path: Path) -> None:
     assert page.runs[0] == known(run.folder).runs[0] and page.runs[0]["steps"][-1] > 29_990
 
 
+def test_many_events_leave_the_newest(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.steps(1, 5)
+    watched, page = Watched(run.folder), Known()
+    for number in range(1200):
+        run.write({"event": "saved", "step": number}, name="events.jsonl")
+        if number % 100 == 50:
+            page.take(watched.news(page.cursor))
+            page_steps = [event["step"] for event in page.runs[0]["events"]]
+            assert page_steps == list(range(page_steps[0], number + 1)) and 200 < len(page_steps) + 200 <= 700
+
+
 def test_a_nonsense_cursor_gives_everything(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     run.steps(1, 5)

@@ -189,7 +189,7 @@ def send(run: Path, line: str, timeout: float = 60.0) -> str:
             text = answer.read_text(encoding="utf-8")
             answer.unlink(missing_ok=True)
             return text
-        if holder(run) is None:
+        if holder(run) is None and not answer.exists():  # it may have answered and ended since the line above
             command.unlink(missing_ok=True)
             raise InputError(f"the training of {run} ended before it could answer")
         time.sleep(0.05)
