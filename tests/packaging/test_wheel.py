@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,9 +19,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import flags, make_text
+from tests.packaging.test_package import EXTRAS, name_of
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 SHORT = [*flags(max_steps=2, report_to="csv,tensorboard"), "--eval_steps", "2"]
 
 
@@ -148,6 +150,19 @@ def test_without_a_place_to_write_the_cache_a_model_still_answers(installed: Pat
     out = command(installed / "treadle", "generate", "runs/story", "--prompt", "She", "--max-new-tokens", "4", cwd=elsewhere,
                   HOME="/proc", TREADLE_CACHE="/proc/cache")  # fmt: skip
     assert out.returncode == 0 and out.stdout.startswith("She"), out.stderr[-1500:]
+
+
+def test_all_extras_can_be_had_together(installed: Path, built: Path, tmp_path: Path) -> None:
+    """pip finds releases of everything that every extra names, which agree with each other; nothing is installed."""
+    (wheel,) = (built / "sdist").glob("*.whl")
+    extras = sorted(EXTRAS.keys() - {"dev"})
+    out = command(installed / "pip", "install", "--dry-run", "-q", "--report", tmp_path / "report.json", "-c", ROOT / "constraints-cpu.txt",
+                  f"{wheel}[{','.join(extras)}]", cwd=tmp_path, HOME=str(tmp_path), timeout=1800)  # fmt: skip
+    assert out.returncode == 0, out.stderr[-1500:]
+    found = {re.sub(r"[-_.]+", "-", one["metadata"]["name"]).lower() for one in json.loads((tmp_path / "report.json").read_text())["install"]}
+    wanted = {re.sub(r"[-_.]+", "-", name_of(r)) for extra in extras for r in EXTRAS[extra] if not r.startswith("treadle")}
+    there = {re.sub(r"[-_.]+", "-", p.name.rpartition("-")[0]).lower() for p in packages_of(installed).glob("*.dist-info")}
+    assert wanted <= found | there  # torch brings fsspec
 
 
 def test_the_metadata(installed: Path) -> None:
