@@ -288,7 +288,7 @@ class WithCode(TransformersFolder):
 
 
 def folder_of(folder: Path) -> TransformersFolder:
-    """A folder of transformers' form; one with treadle's own keys is read as they say."""
+    """A folder of transformers' form; one with treadle's own keys is read as they say. InputError where its code is needed."""
     own = read_json(folder / CONFIG_FILE).get(OWN_KEYS)
     if not isinstance(own, dict):
         return TransformersFolder(folder)
