@@ -121,6 +121,13 @@ def test_a_sweep_and_a_suite(tmp_path: Path) -> None:
     (board,) = data["boards"]
     assert [row["label"] for row in board["rows"]] == ["lr=1e-3", "lr=3e-3"] == [run["label"] for run in data["runs"]]
     assert board["rows"][0]["cells"]["value"] == {"mean": 2.501, "low": 2.001, "high": 3.001} and "4 of 4" in board["note"]
+    assert [row["colour"] for row in board["rows"]] == [0, 1] == [row["colour"] for row in board["bars"]["rows"]]
+    for cell in cells:  # the best point is another one now: its colour stays that of its curve
+        cell["value"] = -cell["value"] if cell["point"]["lr"] == "3e-3" else cell["value"]
+    (tmp_path / "grid" / "sweep.json").write_text(json.dumps({"cells": cells}))
+    write_report([str(tmp_path / "grid")], None, model=False)
+    (board,) = data_of(tmp_path / "grid" / "report.html")["boards"]
+    assert [(row["label"], row["colour"]) for row in board["rows"]] == [("lr=3e-3", 1), ("lr=1e-3", 0)]
     suite = {"name": "two", "budget": {"bytes": 1000, "seeds": 2}, "metric": "bpb", "done": False, "cost": {"cpu_seconds": 9.0, "of_search": 4.0},
              "columns": [{"key": "bpb", "title": "bits per byte", "unit": "", "lower_is_better": True}],
              "rows": [{"label": "dense", "learning_rate": 0.01, "parameters": 1000, "cells": {"bpb": {"mean": 2.0, "low": 1.9, "high": 2.1}},

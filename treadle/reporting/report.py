@@ -25,6 +25,7 @@ MOST_RUNS = 21  # colours times kinds of dashes that people tell apart
 COMPARED_ROWS = 64  # held-out rows on which runs are measured beside each other
 LONGEST_SAMPLE = 3000  # characters
 MOST_EVENTS = 400
+GREY = 5  # its place in the palette of page.css
 
 
 def write_report(names: Sequence[str], output: Path | None, model: bool = True) -> list[str]:
@@ -108,6 +109,7 @@ def collected(places: list[Place], boards: list[dict[str, Any]], model: bool) ->
     runs = [read_run(place.folder) for place in places]
     for place, run, label in zip(places, runs, labels_of(runs)):
         run["label"] = label if place.label is None else place.label
+    _recolour(boards, [run["label"] for run in runs])
     if len(runs) > 1 and any(place.named for place in places):
         here, note = _measured_here(places, runs) if model else ({}, "From the runs' own logs.")
         boards = [*boards, runs_board(runs, here, note)]
@@ -135,6 +137,13 @@ def collected(places: list[Place], boards: list[dict[str, Any]], model: bool) ->
         "made": f"Made by treadle {versions()['treadle']} on {time.strftime('%Y-%m-%d %H:%M')}. This file asks no network.",
     }
     return {**data, "runs": [_small(run, max(60, POINTS // max(1, sum(len(r["columns"]) for r in runs)))) for run in runs]}
+
+
+def _recolour(boards: list[dict[str, Any]], labels: list[str]) -> None:
+    """Rows and bars of a sweep or suite in the colours of their curves; grey where no run is drawn yet."""
+    for board in boards:
+        for row in [*board["rows"], *(board["bars"] or {"rows": []})["rows"], *board.get("scaling", [])]:
+            row["colour"] = labels.index(row["label"]) if row["label"] in labels else GREY
 
 
 def labels_of(runs: list[dict[str, Any]]) -> list[str]:

@@ -78,8 +78,8 @@ for (const board of data.boards) {
     second.style.marginTop = "1rem";
     made.append(second);
     const series = board.scaling.flatMap((line, place) => [
-      { name: line.label, x: line.points.map(point => point.x), y: line.points.map(point => point.value), points: true, colour: place },
-      ...(line.curve ? [{ name: `${line.label}, fitted`, x: line.curve.x, y: line.curve.y, colour: place }] : [])]);
+      { name: line.label, x: line.points.map(point => point.x), y: line.points.map(point => point.value), points: true, colour: line.colour ?? place },
+      ...(line.curve ? [{ name: `${line.label}, fitted`, x: line.curve.x, y: line.curve.y, colour: line.colour ?? place }] : [])]);
     chart(second, { title: "Against size", note: board.scaling_note, series, x_title: board.scaling_x, y_title: "", log_x: true, height: 300 });
   }
 }
