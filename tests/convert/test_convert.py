@@ -200,11 +200,19 @@ def test_convert_then_train_is_train(name: str, here: Path, capsys: pytest.Captu
 
 def test_a_script_is_never_run(here: Path) -> None:
     (here / "evil.py").write_text("import pathlib\nBATCH_SIZE = 4\npathlib.Path('touched').write_text('x')\n"
-                                  "LEARNING_RATE = __import__('os').mkdir('made') or 1e-3\nSTEPS = 9 ** 9 ** 9\nSEED = 1 / 0\n")  # fmt: skip
+                                  "LEARNING_RATE = __import__('os').mkdir('made') or 1e-3\nSTEPS = 9 ** 9 ** 9\nSEED = 1 / 0\nEPOCHS = somewhere\n")  # fmt: skip
     made = convert(Path("evil.py"))
     assert not (here / "touched").exists() and not (here / "made").exists()
     assert recipe_of(made.text, here).train.per_device_train_batch_size == 4
-    assert {line.split(": ")[1] for line in made.said if "is computed when the script runs" in line} == {"LEARNING_RATE", "STEPS", "SEED"}
+    assert {line.split(": ")[1] for line in made.said if "is computed when the script runs" in line} == {"LEARNING_RATE", "STEPS", "SEED", "EPOCHS"}
+
+
+def test_a_recipe_holds_what_the_file_says_alone(here: Path) -> None:
+    """What a preset recommends comes anew with it."""
+    (here / "big.py").write_text("MODEL_SIZE = '3b'\nSTEPS = 4\n")
+    text = convert(Path("big.py")).text
+    assert 'preset = "3b"' in text and "global_batch_size" not in text and "learning_rate" not in text
+    assert recipe_of(text, here).train.global_batch_size == 1024
 
 
 def test_constants_flags_and_classes(here: Path) -> None:

@@ -160,3 +160,24 @@ def test_every_guide_is_run_by_a_test() -> None:
     assert {*GUIDES} <= with_commands <= {*GUIDES, *RUN_BY_OTHERS}
     lines = {line for guide in {*GUIDES, *with_commands} for line in commands_of(guide)}
     assert all(any(line.startswith(begin) for line in lines) for begin in ELSEWHERE), "a reason for a line that is in no guide"
+
+
+# Lines of guides that are no verb of treadle's: what begins them -> why they are not run here.
+OTHER_PROGRAMS = {
+    "python -m bench": "two minutes to an hour: tests/bench runs its parts", "python -m tools.": "fetches or takes minutes", "torchrun": "tests/distributed",
+    "python -m pip": "installs", "python3 -m venv": "installs", "pip": "installs", "pipx": "installs", "make": "the project's own checks", "export": "sets a variable",
+}  # fmt: skip
+
+
+def test_other_lines_say_why_they_are_not_run(capsys: pytest.CaptureFixture[str]) -> None:
+    import re
+
+    for path in sorted(DOCS.glob("*.md")):
+        for line in re.findall(r"^ {4}((?:python3?|torchrun|pip|pipx|make|export) .*)$", path.read_text(), flags=re.M):
+            why = next((why for begin, why in OTHER_PROGRAMS.items() if line.startswith(begin)), None)
+            assert why is not None, f"docs/{path.name}: {line}: run it in a test, or say here why not"
+            module = re.match(r"python -m ((?:bench|tools)[\w.]*)", line)
+            place = DOCS.parent / module[1].replace(".", "/") if module else DOCS
+            assert place.with_suffix(".py").is_file() or place.is_dir(), f"docs/{path.name}: there is no {place}"
+            with capsys.disabled():
+                print(f"\n  docs/{path.name}, not run: {line.partition('#')[0].strip()}: {why}", end="")
