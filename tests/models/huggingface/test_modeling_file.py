@@ -148,7 +148,7 @@ def test_the_file_is_whole_readable_and_equal_every_time() -> None:
     names = [node.name for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
     assert len(names) == len(set(names))
     packages = {(n.module if isinstance(n, ast.ImportFrom) else n.names[0].name) for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))}
-    assert not {name for name in packages if str(name).partition(".")[0] in ("treadle", "pydantic", "fla", "triton", "subprocess")}
+    assert not {name for name in packages if str(name).partition(".")[0] in ("treadle", "pydantic", "fla", "triton", "subprocess", "ctypes")}
     assert "type: ignore" not in text and "library(" not in text
     assert "class RetNet(" in text and "class RetNet(" not in modeling_file(type(make("inl")), make("inl").config)
     ruff = Path(sys.executable).with_name("ruff")
