@@ -142,6 +142,11 @@ def test_what_a_run_is_doing(tmp_path: Path) -> None:
     run.lock(gone.pid)  # killed: no summary, no process
     os.utime(run.folder / "LOCK", ns=(1, 1))
     assert state() == "interrupted"
+    run.end("finished", 14)
+    os.utime(run.folder / "summary.json", ns=(0, 0))  # a command that was refused has taken the lock since
+    assert state() == "finished" and follow.status["step"] == 14
+    run.write({"event": "resumed", "step": 14}, name="events.jsonl")  # and one that was killed while it trained
+    assert state() == "interrupted"
 
 
 def test_a_long_run_stays_small_and_whole(tmp_path: Path) -> None:

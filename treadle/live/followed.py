@@ -127,9 +127,10 @@ class Followed:
         """(what the run is doing, why it ended where it ended)."""
         if not self.folder.is_dir():
             return GONE, ""
-        if holder(self.folder) is not None and not self._ended():
+        held, ended = holder(self.folder) is not None, self._ended()
+        if held and not ended:
             return (TRAINING, "") if self._last and self._signature is not None and self._begun() else (PREPARING, "")
-        if self._ended():
+        if ended or self._only_touched():
             reason = next((str(event.get("reason", "")) for event in reversed(self.events) if event.get("event") in ("stopped", "finished")), "")
             return str((self.summary or {}).get("status", "ended")), reason
         return (INTERRUPTED, "") if self._last or (self.folder / LOCK_FILE).exists() else (WAITING, "")
@@ -138,6 +139,14 @@ class Followed:
         """Whether the last process wrote how it ended: a summary that is newer than its lock."""
         summary, lock = _stamp(self.folder / "summary.json"), _stamp(self.folder / LOCK_FILE)
         return self.summary is not None and summary is not None and (lock is None or summary[1] >= lock[1])
+
+    def _only_touched(self) -> bool:
+        """Whether the process that took the lock after the run had ended did nothing (it was refused): the newest event is the end that
+        the summary tells of, and no later step was logged. Whatever trains says "started" or "resumed" first."""
+        end, summary = (self.events or [{}])[-1], self.summary or {}
+        if end.get("event") not in ("finished", "stopped") or (end["event"], end.get("step")) != (summary.get("status"), summary.get("step")):
+            return False
+        return int(self._last.get("step") or 0) <= int(end.get("step") or 0)
 
     def _begun(self) -> bool:
         """Whether the process that holds the run has logged a step: the log is newer than the lock."""
