@@ -136,6 +136,20 @@ def test_values_of_training_arguments(here: Path) -> None:
     assert {key: found[key] for key in wanted} == wanted
 
 
+def test_files_weights_and_folder_of_the_example_scripts(here: Path) -> None:
+    """What transformers' run_clm.py and its like take beside TrainingArguments."""
+    (here / "clm.json").write_text(json.dumps({
+        "model_name_or_path": "openai-community/gpt2", "train_file": "texts/story.txt", "validation_file": "held.txt", "do_train": True,
+        "overwrite_output_dir": True, "output_dir": "out", "per_device_train_batch_size": 2, "learning_rate": 1e-4, "logging_steps": 5}))  # fmt: skip
+    made = convert(Path("clm.json"))
+    found = values(made.text, here)
+    assert found["data.path"] == "texts/story.txt" and found["data.validation_path"] == "held.txt" and "austen" not in made.text
+    left = {line.split(": ")[1].split(" = ")[0]: line for line in made.said if line.startswith("no equivalent")}
+    assert set(left) == {"model_name_or_path", "overwrite_output_dir"}
+    assert "--from NAME" in left["model_name_or_path"] and "--fresh" in left["overwrite_output_dir"]
+    assert "It starts from openai-community/gpt2" in made.text and "[model]" not in made.text  # no other model is trained unnoticed
+
+
 def test_their_defaults_need_no_word(here: Path) -> None:
     """TrainingArguments as Trainer writes them today: nothing that is at its default is reported."""
     transformers = pytest.importorskip("transformers", reason="the extra hf (transformers) is not installed")

@@ -32,6 +32,7 @@ RENAMED = {
     "ddp_backend": "parallel.backend", "ddp_bucket_cap_mb": "parallel.bucket_megabytes", "ddp_static_graph": "parallel.static_graph",
     "ddp_timeout": "parallel.communication_timeout", "deepspeed": "parallel.deepspeed", "max_seq_length": "data.seq_len",
     "dataset_text_field": "data.text_column", "trackio_space_id": "",
+    "train_file": "data.path", "validation_file": "data.validation_path",  # of transformers' example scripts
 }  # fmt: skip
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant", "cosine_with_min_lr": "cosine",
              "cosine_warmup_with_min_lr": "cosine", "warmup_stable_decay": "wsd"}  # fmt: skip
@@ -65,6 +66,8 @@ WHY = {
     "load_best_model_at_end": "the best checkpoint is kept: RUN@best, in every verb",
     "neftune_noise_alpha": "embeddings get no noise",
     "optim_args": "the optimiser's numbers are keys of [optim]",
+    "model_name_or_path": "start from it: --from NAME, the folder (or run) where that model lies",
+    "overwrite_output_dir": "say it when you train: --fresh (a run that is there goes on otherwise)",
     "push_to_hub": "that is a verb: treadle export RUN, then upload the folder",
     "save_only_model": "a checkpoint always holds all that a run needs to go on exactly",
     "torch_compile_backend": "there is one way of compiling",
@@ -95,7 +98,7 @@ def read_script_arguments(script: Script) -> Reading:
     objective = next((OBJECTIVES[name] for name in script.arguments if name in OBJECTIVES), None)
     reading = read_arguments(values, script.path.stem, complete=False, objective=objective)
     reading.leave_computed(script.computed)
-    reading.start = script.base_model
+    reading.start = reading.start or script.base_model
     return reading
 
 
@@ -126,6 +129,8 @@ def read_arguments(values: dict[str, Any], stem: str, complete: bool = True, obj
         handled |= {"packing", "packing_strategy"}
     if values.get("use_cpu"):
         reading.put("run.device", "cpu", "use_cpu")
+    if values.get("model_name_or_path"):
+        reading.start = str(values["model_name_or_path"])
     for name in taken:
         value = values[name]
         if name in handled or value in (None, False, "", [], {}, 0) or value == IDLE.get(name):
