@@ -15,7 +15,7 @@ ENDS_A_SCRIPT = "</script><script>document.title = 'taken over'</script><!-- \u2
 
 def write_run(folder: Path, steps: int = 40, name: str = "one", loss: float = 3.0, **changed: Any) -> Path:
     """config.toml, metrics.jsonl, events.jsonl, samples, summary.json and environment.json of `steps` steps; no checkpoint."""
-    recipe = Recipe(model={"vocab_size": 256, "hidden_size": 32, "num_layers": 2, "num_heads": 2})
+    recipe = Recipe(model={"vocab_size": 256, "hidden_size": 32, "num_layers": 2, "num_heads": 2, **changed.pop("model", {})})
     recipe.run.run_name, recipe.run.output_dir, recipe.data.path, recipe.tokenizer.name = name, str(folder), "story.txt", "byte"
     recipe.optim.learning_rate = changed.pop("learning_rate", recipe.optim.learning_rate)
     (folder / "samples").mkdir(parents=True)

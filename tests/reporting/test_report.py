@@ -101,6 +101,15 @@ def test_thousands_of_steps_of_many_runs_stay_small(tmp_path: Path) -> None:
         assert len(run["evals"]) == 4 and run["text_note"]
 
 
+def test_mixers_are_named_where_they_are_not_plain_attention(tmp_path: Path) -> None:
+    kinds = (["attention"], ["gdn"], ["gated_deltanet", "full"], ["mine.py:Mixer"])
+    places = [str(write_run(tmp_path / f"{number}", name=f"{number}", model={"layer_types": kind})) for number, kind in enumerate(kinds)]
+    write_report(places, tmp_path / "all.html", model=False)
+    data = data_of(tmp_path / "all.html")
+    named = ["transformer", "transformer (gated_deltanet)", "transformer (gated_deltanet, full_attention)", "transformer (mine.py:Mixer)"]
+    assert [row["cells"]["architecture"] for row in data["boards"][0]["rows"]] == named and data["lead"] == ", ".join(named)
+
+
 def test_nothing_that_a_run_says_ends_the_script(tmp_path: Path) -> None:
     write_report([str(write_run(tmp_path / "run"))], tmp_path / "one.html", model=False)
     html = (tmp_path / "one.html").read_text("utf-8")

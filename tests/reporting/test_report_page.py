@@ -151,6 +151,8 @@ def test_several_runs(browser: Any, tmp_path: Path) -> None:
     assert table.locator("tbody th").all_text_contents()[0] == "fast"
     changed = tab.locator("section", has=tab.get_by_role("heading", name="What differs")).locator("tbody tr")
     assert changed.all_text_contents() == ["optim.learning_rate0.0010.0030.001"]
+    planner = tab.locator("section", has=tab.get_by_role("heading", name="What the planner said")).locator("thead th")
+    assert [title.removesuffix("planned") for title in planner.all_text_contents()][:5] == ["run", "peak memory of a process, GB", "was", "seconds a step", "was"]
     chart = tab.locator("figure.chart").first
     lines = chart.locator("path.line").count()
     tab.get_by_role("group", name="Runs that are shown").get_by_role("button", name="slow").click()

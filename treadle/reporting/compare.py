@@ -12,6 +12,7 @@ from treadle.data.dataset import TokenDataset
 from treadle.errors import InputError
 from treadle.evaluation.report import evaluator_of, held_out
 from treadle.models.pretrained import Loaded, checkpoint_root, load_run, locate, read_config, read_tokenizer
+from treadle.reporting.tables import architecture
 from treadle.text.base import Tokenizer
 
 STATE_AT = 1000  # tokens; a constant state shows itself by being small here
@@ -73,7 +74,7 @@ def _row(run: str, loaded: Loaded, held: Dataset, rows: int | None, batch_size: 
     metrics = evaluator.evaluate(held, batch_size, rows) or {}
     objective, ranking = evaluator.objective, evaluator.objective.ranking_metric
     shown = objective.shown(metrics)
-    row = {"run": run, "step": loaded.checkpoint.step, "architecture": model.arch,
+    row = {"run": run, "step": loaded.checkpoint.step, "architecture": architecture(model.arch, getattr(model.config, "layer_types", None)),
            **{name: metrics[name] for name in sorted(shown, key=lambda name: name != ranking)},
            "parameters": model.parameter_count()}  # fmt: skip
     forward = model.flops(held.seq_len)

@@ -16,7 +16,7 @@ from treadle.files import write_atomically
 from treadle.monitor.records import versions
 from treadle.reporting.pages import page
 from treadle.reporting.run_data import is_run, measured, read_run
-from treadle.reporting.tables import alike, best_of, differences, runs_board, shown, suite_board, sweep_board
+from treadle.reporting.tables import alike, architecture, best_of, differences, runs_board, shown, suite_board, sweep_board
 from treadle.reporting.thinning import rounded, thinned
 
 PARTS = ("charts.js", "panels.js", "report.js")
@@ -220,7 +220,7 @@ def _status(run: dict[str, Any]) -> str:
 
 def _lead(run: dict[str, Any]) -> str:
     summary, environment = run["summary"] or {}, run["environment"] or {}
-    arch = run["config"].get("model.arch", "a model")
+    arch = architecture(run["config"].get("model.arch", "a model"), run["config"].get("model.layer_types"))
     size = f" of {_amount(summary['parameters'])} parameters" if summary.get("parameters") else ""
     data = run["config"].get("data.path") or run["config"].get("data.dataset_class")
     on = f", trained on {shown(data)}" if data else ""
@@ -238,7 +238,7 @@ def _amount(count: float) -> str:
 def _leads(runs: list[dict[str, Any]], left_out: list[Place]) -> str:
     if not runs:
         return "No run has begun yet."
-    arches = list(dict.fromkeys(str(run["config"].get("model.arch", "?")) for run in runs))
+    arches = list(dict.fromkeys(str(architecture(run["config"].get("model.arch", "?"), run["config"].get("model.layer_types"))) for run in runs))
     more = f"; {len(left_out)} more runs are not drawn: name some of them alone" if left_out else ""
     return ", ".join(arches) + more
 

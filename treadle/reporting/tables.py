@@ -11,6 +11,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from treadle.errors import TreadleError
 from treadle.reporting.run_data import measured
 
 NAMES_ONLY = ("run.output_dir", "run.run_name", "run.trusted_code")
@@ -29,6 +30,23 @@ def best_of(run: dict[str, Any]) -> tuple[str, float | None, int | None, bool]:
         return name, None, None, lower
     value, step = (min if lower else max)(found, key=lambda pair: pair[0])
     return name, value, step, lower
+
+
+def architecture(arch: Any, layer_types: Any) -> Any:
+    """What a run is called by: "transformer", or "transformer (gated_deltanet, full_attention)" where its blocks are not all of full
+    attention. layer_types: as the configuration has it, None where the model has no such key."""
+    if not isinstance(layer_types, list) or not layer_types:
+        return arch
+    from treadle.layers.token_mixers import TOKEN_MIXERS
+
+    def canonical(name: str) -> str:
+        try:
+            return TOKEN_MIXERS.canonical(name)
+        except TreadleError:  # code of one's own, which is not loaded here
+            return name
+
+    kinds = list(dict.fromkeys(canonical(str(name)) for name in layer_types))
+    return arch if kinds == ["full_attention"] else f"{arch} ({', '.join(kinds)})"
 
 
 def runs_board(runs: list[dict[str, Any]], measured_here: dict[str, dict[str, Any]], note: str) -> dict[str, Any]:
@@ -54,7 +72,8 @@ def runs_board(runs: list[dict[str, Any]], measured_here: dict[str, dict[str, An
     for number, run in enumerate(runs):
         summary, was, best = run["summary"] or {}, measured(run), bests[run["label"]]
         here = measured_here.get(run["label"], {"metrics": {}, "costs": {}})
-        cells = {"architecture": run["config"].get("model.arch"), "parameters": summary.get("parameters"),
+        cells = {"architecture": architecture(run["config"].get("model.arch"), run["config"].get("model.layer_types")),
+                 "parameters": summary.get("parameters"),
                  "step": summary.get("step", run["steps"][-1] if run["steps"] else None), f"best {best[0]}": best[1],
                  "tokens_per_second": was["tokens_per_second"], "memory_gb": was["memory_gb"],
                  "cpu_seconds": summary.get("cpu_seconds"),

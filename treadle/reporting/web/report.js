@@ -156,7 +156,7 @@ if (planned.length) {
   else {
     const quantities = planned[0].planned.rows.slice(1).map(row => row.label);
     comparison(card, {
-      columns: quantities.flatMap((label, i) => [{ key: `p${i}`, title: label, unit: "planned" }, { key: `w${i}`, title: "", unit: "was" }]),
+      columns: quantities.flatMap((label, i) => [{ key: `p${i}`, title: label, unit: "planned" }, { key: `w${i}`, title: "was" }]),
       rows: planned.map(run => ({ label: run.label, colour: runs.indexOf(run), cells: Object.fromEntries(quantities.flatMap((label, i) => {
         const cells = (run.planned.rows.find(row => row.label === label) || { cells: {} }).cells;
         return [[`p${i}`, cells.planned], [`w${i}`, cells.was]];
