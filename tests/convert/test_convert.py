@@ -110,6 +110,28 @@ def test_values_of_litgpt(here: Path) -> None:
     assert {key: found[key] for key in wanted} == wanted
 
 
+def test_a_name_of_litgpt_is_no_shape(here: Path) -> None:
+    """No default model is trained unnoticed; tokens become steps, and that is said."""
+    (here / "named.yaml").write_text("model_name: pythia-160m\ntrain: {global_batch_size: 8, micro_batch_size: 2, max_tokens: 1e6, max_seq_length: 64}\n"
+                                     "data: {class_path: litgpt.data.TextFiles, init_args: {train_data_path: texts}}\n")  # fmt: skip
+    made = convert(Path("named.yaml"))
+    top, _, below = made.text.partition("\n[model]\n")
+    assert "To be set before" in top and "model_name = 'pythia-160m'" in top
+    assert any(line.startswith("to be set: model_name = 'pythia-160m'") for line in made.said)
+    asked = [line for line in below.partition("\n\n")[0].splitlines() if line.startswith("# ")]
+    assert [line.split()[1] for line in asked] == ["num_layers", "num_heads", "num_kv_heads", "hidden_size", "intermediate_size"]
+    filled = made.text
+    for line, number in zip(asked, (1, 4, 2, 32, 64), strict=True):
+        filled = filled.replace(line, line.removeprefix("# ").replace("= ", f"= {number}", 1))
+    found = values(filled, here)
+    assert (found["model.num_layers"], found["model.num_kv_heads"], found["model.hidden_size"], found["train.max_steps"]) == (1, 2, 32, 1953)
+    assert "assumed: train.max_steps = 1953: max_tokens 1000000 / (global_batch_size 8 x 64 tokens a row)" in made.said
+    (here / "shaped.yaml").write_text("model_config: {n_layer: 1, n_head: 2, n_embd: 32, block_size: 128}\n"
+                                      "train: {global_batch_size: 4, micro_batch_size: 2, max_tokens: 51200}\n")  # fmt: skip
+    found = values(convert(Path("shaped.yaml")).text, here)
+    assert found["train.max_steps"] == 100 and found["data.seq_len"] == 128
+
+
 def test_litgpt_adapters(here: Path) -> None:
     (here / "lora.yaml").write_text(
         "checkpoint_dir: checkpoints/base\nprecision: bf16-true\nquantize: bnb.nf4\nlora_r: 8\nlora_alpha: 16\nlora_dropout: 0.05\n"
@@ -253,6 +275,7 @@ def test_constants_flags_and_classes(here: Path) -> None:
         ("a.py", "STEPS = 4\n", "litgpt", "is read from .yaml, and a.py is a script"),
         ("a.yaml", "steps: 4\n", "nanogpt", "is read from .py, and a.yaml is a table"),
         ("a.yaml", "steps: [4\n", None, "is not valid yaml"),
+        ("a.yaml", "train: {micro_batch_size: 2, max_tokens: many}\n", None, "takes a number of tokens"),
         ("a.py", "(" * 5000 + ")" * 5000, None, "a.py"),
     ],
 )

@@ -47,6 +47,7 @@ def convert(path: Path, kind: str | None = None) -> Converted:
     text = writing.text_of(reading, recipe, path.name)
     _verify(text, recipe, path)
     said = [f"{path}: {KINDS[reading.kind]}"]
+    said += [f"to be set: {one}" for one in reading.missing]
     said += [f"no equivalent: {one}" for one in reading.left] + [f"assumed: {one}" for one in reading.assumed]
     return Converted(reading.kind, text, said)
 

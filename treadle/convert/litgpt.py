@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from treadle.convert.reading import Reading
+from treadle.errors import ConfigError
 
 TRAIN = {
     "global_batch_size": "train.global_batch_size", "micro_batch_size": "train.per_device_train_batch_size",
@@ -20,6 +21,7 @@ PRECISION = {"bf16": "bf16", "16": "fp16", "32": "fp32"}
 SHAPE = {"n_layer": "num_layers", "n_head": "num_heads", "n_embd": "hidden_size", "n_query_groups": "num_kv_heads", "head_size": "head_dim",
          "intermediate_size": "intermediate_size", "rope_base": "rope_theta", "norm_eps": "norm_eps", "rotary_percentage": "partial_rotary_factor",
          "block_size": "max_position_embeddings"}  # fmt: skip
+ASKED = ("n_layer", "n_head", "n_query_groups", "n_embd", "intermediate_size")  # what a name alone does not tell
 # lora_NAME = true -> the linear layers that get adapters.
 LORA = {"query": ["query"], "key": ["key"], "value": ["value"], "projection": ["out"], "mlp": ["mlp.gate", "mlp.up", "mlp.down"]}
 WHY = {
@@ -58,7 +60,7 @@ def read(table: dict[str, Any], path: Path) -> Reading:
         if value is not None and (name == "seed" or not name.startswith("lora") or table.get("lora_r")):
             reading.put(key, value, name)
     train = left.pop("train", None) or {}
-    _train(reading, train, left.get("devices", 1))
+    _train(reading, train, left.get("devices", 1), left.get("model_config"))
     _evaluation(reading, left.pop("eval", None) or {}, train)
     _optimizer(reading, left.pop("optimizer", None))
     _model(reading, left, train)
@@ -71,7 +73,7 @@ def read(table: dict[str, Any], path: Path) -> Reading:
     return reading
 
 
-def _train(reading: Reading, train: dict[str, Any], devices: Any) -> None:
+def _train(reading: Reading, train: dict[str, Any], devices: Any, shape: Any) -> None:
     left = dict(train)
     for name, key in TRAIN.items():
         value = left.pop(name, None)
@@ -83,9 +85,18 @@ def _train(reading: Reading, train: dict[str, Any], devices: Any) -> None:
         passes = max(1, batch // (micro * (devices if isinstance(devices, int) else 1))) if batch and micro else 1
         reading.put("log.logging_steps", max(1, round(every / passes)), "train.log_interval, in steps")
     tokens, length = left.pop("max_tokens", None), train.get("max_seq_length")
+    if length is None and isinstance(shape, dict) and shape.get("block_size") is not None:
+        length = shape["block_size"]  # as litgpt does
+        reading.put("data.seq_len", length, "model_config.block_size")
     if tokens is not None and train.get("max_steps") is None:
+        try:
+            tokens = int(float(tokens))  # YAML reads 1e6 as a word
+        except (TypeError, ValueError, OverflowError):
+            raise ConfigError(f"train.max_tokens is {tokens!r}; it takes a number of tokens") from None
         if batch and length:
-            reading.put("train.max_steps", max(1, int(tokens) // (batch * length)), "train.max_tokens / (global_batch_size x max_seq_length)")
+            count = max(1, tokens // (batch * length))
+            reading.put("train.max_steps", count, "train.max_tokens / (global_batch_size x length)")
+            reading.assumed.append(f"train.max_steps = {count}: max_tokens {tokens} / (global_batch_size {batch} x {length} tokens a row)")
         else:
             reading.leave("train.max_tokens", tokens, "train.max_steps = tokens / (rows in a step x data.seq_len)")
     share = left.pop("lr_warmup_fraction", None)
@@ -150,7 +161,9 @@ def _model(reading: Reading, left: dict[str, Any], train: dict[str, Any]) -> Non
             if shape.get(theirs):
                 reading.leave(f"model_config.{theirs}", True, "attention and MLP come one after the other")
     elif name is not None and start is None:
-        reading.leave("model_name", name, "a shape of litgpt's own; treadle models --preset NAME prints those here, keys of [model] say any other")
+        reading.missing.append(f"model_name = {name!r}: the shape of this name is litgpt's, and not in the file: fill in the lines of [model] below from its "
+                               "config.py, or a small default model is trained; treadle models --preset NAME prints shapes that are here")  # fmt: skip
+        reading.blanks["model"] = [f"{SHAPE[word]} =  # {word} of {name}" for word in ASKED]
     if start is not None:
         reading.start = str(start)
     if train.get("tie_embeddings") is not None and start is None:

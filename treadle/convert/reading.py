@@ -15,6 +15,8 @@ class Reading:
     theirs: dict[str, str] = field(default_factory=dict)  # our key -> what it was called there, for the comment beside it
     left: list[str] = field(default_factory=list)  # "name = value: why it has no equivalent"
     assumed: list[str] = field(default_factory=list)  # what was decided for the user
+    missing: list[str] = field(default_factory=list)  # what the user must set, or another model is trained than the file means
+    blanks: dict[str, list[str]] = field(default_factory=dict)  # section -> its commented lines, to be filled in
     start: str | None = None  # the model to start from: --from
 
     def put(self, key: str, value: Any, name: str = "") -> None:

@@ -91,6 +91,8 @@ def text_of(reading: Reading, recipe: Recipe, source: str) -> str:
     lines = [f"# {source}, converted ({reading.kind})."]
     if reading.start is not None:
         lines += _comment(f"It starts from {reading.start}: treadle train THIS.toml --from FOLDER, with that model's folder.")
+    if reading.missing:
+        lines += ["#", "# To be set before it is trained:", *_bullets(reading.missing)]
     if reading.left:
         lines += ["#", "# Without an equivalent here:", *_bullets(reading.left)]
     if reading.assumed:
@@ -110,6 +112,7 @@ def text_of(reading: Reading, recipe: Recipe, source: str) -> str:
         if table:
             lines += ["", f"[{section}]"]
             lines += [_line(section, name, value, reading, recipe.origins, words) for name, value in table.items()]
+            lines += [f"# {line}" for line in reading.blanks.get(section, [])]
     return "\n".join(lines) + "\n"
 
 
