@@ -16,6 +16,7 @@ from tests.reporting.conftest import ENDS_A_SCRIPT, write_run
 from treadle.errors import InputError
 from treadle.evaluation.report import evaluator_of, held_out
 from treadle.models.pretrained import load_run
+from treadle.reporting.bars import svg_bars
 from treadle.reporting.passages import pieces_of, token_losses
 from treadle.reporting.report import write_report
 from treadle.text.byte import ByteTokenizer
@@ -131,6 +132,8 @@ def test_a_sweep_and_a_suite(tmp_path: Path) -> None:
     assert [row["label"] for row in board["rows"]] == ["lr=1e-3", "lr=3e-3"] == [run["label"] for run in data["runs"]]
     assert board["rows"][0]["cells"]["value"] == {"mean": 2.501, "low": 2.001, "high": 3.001} and "4 of 4" in board["note"]
     assert [row["colour"] for row in board["rows"]] == [0, 1] == [row["colour"] for row in board["bars"]["rows"]]
+    assert board["columns"][0]["unit"] == "mean, range over seeds" and "`" not in data["planner_note"]
+    assert "range over seeds" in svg_bars("loss", [("a", 2.0, 1.0, 3.0)]) and "seeds" not in svg_bars("loss", [("a", 2.0, 2.0, 2.0), ("b", 1.0, 1.0, 1.0)])
     for cell in cells:  # the best point is another one now: its colour stays that of its curve
         cell["value"] = -cell["value"] if cell["point"]["lr"] == "3e-3" else cell["value"]
     (tmp_path / "grid" / "sweep.json").write_text(json.dumps({"cells": cells}))

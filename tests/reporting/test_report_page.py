@@ -147,6 +147,11 @@ def test_several_runs(browser: Any, tmp_path: Path) -> None:
     assert tab.locator("h2").first.text_content() == "Comparison"
     table = tab.locator("section").first
     assert table.locator("tbody tr").all_text_contents()[1].startswith("fast") and table.locator("td.best").count() >= 1
+    scroll = table.locator(".scroll")
+    tab.set_viewport_size({"width": 600, "height": 900})
+    assert scroll.evaluate("e => e.scrollWidth > e.clientWidth")  # columns are hidden: a shadow, beneath a cover that moves away
+    assert scroll.evaluate("e => getComputedStyle(e).backgroundAttachment") == "local, scroll"
+    tab.set_viewport_size({"width": 1280, "height": 900})
     table.get_by_role("button", name="best bits/byte").click()
     assert table.locator("tbody th").all_text_contents()[0] == "fast"
     changed = tab.locator("section", has=tab.get_by_role("heading", name="What differs")).locator("tbody tr")

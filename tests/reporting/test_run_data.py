@@ -11,6 +11,7 @@ import pytest
 
 from tests.reporting.conftest import write_run
 from treadle.errors import InputError
+from treadle.monitor.records import environment
 from treadle.reporting.run_data import read_run
 from treadle.reporting.thinning import thinned
 
@@ -66,6 +67,12 @@ def test_runs_with_csv_alone_or_nothing_yet(tmp_path: Path) -> None:
 def test_reading_runs_needs_no_torch() -> None:
     code = "import sys, treadle.reporting.run_data, treadle.reporting.pages, treadle.reporting.tables; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("typed", "known"), [("/lib/treadle/__main__.py", "treadle"), ("/bin/treadle", "treadle"), ("mine/train.py", "train.py")])
+def test_the_command_is_what_one_types(monkeypatch: pytest.MonkeyPatch, typed: str, known: str) -> None:
+    monkeypatch.setattr(sys, "argv", [typed, "train", "story.txt"])
+    assert environment()["command"] == [known, "train", "story.txt"]
 
 
 def test_thinned_curves_keep_every_extreme() -> None:

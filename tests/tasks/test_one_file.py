@@ -102,7 +102,7 @@ def _run_quietly(file: str, folder: str, keys: dict[str, Any]) -> None:
     run(Path(file), Path(folder), **keys)
 
 
-def test_two_heads_from_the_command_line_to_the_table(files: dict[str, Path], tmp_path: Path) -> None:
+def test_two_heads_from_the_command_line_to_the_table(files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Train, continue, evaluate, compare, plan, check: what a user sees is the objective's own."""
     file = files["two_heads"]
     out = command("train", *_typed(file, tmp_path / "a", max_steps=150, eval_steps=75, eval_rows=256, metric_for_best_model="accuracy"))
@@ -115,6 +115,7 @@ def test_two_heads_from_the_command_line_to_the_table(files: dict[str, Path], tm
     assert set(report["metrics"]) == {"loss", "loss_largest", "mean_error", "accuracy"} and "baselines" not in report
     assert report["metrics"]["accuracy"] > 0.9
     table = compare([str(tmp_path / "a"), str(tmp_path / "b")])
+    assert f"measuring {tmp_path / 'b'} (2 of 2)" in capsys.readouterr().err
     lines = lines_of(table)
     assert "accuracy" in lines[0] and "bits/byte" not in lines[0] and "% <" in lines[1] and "%" in lines[2] and " <" not in lines[2]
     other = tmp_path / "c"

@@ -62,5 +62,10 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [_program(Path(sys.argv[0])), *sys.argv[1:]],
     }
+
+
+def _program(path: Path) -> str:
+    """What somebody types to start the same again: `python -m treadle` is treadle."""
+    return "treadle" if path.name == "__main__.py" and path.parent.name == "treadle" else path.name

@@ -33,5 +33,6 @@ def svg_bars(title: str, rows: Sequence[tuple[str, float, float, float]]) -> str
             f'<line x1="{x(lowest):.1f}" x2="{x(highest):.1f}" y1="{middle:g}" y2="{middle:g}" stroke="black"/>',
             f'<text x="{x(highest) + 6:.1f}" y="{middle + 4:g}">{mean:.4f}</text>',
         ]
-    parts.append(f'<text x="{left}" y="{height - 8}" fill="gray">{start:.4g} to {high:.4g}; the line is the range over seeds</text></svg>')
+    seeds = "; the line is the range over seeds" if any(row[2] != row[3] for row in rows) else ""
+    parts.append(f'<text x="{left}" y="{height - 8}" fill="gray">{start:.4g} to {high:.4g}{seeds}</text></svg>')
     return "\n".join(parts) + "\n"

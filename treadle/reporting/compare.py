@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
+from treadle import terminal
 from treadle.checkpoint.layout import checkpoint_name, steps_in
 from treadle.data.base import Dataset
 from treadle.data.dataset import TokenDataset
@@ -39,7 +41,7 @@ def compare(
     device: str = "auto",
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One row a run. Without `data` each is measured on its own held-out data, which must be the same for all; InputError
-    where it is not."""
+    where it is not. Standard error says which one is being measured."""
     names = expand(runs)
     found, seen = [], {}
     for run in names:  # all data before the first, long evaluation
@@ -56,7 +58,11 @@ def compare(
                                  "that their numbers do not compare; give a .txt file")  # fmt: skip
             raise InputError(f"{one} and {other} held out different {'text' if isinstance(held, TokenDataset) else 'data'}, on "
                              f"which their numbers do not compare; {hint}")  # fmt: skip
-    return [_row(run, load_run(folder, device), held, rows, batch_size) for run, (folder, held) in zip(names, found)]
+    table = []
+    for number, (run, (folder, held)) in enumerate(zip(names, found), start=1):
+        terminal.write(f"measuring {run} ({number} of {len(names)})", sys.stderr)
+        table.append(_row(run, load_run(folder, device), held, rows, batch_size))
+    return table
 
 
 def _identity(tokenizer: Tokenizer | None, held: Dataset) -> Any:
@@ -89,7 +95,7 @@ def _row(run: str, loaded: Loaded, held: Dataset, rows: int | None, batch_size: 
     return {**row, "shown": shown, "ranking": ranking, "lower_is_better": objective.metric(ranking).lower_is_better}
 
 
-HEADINGS = {"bpb": "bits/byte", "top5_accuracy": "top-5", "flops_per_byte": "FLOPs/byte", "flops_per_row": "FLOPs/row",
+HEADINGS = {"bpb": "bits/byte", "top5_accuracy": "top-5 accuracy", "flops_per_byte": "FLOPs/byte", "flops_per_row": "FLOPs/row",
             "state_bytes": f"state at {STATE_AT}", "tokens_seen": "tokens seen"}  # fmt: skip
 HIDDEN = ("shown", "ranking", "lower_is_better", "perplexity")
 

@@ -16,7 +16,16 @@ from treadle.files import write_atomically
 from treadle.monitor.records import versions
 from treadle.reporting.pages import page
 from treadle.reporting.run_data import is_run, measured, read_run
-from treadle.reporting.tables import alike, architecture, best_of, differences, runs_board, shown, suite_board, sweep_board
+from treadle.reporting.tables import (
+    alike,
+    architecture,
+    best_of,
+    differences,
+    runs_board,
+    shown,
+    suite_board,
+    sweep_board,
+)
 from treadle.reporting.thinning import rounded, thinned
 
 PARTS = ("charts.js", "panels.js", "report.js")
@@ -133,7 +142,7 @@ def collected(places: list[Place], boards: list[dict[str, Any]], model: bool) ->
         "tiles": _tiles(one) if one is not None else [],
         "boards": boards,
         "differences": differences(runs) if len(runs) > 1 else None,
-        "planner_note": "`treadle plan` on the same configuration, beside what the run measured.",
+        "planner_note": "What treadle plan says of the same configuration, beside what the run measured.",
         "made": f"Made by treadle {versions()['treadle']} on {time.strftime('%Y-%m-%d %H:%M')}. This file asks no network.",
     }
     return {**data, "runs": [_small(run, max(60, POINTS // max(1, sum(len(r["columns"]) for r in runs)))) for run in runs]}

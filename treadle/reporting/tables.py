@@ -95,9 +95,9 @@ def alike(runs: list[dict[str, Any]]) -> bool:
 
 
 def _title(name: str) -> str:
-    return {"bpb": "bits/byte", "flops_per_byte": "FLOPs/byte", "flops_per_row": "FLOPs/row", "state_bytes": "decoding state, bytes"}.get(
-        name, name.replace("_", " ")
-    )
+    known = {"bpb": "bits/byte", "flops_per_byte": "FLOPs/byte", "flops_per_row": "FLOPs/row", "state_bytes": "decoding state, bytes",
+             "top5_accuracy": "top-5 accuracy"}  # fmt: skip
+    return known.get(name, name.replace("_", " "))
 
 
 def sweep_board(table: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -118,10 +118,11 @@ def sweep_board(table: dict[str, Any], folder: Path) -> dict[str, Any]:
         rows.append({"label": label, "cells": {"value": mean, "seeds": len(values), "failed": failed or None,
                                                "cpu_seconds": statistics.mean(spent) if spent else None}})  # fmt: skip
     sign = 1 if lower else -1
+    seeds = any(row["cells"]["seeds"] > 1 for row in rows)
     rows.sort(key=lambda row: sign * float(row["cells"]["value"]["mean"]) if row["cells"]["value"] else float("inf"))
     for number, row in enumerate(rows):
         row["colour"] = number
-    columns: list[dict[str, Any]] = [{"key": "value", "title": _title(metric), "lower_is_better": lower, "unit": "mean, range over seeds"},
+    columns: list[dict[str, Any]] = [{"key": "value", "title": _title(metric), "lower_is_better": lower, "unit": "mean, range over seeds" if seeds else None},
                {"key": "seeds", "title": "seeds"}, {"key": "failed", "title": "failed"},
                {"key": "cpu_seconds", "title": "CPU time", "kind": "seconds"}]  # fmt: skip
     if not any(row["cells"]["failed"] for row in rows):
