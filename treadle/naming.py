@@ -141,6 +141,8 @@ class Vocabulary:
                 value = parse_text(value) if isinstance(value, str) else value
             try:
                 translated = cls.translations[word](value)
+            except ConfigError as problem:
+                raise ConfigError(f"{origin}: {word} = {value!r}: {problem}") from None
             except (TypeError, ValueError, KeyError, AttributeError):
                 raise ConfigError(f"{origin}: {word} = {value!r} is not understood") from None
             given = []

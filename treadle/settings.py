@@ -159,7 +159,7 @@ def _refusal(cls: type[Settings], values: dict[str, Any], problem: ValidationErr
         return Refused(cls.section_name(), None, None, _reasons(details))
     if key not in cls.model_fields:
         return Refused(cls.section_name(), key, values[key], _no_such_key(cls, key))
-    reason = _reason(values[key], [d for d in details if d["loc"][:1] == (key,)], _enumeration(cls, key))
+    reason = _reason(values[key], [d for d in details if d["loc"][:1] == (key,)], _allowed(cls, key))
     return Refused(cls.section_name(), key, values[key], reason)
 
 
@@ -196,6 +196,8 @@ def parse_text(text: str) -> Any:
     """A value typed by a user, by TOML's grammar (`3e-4`, `true`, `[1, 2]`, `"x"`), and `.5` with its lists; anything else is a string."""
     if _NUMBERS.fullmatch(text):
         text = _LEADING_POINT.sub("0.", text)
+    if text.strip().lower() in ("true", "false"):  # True and False, as Python's users type them
+        return text.strip().lower() == "true"
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except (tomllib.TOMLDecodeError, ValueError):
@@ -215,6 +217,13 @@ def _enumeration(section: type[Settings], name: str) -> list[str]:
 
     walk(section.model_fields[name].annotation)
     return found
+
+
+def _allowed(section: type[Settings], name: str) -> list[str]:
+    """What a message lists: the choices, with true and false where the key is a switch (too)."""
+    annotation, choices = section.model_fields[name].annotation, _enumeration(section, name)
+    switch = annotation is bool or (choices and bool in typing.get_args(annotation))
+    return [*choices, "true", "false"] if switch else choices
 
 
 def _accepts_none(section: type[Settings], name: str) -> bool:
@@ -272,7 +281,7 @@ def fit_value(section: type[Settings], name: str, value: Any, from_text: bool) -
         except ValidationError as problem:
             first_problem = first_problem or problem
     assert first_problem is not None
-    raise ConfigError(f"{name} = {value!r}: {_reason(value, first_problem.errors(), choices)}")
+    raise ConfigError(f"{name} = {value!r}: {_reason(value, first_problem.errors(), _allowed(section, name))}")
 
 
 def _reason(value: Any, details: Sequence[Any], choices: list[str]) -> str:

@@ -197,6 +197,19 @@ def test_help_is_the_sections_documentation() -> None:
     assert "cosine | linear | wsd | constant" in lines
 
 
+@pytest.mark.parametrize("text", ["True", "TRUE", "true", "False", "false"])
+def test_true_and_false_are_booleans_in_any_case(text: str) -> None:
+    recipe = of({"bf16": text, "compile": text, "shuffle": text}, from_text=True)
+    said = text.lower() == "true"
+    assert (recipe.train.precision, recipe.train.torch_compile, recipe.data.shuffle) == ("bf16" if said else "auto", said, said)
+
+
+@pytest.mark.parametrize("key", ["bf16", "compile", "shuffle"])
+def test_a_bad_boolean_is_told_what_is_allowed(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key}.*'maybe'.*\(allowed: .*true, false\)"):
+        of({key: "maybe"}, from_text=True)
+
+
 def test_flags_are_parsed() -> None:
     assert parse_flags(["x.toml", "--a.b", "1", "--c=2", "--flag", "--d", "-3"]) == (
         ["x.toml"], {"a.b": "1", "c": "2", "flag": "true", "d": "-3"}

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, model_validator
 
+from treadle.errors import ConfigError
 from treadle.settings import Settings, option
 
 PRECISION_SPELLINGS = {"float32": "fp32", "none": "fp32", "no": "fp32", "float16": "fp16", "bfloat16": "bf16"}
@@ -17,7 +18,7 @@ PRECISION_SPELLINGS = {"float32": "fp32", "none": "fp32", "no": "fp32", "float16
 def _boolean_precision(name: str) -> Callable[[Any], dict[str, Any]]:
     def translate(value: Any) -> dict[str, Any]:
         if not isinstance(value, bool):
-            raise ValueError
+            raise ConfigError("(allowed: true, false)")
         return {"train.precision": name} if value else {}
 
     return translate
