@@ -251,6 +251,24 @@ def test_a_recipe_holds_what_the_file_says_alone(here: Path) -> None:
     assert recipe_of(text, here).train.global_batch_size == 1024
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "warmup"),
+    [
+        ("a.json", '{"warmup_ratio": 0.1, "steps": 200, "batch_size": 2}', 20),
+        ("a.py", "WARMUP_RATIO = 0.05\nMAX_STEPS = 100\n", 5),
+        ("a.json", '{"warmup_ratio": 0.1, "steps": 200, "warmup_steps": 7}', 7),  # said in steps already
+        ("b.py", "from transformers import TrainingArguments\na = TrainingArguments(max_steps=50, warmup_ratio=0.1)\n", 5),
+        ("b.py", "from transformers import TrainingArguments\na = TrainingArguments(max_steps=50, warmup_ratio=0.1, lr_scheduler_type='constant')\n", 0),
+        ("a.json", '{"warmup_ratio": 0.1, "batch_size": 2}', None),  # of what?
+    ],
+)
+def test_a_share_of_the_steps_to_warm_up(name: str, text: str, warmup: int | None, in_folder: Path) -> None:
+    (in_folder / name).write_text(text)
+    made = convert(Path(name))
+    assert values(made.text, in_folder)["optim.warmup_steps"] == warmup
+    assert any("warmup_ratio" in line for line in made.said) == (warmup in (None, 7))
+
+
 def test_constants_flags_and_classes(here: Path) -> None:
     (here / "x.py").write_text(
         "import argparse\nfrom dataclasses import dataclass\nimport torch\nA = 2\nRATE = -A * 1.5 + 10 % 3\nDTYPE = torch.bfloat16\nSIZES = [A, (A + 1)]\n"

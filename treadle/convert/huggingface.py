@@ -162,13 +162,13 @@ def _rate(reading: Reading, values: dict[str, Any], given: set[str]) -> set[str]
     elif mine != "constant":
         reading.put("optim.min_lr_ratio", float(extra.get("min_lr_rate") or extra.get("min_lr_ratio") or 0.0), "lr_scheduler_kwargs" if extra else "")
     warmup = values.get("warmup_ratio") or values.get("warmup_steps") or 0
-    if 0 < warmup < 1:
+    if word == "constant" and warmup:
+        reading.put("optim.warmup_steps", 0, "lr_scheduler_type = constant takes no warm-up")
+    elif 0 < warmup < 1:
         if (values.get("max_steps") or -1) > 0:
             reading.put("optim.warmup_steps", max(1, round(warmup * values["max_steps"])), f"{warmup:g} of max_steps")
         else:
             reading.leave("warmup_ratio", warmup, "a share needs a number of steps; give optim.warmup_steps (2% of the run until then)")
-    elif word == "constant" and warmup:
-        reading.put("optim.warmup_steps", 0, "lr_scheduler_type = constant takes no warm-up")
     else:
         reading.put("optim.warmup_steps", int(warmup), "warmup_steps")
     optimizer = str(values.get("optim", "adamw_torch")).rpartition(".")[2].lower()

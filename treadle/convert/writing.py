@@ -42,6 +42,7 @@ def _without_the_unknown(reading: Reading, origin: str, folder: Path | None) -> 
     choices = [leaf for leaf in every if _last(leaf[0]) in CHOICES]
     base = compose([Layer(_nested(choices), origin, folder=folder)])  # raises where a choice itself is wrong
     kept = list(choices)
+    shares: list[tuple[str, Any]] = []  # of a number of steps that may come later in the file
     for leaf in every:
         if leaf in choices:
             continue
@@ -50,8 +51,22 @@ def _without_the_unknown(reading: Reading, origin: str, folder: Path | None) -> 
             kept.append(leaf)
         except ConfigError as problem:
             name, reason = ".".join(leaf[0]), str(problem)
-            if leaf[1] not in (None, False, "", [], {}):  # what is off says nothing that treadle would do
+            if _last(leaf[0]) == "warmup_ratio" and isinstance(leaf[1], float) and 0 < leaf[1] < 1:
+                shares.append((reading.theirs.get(name, name), leaf[1]))
+            elif leaf[1] not in (None, False, "", [], {}):  # what is off says nothing that treadle would do
                 reading.leave(reading.theirs.get(name, name), leaf[1], WHY.get(_last(leaf[0]), _without_place(reason, origin, base)))
+    reading.table = _nested(kept)
+    recipe = compose([Layer(reading.table, origin, folder=folder)])
+    for theirs, share in shares:
+        if recipe.train.max_steps is None:
+            reading.leave(theirs, share, "a share needs a number of steps; give optim.warmup_steps (2% of the run until then)")
+        elif recipe.origins.get("optim.warmup_steps", NOT_GIVEN[0]).startswith(NOT_GIVEN):
+            kept.append((("optim.warmup_steps",), max(1, round(share * recipe.train.max_steps))))
+            reading.theirs["optim.warmup_steps"] = f"{theirs} {share:g} of max_steps"
+        else:
+            reading.leave(theirs, share, "warmup_steps says it already")
+    if not shares:
+        return recipe
     reading.table = _nested(kept)
     return compose([Layer(reading.table, origin, folder=folder)])
 
