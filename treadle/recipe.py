@@ -7,8 +7,9 @@ imports no torch unless a model key has to be understood.
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from treadle.data.settings import TEXT
 from treadle.data.sources import BUNDLED, kind_of
 from treadle.data.sources import SUFFIXES as DATA_SUFFIXES
 from treadle.errors import ConfigError
+from treadle.foreign import advice, is_foreign_table
 from treadle.models.catalogue import MODELS
 from treadle.naming import Vocabulary, merge, settle
 from treadle.objectives.settings import DEFAULT_OBJECTIVE
@@ -217,7 +219,7 @@ def compose(layers: list[Layer], with_model: bool = True) -> Recipe:
     """
     words = vocabulary()
     words.other_flags = tuple(name for layer in layers for name in layer.other_flags)
-    stacked = [(layer, merge(words.flatten(layer.table, layer.origin, layer.from_text))) for layer in layers]
+    stacked = [(layer, _read(words, layer)) for layer in layers]
     stacked = _with_deepspeed(words, stacked)
     arch, preset, arch_from, preset_from = DEFAULT_ARCHITECTURE, None, -1, -1  # and the layers that chose them
     reset = 0  # layers below this one described another model
@@ -257,7 +259,9 @@ def compose(layers: list[Layer], with_model: bool = True) -> Recipe:
     unasked: set[str] = set()
     for number, (layer, given) in enumerate(stacked):
         given = {key: one for key, one in given.items() if number >= reset or not _of_model(key)}
-        for key, one in _understood(words, given, with_model, files).items():
+        with _named_foreign(layer):
+            meant = _understood(words, given, with_model, files)
+        for key, one in meant.items():
             stored = final.get(key)
             if stored is not None and one.value == "auto" and stored.origin == "the run":
                 continue
@@ -290,6 +294,22 @@ def compose(layers: list[Layer], with_model: bool = True) -> Recipe:
     origins = {key: given.origin for key, given in final.items()}
     notes = list(dict.fromkeys(words.notes))
     return Recipe(**sections, arch=arch, preset=preset, model=model, task=asked, origins=origins, notes=notes)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def _named_foreign(layer: Layer) -> Iterator[None]:
+    """An error in a file that looks like another trainer's says how to convert it."""
+    try:
+        yield
+    except ConfigError as problem:
+        if layer.folder is None or not is_foreign_table(layer.table):
+            raise
+        raise ConfigError(f"{problem}; {advice(layer.folder / layer.origin)}") from None
+
+
+def _read(words: Vocabulary, layer: Layer) -> dict[str, Given]:
+    with _named_foreign(layer):
+        return merge(words.flatten(layer.table, layer.origin, layer.from_text))
 
 
 def _kinds(stacked: Stacked) -> tuple[str, str, bool]:
@@ -458,7 +478,7 @@ def settled_section(layers: list[Layer], name: str) -> Any:
     words = vocabulary()
     final: dict[str, Given] = {}
     for layer in layers:
-        given = merge(words.flatten(layer.table, layer.origin, layer.from_text))
+        given = _read(words, layer)
         for key, one in given.items():
             if key.startswith(name + "."):
                 final[key] = Given(key, settle(SECTIONS, one, final.get(key)), one.origin, False)

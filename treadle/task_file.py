@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from treadle.errors import ConfigError
+from treadle.foreign import advice, defines_nothing
 from treadle.trusted_code import allow, load_file, place_of
 
 
@@ -16,6 +17,9 @@ def task_table(path: Path) -> dict[str, Any]:
     from treadle.models.base import Model
     from treadle.objectives.base import Objective
 
+    nothing = f"{path} holds no Model, Dataset or Objective of treadle, so there is nothing to train; {advice(path)}"
+    if defines_nothing(path):  # not executed: it may be a script that starts something else
+        raise ConfigError(nothing)
     allow(path)  # its name was typed
     module = load_file(path, "task")
     table: dict[str, Any] = {"run.run_name": path.stem}
@@ -29,7 +33,7 @@ def task_table(path: Path) -> dict[str, Any]:
         if leaves:
             table[key] = place_of(leaves[0])
     if len(table) == 1:
-        raise ConfigError(f"{path} holds no Model, Dataset or Objective of treadle, so there is nothing to train")
+        raise ConfigError(nothing)
     own_recipe = getattr(module, "recipe", {})
     if not isinstance(own_recipe, dict):
         raise ConfigError(f"{path}: recipe must be a table (a dict), not a {type(own_recipe).__name__}")

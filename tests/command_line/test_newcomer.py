@@ -331,3 +331,25 @@ def test_what_is_there_instead_of_a_run_are_runs(typed: Any, in_folder: Path) ->
     (in_folder / "runs" / "sweep").mkdir()  # a folder of runs, and none itself
     code, _, said = typed("generate", "runs/none")
     assert code == 2 and said.strip().endswith("runs/none does not exist; there is: runs/sound")
+
+
+# ---- files of other trainers ----
+
+FOREIGN = {
+    "gpt.py": "open('ran', 'w')\nn_layer = 6\nmax_iters = 100\n",
+    "args.json": '{"optim": "adamw_torch", "learning_rate": 1e-4, "output_dir": "o"}',
+    "lit.yaml": "precision: bf16-mixed\nmodel_name: pythia-160m\n",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_file_of_another_trainer_is_told_from_a_recipe_and_not_executed(name: str, typed: Any, in_folder: Path) -> None:
+    Path(name).write_text(FOREIGN[name])
+    code, _, said = typed("train", name)
+    assert code == 2 and said.strip().endswith(f"another trainer's file? treadle convert {name}") and not Path("ran").exists()
+
+
+def test_a_slip_in_a_recipe_of_ones_own_is_not_taken_for_another_trainers(typed: Any, in_folder: Path) -> None:
+    Path("mine.yaml").write_text("train:\n  max_stesp: 3\noptim:\n  learning_rate: 1e-3\n")
+    code, _, said = typed("train", "mine.yaml")
+    assert code == 2 and "did you mean 'max_steps'" in said and "convert" not in said

@@ -1,0 +1,46 @@
+"""Whether a file that `treadle train` is given is another trainer's configuration, for what its refusal says."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# Words of transformers' TrainingArguments; a recipe of one's own has few of them side by side.
+HUGGINGFACE = {"per_device_train_batch_size", "lr_scheduler_type", "adam_beta1", "num_train_epochs", "output_dir", "save_strategy",
+               "eval_strategy", "logging_steps", "learning_rate", "optim"}  # fmt: skip
+LITGPT = {"micro_batch_size", "lr_warmup_steps", "max_norm"}  # inside its table `train`
+MANY = 4
+
+
+def advice(path: Path) -> str:
+    """What to type for a file of another trainer."""
+    return f"another trainer's file? treadle convert {path}"
+
+
+def is_foreign_table(table: Mapping[str, Any]) -> bool:
+    """Whether a JSON or YAML file looks like TrainingArguments or a litgpt configuration."""
+    train = table.get("train")
+    if isinstance(train, Mapping) and LITGPT & set(train):
+        return True
+    for key, sign in (("precision", "-"), ("optim", "_")):  # bf16-mixed, adamw_torch
+        if isinstance(table.get(key), str) and sign in table[key]:
+            return True
+    sections = any(isinstance(table.get(key), Mapping) for key in ("model", "train", "training", "data"))
+    return len(HUGGINGFACE & set(table)) >= MANY and not sections
+
+
+def defines_nothing(path: Path) -> bool:
+    """Whether a Python file has no class and does not import treadle: constants, or a script. Read, never executed; a file that
+    is no Python counts as one that may define something."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return False
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        if isinstance(node, ast.ClassDef) or any(name.partition(".")[0] == "treadle" for name in names):
+            return False
+    return True
