@@ -60,7 +60,7 @@ def test_a_recipe_that_check_accepts(name: str, here: Path, capsys: pytest.Captu
 
 
 LEFT = {
-    "shakespeare_char.py": ["bias", "dataset", "lr_decay_iters"],
+    "shakespeare_char.py": ["bias (nanoGPT's default)", "dataset", "lr_decay_iters"],
     "pretrain.yaml": ["logger_name", "model_config.parallel_residual", "tokenizer_dir"],
     "arguments.json": ["neftune_noise_alpha", "optim", "push_to_hub", "report_to", "save_strategy"],
     "sft.py": ["run_name"],
@@ -87,6 +87,23 @@ def test_values_of_nanogpt(here: Path) -> None:
               "model.style": "gpt2", "model.attention_bias": False, "tokenizer.name": "char", "eval.eval_rows": 4, "run.run_name": "mini-gpt",
               "run.device": "cpu", "train.torch_compile": False, "data.path": "austen", "log.report_to": ["csv", "jsonl", "tensorboard"]}  # fmt: skip
     assert {key: found[key] for key in wanted} == wanted
+
+
+def test_what_nanogpt_leaves_out_is_marked(here: Path) -> None:
+    """Each of its defaults, and no value of the file; what goes without a key is said."""
+    text = FILES["shakespeare_char.py"][1]
+    made = convert(Path("shakespeare_char.py"))
+    marked = {line.partition("# ")[2].removesuffix(" (nanoGPT's default)"): line.split()[0] for line in made.text.splitlines() if line.endswith("(nanoGPT's default)")}
+    assert not [word for word in marked if f"\n{word} =" in text]
+    assert {"dropout", "weight_decay", "beta1", "grad_clip", "decay_lr", "warmup_iters", "log_interval", "bias"} == set(marked)
+    assert not any("always_save_checkpoint" in line for line in made.said)
+    assert any(line.startswith("assumed: eval.eval_rows = 4: ") for line in made.said)
+    (here / "again.py").write_text(text + "lr_decay_iters = 5000\nalways_save_checkpoint = False\n")
+    said = convert(Path("again.py")).said
+    assert "assumed: lr_decay_iters = 5000: the last step, until which the rate falls here anyway" in said
+    assert any(line.startswith("no equivalent: always_save_checkpoint = False: ") for line in said)
+    (here / "again.py").write_text(text + "decay_lr = False\n")
+    assert "no equivalent: lr_decay_iters = 4000: the rate does not fall (decay_lr = False)" in convert(Path("again.py")).said
 
 
 def test_nanogpt_from_weights_and_its_text(here: Path) -> None:

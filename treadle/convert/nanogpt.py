@@ -44,16 +44,19 @@ def read(script: Script) -> Reading:
     from_weights = str(values["init_from"]).startswith("gpt2")
     for name, key in SAME.items():
         if name in values and not (from_weights and name in SHAPE and name not in given):
-            reading.put(key, values[name], name if name in given else f"{name}, nanoGPT's default")
+            reading.put(key, values[name], _called(given, name))
     reading.put("run.run_name", str(given.get("wandb_run_name", script.path.stem)), "wandb_run_name" if "wandb_run_name" in given else "")
-    _shape(reading, values, from_weights)
-    _schedule(reading, values)
+    _shape(reading, values, given, from_weights)
+    _schedule(reading, values, given)
     _data(reading, script, str(values["dataset"]))
-    reading.put("checkpoint.save_steps", values["eval_interval"], "eval_interval")
-    reading.put("eval.eval_rows", int(values["eval_iters"]) * int(values["batch_size"]), "eval_iters x batch_size")
+    reading.put("checkpoint.save_steps", values["eval_interval"], _called(given, "eval_interval"))
+    rows = int(values["eval_iters"]) * int(values["batch_size"])
+    reading.put("eval.eval_rows", rows, f"{_called(given, 'eval_iters')} x {_called(given, 'batch_size')}")
+    reading.assumed.append(f"eval.eval_rows = {rows}: as many as nanoGPT draws at each evaluation, of the validation text and again of the training text; "
+                           "here they are of the validation text alone, and no more than it has")  # fmt: skip
     _machine(reading, given)
-    if given.get("always_save_checkpoint"):
-        reading.leave("always_save_checkpoint", True, "every save_steps is saved, the newest save_total_limit and the best are kept")
+    if "always_save_checkpoint" in given:
+        reading.leave("always_save_checkpoint", given["always_save_checkpoint"], "every save_steps is saved, the newest save_total_limit and the best are kept")
     if given.get("eval_only"):
         reading.leave("eval_only", True, "that is a verb: treadle eval RUN")
     for name in given.keys() - WORDS:
@@ -62,7 +65,12 @@ def read(script: Script) -> Reading:
     return reading
 
 
-def _shape(reading: Reading, values: dict[str, Any], from_weights: bool) -> None:
+def _called(given: dict[str, Any], name: str) -> str:
+    """What stands beside a value: its word there, and whether the file says it."""
+    return name if name in given else f"{name} (nanoGPT's default)"
+
+
+def _shape(reading: Reading, values: dict[str, Any], given: dict[str, Any], from_weights: bool) -> None:
     if from_weights:
         reading.start = str(values["init_from"]).replace("gpt2-", "openai-community/gpt2-") if "-" in str(values["init_from"]) else "openai-community/gpt2"
         for key in [key for key in reading.table if key.startswith("model.") and key != "model.dropout"]:
@@ -73,21 +81,26 @@ def _shape(reading: Reading, values: dict[str, Any], from_weights: bool) -> None
     reading.put("model.arch", "transformer")
     reading.put("model.style", "gpt2")
     reading.put("model.activation", "gelu")
-    reading.put("model.max_position_embeddings", values["block_size"], "block_size")
+    reading.put("model.max_position_embeddings", values["block_size"], _called(given, "block_size"))
     if not values["bias"]:
-        reading.put("model.attention_bias", False, "bias")
-        reading.put("model.mlp_bias", False, "bias")
-        reading.leave("bias", False, "said for the linear layers; LayerNorms keep their biases here")
+        reading.put("model.attention_bias", False, _called(given, "bias"))
+        reading.put("model.mlp_bias", False, _called(given, "bias"))
+        reading.leave(_called(given, "bias"), False, "said for the linear layers; LayerNorms keep their biases here")
 
 
-def _schedule(reading: Reading, values: dict[str, Any]) -> None:
+def _schedule(reading: Reading, values: dict[str, Any], given: dict[str, Any]) -> None:
+    name = _called(given, "lr_decay_iters")
     if not values["decay_lr"]:
         reading.put("optim.lr_scheduler_type", "constant", "decay_lr")
+        if "lr_decay_iters" in given:
+            reading.leave(name, values["lr_decay_iters"], "the rate does not fall (decay_lr = False)")
         return
-    reading.put("optim.lr_scheduler_type", "cosine", "decay_lr")
-    reading.put("optim.min_lr", values["min_lr"], "min_lr")
+    reading.put("optim.lr_scheduler_type", "cosine", _called(given, "decay_lr"))
+    reading.put("optim.min_lr", values["min_lr"], _called(given, "min_lr"))
     if values["lr_decay_iters"] != values["max_iters"]:
-        reading.leave("lr_decay_iters", values["lr_decay_iters"], f"the rate falls until the last step, {values['max_iters']}")
+        reading.leave(name, values["lr_decay_iters"], f"the rate falls until the last step, {values['max_iters']}")
+    elif "lr_decay_iters" in given:
+        reading.assumed.append(f"lr_decay_iters = {values['lr_decay_iters']}: the last step, until which the rate falls here anyway")
 
 
 def _data(reading: Reading, script: Script, dataset: str) -> None:
