@@ -45,6 +45,7 @@ def trained(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_trained_run(trained: Path) -> None:
     out = treadle("report", trained)
     assert out.returncode == 0 and "report.html written" in out.stdout and "no network" in out.stdout
+    assert "measuring text of " in out.stderr and "measuring" not in out.stdout
     html = unescape((trained / "report.html").read_text("utf-8"))
     assert "default-src 'none'" in html and not re.search(r"""(?:src|href)=["']?(?:https?:)?//""", html)
     (run,) = data_of(trained / "report.html")["runs"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 import time
 import tomllib
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from treadle import terminal
 from treadle.errors import InputError, TreadleError
 from treadle.files import write_atomically
 from treadle.monitor.records import versions
@@ -184,6 +186,7 @@ def _text(place: Place, run: dict[str, Any], tables: dict[str, Any]) -> tuple[li
 
     if not tables or not any(checkpoint_root(place.folder).glob("*")):
         return [], "No text is coloured: this run has no checkpoint yet."
+    terminal.write(f"measuring text of {run['label']}, token by token", sys.stderr)
     try:
         found = read_passages(place.model)
     except TreadleError as problem:
