@@ -62,7 +62,7 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Rows in one pass.")]
 
 def _request(arguments: list[str]) -> Any:
     from treadle.errors import ConfigError
-    from treadle.settings import parse_flags
+    from treadle.settings import Bare, Forgotten, parse_flags
     from treadle.start import Request
 
     several: dict[str, list[str]] = {"--allow-change": [], "--trust-code": []}  # flags that may be given several times
@@ -86,6 +86,8 @@ def _request(arguments: list[str]) -> Any:
     words, flags = parse_flags(rest)
     fresh = flags.pop("fresh", "false").lower() == "true"
     weights = flags.pop("from", None)
+    if isinstance(weights, Bare):
+        raise Forgotten.of(weights)
     for spelling in ("local-rank", "local_rank"):  # torch.distributed.launch says it by a flag
         if spelling in flags:
             os.environ.setdefault("LOCAL_RANK", flags.pop(spelling))

@@ -11,7 +11,7 @@ from typing import Any
 
 from treadle.errors import ConfigError
 from treadle.registry import nearest
-from treadle.settings import Fallback, Given, ListChange, Settings, fit_value, parse_text, plain, shown
+from treadle.settings import Fallback, Forgotten, Given, ListChange, Settings, fit_value, parse_text, plain, shown
 
 
 @dataclass
@@ -105,7 +105,7 @@ class Vocabulary:
         if section in self.open_sections:
             return [Given(f"{section}.{plain(name)}", value, f"{origin}: {section}.{name}", from_text)]
         elsewhere = self.elsewhere(plain(name))
-        if elsewhere is not None:
+        if elsewhere is not None and (section, plain(name)) != ("eval", "max_iters"):  # there litgpt counts batches of evaluation
             self.notes.append(f"{origin}: {section}.{name} belongs to [{elsewhere}] and was read as such")
             return self.given(elsewhere, plain(name), value, origin, from_text)
         if inner is not None:
@@ -164,6 +164,8 @@ class Vocabulary:
             return Given(dotted, value, origin, from_text)
         try:
             fitted = fit_value(self.sections[section], key, value, from_text)
+        except Forgotten:
+            raise
         except ConfigError as problem:
             raise ConfigError(f"{origin}: {section}.{problem}") from None
         return Given(dotted, fitted, origin, False)

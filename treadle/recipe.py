@@ -27,7 +27,7 @@ from treadle.models.catalogue import MODELS
 from treadle.naming import Vocabulary, merge, settle
 from treadle.objectives.settings import DEFAULT_OBJECTIVE
 from treadle.registry import nearest
-from treadle.settings import Given, Settings, build_section, fit_value, load_table, plain, shown
+from treadle.settings import Forgotten, Given, Settings, build_section, fit_value, load_table, plain, shown
 from treadle.storage.remote import AnyPath, is_url, path_of
 from treadle.training.config import DEFAULT_ARCHITECTURE, SECTIONS, Recipe
 
@@ -468,6 +468,8 @@ def _open_keys(words: Vocabulary, section: str, name: str, one: Given, leaf: boo
             words.notes.append(f"{one.origin} is read as {section}.{key}")
         try:
             understood.append(Given(f"{section}.{key}", fit_value(cls, key, value, one.from_text), one.origin, False))
+        except Forgotten:
+            raise
         except ConfigError as problem:
             raise ConfigError(f"{one.origin}: {section}.{problem}") from None
     return understood

@@ -277,9 +277,15 @@ def fit_value(section: type[Settings], name: str, value: Any, from_text: bool) -
     first_problem: ValidationError | None = None
     for candidate in candidates:
         try:
-            return _adapter(section, name).validate_python(candidate)
+            fitted = _adapter(section, name).validate_python(candidate)
         except ValidationError as problem:
             first_problem = first_problem or problem
+            continue
+        if isinstance(value, Bare) and fitted in ("true", ["true"]):  # a text that nobody typed
+            raise Forgotten.of(value)
+        return fitted
+    if isinstance(value, Bare):
+        raise Forgotten.of(value)
     assert first_problem is not None
     raise ConfigError(f"{name} = {value!r}: {_reason(value, first_problem.errors(), _allowed(section, name))}")
 
@@ -372,6 +378,28 @@ class Given:
     fallback: bool = False  # gives way to the same key in the same layer
 
 
+class Bare(str):
+    """The "true" of a flag that stands without a value, which switches alone take."""
+
+    flag: str
+
+    @staticmethod
+    def of(flag: str) -> Bare:
+        """The value of this flag, named without its dashes."""
+        value = Bare("true")
+        value.flag = flag
+        return value
+
+
+class Forgotten(ConfigError):
+    """A flag whose value was not typed."""
+
+    @staticmethod
+    def of(value: Bare) -> Forgotten:
+        """The error that names the flag."""
+        return Forgotten(f"--{value.flag} needs a value")
+
+
 def parse_flags(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
     """['x', '--a.b', '1', '--c=2', '--flag'] -> (['x'], {'a.b': '1', 'c': '2', 'flag': 'true'}). ConfigError for a flag
     given twice."""
@@ -388,7 +416,7 @@ def parse_flags(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
         if not equals:
             following = arguments[index] if index < len(arguments) else None
             if following is None or re.match(r"^--[A-Za-z]", following):
-                value = "true"  # bare booleans work
+                value = Bare.of(name)  # bare booleans work
             else:
                 value = following
                 index += 1

@@ -58,6 +58,7 @@ ALIASES = [
     ({"early_stopping": {"patience": 3, "threshold": 0.1}}, "eval.early_stopping_patience", 3),
     ({"training": {"learning-rate": 0.25}}, "optim.learning_rate", 0.25),
     ({"optim": "muon"}, "optim.name", "muon"),
+    ({"max_iters": 7}, "train.max_steps", 7),
     ({"early_stopping.patience": 2}, "eval.early_stopping_patience", 2),
 ]
 
@@ -83,6 +84,7 @@ def test_aliases_leave_a_note_and_canonical_names_do_not() -> None:
         ({"train.max_step": 1}, "max_steps"),
         ({"max_steps": True}, "valid integer"),
         ({"max_steps": "ten"}, "valid integer"),
+        ({"eval": {"max_iters": 7}}, "eval.max_iters"),  # litgpt's, and not the steps of training
         ({"learning_rate": "fast"}, "valid number"),
         ({"report_to": ["csv", "excel"]}, "csv"),
         ({"early_stopping_threshold": 0.1}, "early_stopping_patience"),
@@ -216,6 +218,13 @@ def test_flags_are_parsed() -> None:
     )  # fmt: skip
     with pytest.raises(ConfigError, match="twice"):
         parse_flags(["--a", "1", "--a", "2"])
+
+
+def test_a_flag_without_its_value_is_told_so_unless_it_is_a_switch() -> None:
+    for flag, key in (("max_steps", "max_steps"), ("run.run_name", "run_name"), ("data-path", "path"), ("hidden_size", "hidden_size")):
+        with pytest.raises(ConfigError, match=f"^--{flag} needs a value$"):
+            of(parse_flags([f"--{flag}", "--seed", "3"])[1], from_text=True, with_model=key == "hidden_size")
+    assert of(parse_flags(["--bf16", "--compile"])[1], from_text=True).train.torch_compile is True
 
 
 values = st.one_of(

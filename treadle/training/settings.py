@@ -33,7 +33,7 @@ def _every_n(value: Any) -> Any:
 class TrainSettings(Settings):
     """How long, in what portions and in what precision."""
 
-    max_steps: int | None = option(None, aliases=("steps",), ge=1)
+    max_steps: int | None = option(None, aliases=("steps", "max_iters"), ge=1)
     """Optimiser steps in all; without it num_train_epochs decides."""
 
     num_train_epochs: float = option(1.0, aliases=("num_epochs", "epochs"), gt=0)
