@@ -157,6 +157,8 @@ def render(text: str, result: Values) -> str:
         mark = re.compile(rf"<!-- {name} -->\n.*?<!-- end -->", flags=re.S)
         if mark.search(text):
             body = section(result)
+            if body.endswith("--- |"):  # the heads of a table without rows
+                body = f"Not measured in this run: `python -m bench --only {'contest' if name == 'training' else name}`, then `python -m bench.report`."
             text = mark.sub(lambda _, body=body, name=name: f"<!-- {name} -->\n{body}\n<!-- end -->", text)  # type: ignore[misc]
     return text
 
