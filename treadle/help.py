@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import textwrap
 from collections import Counter
@@ -191,7 +192,19 @@ def _key_lines(section: str, cls: type[Settings] | None, word: str) -> list[str]
     for key in cls.model_fields if cls is not None else ():
         if cls is not None and word in (key, *cls.key_info(key)["aliases"]):
             return key_lines(section, cls, key)
-    return []
+    return _word_lines(cls, word) if cls is not None and word in cls.translations else []
+
+
+def _word_lines(cls: type[Settings], word: str) -> list[str]:
+    """Of a word that sets other keys (bf16): which, with their help where they are of a section that is known."""
+    keys: list[str] = []
+    for value in (True, False):  # what it sets may depend on its value; some take no boolean
+        with contextlib.suppress(TypeError, ValueError, KeyError, AttributeError, IndexError, ConfigError):
+            keys += [key for key in cls.translations[word](value) if key not in keys]
+    said = [f"{word} is read as {' and '.join(keys)}" if keys else f"{word} is a word of [{cls.section_name()}]"]
+    for section, _, key in (dotted.partition(".") for dotted in keys):
+        said += key_lines(section, SECTIONS[section], key) if section in SECTIONS else []
+    return said
 
 
 def preset_lines(preset: str) -> list[str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from treadle.errors import ConfigError
+from treadle.foreign import IDLE, idle
 from treadle.registry import nearest
 from treadle.settings import Fallback, Forgotten, Given, ListChange, Settings, fit_value, parse_text, plain, shown
 
@@ -131,6 +132,12 @@ class Vocabulary:
         if len(homes) > 1:
             options = " or ".join(f"{home}.{self.names_of(home)[name]}" for home in homes)
             raise ConfigError(f"{origin}: {name!r} is ambiguous; write {options}")
+        if name in IDLE:
+            try:
+                self.notes.append(f"{origin}: {idle(name, parse_text(value) if from_text else value)}")
+            except ConfigError as problem:
+                raise ConfigError(f"{origin}: {problem}") from None
+            return []
         # An unknown leaf may belong to an open section; who knows its keys decides (recipe.py).
         return [Given(f"?.{name}", value, f"{origin}: {name}", from_text)]
 

@@ -22,7 +22,7 @@ from treadle.data.settings import TEXT
 from treadle.data.sources import BUNDLED, kind_of
 from treadle.data.sources import SUFFIXES as DATA_SUFFIXES
 from treadle.errors import ConfigError
-from treadle.foreign import advice, is_foreign_table
+from treadle.foreign import advice, is_foreign_table, start_named
 from treadle.models.catalogue import MODELS
 from treadle.naming import Vocabulary, merge, settle
 from treadle.objectives.settings import DEFAULT_OBJECTIVE
@@ -437,7 +437,7 @@ def _understood(
 def _unknown(words: Vocabulary, name: str, one: Given, own: list[str], of_model: bool = False) -> ConfigError:
     """The error for a key that nobody knows; the model's own keys are the likelier ones."""
     others = [] if of_model else [*words.all_names(), *words.other_flags, *(w for s in MODEL_CHOICE.values() for w in s)]
-    near = nearest(name, others, preferred=own, otherwise="none is like it")
+    near = start_named(name, one.value, words.other_flags) + nearest(name, others, preferred=own, otherwise="none is like it")
     of_arch = of_model or any(f"'{key}'" in near for key in own)
     place = f"keys of {words.arch}: treadle train --model.arch {words.arch} --help model" if of_arch else "all of them: treadle train --help all"
     return ConfigError(f"{one.origin} = {shown(one.value)}: unknown key: {near} ({place})")

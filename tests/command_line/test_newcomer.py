@@ -66,6 +66,9 @@ def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         (["train", "--hlp"], "did you mean 'help'"),
         (["train", "--hiden-size", "3"], "did you mean 'hidden_size'?"),
         (["plan", "--memry", "8GiB"], "did you mean 'memory'?"),
+        (["train", "--model_name_or_path", "gpt2"], "unknown key: to start from that model, --from gpt2"),
+        (["train", "--do_train", "False"], "treadle eval RUN"),
+        (["train", "--do_eval", "maybe"], "(allowed: true, false)"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
@@ -154,6 +157,7 @@ def test_help_of_a_section_a_key_and_everything(typed: Any) -> None:
     assert code == 0 and out.startswith("[optim]") and "--optim.adam_epsilon" in out and "max_steps" not in out
     assert typed("train", "--help=lr")[1].startswith("  --optim.learning_rate  (float, default 0.001)")
     assert "--data.seq_len" in typed("check", "-h", "data.max-length")[1]
+    assert typed("train", "--help", "bf16")[1].startswith("bf16 is read as train.precision\n  --train.precision  (")
     assert typed("train", "story.txt", "--help", "num_heads")[1].startswith("  --model.num_heads")
     code, out, _ = typed("train", "--model.arch", "hnet", "--help", "model")
     assert code == 0 and out.startswith("[model] of hnet") and "--model.num_blocks" in out

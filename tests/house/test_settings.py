@@ -220,6 +220,13 @@ def test_flags_are_parsed() -> None:
         parse_flags(["--a", "1", "--a", "2"])
 
 
+def test_flags_of_other_trainers_that_say_nothing_leave_a_note_each() -> None:
+    recipe = of(parse_flags(["--do_train", "--do_eval", "True", "--overwrite_output_dir"])[1], from_text=True)
+    assert [next(word for word in ("treadle train", "eval.eval_steps", "--fresh") if word in note) for note in recipe.notes] == [
+        "treadle train", "eval.eval_steps", "--fresh"]  # fmt: skip
+    assert recipe.tables() == of({}).tables()
+
+
 def test_a_flag_without_its_value_is_told_so_unless_it_is_a_switch() -> None:
     for flag, key in (("max_steps", "max_steps"), ("run.run_name", "run_name"), ("data-path", "path"), ("hidden_size", "hidden_size")):
         with pytest.raises(ConfigError, match=f"^--{flag} needs a value$"):
