@@ -338,7 +338,8 @@ def _sources_of_module(name: str) -> list[Source]:
 def _refusal(name: str, kind: str, source: Source, where: str) -> str:
     """Why a name from a file is not honoured, and what to type."""
     known, note = _read_store()
-    changed = any(path == source.path for path, _ in known | _allowed)
+    trusted = {digest for path, digest in known | _allowed if path == source.path}
+    changed = bool(trusted) and source.sha256 not in trusted  # what another run trusts, as it is, is not trusted here
     code = source.path if source.sha256 else f"the module {source.path[1:-1]}"
     what = f"{code}, which has changed since you trusted it" if changed else code
     flag = source.path if where.endswith(".py") else where

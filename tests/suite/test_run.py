@@ -165,3 +165,37 @@ def test_on_a_ray_cluster_it_finds_the_same(whole: tuple[Path, Path, str], text_
     assert out.returncode == 0, out.stderr
     found, same = logs(tmp_path / "out"), logs(whole[1])
     assert len(found) == 2 and all(same[name] == log for name, log in found.items())
+
+
+OWN = """
+from treadle import errors
+from treadle.models.transformer import Transformer
+
+
+class Mine(Transformer):
+    arch = "mine"
+
+
+class Picky(Transformer):
+    arch = "picky"
+
+    def embed(self, batch, context):
+        raise errors.ConfigError("no such rows, please")
+"""
+
+
+def test_a_model_of_ones_own_and_one_that_refuses(text_file: Path, tmp_path: Path) -> None:
+    path, mine = one_rate(written(tmp_path, text_file, measure=True)), tmp_path / "mine.py"
+    mine.write_text(OWN)
+    entries = "".join(f'[[entries]]\nlabel = "{name}"\narchitecture = "{mine}:{name}"\n' for name in ("Picky", "Mine"))
+    path.write_text(path.read_text().partition("[[entries]]")[0] + entries)
+    line = ("compare", "--suite", path, "--workers", 2, "--output", tmp_path / "out")
+    out = treadle(*line, timeout=500)
+    assert out.returncode == 2 and "--trust-code" in out.stderr and not (tmp_path / "out" / "runs").exists()
+    out = treadle(*line, "--trust-code", mine, timeout=500)
+    jobs = {job["label"]: job for job in result_of(tmp_path / "out")["jobs"]}
+    assert jobs["Mine, seed 0"]["state"] == "done", out.stdout  # the refused one before it ended nothing
+    assert jobs["Picky, seed 0"]["state"] == "failed" and "no such rows, please" in jobs["Picky, seed 0"]["problem"]
+    assert out.returncode == 1 and "failed: Picky, seed 0: error: no such rows" in out.stdout and (tmp_path / "out" / "suite.md").is_file()
+    measured = {path.parent.name.partition("-")[0]: path.read_text() for path in tmp_path.glob("out/measured/*/suite.out")}
+    assert "no such rows" in measured["Mine"] and "trust" not in measured["Mine"]  # beside Picky, whose step is the first's

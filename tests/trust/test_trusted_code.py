@@ -127,8 +127,9 @@ def test_trust_is_in_the_run_as_well_as_in_the_list(code: Code, tmp_path: Path, 
     started(code, tmp_path / "run")
     new_process()
     (tmp_path / "recipe.toml").write_text(f'[model]\narch = "{named(code)}"\n')
-    with pytest.raises(ConfigError, match="--trust-code"):
+    with pytest.raises(ConfigError, match="--trust-code") as refused:
         compose(Request(str(tmp_path / "recipe.toml")).layers())
+    assert "has changed" not in str(refused.value)
 
 
 def test_another_file_behind_the_same_name(code: Code, tmp_path: Path, new_process: Callable[[], None]) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from treadle import trusted_code
 from treadle.distributed.pool import Command, folder_name
 from treadle.monitor.records import write_json
 from treadle.suite.design import EVALUATIONS, Variant, digest, probe_tables, whole, write_recipe
@@ -135,7 +136,7 @@ class Jobs:
         if self.read(job, steps):
             job.reused = True
             return None
-        write_recipe(recipe, tables)
+        write_recipe(recipe, {**_trusted(tables), **tables})
         flags = [f"--seed={job.seed}", f"--learning_rate={rate}", f"--max_steps={steps}", f"--output_dir={job.folder}"]
         return Command(job, ("treadle", "train", str(recipe), *flags), job.folder / "suite.out")
 
@@ -147,7 +148,7 @@ class Jobs:
         if self.read(job, 0):
             job.reused = True
             return None
-        write_json(job.folder / REQUEST, request)
+        write_json(job.folder / REQUEST, {**_trusted([self.variants[0].tables, own.tables]), **request})
         return Command(job, ("treadle.suite.measure", str(job.folder / REQUEST), str(job.folder / RESULT)), job.folder / "suite.out")
 
     def read(self, job: Job, steps: int) -> bool:
@@ -169,6 +170,12 @@ class Jobs:
             job.values = _last_evaluation(job.folder / "eval_log.csv")
         job.state = DONE
         return True
+
+
+def _trusted(named: Any) -> dict[str, Any]:
+    """The run section that lets a process of a job use the code that this one was told to trust. No part of what a job is known by."""
+    found = trusted_code.record(named)
+    return {"run": {"trusted_code": found}} if found else {}
 
 
 def _described(variant: Variant) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from treadle.checkpoint.lock import RunLock
 from treadle.distributed.launch import cores
 from treadle.distributed.pool import LocalPool, Pool, RayPool, last_words, run_all
-from treadle.errors import ConfigError, TreadleError
+from treadle.errors import TreadleError
 from treadle.monitor.records import write_json
 from treadle.suite.design import variants
 from treadle.suite.jobs import DONE, FAILED, Job, Jobs
@@ -68,10 +68,7 @@ def _ended(jobs: Jobs, job: Job, code: int) -> None:
     assert job.folder is not None
     if code == 0 and jobs.read(job, 0):
         return
-    job.state, job.problem = FAILED, last_words(job.folder / "suite.out", code)
-    if code == ConfigError.exit_code:  # the others would be refused as this one was
-        raise ConfigError(f"{job.label}: {job.problem.removeprefix('error: ')}")
-    job.problem += f" ({job.folder / 'suite.out'})"
+    job.state, job.problem = FAILED, f"{last_words(job.folder / 'suite.out', code)} ({job.folder / 'suite.out'})"
 
 
 def _said(jobs: Jobs, job: Job) -> str:
