@@ -260,4 +260,5 @@ def test_a_suite_from_before_its_first_job_to_its_end(tmp_path: Path, monkeypatc
     page.take(watched.news(page.cursor))
     assert [(job["kind"], job["state"], job["problem"]) for job in page.group["jobs"]] == [
         ("search", "done", ""), ("run", "done", ""), ("run", "failed", "out of memory")]  # fmt: skip
+    assert [job["colour"] for job in page.group["jobs"]] == [0, 0, 7]  # an entry's own; dashed from its second seed on
     assert page.group["done"] is True and {run["folder"] for run in page.runs.values()} == {job["folder"] for job in page.group["jobs"]}

@@ -159,6 +159,10 @@ def test_a_sweep_with_a_token(browser: Any, tmp_path: Path) -> None:
         said = tab.locator("#job-rows tr").all_inner_texts()
         assert [re.split(r"[\t\n]", row)[:2] for row in said] == [["lr=2 · seed 0", "training"], ["lr=3 · seed 0", "failed"], ["lr=1 · seed 0", "done"], ["lr=4 · seed 0", "waiting"]]
         assert tab.locator("#quality figure").first.locator("path.line").count() == 2
+        assert tab.evaluate("() => getComputedStyle(document.querySelector('#job-rows .key'), '::before').display") != "none"
+        swatch = tab.locator("#rows tbody tr", has_text="lr=2").locator(".swatch").get_attribute("style")
+        assert swatch == tab.locator("#job-rows .key", has_text="lr=2").get_attribute("style") and "c1" in swatch
+        assert "c1" in tab.locator("#quality figure").first.locator("path.line").nth(1).evaluate("line => line.outerHTML")
         tab.locator("#job-rows .key", has_text="lr=1").click()
         assert tab.locator("#quality figure").first.locator("path.line").count() == 1
         assert tab.locator("#which option").all_text_contents() == ["lr=2 · seed 0"]

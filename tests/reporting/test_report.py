@@ -157,3 +157,10 @@ def test_a_sweep_and_a_suite(tmp_path: Path) -> None:
     assert [column["key"] for column in board["columns"]] == ["bpb", "paired", "learning_rate", "parameters"]
     assert board["scaling"][0]["curve"]["y"][0] == pytest.approx(2.0) and board["scaling"][0]["curve"]["y"][-1] == pytest.approx(1.0)
     assert "exponent 0.500 (0.400 to 0.600)" in board["scaling_note"]
+    aborted = {**suite, "rows": [{**row, "runs": []} for row in suite["rows"]],
+               "jobs": [{"label": "hnet, seed 0", "state": "failed", "problem": "error: no such key"}, {"label": "dense, seed 0", "state": "waiting"}]}
+    (tmp_path / "aborted").mkdir()
+    (tmp_path / "aborted" / "suite.json").write_text(json.dumps(aborted))
+    write_report([str(tmp_path / "aborted")], None, model=False)
+    data = data_of(tmp_path / "aborted" / "report.html")
+    assert data["boards"][0]["problems"] == ["hnet, seed 0: error: no such key"] and "why" in data["lead"]

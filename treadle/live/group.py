@@ -12,6 +12,7 @@ from treadle.reporting.run_data import is_run
 from treadle.reporting.tables import suite_board, sweep_board
 
 MOST_RUNS = 400
+COLOURS = 7  # of page.css (charts.js says the same); every seven further, lines have other dashes
 DEEPEST = 3  # folders below the one that is watched
 
 
@@ -51,6 +52,9 @@ def _suite(root: Path, table: dict[str, Any]) -> Group | None:
         jobs = [{"label": str(job["label"]), "kind": str(job.get("kind", "run")), "state": str(job["state"]), "folder": _named(root, job), "cpu_seconds": job.get("cpu_seconds"),
                  "problem": str(job.get("problem") or "")} for job in table["jobs"]]  # fmt: skip
         board, cost = suite_board(table), table.get("cost") or {}
+        sizes = len({row.get("size") for row in table["rows"]}) > 1
+        entries = [f"{row['label']} {row['size']}" if sizes else row["label"] for row in table["rows"]]
+        _colour(jobs, [job["label"].rpartition(", ")[0] for job in jobs], entries)
         return Group(_members(jobs), str(table["metric"]), board, jobs, cost.get("cpu_seconds"), bool(table.get("done")))
     except (KeyError, TypeError, AttributeError, ValueError, IndexError):
         return None  # torn, or of a version that writes otherwise
@@ -63,10 +67,26 @@ def _sweep(root: Path, table: dict[str, Any]) -> Group | None:
                  "folder": _named(root, cell), "cpu_seconds": cell.get("cpu_seconds"),
                  "problem": str(cell.get("failed") or "")} for cell in table["cells"]]  # fmt: skip
         metric = next((str(cell["metric"]) for cell in table["cells"] if cell.get("metric")), "")
-        spent = sum(float(job["cpu_seconds"] or 0) for job in jobs)
-        return Group(_members(jobs), metric, sweep_board(table, root), jobs, spent)
+        spent, board = sum(float(job["cpu_seconds"] or 0) for job in jobs), sweep_board(table, root)
+        points = [job["label"].rpartition(" · seed ")[0] for job in jobs]
+        order = list(dict.fromkeys(points))  # of the grid, and not by rank, which changes while one looks
+        _colour(jobs, points, order)
+        for row in [*board["rows"], *board["bars"]["rows"]]:
+            row["colour"] = order.index(row["label"])
+        return Group(_members(jobs), metric, board, jobs, spent)
     except (KeyError, TypeError, AttributeError, ValueError, IndexError):
         return None
+
+
+def _colour(jobs: list[dict[str, Any]], names: list[str], entries: list[str]) -> None:
+    """Jobs of one entry in the colour of its row of the table: its number among the entries. Its second and third are drawn with
+    other dashes."""
+    before: dict[str, int] = {}
+    for job, name in zip(jobs, names):
+        if name in entries:
+            kind = f"{name} {job['kind']}"
+            job["colour"] = entries.index(name) % COLOURS + COLOURS * before.get(kind, 0)
+            before[kind] = before.get(kind, 0) + 1
 
 
 def _members(jobs: list[dict[str, Any]]) -> dict[Path, str]:

@@ -223,6 +223,7 @@ function jobsOf(list, group) {
     if (run) byFolder.delete(job.folder);
     const state = run ? run.status.state : "", settled = ["done", "failed"].includes(job.state);
     const own = ACTIVE.has(state) || !settled && ["interrupted", "diverged"].includes(state) ? state : ""; // the table is written when a run has ended
+    if (run) run.colour = job.colour;
     if (run && job.kind !== "run" && !side.has(run.number)) side.set(run.number, null);
     return { name: job.label, state: own || job.state, run, cpu: job.cpu_seconds, problem: job.problem };
   });
@@ -253,7 +254,7 @@ function drawJobs(jobs, group) {
     const spent = present(cpu) && cpu ? cpu : run && run.summary && run.summary.cpu_seconds;
     return [name, state, status.max_steps ? `${status.step} / ${status.max_steps}` : status.step || "", scored ? number(scored[metric], kindOf(metric)) : "–", present(spent) && spent ? duration(spent) : "–", run ? run.number : "", problem || ""];
   });
-  const colours = new Map(withCurves().map((run, place) => [run.number, place]));
+  const colours = new Map(withCurves().map((run, place) => [run.number, run.colour ?? place]));
   const shown = JSON.stringify([rows, [...colours]]);
   if (shown === drawn.jobs) return;
   drawn.jobs = shown;

@@ -140,7 +140,7 @@ def collected(places: list[Place], boards: list[dict[str, Any]], model: bool) ->
     one = runs[0] if len(runs) == 1 else None
     data = {
         "title": one["name"] if one is not None else f"{len(runs)} runs" if any(place.named for place in places) else boards[0]["title"],
-        "lead": _lead(one) if one is not None else _leads(runs, left_out),
+        "lead": _lead(one) if one is not None else _leads(runs, left_out, any(board.get("problems") for board in boards)),
         "tiles": _tiles(one) if one is not None else [],
         "boards": boards,
         "differences": differences(runs) if len(runs) > 1 else None,
@@ -247,9 +247,9 @@ def _amount(count: float) -> str:
     return f"{count / 1000.0**power:.3g}{('', 'k', 'M', 'G')[power]}"
 
 
-def _leads(runs: list[dict[str, Any]], left_out: list[Place]) -> str:
+def _leads(runs: list[dict[str, Any]], left_out: list[Place], failed: bool) -> str:
     if not runs:
-        return "No run has begun yet."
+        return "No run was trained; below the table stands why." if failed else "No run has begun yet."
     arches = list(dict.fromkeys(str(architecture(run["config"].get("model.arch", "?"), run["config"].get("model.layer_types"))) for run in runs))
     more = f"; {len(left_out)} more runs are not drawn: name some of them alone" if left_out else ""
     return ", ".join(arches) + more

@@ -166,7 +166,7 @@ def suite_board(table: dict[str, Any]) -> dict[str, Any]:
         picture = {"title": metric.get("title", metric["key"]), "rows": sorted(found, key=lambda one: one.get("mean") or 0.0,
                                                                                reverse=metric.get("lower_is_better") is False)}  # fmt: skip
     return {"title": f"Suite {table.get('name', '')}".strip(), "note": note, "first": "entry", "columns": columns, "rows": rows, "bars": picture,
-            **_scaling(table)}  # fmt: skip
+            "problems": [f"{job.get('label')}: {job['problem']}" for job in jobs if job.get("problem")], **_scaling(table)}  # fmt: skip
 
 
 def _cost(cost: dict[str, Any]) -> str:

@@ -107,7 +107,7 @@ function seriesOf(family, runs, view) {
     family.members.forEach((member, m) => {
       const label = family.members.length > 1 ? shortened(member, family.name) : "";
       const full = axisOf(run, view.axis), column = run.columns[member];
-      const colour = extra => many ? r + COLOURS * m : found.length;
+      const colour = extra => many ? (run.colour ?? r) + COLOURS * m : found.length;
       if (column && full && valuesOf(column).some(present))
         found.push({ name: [many ? run.label : "", label].filter(Boolean).join(" · ") || "training", x: pick(full, column), y: valuesOf(column), colour: colour(0) });
       for (const split of new Set(run.evals.map(row => row.split))) {

@@ -71,6 +71,11 @@ if (data.tiles.length) {
 for (const board of data.boards) {
   const made = section(board.title, board.note), card = node("div", "card");
   comparison(card, board, board.first);
+  if ((board.problems || []).length) {
+    const list = node("ul", "problems");
+    list.append(...board.problems.map(text => node("li", "", text)));
+    card.append(list);
+  }
   if (board.bars && board.bars.rows.length > 1) { card.append(node("h3", "", board.bars.title)); bars(card, board.bars.rows, "", board.bars.kind); }
   made.append(card);
   if (board.scaling && board.scaling.length) {
