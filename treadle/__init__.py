@@ -22,6 +22,7 @@ _PLACES = {
     "Filter": "treadle.data.transforms:Filter",
     "GeneratedDataset": "treadle.data.generated:GeneratedDataset",
     "INLDynamics": "treadle.layers.dynamics:INLDynamics",
+    "LanguageModelConfig": "treadle.models.base:LanguageModelConfig",
     "LayerState": "treadle.layers.state:LayerState",
     "LossTerm": "treadle.objectives.base:LossTerm",
     "Losses": "treadle.objectives.base:Losses",
@@ -98,6 +99,7 @@ if TYPE_CHECKING:  # `as` is what hands a name on to type checkers (PEP 484)
     from treadle.library import summary as summary
     from treadle.library import train as train
     from treadle.models.base import Capabilities as Capabilities
+    from treadle.models.base import LanguageModelConfig as LanguageModelConfig
     from treadle.models.base import ModelConfig as ModelConfig
     from treadle.models.base import Output as Output
     from treadle.models.base import build as build

@@ -167,9 +167,12 @@ class Model(nn.Module):
 
     @property
     def vocab_size(self) -> int:
-        """How many tokens lm_head tells apart; ConfigError for a model that predicts none."""
+        """How many tokens lm_head tells apart; ConfigError for a model that predicts none, or does not say."""
         if LM_HEAD not in self.heads():
             raise ConfigError(f"the model {self.arch} has no head called {LM_HEAD}: it predicts no tokens")
+        if getattr(self.config, "vocab_size", None) is None:
+            raise ConfigError(f"the Config of the model {self.arch} has no key vocab_size, from which it learns how many tokens there are; "
+                              "make it a class of treadle.LanguageModelConfig, which has one")  # fmt: skip
         return int(self.config.vocab_size)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import os
 import subprocess
@@ -15,10 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.models.huggingface.own_model import Mine
-from treadle import Batch, build, from_pretrained
+from treadle import Batch, Capabilities, build, from_pretrained
 from treadle.errors import ConfigError
-from treadle.models.base import Model
+from treadle.models.base import Model, ModelConfig
 from treadle.models.export import save_for_transformers
+from treadle.models.huggingface.bundled_source import Place
+from treadle.models.huggingface.bundling import Bundle, source_of
 from treadle.models.huggingface.modeling_file import modeling_file
 from treadle.text.byte import ByteTokenizer
 
@@ -85,6 +88,35 @@ for folder in sys.argv[1:]:
     found["fresh"] = float(AutoModelForCausalLM.from_config(model.config, trust_remote_code=True)(given["ids"], labels=given["ids"]).loss)
     print("FOUND " + json.dumps([folder.rpartition("/")[2], found]))
 """
+
+# An architecture of one's own by treadle's public names alone.
+OWN = '''
+class Keys(t.LanguageModelConfig):
+    """Keys."""
+
+    hidden_size: int = t.option(16, ge=1)
+
+
+@dataclass
+class Sum(t.LayerState):
+    total: torch.Tensor
+
+
+class Own(t.Model):
+    Config = Keys
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def hidden(self, batch, state=None):
+        return t.Output(hidden=self.embedding(batch.input_ids), state=state)
+
+    def new_state(self, batch_size, max_len, device=None, dtype=None):
+        return t.State(batch_size, max_len, [Sum(torch.zeros(batch_size, 1))])
+'''
 
 
 def make(name: str) -> Model:
@@ -157,9 +189,37 @@ def test_the_file_is_whole_readable_and_equal_every_time() -> None:
         assert done.returncode == 0, done.stdout
 
 
+def test_public_names_of_treadle_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of one's own writes `treadle.Model` or `from treadle import Model`; both are the same definitions."""
+    monkeypatch.syspath_prepend(tmp_path)
+    texts = []
+    for number, line in enumerate(("import treadle", "import treadle as t", "from treadle import LanguageModelConfig, LayerState, Model, Output, State, option")):
+        text = OWN.replace("t.", {0: "treadle.", 1: "t.", 2: ""}[number])
+        (tmp_path / f"public_{number}.py").write_text(f"from dataclasses import dataclass\n\nimport torch\nfrom torch import nn\n\n{line}\n\n{text}")
+        cls = importlib.import_module(f"public_{number}").Own
+        texts.append(modeling_file(cls, cls.Config(vocab_size=VOCABULARY)).replace(f"public_{number}", "public"))
+        (tmp_path / f"made_{number}.py").write_text(texts[-1])
+        model = importlib.import_module(f"made_{number}").Own(cls.Config(vocab_size=VOCABULARY))  # every name is there
+        with monkeypatch.context() as patch, pytest.raises(ConfigError, match=r"Own is none: it has no new_state \(Capabilities\(decodes=False\)\); use"):
+            patch.setattr(cls, "capabilities", Capabilities(decodes=False))
+            save_for_transformers(build(cls), tmp_path / "refused")
+        assert type(model).__mro__[1].__module__ == f"made_{number}" and type(model).Config.hidden_size == 16
+    assert texts[0] == texts[1] == texts[2] and "treadle." not in texts[0].partition("class Own")[2].partition("# ----")[0]
+    bare = build(cls)
+    bare.config = ModelConfig()
+    with pytest.raises(ConfigError, match=r"Own has no key vocab_size.*treadle\.LanguageModelConfig"):
+        _ = bare.vocab_size
+    for wrong, said in (("t.Nothing", "treadle has no Nothing to bundle"), ("t", "the module treadle. is used as a value")):
+        (tmp_path / "wrong.py").write_text(f"import treadle as t\n\n\nclass Own:\n    def forward(self):\n        return {wrong}\n")
+        importlib.invalidate_caches()
+        with pytest.raises(ConfigError, match=said):
+            Bundle([Place("wrong", "Own")]).text()
+        source_of.cache_clear()
+
+
 def test_a_model_that_writes_no_text_is_refused(tmp_path: Path) -> None:
     model = build("encoder_decoder", vocab_size=VOCABULARY, hidden_size=16, num_heads=2)
-    with pytest.raises(ConfigError, match="encoder_decoder is none; use --format treadle"):
+    with pytest.raises(ConfigError, match="encoder_decoder is none: it reads source beside its tokens; use --format treadle"):
         save_for_transformers(model, tmp_path)
 
 

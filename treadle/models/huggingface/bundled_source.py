@@ -155,15 +155,15 @@ class Read:
 
 
 class Reader(ast.NodeVisitor):
-    """Reads definitions of one module. `meaning` says what a global name is, `constant` the answer of a function that always gives
+    """Reads definitions of one module. `meaning` says what a global name is, `inside` what one of a module of ours is, `constant` the answer of a function that always gives
     the same, else UNKNOWN; option: the function whose calls stand for their first argument; fixed: what names of this module (and
     attributes of `self` and `ctx`) always are."""
 
     def __init__(
-        self, source: Source, meaning: Callable[[str, str], Meaning], constant: Callable[[Place], object], option: Place,
-        fixed: Mapping[str, object],
+        self, source: Source, meaning: Callable[[str, str], Meaning], inside: Callable[[str, str, Source], Meaning],
+        constant: Callable[[Place], object], option: Place, fixed: Mapping[str, object],
     ) -> None:  # fmt: skip
-        self.source, self.meaning, self.constant, self.option, self.fixed = source, meaning, constant, option, fixed
+        self.source, self.meaning, self.inside, self.constant, self.option, self.fixed = source, meaning, inside, constant, option, fixed
         self.found = Read()
         self.scopes: list[list[str]] = []
         self.known: list[dict[str, object]] = [{}]
@@ -186,7 +186,7 @@ class Reader(ast.NodeVisitor):
         if isinstance(node, ast.Attribute):
             held = self._meant(node.value)
             if isinstance(held, str):
-                return self.meaning(held, node.attr)
+                return self.inside(held, node.attr, self.source)
         return None
 
     def visit_Name(self, node: ast.Name) -> None:

@@ -49,6 +49,7 @@ FIXED: dict[str, dict[str, object]] = {"treadle.ops.scan": {"native": False}, "t
 REPLACED = {
     Place("treadle.settings", "Settings"): Place(PORTABLE, "Settings"),
     Place("treadle.errors", "ConfigError"): Place(PORTABLE, "ConfigError"),
+    Place("treadle.library", "Model"): Place("treadle.models.base", "Model"),  # the public name; what it adds loads runs
 }
 DROPPED_FIELDS = ("model_config", "translations", "switches", "called")  # of the keys' classes
 VALIDATORS = ("model_validator", "field_validator")
@@ -59,6 +60,14 @@ TOLD_TO_TOOLS = re.compile(r"  # (?:type: ignore(?:\[[^]]*\])?|fmt: skip|noqa(?:
 def source_of(module: str) -> Source:
     """A module's source, read once in a process."""
     return Source(module)
+
+
+@functools.cache
+def public_names() -> dict[str, str]:
+    """Name -> MODULE:NAME of what treadle/__init__.py loads on first use."""
+    found = source_of(OURS).definitions["_PLACES"]
+    assert isinstance(found, ast.Assign)
+    return dict(ast.literal_eval(found.value))
 
 
 class Bundle:
@@ -94,7 +103,7 @@ class Bundle:
         return self.sources[module]
 
     def meaning(self, module: str, name: str) -> Meaning:
-        """What a global name of a module is. ConfigError for a module that is imported as a whole."""
+        """What a global name of a module is. ConfigError for a name that should be one of ours and is not there."""
         place, source = Place(module, name), self.source(module)
         if place in self.instead:
             return self.instead[place]
@@ -106,12 +115,22 @@ class Bundle:
         if not self._is_ours(found.module):
             return found
         if found.name is None:
-            raise ConfigError(f"{source.path}: write `from {found.module} import ...`, so that the module can be bundled")
-        inside = f"{found.module}.{found.name}"
-        if found.name not in self.source(found.module).definitions and importlib.util.find_spec(inside) is not None:
+            self.source(found.module)
+            return found.module
+        return self.inside(found.module, found.name, source)
+
+    def inside(self, module: str, name: str, asking: Source) -> Meaning:
+        """What `name` of a module of ours is: a public name, a definition, or a module in it. ConfigError where it is nothing."""
+        if module == OURS and name in public_names():
+            where, _, defined = public_names()[name].partition(":")
+            return self.meaning(where, defined)
+        if name not in self.source(module).definitions and _is_module(inside := f"{module}.{name}"):
             self.source(inside)
             return inside
-        return self.meaning(found.module, found.name)
+        meaning = self.meaning(module, name)
+        if meaning is None:
+            raise ConfigError(f"{asking.path}: {module} has no {name} to bundle")
+        return meaning
 
     def _is_ours(self, module: str) -> bool:
         return module == OURS or module.startswith(f"{OURS}.")
@@ -128,7 +147,7 @@ class Bundle:
         return self.answers[place]
 
     def _reader(self, module: str) -> Reader:
-        return Reader(self.source(module), self.meaning, self.constant, OPTION, FIXED.get(module, {}))
+        return Reader(self.source(module), self.meaning, self.inside, self.constant, OPTION, FIXED.get(module, {}))
 
     def _include(self, todo: list[Place]) -> None:
         while todo:
@@ -153,6 +172,10 @@ class Bundle:
     def _needs(self, read: Read) -> list[Place]:
         """Definitions that have to be there; those of types in annotations where they are plain assignments."""
         self.attributes |= read.attributes
+        for one in read.references:
+            if isinstance(one.meaning, str) and not one.annotation:
+                raise ConfigError(f"{ast.unparse(one.node)} (the module {one.meaning}) is used as a value; write `from {one.meaning} import NAME`, "
+                                  "so that what is used can be bundled")  # fmt: skip
         return [r.meaning for r in read.references if isinstance(r.meaning, Place) and (not r.annotation or self._is_alias(r.meaning))]
 
     def _is_alias(self, place: Place) -> bool:
@@ -211,7 +234,10 @@ class Bundle:
             if module in modules or module in above:
                 return
             for found in self.source(module).imports.values():
-                if self._is_ours(found.module):
+                if found.module == OURS:  # public names, which lie elsewhere
+                    for one in sorted(self._used_by(module)):
+                        walk(one, (*above, module))
+                elif self._is_ours(found.module):
                     inside = f"{found.module}.{found.name}"
                     walk(inside if inside in self.sources else found.module, (*above, module))
             modules.append(module)
@@ -225,6 +251,11 @@ class Bundle:
             if place in self.reads:
                 placed.insert(max((placed.index(one) + 1 for one in needs), default=0), place)
         return self._after_their_needs(placed)
+
+    def _used_by(self, module: str) -> set[str]:
+        """The modules of the definitions that those of a module refer to."""
+        reads = [read for place, read in self.reads.items() if place.module == module]
+        return {r.meaning.module for read in reads for r in read.references if isinstance(r.meaning, Place)} - {module}
 
     def _after_their_needs(self, placed: list[Place]) -> list[Place]:
         """Definitions that stand for others may come from modules further down."""
@@ -348,6 +379,13 @@ class Bundle:
         if not left:
             raise ConfigError(f"{place.module}: nothing is left of the class {place.name}; give it a docstring")
         return edits
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # what would hold it is no package
+        return False
 
 
 def _is_called_by_torch(name: str) -> bool:

@@ -51,10 +51,9 @@ def described(cls: type[Model], shape: ModelConfig) -> dict[str, Any]:
     """The table of config.json, but for tokens and the number format. ConfigError as `with_code`."""
     with torch.device("meta"):
         model = cls(shape)
-    alone = LM_HEAD in model.heads() and not cls.example(shape).extras  # it reads nothing but tokens
-    if not (alone and model.capabilities.causal and model.capabilities.decodes):
+    if reason := _reason_against(model, shape):
         raise ConfigError("transformers would load it as a model that continues a text, token by token from nothing else, and "
-                          f"{cls.arch} is none; use --format treadle")  # fmt: skip
+                          f"{cls.arch} is none: {reason}; use --format treadle")  # fmt: skip
     file = trusted_code.place_of(cls)  # of a class of somebody's own; its folder is nobody's business
     own = {"arch": cls.arch if file is None else re.split(r"[\\/]", file)[-1], **shape.model_dump()}
     if types := _layer_types(shape):
@@ -68,6 +67,19 @@ def described(cls: type[Model], shape: ModelConfig) -> dict[str, Any]:
     if (longest := getattr(shape, "max_position_embeddings", None) or model.longest_row) is not None:
         table["max_position_embeddings"] = longest
     return table
+
+
+def _reason_against(model: Model, shape: ModelConfig) -> str | None:
+    """Why a model does not continue a text from its tokens alone; None where it does."""
+    if LM_HEAD not in model.heads():
+        return f"it has no head called {LM_HEAD}"
+    if extras := type(model).example(shape).extras:
+        return f"it reads {', '.join(sorted(extras))} beside its tokens"
+    if not model.capabilities.causal:
+        return "it is not causal (Capabilities(causal=False))"
+    if not model.capabilities.decodes or type(model).new_state is Model.new_state:
+        return "it has no new_state" + ("" if model.capabilities.decodes else " (Capabilities(decodes=False))")
+    return None
 
 
 def modeling_file(cls: type[Model], shape: ModelConfig) -> str:
