@@ -41,6 +41,23 @@ def commands(path: Path) -> list[list[str]]:
 SHORT = ["--num_layers", "1", "--hidden_size", "32", "--num_heads", "2", "--batch_size", "2", "--seq_len", "32",
          "--eval_rows", "2", "--sample_tokens", "2", "--eval_steps", "100", "--model.head_dim", "16"]  # fmt: skip
 
+TINY_SUITE = """
+base = "story.txt"
+[budget]
+bytes = 2000
+[keys]
+seq_len = 32
+per_device_train_batch_size = 2
+eval_rows = 2
+"tokenizer.name" = "byte"
+[shape]
+hidden_size = 16
+num_layers = 1
+num_heads = 1
+[[entries]]
+label = "transformer"
+"""
+
 
 @pytest.mark.timeout(900)  # two dozen commands of five seconds each, on a machine that may be busy
 def test_the_readmes_commands_run(in_folder: Path) -> None:
@@ -62,6 +79,9 @@ def test_the_readmes_commands_run(in_folder: Path) -> None:
             if "--devices" in line:  # the run was started with 2 rows in one process
                 shape = SHORT[:6] + SHORT[8:]
             line += [*shape, "--max_steps", str(next(steps))]
+        if "--suite" in line:  # half an hour as it stands: tests/suite runs small ones
+            (in_folder / "tiny.toml").write_text(TINY_SUITE)
+            line = ["tiny.toml" if word == "architectures" else word for word in line]
         if line[0] == "check":
             line += [*SHORT, "--max_steps", "2"]
         if line[0] == "sweep":
