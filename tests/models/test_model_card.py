@@ -55,6 +55,7 @@ def test_the_card_says_what_the_files_of_the_run_say(tmp_path: Path) -> None:
     for layout, library in (("treadle", "treadle"), ("huggingface", "transformers")):
         card = (export(str(run), layout=layout, license="apache-2.0") / "README.md").read_text()
         assert is_ours(card) and front_of(card)["library_name"] == library
+        assert ('tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")' in card) is (layout == "huggingface")
         assert "somebody" not in card  # folders of absolute paths may name people
         for said in ("12,345 parameters", "6,789 tokens", "- data.jsonl", "| held.txt | bpb | 1.5000 |", "| rhymes | acc | 0.5000 |",
                      "treadle train data.jsonl --from owner/base@main --cache_dir=cache --max_steps 3", "apache-2.0, as whoever exported"):

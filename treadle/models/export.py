@@ -112,7 +112,7 @@ def export(
     described = {"weights_only": True, "source": str(checkpoint.folder), "precision": precision, "packed": packed,
                  "quantized": quantize}  # fmt: skip
     code = any(name.startswith("modeling_") for name in files)
-    card = model_card.card_of(checkpoint, layout, precision, license, folder, code)
+    card = model_card.card_of(checkpoint, layout, precision, license, folder, code, "tokenizer.json" in files)
     writer.save(folder.parent, checkpoint.step, {"model": weights}, files, described, name=folder.name, beside={model_card.FILE: card})
     return folder
 

@@ -37,16 +37,18 @@ def run_name(checkpoint: Checkpoint) -> str:
     return re.sub(r"[^\w.-]+", "-", path.resolve().name.removesuffix(".gguf")).strip("-") or "model"
 
 
-def card_of(checkpoint: Checkpoint, layout: str, precision: str, license: str | None, folder: Path, code: bool = False) -> bytes:
+def card_of(
+    checkpoint: Checkpoint, layout: str, precision: str, license: str | None, folder: Path, code: bool = False, tokenizer: bool = False
+) -> bytes:
     """The card for an export into `folder`: the one that is there where it is somebody's own, else a new one. code: the export has a
-    modeling file."""
+    modeling file; tokenizer: a tokenizer.json."""
     try:
         there = (folder / FILE).read_bytes()
     except OSError:
         there = None
     if there is not None and not is_ours(there.decode("utf-8", "replace")):
         return there
-    text = written(checkpoint, layout, precision, license, code)
+    text = written(checkpoint, layout, precision, license, code, tokenizer)
     return (text + MARK.format(_digest(text))).encode()
 
 
@@ -60,7 +62,9 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def written(checkpoint: Checkpoint, layout: str, precision: str, license: str | None, code: bool = False) -> str:
+def written(
+    checkpoint: Checkpoint, layout: str, precision: str, license: str | None, code: bool = False, tokenizer: bool = False
+) -> str:
     """The card without its last line."""
     config, home = read_config(checkpoint), home_of(checkpoint.folder)
     own = not isinstance(checkpoint, (ForeignModel, PeftFolder))
@@ -87,7 +91,7 @@ def written(checkpoint: Checkpoint, layout: str, precision: str, license: str | 
     count = f" of {summary['parameters']:,} parameters" if isinstance(summary.get("parameters"), int) else ""
     lines += [f"A {arch} model{count}, written by treadle in {precision}, step {checkpoint.step}." if own else
               f"A {arch} model, converted by treadle from {Path(str(base)).name} in {precision}.", ""]  # fmt: skip
-    lines += ["## Use", "", *_use(layout, code), ""]
+    lines += ["## Use", "", *_use(layout, code, tokenizer), ""]
     if data or base:
         lines += ["## Data", ""]
         lines += [f"- {name}" + (f": {TERMS[name]}" if name in TERMS else "") for name in data]
@@ -105,10 +109,12 @@ def written(checkpoint: Checkpoint, layout: str, precision: str, license: str | 
     return "\n".join(lines)
 
 
-def _use(layout: str, code: bool) -> list[str]:
+def _use(layout: str, code: bool, tokenizer: bool) -> list[str]:
     if layout == "huggingface":
-        more = ", trust_remote_code=True" if code else ""
-        lines = ["```python", "from transformers import AutoModelForCausalLM", "", f'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER"{more})', "```"]
+        more = ", trust_remote_code=True" if code else ""  # for the tokenizer too, which looks into config.json
+        lines = ["```python", "from transformers import AutoModelForCausalLM" + (", AutoTokenizer" if tokenizer else ""), "",
+                 f'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER"{more})',
+                 *([f'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER"{more})'] if tokenizer else []), "```"]  # fmt: skip
         return [*lines, "", "The modeling file beside the weights needs torch and transformers alone."] if code else lines
     if layout == "peft":
         return ["```python", "from peft import AutoPeftModelForCausalLM", "", 'model = AutoPeftModelForCausalLM.from_pretrained("THIS_FOLDER")', "```"]
