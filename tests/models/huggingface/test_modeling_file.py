@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.models.huggingface.own_model import Mine
+from tests.models.huggingface.own_public import Mean
 from treadle import Batch, Capabilities, build, from_pretrained
 from treadle.errors import ConfigError
 from treadle.models.base import Model, ModelConfig
@@ -39,6 +41,7 @@ SHAPES: dict[str, tuple[str | type[Model], dict[str, Any]]] = {
     "inl": ("inl", {**WIDTH, "num_layers": 2, "dynamics_controller_size": 8}),
     "mixers": ("transformer", {**WIDTH, "num_layers": 8, "layer_types": MIXERS, "sliding_window": 6}),
     "own": (Mine, {"hidden_size": 32}),
+    "own_public": (Mean, {"hidden_size": 32}),
     "post_norm": ("transformer", {**WIDTH, "num_layers": 2, "style": "gpt2", "pre_norm": False, "max_position_embeddings": 64}),
 }  # fmt: skip
 
@@ -88,36 +91,6 @@ for folder in sys.argv[1:]:
     found["fresh"] = float(AutoModelForCausalLM.from_config(model.config, trust_remote_code=True)(given["ids"], labels=given["ids"]).loss)
     print("FOUND " + json.dumps([folder.rpartition("/")[2], found]))
 """
-
-# An architecture of one's own by treadle's public names alone.
-OWN = '''
-class Keys(t.LanguageModelConfig):
-    """Keys."""
-
-    hidden_size: int = t.option(16, ge=1)
-
-
-@dataclass
-class Sum(t.LayerState):
-    total: torch.Tensor
-
-
-class Own(t.Model):
-    Config = Keys
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-
-    def hidden(self, batch, state=None):
-        return t.Output(hidden=self.embedding(batch.input_ids), state=state)
-
-    def new_state(self, batch_size, max_len, device=None, dtype=None):
-        return t.State(batch_size, max_len, [Sum(torch.zeros(batch_size, 1))])
-'''
-
 
 def make(name: str) -> Model:
     arch, keys = SHAPES[name]
@@ -192,22 +165,19 @@ def test_the_file_is_whole_readable_and_equal_every_time() -> None:
 def test_public_names_of_treadle_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file of one's own writes `treadle.Model` or `from treadle import Model`; both are the same definitions."""
     monkeypatch.syspath_prepend(tmp_path)
-    texts = []
-    for number, line in enumerate(("import treadle", "import treadle as t", "from treadle import LanguageModelConfig, LayerState, Model, Output, State, option")):
-        text = OWN.replace("t.", {0: "treadle.", 1: "t.", 2: ""}[number])
-        (tmp_path / f"public_{number}.py").write_text(f"from dataclasses import dataclass\n\nimport torch\nfrom torch import nn\n\n{line}\n\n{text}")
-        cls = importlib.import_module(f"public_{number}").Own
+    texts, written = [], Path(inspect.getfile(Mean)).read_text()
+    for number, line in enumerate(("import treadle", "import treadle as t", "from treadle import Batch, LanguageModelConfig, LayerState, Model, Output, State, option")):
+        text = written.replace("import treadle\n", f"{line}\n").replace("treadle.", ("treadle.", "t.", "")[number])
+        (tmp_path / f"public_{number}.py").write_text(text)
+        cls = importlib.import_module(f"public_{number}").Mean
         texts.append(modeling_file(cls, cls.Config(vocab_size=VOCABULARY)).replace(f"public_{number}", "public"))
-        (tmp_path / f"made_{number}.py").write_text(texts[-1])
-        model = importlib.import_module(f"made_{number}").Own(cls.Config(vocab_size=VOCABULARY))  # every name is there
-        with monkeypatch.context() as patch, pytest.raises(ConfigError, match=r"Own is none: it has no new_state \(Capabilities\(decodes=False\)\); use"):
-            patch.setattr(cls, "capabilities", Capabilities(decodes=False))
-            save_for_transformers(build(cls), tmp_path / "refused")
-        assert type(model).__mro__[1].__module__ == f"made_{number}" and type(model).Config.hidden_size == 16
-    assert texts[0] == texts[1] == texts[2] and "treadle." not in texts[0].partition("class Own")[2].partition("# ----")[0]
+    assert texts[0] == texts[1] == texts[2] and "class Mean(Model):" in texts[0]
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match=r"Mean is none: it has no new_state \(Capabilities\(decodes=False\)\); use"):
+        patch.setattr(cls, "capabilities", Capabilities(decodes=False))
+        save_for_transformers(build(cls), tmp_path / "refused")
     bare = build(cls)
     bare.config = ModelConfig()
-    with pytest.raises(ConfigError, match=r"Own has no key vocab_size.*treadle\.LanguageModelConfig"):
+    with pytest.raises(ConfigError, match=r"Mean has no key vocab_size.*treadle\.LanguageModelConfig"):
         _ = bare.vocab_size
     for wrong, said in (("t.Nothing", "treadle has no Nothing to bundle"), ("t", "the module treadle. is used as a value")):
         (tmp_path / "wrong.py").write_text(f"import treadle as t\n\n\nclass Own:\n    def forward(self):\n        return {wrong}\n")
