@@ -15,7 +15,7 @@ from typing import Any
 
 from treadle.data.dataset import splits_of
 from treadle.errors import ConfigError
-from treadle.models.base import Model
+from treadle.models.base import LM_HEAD, Model
 from treadle.models.catalogue import MODELS
 from treadle.objectives.task import task_settings
 from treadle.ops.quick_start import shapes_only
@@ -101,6 +101,8 @@ def _variant(suite: Suite, entry: EntrySettings, size: int | None) -> Variant:
     sized = _sized(suite, recipe.arch, {**from_data, **own}, settings.shape, size)
     with shapes_only():
         model = cls(cls.Config.with_preset(None, **sized.keys))
+    if LM_HEAD in model.heads():
+        _ = model.vocab_size  # refused here where its Config has none, before any job
     rows = recipe.train.global_batch_size or recipe.train.per_device_train_batch_size * (recipe.train.gradient_accumulation_steps or 1)
     tokens = rows * data.seq_len
     bytes_per_token = data.stats().get("bytes_per_token")
