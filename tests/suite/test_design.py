@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from treadle.data.base import BatchPlan
 from treadle.data.dataset import splits_of
 from treadle.data.settings import DataSettings
 from treadle.errors import ConfigError
-from treadle.models.base import parameter_count
+from treadle.models.base import Model, ModelConfig, parameter_count
 from treadle.models.catalogue import MODELS
 from treadle.planning.equal_parameters import equal_parameters
 from treadle.suite.design import variants
@@ -47,6 +48,24 @@ def suite(text: Path, **changes: Any) -> Suite:
                              "keys": {"seq_len": 32, "per_device_train_batch_size": 4, "tokenizer.name": "byte"},
                              "shape": {"num_layers": 2, "num_heads": 2}}  # fmt: skip
     return Suite({**table, **changes}, "some.toml")
+
+
+def test_a_model_that_does_not_say_how_many_tokens_it_knows_is_refused_before_any_job(text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Keys(ModelConfig):
+        """None."""
+
+    class Bare(Model):
+        """A head, and no vocab_size."""
+
+        Config = Keys
+
+        def __init__(self, config: Keys) -> None:
+            super().__init__()
+            self.config, self.head = config, nn.Linear(4, 256)
+
+    monkeypatch.setattr("treadle.suite.design.MODELS.get", lambda name: Bare)
+    with pytest.raises(ConfigError, match=r"has no key vocab_size.*treadle\.LanguageModelConfig"):
+        variants(suite(text_file, parameters=None, entries=[{"label": "bare"}]))
 
 
 def test_a_budget_of_bytes_gives_each_the_same_bytes(text_file: Path) -> None:
