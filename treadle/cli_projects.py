@@ -17,7 +17,7 @@ def report(
     no_model: Annotated[bool, typer.Option("--no-model", help="Load no checkpoint: no coloured text.")] = False,
     trust_code: Trust = None,
 ) -> None:
-    """One HTML file that shows runs: curves, samples, text by its loss, settings, events. It needs no network and no server."""
+    """Runs as one HTML page: curves, samples, differences. It needs no network and no server."""
     from treadle.reporting.report import write_report
 
     for line in write_report(runs, Path(output) if output is not None else None, model=not no_model):
