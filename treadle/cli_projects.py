@@ -32,7 +32,7 @@ def watch(
     token_file: Annotated[str | None, typer.Option(help="A file with the token in its first line.")] = None,
     read_only: Annotated[bool, typer.Option("--read-only", help="The page only shows: no stop, save, eval or set.")] = False,
 ) -> None:
-    """A page that follows a training, a sweep or a suite while it runs, and steers it. At http://127.0.0.1:8001; Ctrl-C ends it."""
+    """A page that follows and steers what is running. At http://127.0.0.1:8001; Ctrl-C ends it."""
     import os
 
     from treadle.live.desk import Desk

@@ -80,7 +80,7 @@ def allow(what: str | Path | Iterable[str | Path]) -> None:
     where = found[1] if found else where
     if not where.endswith(".py") and not _MODULE.fullmatch(where):
         raise ConfigError(f"--trust-code {where}: give a .py file, or the name of a module")
-    _allowed.update(source.key for source in _sources(where))
+    _allowed.update(source.key for source in _sources(where, typed=True))
 
 
 def allow_names(value: Any) -> None:
@@ -265,19 +265,20 @@ def _running(work: Callable[[], Any], name: str, path: str) -> Any:
 # ---- what lies behind a name ----
 
 
-def _sources(where: str) -> list[Source]:
-    """Every file that runs when `where` is loaded: the file, or a module's and those of the packages around it."""
-    return [_source_of_file(where)] if where.endswith(".py") else _sources_of_module(where)
+def _sources(where: str, typed: bool = False) -> list[Source]:
+    """Every file that runs when `where` is loaded: the file, or a module's and those of the packages around it. typed: the name is
+    what somebody gives here and now, so that a file of this folder comes before one that a run has recorded."""
+    return [_source_of_file(where, typed)] if where.endswith(".py") else _sources_of_module(where)
 
 
-def _source_of_file(where: str) -> Source:
+def _source_of_file(where: str, typed: bool) -> Source:
     here = _real(where)
     if _frozen is not None and here in _frozen:
         return _source_as_loaded(here)
     if not os.path.isabs(where):
         # A run names the file as it was typed; from another folder it is the one that the run has recorded.
         found = _read(here) if os.path.isfile(here) else None
-        if found is not None and found.key in _allowed:
+        if found is not None and (typed or found.key in _allowed):
             return found
         tail = Path(where).parts
         for path in sorted({path for path, _ in _allowed if Path(path).parts[-len(tail) :] == tail and path != here}):

@@ -47,7 +47,7 @@ RUN_BY_OTHERS = {"comparing", "reports", "watching", "language_models", "collatz
 
 # The runs that a guide takes for granted; each is the one tiny run under another name.
 NEEDS = {
-    "fine_tuning": ["austen"], "generation": ["story", "large", "small"], "huggingface": ["story"], "serving": ["story"],
+    "fine_tuning": ["austen"], "generation": ["story", "large", "small"], "huggingface": ["story", "bytes"], "serving": ["story"],
     "control": ["story"], "trust": [],
 }  # fmt: skip
 OWN_CODE = {
