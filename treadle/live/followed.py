@@ -17,8 +17,6 @@ LOGS = ("metrics.jsonl", "training_log.csv", "eval_log.csv", "samples")
 FILES = ("events.jsonl", "summary.json", "config.toml", LOCK_FILE)
 GONE, WAITING, PREPARING, TRAINING, INTERRUPTED = "gone", "waiting", "preparing", "training", "interrupted"
 ACTIVE = (PREPARING, TRAINING)
-# Events that are the course of a run; every other kind is something that somebody should look at.
-COURSE = {"started", "resumed", "saved", "finished", "stopped", "command", "data", "discovery"}
 
 
 class Followed:
@@ -59,8 +57,11 @@ class Followed:
 
     def _stamps(self) -> list[Any]:
         """What changes whenever the run's files do."""
-        logs = Path(str(self.config.get("log.log_dir") or self.folder))
-        return [_stamp(path) for path in (*(logs / name for name in LOGS), *(self.folder / name for name in FILES))]
+        return [_stamp(path) for path in (*(self._logs / name for name in LOGS), *(self.folder / name for name in FILES))]
+
+    @property
+    def _logs(self) -> Path:
+        return Path(str(self.config.get("log.log_dir") or self.folder))
 
     def _take(self, moment: int) -> None:
         found = read_run(self.folder, self._offsets)
@@ -113,9 +114,7 @@ class Followed:
         if state == TRAINING and isinstance(most, int) and isinstance(seconds, (int, float)) and step:
             left = seconds / step * max(0, most - step)
         return {"state": state, "reason": reason, "step": step, "max_steps": most, "seconds_left": left, "last": last,
-                "saved": saved[-1] if saved else None, "metric": self._metric(), "lower_is_better": summary.get("lower_is_better", True),
-                "written": _written(Path(str(self.config.get("log.log_dir") or self.folder))),
-                "attention": sum(event.get("event") not in COURSE for event in self.events)}  # fmt: skip
+                "saved": saved[-1] if saved else None, "metric": self._metric()}  # fmt: skip
 
     def _metric(self) -> str:
         """What the run is ranked by; while it trains for the first time, what is most likely that."""
@@ -150,8 +149,8 @@ class Followed:
 
     def _begun(self) -> bool:
         """Whether the process that holds the run has logged a step: the log is newer than the lock."""
-        logs, lock = Path(str(self.config.get("log.log_dir") or self.folder)), _stamp(self.folder / LOCK_FILE)
-        newest = max((stamp[1] for name in LOGS[:2] if (stamp := _stamp(logs / name)) is not None), default=0)
+        lock = _stamp(self.folder / LOCK_FILE)
+        newest = max((stamp[1] for name in LOGS[:2] if (stamp := _stamp(self._logs / name)) is not None), default=0)
         return lock is None or newest >= lock[1]
 
     # ---- what is told ----
@@ -165,7 +164,7 @@ class Followed:
         the new ones go; 0, 0, 0 replaces all that was known."""
         if self.changed <= known:
             return None
-        rows, evaluations, events = next(((one[1:]) for one in reversed(self._history) if one[0] <= known), (0, 0, 0))
+        rows, evaluations, events = next((one[1:] for one in reversed(self._history) if one[0] <= known), (0, 0, 0))
         told = {"number": self.number, "label": self.label, "folder": str(self.folder), "status": self.status,
                 "from": {"rows": rows, "evals": evaluations, "events": events}, "steps": self.steps[rows:],
                 "columns": {name: kept[rows:] for name, kept in self.columns.items()}, "evals": self.evaluations[evaluations:],
@@ -180,9 +179,3 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
     except OSError:
         return None
     return status.st_ino, status.st_mtime_ns, status.st_size
-
-
-def _written(logs: Path) -> float | None:
-    """When the log was last written, in seconds since 1970."""
-    stamps = [stamp[1] / 1e9 for name in LOGS[:2] if (stamp := _stamp(logs / name)) is not None]
-    return round(max(stamps), 1) if stamps else None
