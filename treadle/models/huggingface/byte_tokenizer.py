@@ -6,15 +6,9 @@ import json
 from typing import Any
 
 from treadle.text.byte import BOS, EOS, EOS_TOKEN
+from treadle.text.trained import byte_characters
 
 BOS_TOKEN = "<|startoftext|>"
-
-
-def _letters() -> list[str]:
-    """How byte-level BPE writes each byte (Radford et al. 2019): printable ones of Latin-1 as they are, the others from 256 on."""
-    kept = [*range(ord("!"), ord("~") + 1), *range(ord("\u00a1"), ord("\u00ac") + 1), *range(ord("\u00ae"), ord("\u00ff") + 1)]
-    others = iter(range(256, 512))
-    return [chr(byte if byte in kept else next(others)) for byte in range(256)]
 
 
 def byte_tokenizer_files() -> dict[str, bytes]:
@@ -23,7 +17,8 @@ def byte_tokenizer_files() -> dict[str, bytes]:
     special = [{"id": number, "content": name, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
                for number, name in ((BOS, BOS_TOKEN), (EOS, EOS_TOKEN))]  # fmt: skip
     level: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    vocabulary = {letter: byte for byte, letter in enumerate(_letters()) if byte not in (BOS, EOS)}
+    letters = sorted(byte_characters().items(), key=lambda one: one[1])  # by their bytes
+    vocabulary = {letter: byte for letter, byte in letters if byte not in (BOS, EOS)}
     table: dict[str, Any] = {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None, "pre_tokenizer": level,
         "post_processor": None, "decoder": level,
