@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from treadle.settings import shown
+
 
 @dataclass
 class Reading:
@@ -27,8 +29,7 @@ class Reading:
 
     def leave(self, name: str, value: Any, why: str) -> None:
         """One value that no key here holds."""
-        text = repr(value)
-        self.left.append(f"{name} = {text if len(text) <= 60 else text[:57] + '...'}: {why}")
+        self.left.append(f"{name} = {shown(value)}: {why}")
 
     def leave_computed(self, computed: dict[str, int]) -> None:
         """Names whose values only running the script could tell."""
