@@ -236,10 +236,8 @@ def _where(reading: Reading, values: dict[str, Any]) -> set[str]:
     if values.get("project") not in (None, "huggingface"):
         reading.put("log.project", values["project"], "project")
     sharded = values.get("fsdp")
-    if sharded and sharded is not True:
+    if sharded:
         reading.put("parallel.mode", "fsdp", "fsdp")
         if "offload" in str(sharded):
             reading.put("parallel.cpu_offload", True, "fsdp")
-    elif sharded:
-        reading.put("parallel.mode", "fsdp", "fsdp")
     return {"report_to", "project", "fsdp"}
