@@ -7,10 +7,12 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests import warm
+from tests.browsers import chromium
 from tests.s3 import Proxy, s3_server
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; before torch is imported
@@ -61,6 +63,13 @@ def server() -> Iterator[Proxy]:
     """An S3 server with one bucket, for the tests of one file."""
     with s3_server() as proxy:
         yield proxy
+
+
+@pytest.fixture(scope="module")  # its loop keeps asyncio.run from running, so that other modules must not see it
+def browser() -> Iterator[Any]:
+    """A headless Chromium, for the tests of one file."""
+    with chromium() as made:
+        yield made
 
 
 @pytest.fixture(autouse=True)

@@ -5,20 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from treadle.live.desk import Desk
 from treadle.live.server import Server
 from treadle.serving.sockets import listening
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 class RunFolder:
@@ -90,14 +85,3 @@ def behind_socket(desk: Desk, port: int = 0) -> Iterator[str]:
         finally:
             server.shutdown()
             thread.join(10)
-
-
-@pytest.fixture(scope="module")  # its loop keeps asyncio.run from running, so that other modules must not see it
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="the playwright package is not installed")
-    if CHROMIUM is None:
-        pytest.skip("no chromium on this machine")
-    with playwright.sync_playwright() as driver:
-        made = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"])
-        yield made
-        made.close()

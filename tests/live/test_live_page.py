@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.browsers import Visit
 from tests.conftest import flags
 from tests.live.conftest import RunFolder, behind_socket
 from tests.serving.conftest import Scripted, listening, served
@@ -26,18 +27,7 @@ from treadle.training.config import SETTABLE
 SOON = 20_000  # ms, on a loaded machine
 
 
-class Tab:
-    """A tab at the page, and what went wrong in it."""
-
-    def __init__(self, browser: Any, address: str, **how: Any) -> None:
-        self.tab = browser.new_page(**how)
-        self.asked: list[str] = []
-        self.wrong: list[str] = []
-        self.tab.on("request", lambda request: self.asked.append(request.url))
-        self.tab.on("pageerror", lambda error: self.wrong.append(str(error)))
-        self.tab.on("console", lambda message: self.wrong.append(message.text) if message.type == "error" else None)
-        self.tab.goto(address)
-
+class Tab(Visit):
     def state(self, text: str) -> None:
         self.tab.locator("#badge", has_text=re.compile(f"^{text}$")).wait_for(timeout=SOON)
 

@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import browsers
 from tests.reporting.conftest import ENDS_A_SCRIPT, write_run
 from treadle.reporting.pages import page
 from treadle.reporting.report import PARTS, Place, collected, write_report
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="the playwright package is not installed")
-    if CHROMIUM is None:
-        pytest.skip("no chromium on this machine")
-    with playwright.sync_playwright() as driver:
-        made = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"])
-        yield made
-        made.close()
 
 
 @pytest.fixture(scope="module")
@@ -42,25 +28,18 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-class Visit:
-    """A tab at a file: what it asked for, and what went wrong in it."""
+class Visit(browsers.Visit):
+    """A tab at a file; warnings count too."""
+
+    COUNTED = frozenset({"error", "warning"})
 
     def __init__(self, browser: Any, path: Path, scheme: str = "light", width: int = 1280) -> None:
-        self.tab = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 900})
-        self.asked: list[str] = []
-        self.wrong: list[str] = []
-        self.tab.on("request", lambda request: self.asked.append(request.url))
-        self.tab.on("pageerror", lambda error: self.wrong.append(str(error)))
-        self.tab.on("console", lambda message: self.wrong.append(message.text) if message.type in ("error", "warning") else None)
-        self.tab.goto(path.as_uri())
+        super().__init__(browser, path.as_uri(), color_scheme=scheme, viewport={"width": width, "height": 900})
         self.path = path
 
     def fine(self) -> None:
         assert self.wrong == [] and {url for url in self.asked if not url.startswith("data:")} == {self.path.as_uri()}
         self.tab.close()
-
-    def ground(self) -> int:
-        return sum(map(int, re.findall(r"\d+", self.tab.evaluate("getComputedStyle(document.body).backgroundColor"))))
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

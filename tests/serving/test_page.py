@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from tests import browsers
 from tests.serving.conftest import LIMITS, hierarchical, listening, scripted_app, served
 from treadle.generation.engine import Engine
 from treadle.serving.app import App
@@ -18,33 +17,10 @@ from treadle.serving.chunk_marks import ChunkMarks
 from treadle.serving.page import page
 from treadle.text.byte import ByteTokenizer
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TEXT = "The wheel <b>turns</b> — naïve 🧵\nand on."
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="the playwright package is not installed")
-    if CHROMIUM is None:
-        pytest.skip("no chromium on this machine")
-    with playwright.sync_playwright() as driver:
-        made = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"])
-        yield made
-        made.close()
-
-
-class Visit:
-    """A tab at the page: what it asked for, and what went wrong in it."""
-
-    def __init__(self, browser: Any, address: str, scheme: str = "light") -> None:
-        self.tab = browser.new_page(color_scheme=scheme)
-        self.asked: list[str] = []
-        self.wrong: list[str] = []
-        self.tab.on("request", lambda request: self.asked.append(request.url))
-        self.tab.on("pageerror", lambda error: self.wrong.append(str(error)))
-        self.tab.on("console", lambda message: self.wrong.append(message.text) if message.type == "error" else None)
-        self.tab.goto(address)
-
+class Visit(browsers.Visit):
     def ready(self) -> Visit:
         self.tab.locator("#state", has_text="ready").wait_for(timeout=10_000)
         return self
@@ -59,7 +35,7 @@ class Visit:
 def test_a_conversation_by_the_keyboard_alone(browser: Any, scheme: str) -> None:
     app, engine = scripted_app(TEXT)
     with listening(app) as address:
-        visit = Visit(browser, address, scheme).ready()
+        visit = Visit(browser, address, color_scheme=scheme).ready()
         tab = visit.tab
         visit.say("What does a treadle do?", 1)
         visit.say("Go on.", 2)
@@ -78,8 +54,7 @@ def test_a_conversation_by_the_keyboard_alone(browser: Any, scheme: str) -> None
         tab.hover(".t >> nth=0")
         assert tab.locator(".at").text_content() == "T"
         assert float(tab.locator(".t").first.evaluate("one => one.style.getPropertyValue('--surprise')")) == pytest.approx(0.5 / 6, abs=1e-3)
-        ground = tab.evaluate("getComputedStyle(document.body).backgroundColor")
-        assert (sum(map(int, re.findall(r"\d+", ground))) < 200) is (scheme == "dark")
+        assert (visit.ground() < 200) is (scheme == "dark")
         assert visit.wrong == [] and all(url.startswith((address, "data:")) for url in visit.asked)
         tab.close()
 
