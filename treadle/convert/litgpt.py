@@ -10,6 +10,7 @@ from typing import Any
 
 from treadle.convert.reading import Reading
 from treadle.errors import ConfigError
+from treadle.foreign import LITGPT
 
 TRAIN = {
     "global_batch_size": "train.global_batch_size", "micro_batch_size": "train.per_device_train_batch_size",
@@ -44,7 +45,7 @@ def is_config(table: dict[str, Any]) -> bool:
     """Whether a table is one of litgpt's."""
     train = table.get("train")
     inner = set(train) if isinstance(train, dict) else set()
-    return bool({"micro_batch_size", "lr_warmup_steps", "max_norm"} & inner) or any(
+    return bool(LITGPT & inner) or any(
         isinstance(table.get(key), dict) and "class_path" in table[key] for key in ("data", "optimizer")
     )
 
