@@ -76,7 +76,7 @@ def _script(path: Path, kind: str | None) -> Reading:
     if found == "nanogpt":
         return nanogpt.read(script)
     if found in ("shc", "collatz"):
-        return own.read_constants(found, script, found)
+        return own.read_constants(found, script)
     raise ConfigError(f"--kind {found} is read from {KINDS[found].rpartition(', ')[2]}, and {path} is a script")
 
 
@@ -89,7 +89,7 @@ def _table(path: Path, kind: str | None) -> Reading:
         return huggingface.read_arguments(table, path.stem)
     if found == "litgpt":
         return litgpt.read(table, path)
-    if found in ("nanogpt",):
+    if found == "nanogpt":
         raise ConfigError(f"--kind {found} is read from .py, and {path} is a table")
     return own.read_table(found, path)
 

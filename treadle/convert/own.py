@@ -39,8 +39,8 @@ def read_table(kind: str, path: Path) -> Reading:
     return Reading(kind, dict(recipe_layer(path).table))
 
 
-def read_constants(kind: str, script: Script, arch: str) -> Reading:
-    """A script's constants, argument classes and flags; `arch` where it names no architecture."""
+def read_constants(kind: str, script: Script) -> Reading:
+    """A script's constants, argument classes and flags; its kind is the architecture where it names none."""
     reading = Reading(kind)
     names = set(vocabulary().all_names())
     constants = {name: value for name, value in script.constants.items() if plain(name) in names or name not in script.used}
@@ -51,7 +51,7 @@ def read_constants(kind: str, script: Script, arch: str) -> Reading:
     for name, value in values.items():
         reading.put(plain(name), value, name)
     if not known & {"arch", "architecture", "model_type", "model_size", "preset"}:
-        reading.put("model.arch", arch)
+        reading.put("model.arch", kind)
     if not known & {"run_name", "experiment_name"}:
         reading.put("run.run_name", script.path.stem)
     reading.leave_computed(script.computed)
