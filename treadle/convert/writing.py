@@ -139,11 +139,9 @@ def _line(section: str, name: str, value: Any, reading: Reading, origins: dict[s
     return written if theirs in ("", name, key, value) else f"{written}  # {' '.join(theirs.split())}"
 
 
-def _comment(text: str) -> list[str]:
-    return textwrap.wrap(" ".join(text.split()), 110, initial_indent="# ", subsequent_indent="# ", break_long_words=False, break_on_hyphens=False)
+def _comment(text: str, first: str = "# ", rest: str = "# ") -> list[str]:
+    return textwrap.wrap(" ".join(text.split()), 110, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False)
 
 
 def _bullets(items: list[str]) -> list[str]:
-    wrapped = [textwrap.wrap(" ".join(item.split()), 110, initial_indent="#   ", subsequent_indent="#     ", break_long_words=False,
-                             break_on_hyphens=False) for item in items]  # fmt: skip
-    return [line for lines in wrapped for line in lines]
+    return [line for item in items for line in _comment(item, "#   ", "#     ")]
