@@ -6,6 +6,7 @@ leaves out are written where treadle's are others (transformers' documentation o
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from treadle.convert.reading import Reading
@@ -17,6 +18,8 @@ DEFAULTS: dict[str, Any] = {
     "lr_scheduler_type": "linear", "warmup_steps": 0, "weight_decay": 0.0, "adam_beta2": 0.999, "logging_steps": 500, "save_steps": 500,
     "seed": 42,
 }  # fmt: skip
+# Those of trl's classes, by their objective.
+OTHER_DEFAULTS: dict[str | None, dict[str, Any]] = {"sft": {"learning_rate": 2e-5}, "dpo": {"learning_rate": 1e-6}}
 # The same name and meaning here.
 SAME = {
     "per_device_train_batch_size", "per_device_eval_batch_size", "num_train_epochs", "learning_rate", "weight_decay", "adam_beta1",
@@ -107,17 +110,13 @@ def read_arguments(values: dict[str, Any], stem: str, complete: bool = True, obj
     reading = Reading("huggingface")
     if objective is not None:
         reading.put("train.objective", objective)
-    given = set(values)
-    values = dict(values)
-    taken = list(values)
+    given = values
     if not complete:
-        for name, value in DEFAULTS.items():
-            if name not in values:
-                values[name] = 2e-5 if (name, objective) == ("learning_rate", "sft") else 1e-6 if (name, objective) == ("learning_rate", "dpo") else value
+        values = {**given, **{name: value for name, value in {**DEFAULTS, **OTHER_DEFAULTS.get(objective, {})}.items() if name not in given}}
     reading.put("run.run_name", values.get("run_name") or stem, "run_name" if values.get("run_name") else "")
-    for name in values:
-        if name in SAME and values[name] is not None:
-            reading.put(name, values[name], name if name in given else "transformers' default")
+    for name, value in values.items():
+        if name in SAME and value is not None:
+            reading.put(name, value, name if name in given else "transformers' default")
     for name, key in RENAMED.items():
         if key and values.get(name) is not None and values[name] != IDLE.get(name):
             reading.put(key, values[name], name)
@@ -131,8 +130,7 @@ def read_arguments(values: dict[str, Any], stem: str, complete: bool = True, obj
         reading.put("run.device", "cpu", "use_cpu")
     if values.get("model_name_or_path"):
         reading.start = str(values["model_name_or_path"])
-    for name in taken:
-        value = values[name]
+    for name, value in given.items():
         if name in handled or value in (None, False, "", [], {}, 0) or value == IDLE.get(name):
             continue
         if name.startswith("hub_"):
@@ -149,7 +147,7 @@ def _duration(reading: Reading, values: dict[str, Any]) -> set[str]:
     return {"max_steps"}
 
 
-def _rate(reading: Reading, values: dict[str, Any], given: set[str]) -> set[str]:
+def _rate(reading: Reading, values: dict[str, Any], given: Collection[str]) -> set[str]:
     """The schedule; theirs falls to 0 unless it says otherwise."""
     word = str(values.get("lr_scheduler_type", "linear")).rpartition(".")[2].lower()
     extra = values.get("lr_scheduler_kwargs") or {}
