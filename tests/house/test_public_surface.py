@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -114,6 +114,11 @@ def mentions_tensors(function: Function) -> bool:
     return any(re.search(r"(?<!\w)Tensor\b", text) for text in written)
 
 
+def returns_a_quantity(function: Function) -> bool:
+    typed = function.returns is not None and re.search(r"\b(?:float|int)\b", ast.unparse(function.returns))
+    return bool(typed and QUANTITY.search(function.name))
+
+
 @cache
 def our_errors() -> dict[str, set[str]]:
     """Error -> itself and the errors of ours that it is one of."""
@@ -151,30 +156,29 @@ def test_every_public_name_says_what_it_is(room: str) -> None:
     assert not bare, "write a docstring:\n" + "\n".join(bare)
 
 
-@pytest.mark.parametrize("room", surface())
-def test_whoever_takes_tensors_says_their_shapes(room: str) -> None:
-    """`x [B, T, D] -> [B, T, D]`, "a scalar" or "of any shape", at the function, at what it overrides or at the class."""
-    silent = [
+def silent_functions(room: str, concerns: Callable[[Function], bool], says: Callable[[Function, ast.ClassDef | None], bool]) -> list[str]:
+    """The public functions of a room that a rule concerns and that do not say what it asks for."""
+    return [
         f"{path.relative_to(ROOT)}:{node.lineno} {name}"
         for path in surface()[room]
         for name, node, cls in names(path)
-        if isinstance(node, FUNCTIONS) and mentions_tensors(node) and not is_foreign(cls)
-        if not SHAPE.search(documentation(node, cls, of_class=True))
+        if isinstance(node, FUNCTIONS) and not is_foreign(cls) and concerns(node) and not says(node, cls)
     ]
+
+
+@pytest.mark.parametrize("room", surface())
+def test_whoever_takes_tensors_says_their_shapes(room: str) -> None:
+    """`x [B, T, D] -> [B, T, D]`, "a scalar" or "of any shape", at the function, at what it overrides or at the class."""
+    silent = silent_functions(room, mentions_tensors, lambda node, cls: bool(SHAPE.search(documentation(node, cls, of_class=True))))
     assert not silent, "say the shapes:\n" + "\n".join(silent)
 
 
 @pytest.mark.parametrize("room", surface())
 def test_whoever_returns_a_quantity_says_its_unit(room: str) -> None:
     """In the docstring, or in the name."""
-    silent = [
-        f"{path.relative_to(ROOT)}:{node.lineno} {name}"
-        for path in surface()[room]
-        for name, node, cls in names(path)
-        if isinstance(node, FUNCTIONS) and node.returns is not None and not is_foreign(cls)
-        if re.search(r"\b(?:float|int)\b", ast.unparse(node.returns)) and QUANTITY.search(node.name)
-        if not UNIT.search(f"{node.name} {documentation(node, cls, of_class=False)}")
-    ]
+    silent = silent_functions(
+        room, returns_a_quantity, lambda node, cls: bool(UNIT.search(f"{node.name} {documentation(node, cls, of_class=False)}"))
+    )
     assert not silent, "say the unit:\n" + "\n".join(silent)
 
 
@@ -226,7 +230,7 @@ def test_what_comes_from_a_paper_names_it(kind: str) -> None:
 def test_type_checkers_see_every_name_of_the_package() -> None:
     """What loads on first use is imported under TYPE_CHECKING from the same place, in the form that hands it on to users under
     mypy --strict (`import X as X`, or an assignment); and the marker of PEP 561 is there."""
-    imported, seen = {}, {}
+    imported, seen = dict[str, str](), dict[str, str]()
     for node in ast.walk(tree_of(ROOT / "__init__.py")):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("treadle."):
             imported |= {alias.name: f"{node.module}:{alias.name}" for alias in node.names}
