@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from treadle.files import shipped
 from treadle.terminal import write
 
 VARIABLE = "_TREADLE_COMPLETE"  # typer's scripts (treadle --show-completion) set it to complete_SHELL
@@ -152,12 +153,7 @@ def targets(start: str) -> list[str]:
                  if not p.name.startswith(".") and (p.is_dir() or p.suffix in READ_AS_TARGET)]  # fmt: skip
     except OSError:
         paths = []
-    return _starting([*recipe_names(), *paths], start)
-
-
-def recipe_names() -> list[str]:
-    folder = PACKAGE / "recipes" if (PACKAGE / "recipes").is_dir() else PACKAGE.parent / "recipes"
-    return sorted(path.stem for path in folder.glob("*.toml"))
+    return _starting([*shipped("recipes"), *paths], start)
 
 
 def architectures() -> list[str]:

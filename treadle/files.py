@@ -31,6 +31,13 @@ def alone(lock: Path) -> Iterator[None]:
         yield
 
 
+def shipped(kind: str) -> dict[str, Path]:
+    """Name -> file of the built-in TOML files of a kind (recipes, suites): inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).parent
+    folder = package / kind if (package / kind).is_dir() else package.parent / kind
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
 def cache_root(configured: str | None) -> Path:
     """Where prepared data, trained tokenizers and compiled C files live."""
     return Path(configured or os.environ.get("TREADLE_CACHE") or Path.home() / ".cache" / "treadle")

@@ -22,6 +22,7 @@ from treadle.data.settings import TEXT
 from treadle.data.sources import BUNDLED, kind_of
 from treadle.data.sources import SUFFIXES as DATA_SUFFIXES
 from treadle.errors import ConfigError
+from treadle.files import shipped
 from treadle.foreign import advice, is_foreign_table, start_named
 from treadle.models.catalogue import MODELS
 from treadle.naming import Vocabulary, merge, settle
@@ -79,15 +80,9 @@ class Layer:
     other_flags: tuple[str, ...] = ()  # what the verb takes beside keys, for what a misspelt key may have meant
 
 
-def recipe_folder() -> Path:
-    """Where the built-in recipes are: inside an installed package, or beside it in a checkout."""
-    package = Path(__file__).parent
-    return package / "recipes" if (package / "recipes").is_dir() else package.parent / "recipes"
-
-
 def builtin_recipes() -> dict[str, Path]:
     """Name -> file of the recipes that come along."""
-    return {path.stem: path for path in sorted(recipe_folder().glob("*.toml"))}
+    return shipped("recipes")
 
 
 def target_layer(target: str | Mapping[str, Any] | None) -> Layer:

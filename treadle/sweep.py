@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
 import math
@@ -15,7 +14,7 @@ from typing import Any
 
 from treadle.distributed.pool import Command, LocalPool, folder_name, last_words, run_all
 from treadle.errors import ConfigError, TreadleError
-from treadle.monitor.records import write_json
+from treadle.monitor.records import last_evaluation, write_json
 from treadle.reporting.bars import svg_bars
 
 EXAMPLE = "treadle sweep RECIPE --over optim.learning_rate=1e-3,3e-3 --seeds 3"
@@ -118,19 +117,11 @@ def _ended(code: int, cell: Cell, say: Callable[[str], None]) -> None:
     summary = json.loads((cell.folder / "summary.json").read_text(encoding="utf-8"))
     cell.cpu_seconds, cell.metric = summary["cpu_seconds"], summary["ranking_metric"]
     cell.lower_is_better = summary["lower_is_better"]
-    cell.value, cell.step = _newest(cell.folder / "eval_log.csv", cell.metric)
+    newest = last_evaluation(cell.folder / "eval_log.csv")
+    if cell.metric in newest:
+        cell.value, cell.step = newest[cell.metric], int(newest["step"])
     shown = "no evaluation" if cell.value is None else f"{cell.metric} {cell.value:.4f} at step {cell.step}"
     say(f"{cell.label} seed {cell.seed}: {shown}")
-
-
-def _newest(log: Path, metric: str) -> tuple[float | None, int]:
-    if not log.is_file():
-        return None, 0
-    with log.open(encoding="utf-8") as stream:
-        rows = [row for row in csv.DictReader(stream) if row.get("split", "validation") == "validation"]
-    if rows and rows[-1].get(metric):
-        return float(rows[-1][metric]), int(rows[-1]["step"])
-    return None, 0
 
 
 @dataclass

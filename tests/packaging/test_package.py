@@ -54,8 +54,9 @@ def test_the_changelog_has_this_version() -> None:
 
 
 def test_every_folder_beside_the_package_that_code_opens_is_shipped() -> None:
-    """`package.parent / "recipes"` in a checkout is `treadle/recipes` in a wheel."""
-    beside = {name for p in PACKAGE.rglob("*.py") for name in re.findall(r'package\.parent / "(\w+)"', p.read_text(), flags=re.I)}
+    """`shipped("recipes")` (or `package.parent / "recipes"`) in a checkout is `treadle/recipes` in a wheel."""
+    opened = r'(?:package\.parent / |shipped\()"(\w+)"'
+    beside = {name for p in PACKAGE.rglob("*.py") for name in re.findall(opened, p.read_text(), flags=re.I)}
     assert beside >= {"recipes", "suites"}
     assert BUILD["wheel"]["force-include"] == {name: f"treadle/{name}" for name in sorted(beside)}
     assert beside <= set(BUILD["sdist"]["only-include"])

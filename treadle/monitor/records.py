@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import platform
@@ -23,6 +24,15 @@ def write_event(run: Path, kind: str, **details: Any) -> None:
     event = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": kind, **details}
     with (run / "events.jsonl").open("a", encoding="utf-8") as stream:
         stream.write(json.dumps({k: finite(v) for k, v in event.items()}) + "\n")
+
+
+def last_evaluation(log: Path) -> dict[str, float]:
+    """The newest row of an eval_log.csv that is of validation data, as numbers by name; {} where there is none."""
+    if not log.is_file():
+        return {}
+    with log.open(encoding="utf-8") as stream:
+        rows = [row for row in csv.DictReader(stream) if row.get("split", "validation") == "validation"]
+    return {name: float(value) for name, value in rows[-1].items() if name != "split" and value} if rows else {}
 
 
 def write_json(path: Path, table: dict[str, Any]) -> None:

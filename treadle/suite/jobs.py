@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 from treadle import trusted_code
 from treadle.distributed.pool import Command, folder_name
-from treadle.monitor.records import write_json
+from treadle.monitor.records import last_evaluation, write_json
 from treadle.suite.design import EVALUATIONS, Variant, digest, probe_tables, whole, write_recipe
 from treadle.suite.settings import Kind, Suite
 
@@ -167,7 +166,7 @@ class Jobs:
             if found.get("status") != "finished" or (steps and found.get("step") != steps):
                 return False
             job.summary, job.cpu_seconds = found, found["cpu_seconds"]
-            job.values = _last_evaluation(job.folder / "eval_log.csv")
+            job.values = last_evaluation(job.folder / "eval_log.csv")
         job.state = DONE
         return True
 
@@ -181,11 +180,3 @@ def _trusted(named: Any) -> dict[str, Any]:
 def _described(variant: Variant) -> dict[str, Any]:
     keys = {key: value for key, value in variant.tables["model"].items() if key not in ("arch", "preset")}
     return {"arch": variant.arch, "keys": keys}
-
-
-def _last_evaluation(log: Path) -> dict[str, Any]:
-    if not log.is_file():
-        return {}
-    with log.open(encoding="utf-8") as stream:
-        rows = [row for row in csv.DictReader(stream) if row.get("split", "validation") == "validation"]
-    return {name: float(value) for name, value in rows[-1].items() if name != "split" and value} if rows else {}

@@ -9,6 +9,7 @@ from pydantic import field_validator, model_validator
 
 from treadle.data.probes import PROBES
 from treadle.errors import ConfigError
+from treadle.files import shipped
 from treadle.models.catalogue import MODELS
 from treadle.registry import nearest
 from treadle.settings import Settings, load_table, option
@@ -206,14 +207,9 @@ def _entry(table: dict[str, Any]) -> EntrySettings:
     return entry
 
 
-def suite_folder() -> Path:
-    """Where the built-in suites are: inside an installed package, or beside it in a checkout."""
-    package = Path(__file__).parent.parent
-    return package / "suites" if (package / "suites").is_dir() else package.parent / "suites"
-
-
 def builtin_suites() -> dict[str, Path]:
-    return {path.stem: path for path in sorted(suite_folder().glob("*.toml"))}
+    """Name -> file of the suites that come along."""
+    return shipped("suites")
 
 
 def read_suite(named: str) -> Suite:
