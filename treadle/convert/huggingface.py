@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from treadle.convert.reading import Reading
+from treadle.convert.reading import NO_KEY, Reading, of_steps
 from treadle.convert.script import ARGUMENTS, Script
 
 # Defaults that differ from treadle's, by their name.
@@ -137,14 +137,20 @@ def read_arguments(values: dict[str, Any], stem: str, complete: bool = True, obj
             continue  # said once, by push_to_hub
         if name == "accelerator_config" and isinstance(value, dict) and value.get("dispatch_batches") is None and not value.get("split_batches"):
             continue
-        reading.leave(name, value, WHY.get(name, "no key of treadle says it"))
+        reading.leave(name, value, WHY.get(name, NO_KEY))
     return reading
 
 
 def _duration(reading: Reading, values: dict[str, Any]) -> set[str]:
-    if (values.get("max_steps") or -1) > 0:
-        reading.put("train.max_steps", values["max_steps"], "max_steps")
+    if (steps := _steps(values)) is not None:
+        reading.put("train.max_steps", steps, "max_steps")
     return {"max_steps"}
+
+
+def _steps(values: dict[str, Any]) -> Any:
+    """max_steps; None where epochs decide, which is 0 or less there."""
+    steps = values.get("max_steps") or -1
+    return steps if steps > 0 else None
 
 
 def _rate(reading: Reading, values: dict[str, Any], given: Collection[str]) -> set[str]:
@@ -163,10 +169,7 @@ def _rate(reading: Reading, values: dict[str, Any], given: Collection[str]) -> s
     if word == "constant" and warmup:
         reading.put("optim.warmup_steps", 0, "lr_scheduler_type = constant takes no warm-up")
     elif 0 < warmup < 1:
-        if (values.get("max_steps") or -1) > 0:
-            reading.put("optim.warmup_steps", max(1, round(warmup * values["max_steps"])), f"{warmup:g} of max_steps")
-        else:
-            reading.leave("warmup_ratio", warmup, "a share needs a number of steps; give optim.warmup_steps (2% of the run until then)")
+        reading.warm_up("warmup_ratio", warmup, _steps(values), f"{warmup:g} of max_steps")
     else:
         reading.put("optim.warmup_steps", int(warmup), "warmup_steps")
     optimizer = str(values.get("optim", "adamw_torch")).rpartition(".")[2].lower()
@@ -190,16 +193,16 @@ def _numbers(reading: Reading, values: dict[str, Any]) -> set[str]:
 
 def _times(reading: Reading, values: dict[str, Any]) -> set[str]:
     """When it logs, saves and evaluates: steps, or a share of them."""
-    steps = values.get("max_steps") or -1
+    steps = _steps(values)
 
     def number(name: str) -> int | None:
         value = values.get(name)
         if value is None or value <= 0:
             return None
-        if value < 1 and steps <= 0:
+        if value < 1 and steps is None:
             reading.leave(name, value, "a share needs a number of steps (a tenth of the run until then)")
             return None
-        return max(1, round(value * steps)) if value < 1 else int(value)
+        return of_steps(value, steps) if value < 1 else int(value)
 
     every = number("logging_steps")
     if every is not None and values.get("logging_strategy", "steps") == "steps":

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from treadle.convert.reading import Reading
+from treadle.convert.reading import NO_KEY, Reading
 from treadle.errors import ConfigError
 from treadle.foreign import LITGPT
 
@@ -70,7 +70,7 @@ def read(table: dict[str, Any], path: Path) -> Reading:
     _adapters(reading, left)
     for name, value in left.items():
         if value not in (None, False, "", [], {}):
-            reading.leave(name, value, WHY.get(name, "no key of treadle says it"))
+            reading.leave(name, value, WHY.get(name, NO_KEY))
     return reading
 
 
@@ -102,15 +102,11 @@ def _train(reading: Reading, train: dict[str, Any], devices: Any, shape: Any) ->
             reading.leave("train.max_tokens", tokens, "train.max_steps = tokens / (rows in a step x data.seq_len)")
     share = left.pop("lr_warmup_fraction", None)
     if share:
-        steps = reading.table.get("train.max_steps")
-        if steps is None:
-            reading.leave("train.lr_warmup_fraction", share, "a share needs a number of steps; give optim.warmup_steps (2% of the run until then)")
-        else:
-            reading.put("optim.warmup_steps", max(1, round(share * steps)), "train.lr_warmup_fraction of max_steps")
+        reading.warm_up("train.lr_warmup_fraction", share, reading.table.get("train.max_steps"), "train.lr_warmup_fraction of max_steps")
     left.pop("tie_embeddings", None)
     for name, value in left.items():
         if value not in (None, False):
-            reading.leave(f"train.{name}", value, WHY.get(name, "no key of treadle says it"))
+            reading.leave(f"train.{name}", value, WHY.get(name, NO_KEY))
 
 
 def _evaluation(reading: Reading, evaluation: dict[str, Any], train: dict[str, Any]) -> None:
@@ -125,7 +121,7 @@ def _evaluation(reading: Reading, evaluation: dict[str, Any], train: dict[str, A
     for name, value in left.items():
         if value in (None, False) or (name == "final_validation" and value is True):
             continue
-        reading.leave(f"eval.{name}", value, WHY.get(name, "no key of treadle says it"))
+        reading.leave(f"eval.{name}", value, WHY.get(name, NO_KEY))
 
 
 def _optimizer(reading: Reading, optimizer: Any) -> None:

@@ -7,6 +7,14 @@ from typing import Any
 
 from treadle.settings import shown
 
+NO_KEY = "no key of treadle says it"
+SHARE_WITHOUT_STEPS = "a share needs a number of steps; give optim.warmup_steps (2% of the run until then)"
+
+
+def of_steps(share: float, steps: int) -> int:
+    """A share of a number of steps, one at least."""
+    return max(1, round(share * steps))
+
 
 @dataclass
 class Reading:
@@ -30,6 +38,13 @@ class Reading:
     def leave(self, name: str, value: Any, why: str) -> None:
         """One value that no key here holds."""
         self.left.append(f"{name} = {shown(value)}: {why}")
+
+    def warm_up(self, name: str, share: float, steps: int | None, called: str) -> None:
+        """The warm-up as a share of the run's steps, where they are known; called: what the comment beside it says."""
+        if steps is None:
+            self.leave(name, share, SHARE_WITHOUT_STEPS)
+        else:
+            self.put("optim.warmup_steps", of_steps(share, steps), called)
 
     def leave_computed(self, computed: dict[str, int]) -> None:
         """Names whose values only running the script could tell."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from treadle.convert.own import WHY
-from treadle.convert.reading import Reading
+from treadle.convert.reading import SHARE_WITHOUT_STEPS, Reading, of_steps
 from treadle.errors import ConfigError
 from treadle.naming import Vocabulary
 from treadle.recipe import MODEL_CHOICE, SECTION_ALIASES, Layer, compose, vocabulary
@@ -59,9 +59,9 @@ def _without_the_unknown(reading: Reading, origin: str, folder: Path | None) -> 
     recipe = compose([Layer(reading.table, origin, folder=folder)])
     for theirs, share in shares:
         if recipe.train.max_steps is None:
-            reading.leave(theirs, share, "a share needs a number of steps; give optim.warmup_steps (2% of the run until then)")
+            reading.leave(theirs, share, SHARE_WITHOUT_STEPS)
         elif recipe.origins.get("optim.warmup_steps", NOT_GIVEN[0]).startswith(NOT_GIVEN):
-            kept.append((("optim.warmup_steps",), max(1, round(share * recipe.train.max_steps))))
+            kept.append((("optim.warmup_steps",), of_steps(share, recipe.train.max_steps)))
             reading.theirs["optim.warmup_steps"] = f"{theirs} {share:g} of max_steps"
         else:
             reading.leave(theirs, share, "warmup_steps says it already")
