@@ -33,18 +33,12 @@ def watch(
     read_only: Annotated[bool, typer.Option("--read-only", help="The page only shows: no stop, save, eval or set.")] = False,
 ) -> None:
     """A page that follows and steers what is running. At http://127.0.0.1:8001; Ctrl-C ends it."""
-    import os
-
     from treadle.live.desk import Desk
     from treadle.live.server import serve
     from treadle.live.watched import Watched, found
-    from treadle.serving.limits import checked_host
-    from treadle.serving.sockets import listening, read_token
+    from treadle.serving.sockets import entrance
 
     folder = found(run)
-    secret = read_token(token, token_file) or read_token(os.environ.get("TREADLE_TOKEN") or None, None)
-    checked_host(host, secret)
-    listener = listening(host, port)
-    address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+    listener, address, secret = entrance(host, port, token, token_file)
     echo(f"{folder} at {address}; Ctrl-C ends the page, not the training")
     raise typer.Exit(serve(Desk(Watched(folder), secret, read_only), listener))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -79,24 +78,22 @@ def serve(
     trust_code: Trust = None,
 ) -> None:
     """A trained model behind OpenAI's API, with a page to talk to it. At http://127.0.0.1:8000; Ctrl-C finishes what runs."""
-    from treadle.serving.limits import Limits, checked_host, longest
+    from treadle.serving.limits import Limits, longest
     from treadle.serving.server import needed
-    from treadle.serving.sockets import listening, read_token
+    from treadle.serving.sockets import entrance
 
     needed()
     max_prompt_tokens, max_new_tokens = longest(max_prompt_tokens, max_new_tokens, max_model_len)
-    secret = read_token(token, token_file) or read_token(os.environ.get("TREADLE_TOKEN") or None, None)
-    checked_host(host, secret)
-    listener = listening(host, port)  # before a model is loaded: a port that is taken is said at once
+    listener, address, secret = entrance(host, port, token, token_file)  # before a model is loaded: a port that is taken is said at once
     try:
-        code = _serve(listener, host, secret, run, name, rows, Limits(max_prompt_tokens, max_new_tokens, min(Limits.max_choices, queue)), queue,
+        code = _serve(listener, address, secret, run, name, rows, Limits(max_prompt_tokens, max_new_tokens, min(Limits.max_choices, queue)), queue,
                       _loaded(run, device, weights, chat_template))  # fmt: skip
     finally:
         listener.close()
     raise typer.Exit(code)
 
 
-def _serve(listener: Any, host: str, token: str | None, run: str, name: str | None, rows: int, limits: Limits, queue: int,
+def _serve(listener: Any, address: str, token: str | None, run: str, name: str | None, rows: int, limits: Limits, queue: int,
            loaded: tuple[Any, Any, Any, str]) -> int:  # fmt: skip
     """What was loaded, behind a socket -> the exit code."""
     from treadle.generation.engine import Engine
@@ -123,7 +120,6 @@ def _serve(listener: Any, host: str, token: str | None, run: str, name: str | No
     live = Desk(Watched(home), token) if is_run(home) else None
     app = App(engine, served, token=token, marks=ChunkMarks.of_model(found.model, tokenizer), fingerprint=f"treadle-{read_in}",
               created=int(folder.stat().st_mtime), live=live)  # fmt: skip
-    address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
     engine.start()
     echo(f"{called} at {address} (a page to talk to it{', /run follows its training' if live is not None else ''}) and {address}/v1 (OpenAI's API; {'with' if token else 'without'} a token); "
          f"prompts of {limits.max_prompt_tokens} tokens, answers of {limits.max_new_tokens}, {rows} at once; Ctrl-C ends it")  # fmt: skip

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
 from treadle.errors import ConfigError, InputError
+from treadle.serving.limits import checked_host
 
 SHORTEST_TOKEN = 8
+
+
+def entrance(host: str, port: int, token: str | None, token_file: str | None) -> tuple[socket.socket, str, str | None]:
+    """(the socket that listens, its address for a browser, the token that is asked for: the one given, or TREADLE_TOKEN's).
+    ConfigError as `listening` and `read_token` raise, and for an address that others reach without a token."""
+    secret = read_token(token, token_file) or read_token(os.environ.get("TREADLE_TOKEN") or None, None)
+    checked_host(host, secret)
+    listener = listening(host, port)
+    return listener, f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}", secret
 
 
 def listening(host: str, port: int) -> socket.socket:
