@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 from collections.abc import Sequence
 from html import escape
@@ -11,15 +9,7 @@ from importlib import resources
 from typing import Any
 
 from treadle.monitor.sinks import finite
-
-LOGO = (
-    '<svg class="logo" viewBox="0 0 32 32" aria-hidden="true"><circle cx="16" cy="16" r="12" fill="none" stroke="currentColor" '
-    'stroke-width="3.5"/><path d="M16 4v24M4 16h24M7.5 7.5l17 17M24.5 7.5l-17 17" stroke="currentColor" stroke-width="1.6"/></svg>'
-)
-ICON = (
-    "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 32'%3E%3Ccircle cx='16' cy='16' r='12' fill='none' "
-    "stroke='%23b4552d' stroke-width='4'/%3E%3Cpath d='M16 4v24M4 16h24' stroke='%23b4552d' stroke-width='2'/%3E%3C/svg%3E"
-)
+from treadle.serving.page import ICON, LOGO, policy
 
 
 def piece(name: str) -> str:
@@ -27,16 +17,9 @@ def piece(name: str) -> str:
     return resources.files("treadle.reporting").joinpath("web").joinpath(name).read_text("utf-8")
 
 
-def policy(script: str, style: str, connect: bool = False) -> str:
-    """What a browser may do with a page: run this script and this style, and (connect) ask the server that sent it; nothing else."""
-    asks = "connect-src 'self'; " if connect else ""
-    return (f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; {asks}img-src data:; base-uri 'none'; "
-            "form-action 'none'")  # fmt: skip
-
-
-def page(title: str, data: dict[str, Any], parts: Sequence[str], connect: bool = False) -> str:
+def page(title: str, data: dict[str, Any], parts: Sequence[str]) -> str:
     """The whole page. parts: scripts of web/, run in this order as one; they find `data` with JSON.parse in #data, and build the
-    page in #page. connect: whether it may ask the server that sent it."""
+    page in #page."""
     script = "\n".join(piece(name) for name in parts)
     style = piece("page.css")
     assert "</" not in script and "<!--" not in script, "a script must not end itself"
@@ -44,7 +27,7 @@ def page(title: str, data: dict[str, Any], parts: Sequence[str], connect: bool =
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{escape(policy(script, style, connect))}">
+<meta http-equiv="Content-Security-Policy" content="{escape(policy([script], [style]))}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <meta name="referrer" content="no-referrer">
@@ -76,7 +59,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(one) for one in value]
     return value if isinstance(value, (str, int, bool)) or value is None else finite(value) if isinstance(value, float) else str(value)
-
-
-def _hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
