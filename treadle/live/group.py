@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from treadle.reporting.run_data import is_run
+from treadle.reporting.run_data import is_run, json_table
 from treadle.reporting.tables import suite_board, sweep_board
 
 MOST_RUNS = 400
@@ -34,7 +33,7 @@ class Group:
 
 def group_of(root: Path, before: Group | None) -> Group:
     """What the folder says now; what it said before where its file is torn or away. Runs that were seen stay."""
-    suite, sweep = _read(root / "suite.json"), _read(root / "sweep.json")
+    suite, sweep = json_table(root / "suite.json"), json_table(root / "sweep.json")
     made = _suite(root, suite) if suite is not None else _sweep(root, sweep) if sweep is not None else None
     if made is None:
         made = Group(**{**vars(before), "members": {}}) if before is not None else Group()
@@ -116,11 +115,3 @@ def _runs_below(root: Path) -> list[Path]:
         if len(found) >= MOST_RUNS:
             break
     return found
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        table = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return table if isinstance(table, dict) else None

@@ -6,7 +6,6 @@ import json
 import shlex
 import sys
 import time
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from treadle.errors import InputError, TreadleError
 from treadle.files import write_atomically
 from treadle.monitor.records import versions
 from treadle.reporting.pages import page
-from treadle.reporting.run_data import is_run, measured, read_run
+from treadle.reporting.run_data import flat, is_run, measured, read_run, tables_of
 from treadle.reporting.tables import (
     alike,
     architecture,
@@ -28,7 +27,7 @@ from treadle.reporting.tables import (
     suite_board,
     sweep_board,
 )
-from treadle.reporting.thinning import rounded, thinned
+from treadle.reporting.thinning import rounded, spread, thinned
 
 PARTS = ("charts.js", "panels.js", "report.js")
 POINTS = 24_000  # of all runs' curves together: about 1 MB
@@ -126,7 +125,7 @@ def collected(places: list[Place], boards: list[dict[str, Any]], model: bool) ->
         boards = [*boards, runs_board(runs, here, note)]
     flops: float | None = None
     for place, run in zip(places, runs):
-        tables = _tables(place.folder)
+        tables = tables_of(place.folder)
         run["metrics"] = _metrics(tables)
         run["planned"] = {"rows": [], "note": ""}
         if tables:
@@ -161,11 +160,6 @@ def labels_of(runs: list[dict[str, Any]]) -> list[str]:
     """Short names that differ: the run's name, its folder's, or as much of the path as it takes."""
     candidates = [[run["name"] for run in runs], [Path(run["folder"]).resolve().name for run in runs], [run["folder"] for run in runs]]
     return next((names for names in candidates if len(set(names)) == len(names)), candidates[-1])
-
-
-def _tables(folder: Path) -> dict[str, Any]:
-    path = folder / "config.toml"
-    return tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _metrics(tables: dict[str, Any]) -> dict[str, Any]:
@@ -218,7 +212,6 @@ def _measured_here(places: list[Place], runs: list[dict[str, Any]]) -> tuple[dic
 def _changed(tables: dict[str, Any]) -> list[str]:
     """Keys that are not at their default."""
     from treadle.reporting.planned import recipe_of
-    from treadle.reporting.run_data import flat
 
     try:
         return list(flat(recipe_of(tables).set_values()))
@@ -277,7 +270,7 @@ def _tiles(run: dict[str, Any]) -> list[dict[str, Any]]:
 def _small(run: dict[str, Any], points: int) -> dict[str, Any]:
     """A run as the page holds it."""
     steps, columns = thinned(run["steps"], run["columns"], points)
-    evaluations = [{name: rounded(value) for name, value in row.items()} for row in _spread(run["evals"], max(60, points))]
+    evaluations = [{name: rounded(value) for name, value in row.items()} for row in spread(run["evals"], max(60, points))]
     events, left = run["events"], 0
     if len(events) > MOST_EVENTS:  # saves are the many; what else happened stays, the newest first
         others = [event for event in events if event.get("event") != "saved" or event.get("best")][-MOST_EVENTS:]
@@ -294,10 +287,3 @@ def _small(run: dict[str, Any], points: int) -> dict[str, Any]:
         "planned": run["planned"], "text": run["text"], "text_note": run["text_note"],
         "command": shlex.join(environment["command"]) if environment.get("command") else "", "machine": "; ".join(filter(None, machine)),
     }  # fmt: skip
-
-
-def _spread(rows: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
-    """At most so many rows, with the first and the last."""
-    if len(rows) <= most:
-        return rows
-    return [rows[round(number * (len(rows) - 1) / (most - 1))] for number in range(most)]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from treadle.errors import InputError
+from treadle.reporting.thinning import spread
 
 LONGEST_SAMPLE = 20_000  # characters of one sample
 MOST_SAMPLES = 40
@@ -32,7 +33,7 @@ def read_run(folder: Path, since: dict[str, Any] | None = None) -> dict[str, Any
     so that all of it is read anew. InputError for a folder that is no run."""
     if not is_run(folder):
         raise InputError(f"{folder} is no run: it has no config.toml; runs lie in runs/, and treadle train makes one")
-    tables = _toml(folder / "config.toml")
+    tables = tables_of(folder)
     logs = Path(directory) if (directory := tables.get("log", {}).get("log_dir")) else folder
     before = since or {}
     rows, metrics_at, fresh_metrics = _rows(logs, before.get("metrics"))
@@ -40,6 +41,8 @@ def read_run(folder: Path, since: dict[str, Any] | None = None) -> dict[str, Any
     samples, samples_at = _samples(logs / "samples", -1 if fresh_metrics else before.get("samples", -1))
     steps, columns = columns_of([row for row in rows if "split" not in row])
     evaluations = [row for row in rows if "split" in row]
+    size = bytes_per_token(evaluations) or before.get("bytes_per_token")
+    plan = next((event["plan"] for event in reversed(events) if isinstance(event.get("plan"), dict)), before.get("plan"))
     return {
         "name": str(tables.get("run", {}).get("run_name") or folder.resolve().name),
         "folder": str(folder),
@@ -47,17 +50,15 @@ def read_run(folder: Path, since: dict[str, Any] | None = None) -> dict[str, Any
         "steps": steps,
         "columns": columns,
         "evals": evaluations,
-        "bytes_per_token": bytes_per_token(evaluations) or before.get("bytes_per_token"),
+        "bytes_per_token": size,
         "samples": samples,
         "events": events,
-        "summary": _json(folder / "summary.json"),
-        "environment": _json(folder / "environment.json"),
-        "plan": next((event["plan"] for event in reversed(events) if isinstance(event.get("plan"), dict)), before.get("plan")),
+        "summary": json_table(folder / "summary.json"),
+        "environment": json_table(folder / "environment.json"),
+        "plan": plan,
         "restarted": bool(since) and (fresh_metrics or fresh_events),
-        "offsets": {"metrics": metrics_at, "events": events_at, "samples": samples_at,
-                    "bytes_per_token": bytes_per_token(evaluations) or before.get("bytes_per_token"),
-                    "plan": next((e["plan"] for e in reversed(events) if isinstance(e.get("plan"), dict)), before.get("plan"))},
-    }  # fmt: skip
+        "offsets": {"metrics": metrics_at, "events": events_at, "samples": samples_at, "bytes_per_token": size, "plan": plan},
+    }
 
 
 def flat(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -162,14 +163,14 @@ def _read(value: str) -> float | str:
 def _samples(folder: Path, after: int) -> tuple[list[dict[str, Any]], int]:
     """The samples of steps later than `after`; of many, some spread over the run and the last."""
     found = sorted((int(path.stem.partition("-")[2]), path) for path in folder.glob("step-*.txt") if path.stem[5:].isdigit())
-    new = [(step, path) for step, path in found if step > after]
-    if len(new) > MOST_SAMPLES:
-        new = [new[round(i * (len(new) - 1) / (MOST_SAMPLES - 1))] for i in range(MOST_SAMPLES)]
+    new = spread([(step, path) for step, path in found if step > after], MOST_SAMPLES)
     texts = [{"step": step, "text": path.read_text(encoding="utf-8", errors="replace")[:LONGEST_SAMPLE]} for step, path in new]
     return texts, found[-1][0] if found else after
 
 
-def _toml(path: Path) -> dict[str, Any]:
+def tables_of(folder: Path) -> dict[str, Any]:
+    """The tables of a run's config.toml, {} where it has none. InputError where it cannot be read."""
+    path = folder / "config.toml"
     if not path.is_file():
         return {}
     try:
@@ -178,9 +179,10 @@ def _toml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not readable: {problem}") from None
 
 
-def _json(path: Path) -> dict[str, Any] | None:
+def json_table(path: Path) -> dict[str, Any] | None:
+    """The object of a JSON file; None where there is none, or one that cannot be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None

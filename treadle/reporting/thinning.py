@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 DIGITS = 6  # of a value in a report; fp32 holds seven
 
 
@@ -32,6 +33,13 @@ def _extremes(values: list[Any], most: int) -> list[int]:
         stretch = places[len(places) * number // stretches : len(places) * (number + 1) // stretches]
         chosen |= {min(stretch, key=values.__getitem__), max(stretch, key=values.__getitem__)}
     return sorted(chosen)
+
+
+def spread(rows: list[T], most: int) -> list[T]:
+    """At most so many rows, at even distances, with the first and the last."""
+    if len(rows) <= most:
+        return rows
+    return [rows[round(number * (len(rows) - 1) / (most - 1))] for number in range(most)]
 
 
 def rounded(value: Any) -> Any:
