@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from treadle.reporting.run_data import is_run, json_table
-from treadle.reporting.tables import suite_board, sweep_board
+from treadle.reporting.tables import point_of, suite_board, sweep_board
 
 MOST_RUNS = 400
 COLOURS = 7  # of page.css (charts.js says the same); every seven further, lines have other dashes
@@ -61,13 +61,13 @@ def _suite(root: Path, table: dict[str, Any]) -> Group | None:
 
 def _sweep(root: Path, table: dict[str, Any]) -> Group | None:
     try:
-        jobs = [{"label": " ".join(f"{key}={value}" for key, value in cell["point"].items()) + f" · seed {cell.get('seed')}", "kind": "run",
+        jobs = [{"label": f"{point_of(cell)} · seed {cell.get('seed')}", "kind": "run",
                  "state": "failed" if cell.get("failed") else "done" if cell.get("value") is not None else str(cell.get("state", "waiting")),
                  "folder": _named(root, cell), "cpu_seconds": cell.get("cpu_seconds"),
                  "problem": str(cell.get("failed") or "")} for cell in table["cells"]]  # fmt: skip
         metric = next((str(cell["metric"]) for cell in table["cells"] if cell.get("metric")), "")
         spent, board = sum(float(job["cpu_seconds"] or 0) for job in jobs), sweep_board(table, root)
-        points = [job["label"].rpartition(" · seed ")[0] for job in jobs]
+        points = [point_of(cell) for cell in table["cells"]]
         order = list(dict.fromkeys(points))  # of the grid, and not by rank, which changes while one looks
         _colour(jobs, points, order)
         for row in [*board["rows"], *board["bars"]["rows"]]:

@@ -22,6 +22,7 @@ from treadle.reporting.tables import (
     architecture,
     best_of,
     differences,
+    point_of,
     runs_board,
     shown,
     suite_board,
@@ -83,7 +84,7 @@ def found_in(names: Sequence[str]) -> tuple[list[Place], list[dict[str, Any]]]:
         elif (table := _table(folder / "sweep.json")) is not None:
             boards.append(sweep_board(table, folder))
             for cell in table.get("cells", []):
-                labelled.setdefault(" ".join(f"{key}={value}" for key, value in cell["point"].items()), cell["folder"])
+                labelled.setdefault(point_of(cell), cell["folder"])
         elif is_run(folder):
             places.append(Place(folder, name))
         else:

@@ -100,11 +100,16 @@ def _title(name: str) -> str:
     return known.get(name, name.replace("_", " "))
 
 
+def point_of(cell: dict[str, Any]) -> str:
+    """What a cell of a sweep.json is called by: "optim.learning_rate=1e-3 model.hidden_size=64"."""
+    return " ".join(f"{key}={value}" for key, value in cell["point"].items())
+
+
 def sweep_board(table: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The board of a sweep.json: a row for each point of the grid, the best mean first."""
     points: dict[str, list[dict[str, Any]]] = {}
     for cell in table.get("cells", []):
-        points.setdefault(" ".join(f"{key}={value}" for key, value in cell["point"].items()), []).append(cell)
+        points.setdefault(point_of(cell), []).append(cell)
     metric = next((cell["metric"] for cells in points.values() for cell in cells if cell.get("metric")), "loss")
     lower = next((bool(cell["lower_is_better"]) for cells in points.values() for cell in cells if "lower_is_better" in cell), None)
     if lower is None:
