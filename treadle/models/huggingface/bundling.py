@@ -179,7 +179,11 @@ class Bundle:
         return [r.meaning for r in read.references if isinstance(r.meaning, Place) and (not r.annotation or self._is_alias(r.meaning))]
 
     def _is_alias(self, place: Place) -> bool:
-        return place not in self.constants and isinstance(self.source(place.module).definitions[place.name], (ast.Assign, ast.AnnAssign))
+        return isinstance(self._node(place), (ast.Assign, ast.AnnAssign))
+
+    def _node(self, place: Place) -> ast.stmt | None:
+        """The statement that a definition is; None where a constant stands for it."""
+        return None if place in self.constants else self.source(place.module).definitions[place.name]
 
     def _read_class(self, place: Place, node: ast.ClassDef, reader: Reader) -> None:
         for expression in (*node.decorator_list, *node.bases, *(keyword.value for keyword in node.keywords)):
@@ -264,7 +268,7 @@ class Bundle:
         def put(place: Place, above: tuple[Place, ...] = ()) -> None:
             if place in done or place in above:
                 return
-            node = None if place in self.constants else self.source(place.module).definitions[place.name]
+            node = self._node(place)
             if isinstance(node, ast.ClassDef):
                 for reference in self.reads[place].references:
                     if isinstance(reference.meaning, Place) and not reference.annotation:
@@ -320,14 +324,14 @@ class Bundle:
         parts = ["from __future__ import annotations\n", self.imports()]
         module, assigned = "", False
         for place in self.order:
-            node = None if place in self.constants else self.source(place.module).definitions[place.name]
-            apart = isinstance(node, (ast.ClassDef, ast.FunctionDef)) or not assigned
+            block = isinstance(self._node(place), (ast.ClassDef, ast.FunctionDef))
+            apart = block or not assigned
             if place.module != module:
                 module = place.module
                 parts.append(f"\n\n# ---- {module.removeprefix(f'{OURS}.').replace('.', '/')}.py ----")
-                apart = isinstance(node, (ast.ClassDef, ast.FunctionDef))
+                apart = block
             parts.append(("\n\n" if apart else "") + self._definition(place))
-            assigned = not isinstance(node, (ast.ClassDef, ast.FunctionDef))
+            assigned = not block
         return TOLD_TO_TOOLS.sub("", "\n".join(parts)) + "\n"
 
     def _definition(self, place: Place) -> str:
@@ -340,8 +344,7 @@ class Bundle:
             edits += self._without_methods(place, node, source)
         if self.names[place] != place.name:
             edits.append(self._own_name(source, node, self.names[place], place.name))
-        text = _edited(source, source.lines[source.first_line(node)], source.lines[int(node.end_lineno or 0)], edits)
-        return text
+        return _edited(source, source.lines[source.first_line(node)], source.lines[int(node.end_lineno or 0)], edits)
 
     def _constant_text(self, place: Place) -> str:
         text = self.constants[place][0]
