@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from treadle.collatz import cluster, verify, workers
+from treadle.collatz import verify, workers
 from treadle.collatz.certificates import Numbers, read
 from treadle.collatz.ledger import Ledger
 from treadle.errors import ConfigError, MissingExtra
@@ -21,7 +22,7 @@ START, END = (1 << 68) - 300, (1 << 68) + (1 << 22)
 
 
 def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"treadle\[ray\]"):
         verify.verify(START, END, tmp_path / "a.jsonl", cluster="ray")
 

@@ -12,6 +12,7 @@ import pytest
 from tests.conftest import flags, make_text
 from tests.packaging.test_package import EXTRAS, NOT_OF_THE_CODE, name_of
 from treadle import cli
+from treadle.collatz import blocks
 
 MODULES = {"lm-eval": "lm_eval", "indexed-gzip": "indexed_gzip"}
 TRAINED: list[Path] = []  # where its runs folder is
@@ -74,9 +75,8 @@ def hide(extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
         for loaded in [name for name in sys.modules if name.startswith(module + ".")]:
             monkeypatch.delitem(sys.modules, loaded)
         monkeypatch.setitem(sys.modules, module, None)  # type: ignore[arg-type]
-        if module == "numba":  # an earlier test of this process may have loaded the loops that it compiles
-            for loaded in [name for name in sys.modules if name.startswith("treadle.collatz.kernel")]:
-                monkeypatch.delitem(sys.modules, loaded)
+        if module == "numba":  # whether it is there is remembered: of an earlier test, and for a later one
+            monkeypatch.setattr(blocks, "installed", blocks.installed.__wrapped__)
         if module == "transformers":
             monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # type: ignore[arg-type]
 

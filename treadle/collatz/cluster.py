@@ -6,21 +6,15 @@ taken once, since Ray gives one result, or one error, for each reference.
 
 from __future__ import annotations
 
-import importlib.util
-import logging
 import os
-import signal
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from treadle.collatz import blocks
 from treadle.collatz.workers import ATTEMPTS, GRACE, TICK, Done, Work, WorkerFailed, compute, worker_count
-from treadle.errors import ConfigError, MissingExtra
+from treadle.ray_cluster import connected
 
-CONNECT_SECONDS = 10.0
 NODES_SECONDS = 10.0  # between two looks at how large the cluster is
 
 
@@ -33,49 +27,13 @@ def completed(
     address: "ray" is the cluster that RAY_ADDRESS names or else one of this machine alone, with `workers` processes;
     otherwise as for ray.init, HOST:6379, ray://HOST:10001 or auto.
     """
-    ray, own = _connected(address, workers)
+    given = os.environ.get("RAY_ADDRESS") if address == "ray" else address
+    ray, own = connected(given, worker_count(workers), "work on a cluster", "name it, as in --cluster HOST:6379")
     try:
         yield from _given_out(ray, work, path, None if own or workers == "auto" else worker_count(workers), stopping, say, sieve)
     finally:
         if own:
             ray.shutdown()
-
-
-def _connected(address: str, workers: int | str) -> tuple[Any, bool]:
-    """(ray, whether it was this that connected)."""
-    if importlib.util.find_spec("ray") is None:
-        raise MissingExtra("work on a cluster", "ray")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to Ray's makers
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    import ray
-
-    if ray.is_initialized():
-        return ray, False
-    given = os.environ.get("RAY_ADDRESS") if address == "ray" else address
-    if given:
-        _reached(given)
-    options: dict[str, Any] = {"address": given} if given else {"num_cpus": worker_count(workers), "include_dashboard": False}
-    heard = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
-    except Exception as problem:  # Ray has a dozen classes for an address where nothing answers
-        raise ConfigError(f"no Ray cluster answers at {given or 'this machine'} ({str(problem).splitlines()[0]:.200}); start one with "
-                          "ray start --head and name it, as in --cluster HOST:6379") from problem  # fmt: skip
-    if threading.current_thread() is threading.main_thread():
-        for number, handler in heard.items():  # Ray puts its own in their place, which ends this process without a word
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-    return ray, True
-
-
-def _reached(address: str) -> None:
-    """ConfigError where nothing listens: Ray itself waits for minutes."""
-    host, colon, port = address.rpartition("://")[2].rpartition(":")
-    if colon and port.isdigit():
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
-        except (OSError, OverflowError) as problem:
-            raise ConfigError(f"no Ray cluster answers at {address} ({problem}); start one with ray start --head and name it, as in "
-                              "--cluster HOST:6379") from problem  # fmt: skip
 
 
 def _remote(work: Work, path: str, sieve: str) -> tuple[str, Done]:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from treadle.distributed.launch import GRACE_SECONDS, threads_of_each
-from treadle.errors import ConfigError, MissingExtra
 from treadle.processes import end_with_parent, orderly_end
+from treadle.ray_cluster import connected
 
 POLL_SECONDS = 0.05
 Work = TypeVar("Work")
@@ -86,18 +86,8 @@ class RayPool(Pool):
 
     def __init__(self, workers: int) -> None:
         super().__init__(workers)
-        try:
-            import ray
-        except ImportError:
-            raise MissingExtra("--ray", "ray") from None
+        ray, _ = connected(os.environ.get("RAY_ADDRESS"), workers, "--ray", "name it in RAY_ADDRESS, or leave --ray out")
         self._ray = ray
-        if not ray.is_initialized():
-            try:
-                ray.init(num_cpus=None if os.environ.get("RAY_ADDRESS") else workers, include_dashboard=False, log_to_driver=False,
-                         configure_logging=False)  # fmt: skip
-            except (ConnectionError, ValueError, RuntimeError) as problem:
-                raise ConfigError(f"no Ray cluster answers at RAY_ADDRESS = {os.environ.get('RAY_ADDRESS', '')!r} ({problem}); start one "
-                                  "with ray start --head, or leave --ray out") from None  # fmt: skip
         self._task = ray.remote(num_cpus=1, max_retries=0)(_on_a_worker)
 
     def start(self, command: Command[Any]) -> Any:
