@@ -1,4 +1,4 @@
-"""The command lines of a guide, and each of them made short: the same verb and flags, a model of a few thousand weights."""
+"""The command lines of a document, and each of them made short: the same verb and flags, a model of a few thousand weights."""
 
 from __future__ import annotations
 
@@ -20,11 +20,15 @@ SHORT = {"max_steps": "2", "batch_size": "2", "seq_len": "32", "eval_rows": "2",
 FEWER = {"max_steps", "mixer_steps", "hidden_steps"}  # what a command may ask much of
 
 
+def commands_in(document: Path) -> list[str]:
+    """Every `treadle ...` line of a document in its order, without the comment at its end."""
+    text = re.sub(r"```python\n.*?```", "", document.read_text(), flags=re.S)
+    return [shlex.join(shlex.split(line, comments=True)) for line in LINE.findall(text)]
+
+
 def commands_of(guide: str) -> list[str]:
-    """Every `treadle ...` line of docs/GUIDE.md in its order, without the comment at its end."""
-    text = (DOCS / f"{guide}.md").read_text()
-    text = re.sub(r"```python\n.*?```", "", text, flags=re.S)
-    return [" ".join(shlex.join(shlex.split(line, comments=True)).split()) for line in LINE.findall(text)]
+    """Those of docs/GUIDE.md."""
+    return commands_in(DOCS / f"{guide}.md")
 
 
 def _flags(words: list[str]) -> set[str]:

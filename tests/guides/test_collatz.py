@@ -7,9 +7,9 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.guides.commands import DOCS
 from treadle.settings import load_table
 
-DOCS = Path(__file__).parents[2] / "docs"
 SHORT = {"max_steps": "2", "batch_size": "8", "eval_rows": "8", "num_workers": "0", "model.hidden_size": "32", "model.num_layers": "1", "model.num_heads": "2"}
 
 

@@ -15,11 +15,12 @@ import torch
 
 import treadle
 from tests.conftest import make_text
+from tests.guides.commands import DOCS, commands_of
 from treadle.models.catalogue import MODELS
 from treadle.recipe import vocabulary
 
-DOCUMENT = (Path(__file__).parents[2] / "docs" / "language_models.md").read_text()
-COMMANDS = [shlex.split(line, comments=True)[1:] for line in re.findall(r"^    (treadle .*)$", DOCUMENT, flags=re.M)]
+DOCUMENT = (DOCS / "language_models.md").read_text()
+COMMANDS = [shlex.split(line)[1:] for line in commands_of("language_models")]
 
 
 def test_its_commands_run(in_folder: Path, typed: Callable[..., str]) -> None:

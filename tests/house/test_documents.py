@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import make_text, treadle
+from tests.guides.commands import commands_in
 from treadle.help import section_lines
 from treadle.models.catalogue import MODELS
 from treadle.training.config import SECTIONS
@@ -31,11 +32,6 @@ def test_python_blocks_run(path: Path, in_folder: Path) -> None:
     program = "\n".join(blocks(path))
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=in_folder, timeout=200)
     assert out.returncode == 0, out.stderr[-3000:]
-
-
-def commands(path: Path) -> list[list[str]]:
-    lines = [line.split("#")[0].strip() for line in path.read_text().splitlines()]
-    return [shlex.split(line) for line in lines if re.match(r"^treadle [a-z]", line)]
 
 
 SHORT = ["--num_layers", "1", "--hidden_size", "32", "--num_heads", "2", "--batch_size", "2", "--seq_len", "32",
@@ -69,7 +65,7 @@ def test_the_readmes_commands_run(in_folder: Path) -> None:
     (in_folder / "recipes").symlink_to(ROOT / "recipes")
     steps = iter(range(2, 100))
     seen = 0
-    for _, *line in commands(ROOT / "README.md"):
+    for _, *line in map(shlex.split, commands_in(ROOT / "README.md")):
         if line[0] == "train" and "--help" not in line:
             skip = [
                 i for f in ("--max_steps", "--hidden_size") if f in line for i in (line.index(f), line.index(f) + 1)
