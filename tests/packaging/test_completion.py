@@ -18,7 +18,6 @@ from treadle.models.catalogue import MODELS
 from treadle.recipe import builtin_recipes
 from treadle.training.config import SECTIONS
 
-ROOT = Path(__file__).parents[2]
 COMMAND = typer.main.get_command(app)
 
 
