@@ -21,9 +21,8 @@ from treadle.ops.precision import compute_dtype, without_autocast
 
 IGNORE = -100
 CHUNK_NUMBERS = 1 << 20  # logits held at a time on a CPU, where they stay in its cache: 512 positions at V = 2048
-GPU_CHUNK_NUMBERS = (
-    1 << 27
-)  # on a GPU: 2668 positions at V = 50304, .27 GB in bf16. Each chunk adds to the weight's whole gradient
+# On a GPU: 2668 positions at V = 50304, .27 GB in bf16. Each chunk adds to the weight's whole gradient.
+GPU_CHUNK_NUMBERS = 1 << 27
 
 
 def chunk_of(vocabulary: int, device: torch.device) -> int:
@@ -32,9 +31,7 @@ def chunk_of(vocabulary: int, device: torch.device) -> int:
     return max(64, numbers // vocabulary)
 
 
-def linear_cross_entropy_reference(
-    hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None
-) -> Tensor:
+def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
     """Sum over labels != -100 of -log softmax(hidden weight^T)[label], in nats; softcap c: logits z become c tanh(z / c)."""
     logits = F.linear(hidden, weight).float()
     if softcap is not None:
@@ -47,10 +44,7 @@ def _nats(logits: Tensor, labels: Tensor, softcap: float | None, slopes: bool) -
     where no label is."""
     native = kernels(logits)
     if native is not None:
-        nats, labels = (
-            logits.new_empty(logits.shape[0], dtype=torch.float32),
-            labels.to(logits.device, torch.int64).contiguous(),
-        )
+        nats, labels = logits.new_empty(logits.shape[0], dtype=torch.float32), labels.to(logits.device, torch.int64).contiguous()
         failed = native.cross_entropy(
             logits.data_ptr(), KINDS[logits.dtype], labels.data_ptr(), IGNORE, softcap or 0.0, nats.data_ptr(), slopes, *logits.shape,
             threads_for(logits.numel()),
@@ -79,14 +73,7 @@ def _nats(logits: Tensor, labels: Tensor, softcap: float | None, slopes: bool) -
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        dtype: torch.dtype,
-        chunk: int,
-        train: bool,
-        softcap: float | None,
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, chunk: int, train: bool, softcap: float | None
     ) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         cast_weight = weight.to(dtype)

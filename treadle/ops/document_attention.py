@@ -8,13 +8,14 @@ process; otherwise a warning says so once, and the mask goes on.
 from __future__ import annotations
 
 import functools
-import warnings
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from treadle.ops.documents import Segments
+from treadle.ops.kernel_trial import agreed
 
 LARGEST_WIDTH = 256  # of a head, in the kernel
 BOUND = 2e-2  # relative error of 16-bit attention over 80 positions; a wrong border is off by .1 and more
@@ -53,32 +54,24 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, window: in
 @functools.cache
 def agrees(device: str) -> bool:
     """Whether the kernel is there and gives the reference's values and gradients, with grouped heads and with a window."""
-    with torch.inference_mode(False), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t), torch.autocast("cuda", enabled=False):
-        try:
-            for window in (None, 7):
-                _compare(torch.device(device), window)
-        except Exception as problem:  # whatever the kernel raises on this device, training goes on without it
-            warnings.warn(f"torch's flash kernel for packed documents is not used: {problem}", stacklevel=2)
-            return False
-    return True
+    return agreed("torch's flash kernel for packed documents", "the reference", BOUND, lambda: _pairs(torch.device(device)))
 
 
-def _compare(device: torch.device, window: int | None) -> None:
+def _pairs(device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     given = [torch.randn(2, heads, 80, 32, generator=generator).to(device, torch.bfloat16) for heads in (4, 2, 2)]
     documents = torch.tensor([[0] * 50 + [1] * 30, [0] * 3 + [1] * 77], device=device)
-    place = torch.arange(80, device=device)
-    visible = (place[:, None] >= place) & (place[:, None] < place + (window or 80)) & (documents[:, :, None] == documents[:, None, :])
-    found = []
-    for fast in (True, False):
-        with torch.enable_grad():
+    ends, place = _ends(((50, 30), (3, 77)), device), torch.arange(80, device=device)
+    for window in (None, 7):
+        near = (place[:, None] >= place) & (place[:, None] < place + (window or 80))
+        visible = near & (documents[:, :, None] == documents[:, None, :])
+        found = []
+        for fast in (True, False):
             q, k, v = (t.clone().requires_grad_() for t in given)
-            if fast:
-                y = document_attention(q, k, v, _ends(((50, 30), (3, 77)), device), window)
-            else:
-                y = F.scaled_dot_product_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), attn_mask=visible[:, None])
+            with torch.autocast(device.type, enabled=False):
+                if fast:
+                    y = document_attention(q, k, v, ends, window)
+                else:
+                    y = F.scaled_dot_product_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), attn_mask=visible[:, None])
             found.append([y.detach(), *torch.autograd.grad(y.float().square().sum(), (q, k, v))])
-    for a, b in zip(*found):
-        error = float((a.float() - b.float()).norm() / b.float().norm())
-        if not error <= BOUND:
-            raise ArithmeticError(f"it differs from the reference by {error:.1e}")
+        yield from zip(*found)

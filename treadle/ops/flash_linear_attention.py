@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from treadle.ops.delta_rule import delta_rule_reference
 from treadle.ops.documents import Segments
+from treadle.ops.kernel_trial import agreed
 from treadle.ops.ssd import ssd_reference
 from treadle.ops.wkv import wkv_reference
 
@@ -104,35 +105,25 @@ def sample(kind: str, device: str) -> Arguments:
 
 @functools.cache
 def agrees(kind: str, dtype: torch.dtype, device: str) -> bool:
-    """Whether the kernel is there and gives the loop's values and gradients, with and without documents. It may be asked inside
-    a block that recomputes, or where nothing has gradients: neither's rules hold for what is tried here."""
-    with torch.inference_mode(False), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
-        return _agrees(kind, dtype, device)
-
-
-def _agrees(kind: str, dtype: torch.dtype, device: str) -> bool:
+    """Whether the kernel is there and gives the loop's values and gradients, with and without documents."""
     if _kernel(kind) is None:
         return False
     if kind in SLOW_TO_TUNE:
         warnings.warn(f"trying flash-linear-attention's {PLACES[kind][1]}: Triton tunes it now, which can take more than five minutes; "
                       "its choice is kept on disk for later runs", stacklevel=2)  # fmt: skip
+    return agreed(f"flash-linear-attention's {PLACES[kind][1]}", "the loop", BOUND, lambda: _pairs(kind, dtype, device))
+
+
+def _pairs(kind: str, dtype: torch.dtype, device: str) -> Iterator[tuple[Tensor, Tensor]]:
     documents = (torch.arange(80, device=device) >= 50).long().expand(2, -1)
     ends = torch.tensor([0, 50, 80, 130, 160], device=device)
-    try:
-        for packed in (False, True):
-            found = []
-            for fast in (True, False):
-                with torch.enable_grad():
-                    leaves = [t.clone().requires_grad_() for t in sample(kind, device)]
-                    if fast:
-                        y = called(kind, dtype, ends if packed else None, *leaves)
-                    else:
-                        y = REFERENCES[kind](*leaves, documents if packed else None)[0]
-                    found.append([y.detach(), *torch.autograd.grad(y.square().sum(), leaves)])
-            for a, b in zip(*found):
-                if not bool((a - b).norm() <= BOUND * b.norm()):
-                    raise ArithmeticError(f"it differs from the loop by {float((a - b).norm() / b.norm()):.1e}")
-    except Exception as problem:  # whatever another package raises, training goes on without it
-        warnings.warn(f"flash-linear-attention's {PLACES[kind][1]} is not used: {problem}", stacklevel=2)
-        return False
-    return True
+    for packed in (False, True):
+        found = []
+        for fast in (True, False):
+            leaves = [t.clone().requires_grad_() for t in sample(kind, device)]
+            if fast:
+                y = called(kind, dtype, ends if packed else None, *leaves)
+            else:
+                y = REFERENCES[kind](*leaves, documents if packed else None)[0]
+            found.append([y.detach(), *torch.autograd.grad(y.square().sum(), leaves)])
+        yield from zip(*found)
