@@ -5,7 +5,6 @@ named by its number."""
 from __future__ import annotations
 
 import json
-import math
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from treadle.errors import TreadleError
 from treadle.live.page import page
 from treadle.live.watched import Watched
 from treadle.monitor.control import parse_command, send
+from treadle.monitor.sinks import finite
 from treadle.serving.limits import Access, RequestError
 
 PAGE, DATA, SAY = "/run", "/run/data", "/run/say"
@@ -128,12 +128,4 @@ def as_json(table: Any) -> bytes:
     try:
         return json.dumps(table, separators=(",", ":"), allow_nan=False).encode("ascii")
     except ValueError:
-        return json.dumps(_finite(table), separators=(",", ":"), allow_nan=False).encode("ascii")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _finite(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return json.dumps(finite(table), separators=(",", ":"), allow_nan=False).encode("ascii")

@@ -67,7 +67,7 @@ class Alerts:
             self.dropped += 1
             return
         self._last[event] = now
-        message = {"run": self.run_name, "event": event, "text": text, **{k: finite(v) for k, v in details.items()}}
+        message = {"run": self.run_name, "event": event, "text": text, **finite(details)}
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="treadle-alerts", daemon=True)
             self._thread.start()

@@ -23,7 +23,7 @@ def write_event(run: Path, kind: str, **details: Any) -> None:
     """Appends one object to events.jsonl."""
     event = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": kind, **details}
     with (run / "events.jsonl").open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps({k: finite(v) for k, v in event.items()}) + "\n")
+        stream.write(json.dumps(finite(event), allow_nan=False) + "\n")
 
 
 def last_evaluation(log: Path) -> dict[str, float]:
@@ -38,15 +38,7 @@ def last_evaluation(log: Path) -> dict[str, float]:
 def write_json(path: Path, table: dict[str, Any]) -> None:
     """Replaces a JSON file in one move."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(_clean(table), indent=1, allow_nan=False) + "\n")
-
-
-def _clean(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k): _clean(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_clean(v) for v in value]
-    return finite(value)
+    write_atomically(path, json.dumps(finite(table), indent=1, allow_nan=False) + "\n")
 
 
 def versions() -> dict[str, str]:

@@ -62,7 +62,11 @@ class Sink(ABC):
 
 
 def finite(value: Any) -> Any:
-    """JSON has no NaN: numbers that are not finite become None."""
+    """JSON has no NaN: numbers that are not finite become None, in tables and lists too, whose keys become text and whose tuples lists."""
+    if isinstance(value, dict):
+        return {str(key): finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -84,7 +88,7 @@ class JsonlSink(Sink):
             return False  # a line that a crash cut short
 
     def train(self, row: dict[str, Any]) -> None:
-        self.stream.write(json.dumps({k: finite(v) for k, v in row.items()}, allow_nan=False) + "\n")
+        self.stream.write(json.dumps(finite(row), allow_nan=False) + "\n")
         self.stream.flush()
 
     evaluation = train

@@ -47,15 +47,7 @@ def page(title: str, data: dict[str, Any], parts: Sequence[str]) -> str:
 
 def as_json(data: Any) -> str:
     """JSON that can stand inside a script element: nothing in it, whatever a model or a person wrote, ends the element."""
-    text = json.dumps(_plain(data), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(finite(data), ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=str)
     # Lone surrogates have no UTF-8; U+2028 and U+2029 end lines in old scripts.
     text = text.encode("utf-8", "replace").decode("utf-8")
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
-    return value if isinstance(value, (str, int, bool)) or value is None else finite(value) if isinstance(value, float) else str(value)
