@@ -18,6 +18,8 @@ from treadle.errors import InputError
 from treadle.live import watched as watching
 from treadle.live.followed import Followed
 from treadle.live.watched import Watched, found, kind_of
+from treadle.reporting.report import found_in
+from treadle.reporting.run_data import run_in
 
 
 @pytest.fixture(autouse=True)
@@ -208,6 +210,21 @@ def test_a_sweep_in_a_folder_that_was_moved(tmp_path: Path) -> None:
     (tmp_path / "moved" / "sweep.json").write_text(json.dumps(cells(v1_0=3.0, v2_0=2.0, v1_1=5.0)), encoding="utf-8")
     page.take(watched.news(page.cursor))
     assert page.group["board"]["rows"][1]["cells"]["value"] == {"mean": 4.0, "low": 3.0, "high": 5.0}
+
+
+@pytest.mark.parametrize("before", ["/gone/runs/sw", "runs/sw"])
+def test_a_moved_run_is_the_same_to_a_page_and_a_report(tmp_path: Path, before: str) -> None:
+    """Also of a name that began at the root of another machine; the longest end of it that is there is meant."""
+    root = tmp_path / "moved"
+    for place in ("search/1-0", "1-0"):
+        RunFolder(root / place).steps(1, 3)
+    (root / "begun").mkdir()
+    assert run_in(root, f"{before}/search/1-0") == root / "search" / "1-0" and run_in(root, f"{before}/1-0") == root / "1-0"
+    assert run_in(root, f"{before}/begun") == root / "begun" and run_in(root, f"{before}/waits") is None
+    cell = {**cells()["cells"][0], "folder": f"{before}/search/1-0"}
+    (root / "sweep.json").write_text(json.dumps({"cells": [cell, {**cell, "folder": f"{before}/begun"}, {**cell, "folder": f"{before}/waits"}]}), encoding="utf-8")
+    assert [job["folder"] for job in known(root).group["jobs"]] == [str(root / "search" / "1-0"), str(root / "begun"), f"{before}/waits"]
+    assert [place.folder for place in found_in([str(root)])[0]] == [root / "search" / "1-0"]
 
 
 @pytest.mark.parametrize("table", [{}, {"cells": 3}, {"cells": [None]}, {"cells": [{"point": 1}]}, {"jobs": [1]}, {"jobs": [], "metric": 1, "columns": None}])

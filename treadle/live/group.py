@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from treadle.reporting.run_data import is_run, json_table
+from treadle.reporting.run_data import is_run, json_table, run_in
 from treadle.reporting.tables import point_of, suite_board, sweep_board
 
 MOST_RUNS = 400
@@ -93,12 +93,9 @@ def _members(jobs: list[dict[str, Any]]) -> dict[Path, str]:
 
 
 def _named(root: Path, job: dict[str, Any]) -> str:
-    """The folder that a job names: as it was written, or beside the table where all of it was moved; "" for none yet."""
-    path = Path(str(job.get("folder") or ""))
-    if not job.get("folder") or path.is_dir() or path.is_absolute():
-        return str(job.get("folder") or "")
-    moved = (root.joinpath(*path.parts[start:]) for start in range(len(path.parts)))
-    return str(next((inside for inside in moved if inside.is_dir()), path))
+    """The folder that a job names: where run_in finds it, as it was written where nothing is there yet; "" for none."""
+    written = str(job.get("folder") or "")
+    return str(run_in(root, written) or Path(written)) if written else ""
 
 
 def _runs_below(root: Path) -> list[Path]:

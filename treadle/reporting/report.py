@@ -16,7 +16,7 @@ from treadle.errors import InputError, TreadleError
 from treadle.files import write_atomically
 from treadle.monitor.records import versions
 from treadle.reporting.pages import page
-from treadle.reporting.run_data import flat, is_run, measured, read_run, tables_of
+from treadle.reporting.run_data import flat, is_run, measured, read_run, run_in, tables_of
 from treadle.reporting.tables import (
     alike,
     architecture,
@@ -91,16 +91,9 @@ def found_in(names: Sequence[str]) -> tuple[list[Place], list[dict[str, Any]]]:
             raise InputError(f"{name} is no folder of a run, a sweep or a suite; runs lie in runs/ (`last` is the newest), and treadle "
                              "train makes one")  # fmt: skip
         for label, place in labelled.items():
-            if (found := _near(folder, place)) is not None:
+            if (found := run_in(folder, place)) is not None and is_run(found):
                 places.append(Place(found, str(found), label, named=False))
     return list({place.folder.resolve(): place for place in reversed(places)}.values())[::-1], boards
-
-
-def _near(folder: Path, place: str) -> Path | None:
-    """A run of a sweep or suite: where its table says, or, where the folder was moved, as it lies below the folder."""
-    parts = Path(place).parts
-    below = [folder.joinpath(*parts[number:]) for number in range(len(parts) - 1, -1, -1)]
-    return next((path for path in (Path(place), *below) if is_run(path)), None)
 
 
 def _table(path: Path) -> dict[str, Any] | None:

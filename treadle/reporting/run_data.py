@@ -27,6 +27,14 @@ def is_run(folder: Path) -> bool:
     return (folder / "config.toml").is_file() or (folder / "metrics.jsonl").is_file()
 
 
+def run_in(root: Path, place: str) -> Path | None:
+    """The run that the table of the sweep or suite in `root` names: where the table says, or, where all of it was moved, as it lies below
+    `root` (the longest end of its name that is there). A folder that is no run yet where there is no better one, None for neither."""
+    parts = Path(place).parts
+    places = [Path(place), *(root.joinpath(*parts[start:]) for start in range(len(parts)))]
+    return next((path for path in places if is_run(path)), None) or next((path for path in places if path.is_dir()), None)
+
+
 def read_run(folder: Path, since: dict[str, Any] | None = None) -> dict[str, Any]:
     """Everything that a page needs of one run. "columns" has, for each column of the log, one value for each of "steps" (None
     where there is none); "restarted" says that what was read with `since` is no longer there (a resumed run rewrites its log),
