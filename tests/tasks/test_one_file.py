@@ -117,7 +117,7 @@ def test_two_heads_from_the_command_line_to_the_table(files: dict[str, Path], tm
     table = compare([str(tmp_path / "a"), str(tmp_path / "b")])
     assert f"measuring {tmp_path / 'b'} (2 of 2)" in capsys.readouterr().err
     lines = lines_of(table)
-    assert "accuracy" in lines[0] and "bits/byte" not in lines[0] and "% <" in lines[1] and "%" in lines[2] and " <" not in lines[2]
+    assert "accuracy" in lines[0] and "mean error" in lines[0] and "bits/byte" not in lines[0] and "% <" in lines[1] and "%" in lines[2] and " <" not in lines[2]
     other = tmp_path / "c"
     run(file, other, max_steps=2, integers=5)
     with pytest.raises(InputError, match="different data"):

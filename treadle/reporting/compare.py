@@ -14,10 +14,8 @@ from treadle.data.dataset import TokenDataset
 from treadle.errors import InputError
 from treadle.evaluation.report import evaluator_of, held_out
 from treadle.models.pretrained import Loaded, checkpoint_root, load_run, locate, read_config, read_tokenizer
-from treadle.reporting.tables import architecture
+from treadle.reporting.tables import STATE_AT, architecture, heading
 from treadle.text.base import Tokenizer
-
-STATE_AT = 1000  # tokens; a constant state shows itself by being small here
 
 
 def expand(runs: list[str]) -> list[str]:
@@ -95,8 +93,6 @@ def _row(run: str, loaded: Loaded, held: Dataset, rows: int | None, batch_size: 
     return {**row, "shown": shown, "ranking": ranking, "lower_is_better": objective.metric(ranking).lower_is_better}
 
 
-HEADINGS = {"bpb": "bits/byte", "top5_accuracy": "top-5 accuracy", "flops_per_byte": "FLOPs/byte", "flops_per_row": "FLOPs/row",
-            "state_bytes": f"state at {STATE_AT}", "tokens_seen": "tokens seen"}  # fmt: skip
 HIDDEN = ("shown", "ranking", "lower_is_better", "perplexity")
 
 
@@ -108,7 +104,7 @@ def lines_of(table: list[dict[str, Any]]) -> list[str]:
     ranked = [row for row in table if isinstance(row.get(ranking), float) and math.isfinite(row[ranking])]
     same = len({row["ranking"] for row in table}) == 1
     best = min(ranked, key=lambda row: sign * row[ranking]) if ranked and same and len(table) > 1 else None
-    cells = [[HEADINGS.get(name, name) for name in columns]]
+    cells = [[heading(name) for name in columns]]
     for row in table:
         cells.append([_cell(row, name, row is best and name == ranking) for name in columns])
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]

@@ -22,6 +22,7 @@ from treadle.reporting.tables import (
     architecture,
     best_of,
     differences,
+    heading,
     point_of,
     runs_board,
     shown,
@@ -247,9 +248,8 @@ def _tiles(run: dict[str, Any]) -> list[dict[str, Any]]:
     metric, value, step, _ = best_of(run)
     tokens = summary.get("tokens") or next((v for v in reversed(run["columns"].get("tokens", [])) if v), None)
     size = run["bytes_per_token"]
-    names = {"bpb": "bits per byte"}
     tiles = [
-        {"title": f"best {names.get(metric, metric.replace('_', ' '))}" + (f", at step {step}" if step is not None else ""), "value": rounded(value)},
+        {"title": f"best {heading(metric)}" + (f", at step {step}" if step is not None else ""), "value": rounded(value)},
         {"title": "parameters", "value": summary.get("parameters")},
         {"title": f"steps of {summary['max_steps']:,}" if summary.get("max_steps") else "steps",
          "value": summary.get("step") or (run["steps"][-1] if run["steps"] else None)},

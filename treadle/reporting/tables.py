@@ -16,6 +16,9 @@ from treadle.reporting.run_data import measured
 
 NAMES_ONLY = ("run.output_dir", "run.run_name", "run.trusted_code")
 SPLIT = "validation"
+STATE_AT = 1000  # tokens behind a decoding state that is compared; a constant one shows itself by being small here
+HEADINGS = {"bpb": "bits/byte", "top5_accuracy": "top-5 accuracy", "flops_per_byte": "FLOPs/byte", "flops_per_row": "FLOPs/row",
+            "state_bytes": f"state at {STATE_AT}"}  # fmt: skip
 BUDGETS = {"bytes": "bytes of text", "flops": "floating-point operations", "cpu_seconds": "CPU seconds"}  # of a suite
 
 
@@ -57,13 +60,14 @@ def runs_board(runs: list[dict[str, Any]], measured_here: dict[str, dict[str, An
                                      {"key": "parameters", "title": "parameters"}, {"key": "step", "title": "steps"}]  # fmt: skip
     for metric in sorted(metrics):
         lower = next(best[3] for best in bests.values() if best[0] == metric)
-        columns.append({"key": f"best {metric}", "title": f"best {_title(metric)}", "lower_is_better": lower, "unit": "while training"})
+        columns.append({"key": f"best {metric}", "title": f"best {heading(metric)}", "lower_is_better": lower, "unit": "while training"})
     first = next(iter(measured_here.values()), None)
     if first is not None:
-        columns += [{"key": f"here {name}", "title": _title(name), "unit": "measured here", "lower_is_better": first["lower"].get(name)}
+        columns += [{"key": f"here {name}", "title": heading(name), "unit": "measured here", "lower_is_better": first["lower"].get(name)}
                     for name in first["metrics"]]  # fmt: skip
         costs = {name for one in measured_here.values() for name in one["costs"]}
-        columns += [{"key": f"here {name}", "title": _title(name), "lower_is_better": None} for name in sorted(costs)]
+        columns += [{"key": f"here {name}", "title": heading(name), "unit": "bytes" if name == "state_bytes" else None, "lower_is_better": None}
+                    for name in sorted(costs)]  # fmt: skip
     same = alike(runs)
     columns += [{"key": "tokens_per_second", "title": "tokens/s", "lower_is_better": False if same else None},
                 {"key": "memory_gb", "title": "peak memory", "unit": "GB", "lower_is_better": True},
@@ -83,7 +87,7 @@ def runs_board(runs: list[dict[str, Any]], measured_here: dict[str, dict[str, An
     picture = None
     if len(metrics) == 1:
         metric = next(iter(metrics))
-        picture = {"title": f"best {_title(metric)}",
+        picture = {"title": f"best {heading(metric)}",
                    "rows": [{"label": row["label"], "mean": row["cells"][f"best {metric}"], "colour": row["colour"]} for row in rows]}  # fmt: skip
     return {"title": "Comparison", "note": note, "first": "run", "columns": used, "rows": rows, "bars": picture}
 
@@ -94,10 +98,9 @@ def alike(runs: list[dict[str, Any]]) -> bool:
     return len({(*map(run["config"].get, keys), run["bytes_per_token"]) for run in runs}) == 1
 
 
-def _title(name: str) -> str:
-    known = {"bpb": "bits/byte", "flops_per_byte": "FLOPs/byte", "flops_per_row": "FLOPs/row", "state_bytes": "decoding state, bytes",
-             "top5_accuracy": "top-5 accuracy"}  # fmt: skip
-    return known.get(name, name.replace("_", " "))
+def heading(name: str) -> str:
+    """What every table calls a metric or a cost, by the name that rows have for it."""
+    return HEADINGS.get(name, name.replace("_", " "))
 
 
 def point_of(cell: dict[str, Any]) -> str:
@@ -127,7 +130,7 @@ def sweep_board(table: dict[str, Any], folder: Path) -> dict[str, Any]:
     rows.sort(key=lambda row: sign * float(row["cells"]["value"]["mean"]) if row["cells"]["value"] else float("inf"))
     for number, row in enumerate(rows):
         row["colour"] = number
-    columns: list[dict[str, Any]] = [{"key": "value", "title": _title(metric), "lower_is_better": lower, "unit": "mean, range over seeds" if seeds else None},
+    columns: list[dict[str, Any]] = [{"key": "value", "title": heading(metric), "lower_is_better": lower, "unit": "mean, range over seeds" if seeds else None},
                {"key": "seeds", "title": "seeds"}, {"key": "failed", "title": "failed"},
                {"key": "cpu_seconds", "title": "CPU time", "kind": "seconds"}]  # fmt: skip
     if not any(row["cells"]["failed"] for row in rows):
@@ -135,7 +138,7 @@ def sweep_board(table: dict[str, Any], folder: Path) -> dict[str, Any]:
     done = sum(cell.get("value") is not None for cells in points.values() for cell in cells)
     count = sum(map(len, points.values()))
     return {"title": f"Sweep {folder.resolve().name}", "note": f"{done} of {count} runs have been evaluated.", "first": "point", "columns": columns,
-            "rows": rows, "bars": {"title": _title(metric), "rows": [{"label": r["label"], "colour": r["colour"], **(r["cells"]["value"] or {})} for r in rows]}}  # fmt: skip
+            "rows": rows, "bars": {"title": heading(metric), "rows": [{"label": r["label"], "colour": r["colour"], **(r["cells"]["value"] or {})} for r in rows]}}  # fmt: skip
 
 
 def suite_board(table: dict[str, Any]) -> dict[str, Any]:
