@@ -186,7 +186,8 @@ def unfinished(cells: list[Cell]) -> SweepFailed | None:
 
 def _record(cell: Cell) -> dict[str, Any]:
     return {"point": dict(cell.point), "seed": cell.seed, "folder": str(cell.folder), "metric": cell.metric,
-            "value": cell.value, "step": cell.step, "cpu_seconds": cell.cpu_seconds, "failed": cell.failed}  # fmt: skip
+            "lower_is_better": cell.lower_is_better if cell.metric else None, "value": cell.value, "step": cell.step,
+            "cpu_seconds": cell.cpu_seconds, "failed": cell.failed}  # fmt: skip
 
 
 def _folder(point: tuple[tuple[str, str], ...], seed: int) -> str:

@@ -32,7 +32,7 @@ def test_a_grid_runs_and_the_same_command_repeats_nothing(text_file: Path, tmp_p
     again = treadle(*line)
     assert again.stdout.splitlines()[-3:] == first.stdout.splitlines()[-3:]
     assert all((Path(folder) / "training_log.csv").read_bytes() == log for folder, log in logs.items())
-    assert all(c["metric"] == "bpb" and c["cpu_seconds"] > 0 for c in cells)
+    assert all(c["metric"] == "bpb" and c["lower_is_better"] is True and c["cpu_seconds"] > 0 for c in cells)
     drawn = ElementTree.parse(tmp_path / "grid" / "sweep.svg").getroot()
     assert {"optim.learning_rate=1e-3", "optim.learning_rate=3e-2"} < {element.text for element in drawn.iter()}
 

@@ -187,7 +187,7 @@ def test_a_nonsense_cursor_gives_everything(tmp_path: Path) -> None:
 
 
 def cells(**values: float | None) -> dict[str, Any]:
-    return {"cells": [{"point": {"optim.learning_rate": rate}, "seed": seed, "folder": f"runs/sw/{rate}-{seed}", "metric": "bpb", "step": 9,
+    return {"cells": [{"point": {"optim.learning_rate": rate}, "seed": seed, "folder": f"runs/sw/{rate}-{seed}", "metric": "bpb", "step": 9, "lower_is_better": True,
                        "value": values.get(f"v{rate}_{seed}"), "cpu_seconds": 2.0, "failed": ""} for seed in (0, 1) for rate in ("1", "2")]}  # fmt: skip
 
 

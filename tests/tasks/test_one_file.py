@@ -22,6 +22,7 @@ from treadle.errors import ConfigError, InputError
 from treadle.evaluation.report import evaluate_run
 from treadle.monitor.console import Console
 from treadle.reporting.compare import compare, lines_of
+from treadle.reporting.report import collected, found_in
 from treadle.start import Request, check, plan, train
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "extending.md"
@@ -118,6 +119,11 @@ def test_two_heads_from_the_command_line_to_the_table(files: dict[str, Path], tm
     assert f"measuring {tmp_path / 'b'} (2 of 2)" in capsys.readouterr().err
     lines = lines_of(table)
     assert "accuracy" in lines[0] and "mean error" in lines[0] and "bits/byte" not in lines[0] and "% <" in lines[1] and "%" in lines[2] and " <" not in lines[2]
+    better = {"loss": True, "mean_error": True, "accuracy": False, "loss_largest": None}  # of the last the objective says nothing
+    assert {name: how["lower_is_better"] for name, how in table[0]["shown"].items()} == better
+    board = collected(*found_in([str(tmp_path / "a"), str(tmp_path / "b")]), model=True)["boards"][0]
+    assert {column["key"]: column["lower_is_better"] for column in board["columns"] if column.get("unit") == "measured here"} == {
+        f"here {name}": lower for name, lower in better.items()}  # fmt: skip
     other = tmp_path / "c"
     run(file, other, max_steps=2, integers=5)
     with pytest.raises(InputError, match="different data"):

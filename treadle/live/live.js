@@ -201,7 +201,7 @@ function drawGroup() {
   at("progress").firstElementChild.style.width = `${jobs.length ? 100 * (done + failed + begun) / jobs.length : 0}%`;
   const tiles = [tile(`${done} / ${jobs.length}`, "runs done"), tile(String(busy), "running now")];
   if (failed) { const made = tile(String(failed), "failed or interrupted"); made.classList.add("bad"); tiles.push(made); }
-  const best = group && group.board && group.board.bars && group.board.bars.rows[0];
+  const best = group && group.board && group.board.bars && group.board.bars.ranked !== false && group.board.bars.rows[0];
   if (best && present(best.mean)) tiles.push(tile(number(best.mean, group.board.bars.kind), `best ${group.board.bars.title} so far: ${best.label}`));
   const spent = group && group.cpu_seconds ? group.cpu_seconds : list.reduce((sum, run) => sum + (run.summary.cpu_seconds || 0), 0);
   if (spent) tiles.push(tile(duration(spent), "CPU time so far"));

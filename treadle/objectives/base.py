@@ -74,7 +74,7 @@ class Metric:
 
     def described(self) -> dict[str, Any]:
         """What a table of a report needs of it, for JSON."""
-        return {"format": self.format, "usual": list(self.usual) if self.usual else None}
+        return {"format": self.format, "usual": list(self.usual) if self.usual else None, "lower_is_better": self.lower_is_better}
 
 
 class Objective(ABC):
@@ -168,8 +168,10 @@ class Objective(ABC):
         return self.metrics.get(name, Metric())
 
     def shown(self, metrics: Mapping[str, float]) -> dict[str, dict[str, Any]]:
-        """How tables print these metrics (Metric.described), without those that they leave out."""
-        return {name: self.metric(name).described() for name in metrics if self.metric(name).shown}
+        """How tables print these metrics (Metric.described), without those that they leave out. "lower_is_better" is None for one of which
+        the objective says nothing: no table marks a best of it."""
+        unsaid = {"lower_is_better": None}
+        return {name: self.metric(name).described() | (unsaid if name not in self.metrics else {}) for name in metrics if self.metric(name).shown}
 
     def evaluation_text(self, metrics: dict[str, float]) -> str:
         """The console's line of an evaluation."""

@@ -193,8 +193,7 @@ def _measured_here(places: list[Place], runs: list[dict[str, Any]]) -> tuple[dic
         return {}, f"From the runs' own logs; not measured beside each other: {problem}"
     found, same = {}, alike(runs)
     for run, row in zip(runs, rows):
-        lower = dict.fromkeys(row["shown"], True) | {name: False for name in row["shown"] if "accuracy" in name}
-        lower[row["ranking"]] = row["lower_is_better"]
+        lower = {name: how["lower_is_better"] for name, how in row["shown"].items()} | {row["ranking"]: row["lower_is_better"]}
         kept = {name: rounded(row[name]) for name in row["shown"]
                 if name not in ("perplexity", "top5_accuracy") and name in row and (same or name == row["ranking"])}  # fmt: skip
         costs = {name: row[name] for name in ("flops_per_byte", "flops_per_row", "state_bytes") if name in row}

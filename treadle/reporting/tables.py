@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from treadle.errors import TreadleError
-from treadle.reporting.run_data import measured
+from treadle.reporting.run_data import json_table, measured, run_in
 
 NAMES_ONLY = ("run.output_dir", "run.run_name", "run.trusted_code")
 SPLIT = "validation"
@@ -108,15 +108,26 @@ def point_of(cell: dict[str, Any]) -> str:
     return " ".join(f"{key}={value}" for key, value in cell["point"].items())
 
 
+def _direction(cells: list[dict[str, Any]], folder: Path) -> bool | None:
+    """Whether less of a sweep's metric is better, as its runs' objective says: in sweep.json, or (of one that an older version wrote) in the
+    summary of a run. None where nothing says it."""
+    for cell in cells:
+        if isinstance(said := cell.get("lower_is_better"), bool):
+            return said
+        if cell.get("metric") and (run := run_in(folder, cell["folder"])) is not None:
+            said = (json_table(run / "summary.json") or {}).get("lower_is_better")
+            if isinstance(said, bool):
+                return said
+    return None
+
+
 def sweep_board(table: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The board of a sweep.json: a row for each point of the grid, the best mean first."""
+    """The board of a sweep.json: a row for each point of the grid, the best mean first (as in the grid where no run says what is better)."""
     points: dict[str, list[dict[str, Any]]] = {}
     for cell in table.get("cells", []):
         points.setdefault(point_of(cell), []).append(cell)
     metric = next((cell["metric"] for cells in points.values() for cell in cells if cell.get("metric")), "loss")
-    lower = next((bool(cell["lower_is_better"]) for cells in points.values() for cell in cells if "lower_is_better" in cell), None)
-    if lower is None:
-        lower = "accuracy" not in metric
+    lower = _direction(table.get("cells", []), folder)
     rows: list[dict[str, Any]] = []
     for label, cells in points.items():
         values = [cell["value"] for cell in cells if isinstance(cell.get("value"), (int, float))]
@@ -127,7 +138,8 @@ def sweep_board(table: dict[str, Any], folder: Path) -> dict[str, Any]:
                                                "cpu_seconds": statistics.mean(spent) if spent else None}})  # fmt: skip
     sign = 1 if lower else -1
     seeds = any(row["cells"]["seeds"] > 1 for row in rows)
-    rows.sort(key=lambda row: sign * float(row["cells"]["value"]["mean"]) if row["cells"]["value"] else float("inf"))
+    if lower is not None:
+        rows.sort(key=lambda row: sign * float(row["cells"]["value"]["mean"]) if row["cells"]["value"] else float("inf"))
     for number, row in enumerate(rows):
         row["colour"] = number
     columns: list[dict[str, Any]] = [{"key": "value", "title": heading(metric), "lower_is_better": lower, "unit": "mean, range over seeds" if seeds else None},
@@ -138,7 +150,7 @@ def sweep_board(table: dict[str, Any], folder: Path) -> dict[str, Any]:
     done = sum(cell.get("value") is not None for cells in points.values() for cell in cells)
     count = sum(map(len, points.values()))
     return {"title": f"Sweep {folder.resolve().name}", "note": f"{done} of {count} runs have been evaluated.", "first": "point", "columns": columns,
-            "rows": rows, "bars": {"title": heading(metric), "rows": [{"label": r["label"], "colour": r["colour"], **(r["cells"]["value"] or {})} for r in rows]}}  # fmt: skip
+            "rows": rows, "bars": {"title": heading(metric), "ranked": lower is not None, "rows": [{"label": r["label"], "colour": r["colour"], **(r["cells"]["value"] or {})} for r in rows]}}  # fmt: skip
 
 
 def suite_board(table: dict[str, Any]) -> dict[str, Any]:
