@@ -74,6 +74,16 @@ class Known:
             self.runs[told["number"]] = run
 
 
+def suite(*states: str) -> dict[str, Any]:
+    """suite.json of an entry: a job that chooses a rate, then runs, each in one of these states."""
+    jobs = [{"label": f"shc, seed {seed}", "kind": "run" if seed else "search", "seed": seed, "learning_rate": 0.01, "state": state, "cpu_seconds": 2.0,
+             "folder": f"runs/su/runs/{seed}" if state != "waiting" else None, "problem": "out of memory" if state == "failed" else ""}
+            for seed, state in enumerate(states)]  # fmt: skip
+    return {"name": "su", "budget": {"bytes": 9}, "metric": "bpb", "columns": [{"key": "bpb", "title": "bits per byte", "unit": "", "lower_is_better": True}],
+            "rows": [{"label": "shc", "cells": {"bpb": {"mean": 2.0, "low": 1.0, "high": 3.0, "values": [1.0, 3.0]}}, "runs": [], "paired": None}],
+            "scaling": [], "jobs": jobs, "cost": {"cpu_seconds": 8.0, "of_search": 2.0}, "done": all(state in ("done", "failed") for state in states)}  # fmt: skip
+
+
 @contextlib.contextmanager
 def behind_socket(desk: Desk, port: int = 0) -> Iterator[str]:
     listener = listening("127.0.0.1", port)

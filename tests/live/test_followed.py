@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.live.conftest import Known, RunFolder
+from tests.live.conftest import Known, RunFolder, suite
 from treadle.errors import InputError
 from treadle.live import watched as watching
 from treadle.live.followed import Followed
@@ -248,15 +248,6 @@ def test_what_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         found("runs/nwe")
     with pytest.raises(InputError, match="is a file"):
         found("runs/new/metrics.jsonl")
-
-
-def suite(*states: str) -> dict[str, Any]:
-    jobs = [{"label": f"shc, seed {seed}", "kind": "run" if seed else "search", "seed": seed, "learning_rate": 0.01, "state": state, "cpu_seconds": 2.0,
-             "folder": f"runs/su/runs/{seed}" if state != "waiting" else None, "problem": "out of memory" if state == "failed" else ""}
-            for seed, state in enumerate(states)]  # fmt: skip
-    return {"name": "su", "budget": {"bytes": 9}, "metric": "bpb", "columns": [{"key": "bpb", "title": "bits per byte", "unit": "", "lower_is_better": True}],
-            "rows": [{"label": "shc", "cells": {"bpb": {"mean": 2.0, "low": 1.0, "high": 3.0, "values": [1.0, 3.0]}}, "runs": [], "paired": None}],
-            "scaling": [], "jobs": jobs, "cost": {"cpu_seconds": 8.0, "of_search": 2.0}, "done": all(state in ("done", "failed") for state in states)}  # fmt: skip
 
 
 def test_a_suite_from_before_its_first_job_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

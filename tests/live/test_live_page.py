@@ -17,10 +17,11 @@ import pytest
 
 from tests.browsers import Visit
 from tests.conftest import flags
-from tests.live.conftest import RunFolder, behind_socket
+from tests.live.conftest import RunFolder, behind_socket, suite
 from tests.serving.conftest import Scripted, listening, served
 from treadle.live.desk import Desk
 from treadle.live.watched import Watched
+from treadle.reporting.report import write_report
 from treadle.serving.app import App
 from treadle.training.config import SETTABLE
 
@@ -159,6 +160,26 @@ def test_a_sweep_with_a_token(browser: Any, tmp_path: Path) -> None:
         assert tab.locator("#rows tbody tr").count() == 4
         assert not [text for text in visit.wrong if "401" not in text]
         tab.close()
+
+
+def test_a_suite_over_sizes_is_drawn_as_in_its_report(browser: Any, tmp_path: Path) -> None:
+    root = tmp_path / "suite"
+    RunFolder(root / "runs" / "0").steps(1, 9)
+    law = {"exponent": 0.5, "low": 0.4, "high": 0.6, "factor": 20.0}
+    points = [{"parameters": 100, "value": 2.0}, {"parameters": 400, "value": 1.0}]
+    (root / "suite.json").write_text(json.dumps({**suite("done", "failed"), "scaling": [{"label": "shc", "points": points, "fit": law}]}), encoding="utf-8")
+    write_report([str(root)], tmp_path / "report.html", model=False)
+    with behind_socket(Desk(Watched(root))) as address:
+        watched, report = Tab(browser, address), Tab(browser, (tmp_path / "report.html").as_uri())
+        for visit, place in ((watched, "#rows"), (report, "section >> nth=0")):
+            curves = visit.tab.locator(place).locator("figure.chart", has_text="Against size")
+            curves.wait_for(timeout=SOON)
+            assert curves.locator(".legend button").all_text_contents() == ["shc", "shc, fitted"] and curves.locator("path.line").count() == 2
+        tables = [visit.tab.locator(place).locator("table").first.text_content() for visit, place in ((watched, "#rows"), (report, "section >> nth=0"))]
+        assert tables[0] == tables[1] and "bits per byte" in tables[0]
+        assert watched.tab.locator("ul.problems").count() == 0 and report.tab.locator("ul.problems").text_content() == "shc, seed 1: out of memory"
+        assert watched.wrong == [] and report.wrong == []
+        watched.tab.close(), report.tab.close()
 
 
 def test_thousands_of_points_are_drawn_quickly(browser: Any, tmp_path: Path) -> None:

@@ -238,11 +238,7 @@ function drawTable(group) {
   drawn.table = key;
   at("table-note").textContent = board.note || "";
   at("rows").replaceChildren();
-  comparison(at("rows"), board, board.first);
-  if (board.bars && board.bars.rows.length > 1) { at("rows").append(node("h3", "", board.bars.title)); bars(at("rows"), board.bars.rows, "", board.bars.kind); }
-  if (!board.scaling || !board.scaling.length) return;
-  const series = board.scaling.map((line, place) => ({ name: line.label, x: line.points.map(point => point.x), y: line.points.map(point => point.value), points: true, colour: place }));
-  chart(at("rows"), { title: "Against size", note: board.scaling_note, series, x_title: board.scaling_x, log_x: true, height: 260 });
+  drawBoard(at("rows"), board); // its problems stand beside the jobs
 }
 
 function drawJobs(jobs, group) {

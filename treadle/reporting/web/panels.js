@@ -389,6 +389,23 @@ function bars(element, rows, title, kind) {
   if (start !== 0) element.append(node("p", "soft", `Bars begin at ${number(start, kind)}${usable.some(row => present(row.low) && row.low !== row.high) ? "; the line is the range over seeds" : ""}.`));
 }
 
+// A board (see reporting/tables.py): its table, its problems where they are asked for, its bars, and its curves over sizes in the element
+// that `below` gives.
+function drawBoard(element, board, problems = [], below = () => element) {
+  comparison(element, board, board.first);
+  if (problems.length) {
+    const list = node("ul", "problems");
+    list.append(...problems.map(text => node("li", "", text)));
+    element.append(list);
+  }
+  if (board.bars && board.bars.rows.length > 1) bars(element, board.bars.rows, board.bars.title, board.bars.kind);
+  if (!board.scaling || !board.scaling.length) return;
+  const series = board.scaling.flatMap((line, place) => [
+    { name: line.label, x: line.points.map(point => point.x), y: line.points.map(point => point.value), points: true, colour: line.colour ?? place },
+    ...(line.curve ? [{ name: `${line.label}, fitted`, x: line.curve.x, y: line.curve.y, colour: line.colour ?? place }] : [])]);
+  chart(below(), { title: "Against size", note: board.scaling_note, series, x_title: board.scaling_x, log_x: true, height: 300 });
+}
+
 // A switch between light and dark, beside what the system prefers.
 function themeSwitch(element) {
   const button = node("button", "", "Light / dark");

@@ -70,23 +70,13 @@ if (data.tiles.length) {
 
 for (const board of data.boards) {
   const made = section(board.title, board.note), card = node("div", "card");
-  comparison(card, board, board.first);
-  if ((board.problems || []).length) {
-    const list = node("ul", "problems");
-    list.append(...board.problems.map(text => node("li", "", text)));
-    card.append(list);
-  }
-  if (board.bars && board.bars.rows.length > 1) { card.append(node("h3", "", board.bars.title)); bars(card, board.bars.rows, "", board.bars.kind); }
   made.append(card);
-  if (board.scaling && board.scaling.length) {
+  drawBoard(card, board, board.problems, () => {
     const second = node("div", "card");
     second.style.marginTop = "1rem";
     made.append(second);
-    const series = board.scaling.flatMap((line, place) => [
-      { name: line.label, x: line.points.map(point => point.x), y: line.points.map(point => point.value), points: true, colour: line.colour ?? place },
-      ...(line.curve ? [{ name: `${line.label}, fitted`, x: line.curve.x, y: line.curve.y, colour: line.colour ?? place }] : [])]);
-    chart(second, { title: "Against size", note: board.scaling_note, series, x_title: board.scaling_x, y_title: "", log_x: true, height: 300 });
-  }
+    return second;
+  });
 }
 
 const GROUPS = [
