@@ -16,6 +16,7 @@ from tests.reporting.conftest import ENDS_A_SCRIPT, write_run
 from treadle.errors import InputError
 from treadle.evaluation.report import evaluator_of, held_out
 from treadle.models.pretrained import load_run
+from treadle.reporting import planned as planning
 from treadle.reporting.bars import svg_bars
 from treadle.reporting.passages import pieces_of, token_losses
 from treadle.reporting.report import write_report
@@ -74,6 +75,20 @@ def test_without_a_model(trained: Path, tmp_path: Path) -> None:
     assert data_of(tmp_path / "plain.html")["runs"][0]["text"] == []
     said = write_report([str(write_run(tmp_path / "run"))], tmp_path)
     assert "no checkpoint yet" in said[0] and (tmp_path / "report.html").is_file()
+
+
+def test_a_recipe_is_made_once_and_one_of_another_version_leaves_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, made = write_run(tmp_path / "run"), []
+    real = planning.recipe_of
+    monkeypatch.setattr(planning, "recipe_of", lambda tables: made.append(tables) or real(tables))
+    write_report([str(folder)], tmp_path / "one.html", model=False)
+    (run,) = data_of(tmp_path / "one.html")["runs"]
+    assert len(made) == 1 and run["planned"]["rows"] and "tokenizer.name" in run["changed"]
+    with (folder / "config.toml").open("a", encoding="utf-8") as stream:
+        stream.write("of_the_future = 1\n")
+    write_report([str(folder)], tmp_path / "one.html", model=False)
+    (run,) = data_of(tmp_path / "one.html")["runs"]
+    assert run["planned"]["rows"] == [] and "of_the_future" in run["planned"]["note"] and run["changed"] == []
 
 
 def test_what_is_no_run_is_refused_with_what_to_name(tmp_path: Path) -> None:

@@ -13,26 +13,24 @@ from treadle.training.config import SECTIONS, Recipe
 
 
 def recipe_of(tables: dict[str, Any]) -> Recipe:
-    """The recipe of a run's own config.toml, which names every value."""
+    """The recipe of a run's own config.toml, which names every value. TreadleError, ValueError or TypeError for one of another version."""
     sections: dict[str, Settings] = {name: cls(**tables.get(name, {})) for name, cls in SECTIONS.items()}
     model = dict(tables.get("model", {}))
     arch, preset = model.pop("arch", "transformer"), model.pop("preset", None)
     return Recipe(arch=arch, preset=preset, model=model, task=dict(tables.get("task", {})), **sections)  # type: ignore[arg-type]
 
 
-def planned(tables: dict[str, Any], run: dict[str, Any], flops: float | None = None) -> dict[str, Any]:
-    """{"rows": [{"label", "cells": {"planned", "was", "ratio"}}], "note"}. tables: the run's config.toml; run: what read_run says.
-    flops: operations a second of this machine's CPU where they are known already. Without a plan "rows" is empty and "note"
-    says why."""
+def planned(recipe: Recipe, run: dict[str, Any], flops: float | None = None) -> dict[str, Any]:
+    """{"rows": [{"label", "cells": {"planned", "was", "ratio"}}], "note"}. recipe: the run's own; run: what read_run says. flops: operations
+    a second of this machine's CPU where they are known already. Without a plan "rows" is empty and "note" says why."""
     environment, summary = run["environment"] or {}, run["summary"] or {}
     gpus = environment.get("gpus") or []
-    gpu = next((name for name in PEAK_BF16 if gpus and name in gpus[0]), None) if tables.get("run", {}).get("device") != "cpu" else None
+    gpu = next((name for name in PEAK_BF16 if gpus and name in gpus[0]), None) if recipe.run.device != "cpu" else None
     try:
-        recipe = recipe_of(tables)
         on = {"gpu": gpu} if gpu is not None else {"flops": flops} if flops is not None else {}
         said = plan(recipe, summary.get("processes") or None, **on)
     except (TreadleError, ValueError, TypeError) as problem:
-        return {"rows": [], "note": f"No plan could be made of this run's configuration: {problem}"}
+        return no_plan(problem)
     was = measured(run)
     rows = [
         _row("parameters", said["parameters"], summary.get("parameters"), None),
@@ -47,6 +45,11 @@ def planned(tables: dict[str, Any], run: dict[str, Any], flops: float | None = N
     speed = f"{said['assumptions']['flops_per_second'] / 1e12:.3g} TFLOP/s"
     return {"rows": rows, "flops": None if gpu is not None else said["assumptions"]["flops_per_second"],
             "note": f"Planned with {speed} ({source}). Times hold for a machine that does nothing else."}  # fmt: skip
+
+
+def no_plan(problem: Exception) -> dict[str, Any]:
+    """What stands in place of a plan."""
+    return {"rows": [], "note": f"No plan could be made of this run's configuration: {problem}"}
 
 
 def _seconds_of_step(said: dict[str, Any]) -> float:

@@ -124,11 +124,7 @@ def collected(places: list[Place], boards: list[dict[str, Any]], model: bool) ->
         run["metrics"] = _metrics(tables)
         run["planned"] = {"rows": [], "note": ""}
         if tables:
-            from treadle.reporting.planned import planned
-
-            run["planned"] = planned(tables, run, flops)
-            flops = run["planned"].pop("flops", None) or flops
-            run["changed"] = _changed(tables)
+            flops = _plan(run, tables, flops)
         run["text"], run["text_note"] = _text(place, run, tables) if model else (
             [], "No text is coloured: the report was made with --no-model.")  # fmt: skip
     one = runs[0] if len(runs) == 1 else None
@@ -203,14 +199,19 @@ def _measured_here(places: list[Place], runs: list[dict[str, Any]]) -> tuple[dic
                    + ("" if same else " Tokens are not the same for all runs, so that numbers a token (loss, accuracy, tokens/s) do not compare."))  # fmt: skip
 
 
-def _changed(tables: dict[str, Any]) -> list[str]:
-    """Keys that are not at their default."""
-    from treadle.reporting.planned import recipe_of
+def _plan(run: dict[str, Any], tables: dict[str, Any], flops: float | None) -> float | None:
+    """Puts beside a run what is planned of its recipe, and the keys that are not at their default. Operations a second, as soon as
+    they are known."""
+    from treadle.reporting.planned import no_plan, planned, recipe_of
 
     try:
-        return list(flat(recipe_of(tables).set_values()))
-    except (TreadleError, ValueError, TypeError):
-        return []
+        recipe = recipe_of(tables)
+    except (TreadleError, ValueError, TypeError) as problem:
+        run["planned"] = no_plan(problem)
+        return flops
+    run["changed"] = list(flat(recipe.set_values()))
+    run["planned"] = planned(recipe, run, flops)
+    return run["planned"].pop("flops", None) or flops
 
 
 def _status(run: dict[str, Any]) -> str:

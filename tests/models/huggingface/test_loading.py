@@ -19,7 +19,9 @@ from tests.models.huggingface.families import SHAPE, ids, their_logits, their_mo
 from treadle.checkpoint.tensors import read_tensors, write_tensors
 from treadle.data.batch import Batch
 from treadle.errors import CheckpointError, ConfigError, InputError, ShapeError, TreadleError
+from treadle.models.huggingface import reading
 from treadle.models.pretrained import locate
+from treadle.text.base import read_table
 
 
 def changed(tmp_path: Path, name: str = "llama", **keys: Any) -> Path:
@@ -34,6 +36,14 @@ def changed(tmp_path: Path, name: str = "llama", **keys: Any) -> Path:
 @torch.no_grad()
 def logits(model: Any, rows: torch.Tensor) -> torch.Tensor:
     return model.eval()(Batch.from_ids(rows)).logits
+
+
+def test_a_configuration_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused or computed by what was decided on, whatever is written beneath."""
+    read: list[Path] = []
+    monkeypatch.setattr(reading, "read_table", lambda path, most: read.append(path) or read_table(path, most))
+    assert reading.folder_of(written("llama")[1]).config.hidden_size == SHAPE["hidden_size"]
+    assert read == [written("llama")[1] / "config.json"]
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [

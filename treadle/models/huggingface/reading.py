@@ -213,10 +213,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class TransformersFolder(ForeignModel):
-    """A folder that transformers wrote: config.json, model.safetensors or its shards, tokenizer files."""
+    """A folder that transformers wrote: config.json, model.safetensors or its shards, tokenizer files. table: its config.json, where that
+    has been read."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder, read_json(folder / CONFIG_FILE))
+    def __init__(self, folder: Path, table: dict[str, Any] | None = None) -> None:
+        super().__init__(folder, read_json(folder / CONFIG_FILE) if table is None else table)
 
     @property
     def place(self) -> str:
@@ -289,10 +290,11 @@ class WithCode(TransformersFolder):
 
 def folder_of(folder: Path) -> TransformersFolder:
     """A folder of transformers' form; one with treadle's own keys is read as they say. InputError where its code is needed."""
-    own = read_json(folder / CONFIG_FILE).get(OWN_KEYS)
+    table = read_json(folder / CONFIG_FILE)
+    own = table.get(OWN_KEYS)
     if not isinstance(own, dict):
-        return TransformersFolder(folder)
+        return TransformersFolder(folder, table)
     if ":" in (arch := str(own.get("arch"))):
         raise InputError(f"{folder} is for transformers, of an architecture in {arch}: treadle runs no code of an export; use the run, or an "
                          "export with --format treadle")  # fmt: skip
-    return WithCode(folder)
+    return WithCode(folder, table)
