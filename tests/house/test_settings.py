@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
@@ -12,14 +12,24 @@ from hypothesis import strategies as st
 
 from treadle.errors import ConfigError
 from treadle.help import section_lines
+from treadle.monitor.settings import DEFAULT_SINKS, FILE_SINKS, Sink
+from treadle.monitor.sinks import SINKS
 from treadle.recipe import Layer, builtin_recipes, compose, target_layer
 from treadle.settings import dump_toml, load_table, parse_flags
 from treadle.start import Request, check
 from treadle.training.config import SECTIONS, Recipe
+from treadle.training.optim import OPTIMIZERS
+from treadle.training.settings import Optimizer
 
 
 def of(table: dict[str, Any], from_text: bool = False, with_model: bool = False) -> Recipe:
     return compose([Layer(table, "test", from_text)], with_model)
+
+
+def test_names_that_a_key_takes_are_those_that_there_are() -> None:
+    """Written twice because neither may import the other: a settings class needs no torch, and a registry says where things are."""
+    assert set(get_args(Optimizer)) == set(OPTIMIZERS.names()) and set(get_args(Sink)) == set(SINKS.names())
+    assert set(FILE_SINKS) < set(DEFAULT_SINKS) < set(get_args(Sink))
 
 
 # One vocabulary for every guide: (what is written) -> (where it lands, value).

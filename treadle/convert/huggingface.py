@@ -7,10 +7,12 @@ leaves out are written where treadle's are others (transformers' documentation o
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, get_args
 
-from treadle.convert.reading import NO_KEY, Reading, of_steps
+from treadle.convert.reading import NO_KEY, Reading, listed, of_steps
 from treadle.convert.script import ARGUMENTS, Script
+from treadle.monitor.settings import FILE_SINKS, Sink
+from treadle.training.settings import Optimizer
 
 # Defaults that differ from treadle's, by their name.
 DEFAULTS: dict[str, Any] = {
@@ -173,10 +175,10 @@ def _rate(reading: Reading, values: dict[str, Any], given: Collection[str]) -> s
     else:
         reading.put("optim.warmup_steps", int(warmup), "warmup_steps")
     optimizer = str(values.get("optim", "adamw_torch")).rpartition(".")[2].lower()
-    if optimizer.startswith(("adamw", "muon", "soap")) and not any(word in optimizer for word in ("8bit", "anyprecision", "paged")):
+    if optimizer.startswith(get_args(Optimizer)) and not any(word in optimizer for word in ("8bit", "anyprecision", "paged")):
         reading.put("optim.name", optimizer.partition("_")[0], "optim")
     elif "optim" in values:
-        reading.leave("optim", optimizer, "adamw is taken; there is adamw, muon and soap")
+        reading.leave("optim", optimizer, f"adamw is taken; there is {listed(get_args(Optimizer))}")
     return {"lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio", "warmup_steps", "optim"}
 
 
@@ -230,10 +232,9 @@ def _where(reading: Reading, values: dict[str, Any]) -> set[str]:
     if names in (["all"], ["none"]):
         reading.put("log.report_to", names[0], "report_to")
     elif names:
-        known = [name for name in names if name in ("tensorboard", "wandb")]
-        reading.put("log.report_to", ["csv", "jsonl", *known], "report_to")
-        if other := [name for name in names if name not in known]:
-            reading.leave("report_to", other, "there is csv, jsonl, tensorboard and wandb")
+        reading.put("log.report_to", [*FILE_SINKS, *(name for name in names if name in get_args(Sink) and name not in FILE_SINKS)], "report_to")
+        if other := [name for name in names if name not in get_args(Sink)]:
+            reading.leave("report_to", other, f"there is {listed(get_args(Sink))}")
     if values.get("project") not in (None, "huggingface"):
         reading.put("log.project", values["project"], "project")
     sharded = values.get("fsdp")

@@ -6,11 +6,13 @@ What a file leaves out is at treadle's default, since litgpt's differ between it
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from treadle.convert.reading import NO_KEY, Reading
+from treadle.convert.reading import NO_KEY, Reading, listed
 from treadle.errors import ConfigError
 from treadle.foreign import LITGPT
+from treadle.monitor.settings import FILE_SINKS, Sink
+from treadle.training.settings import Optimizer
 
 TRAIN = {
     "global_batch_size": "train.global_batch_size", "micro_batch_size": "train.per_device_train_batch_size",
@@ -132,7 +134,7 @@ def _optimizer(reading: Reading, optimizer: Any) -> None:
     if name.rpartition(".")[2].lower() in ("adamw", "adam"):
         reading.put("optim.name", "adamw", "optimizer.class_path")
     else:
-        reading.leave("optimizer", name, "adamw is taken; there is adamw, muon and soap")
+        reading.leave("optimizer", name, f"adamw is taken; there is {listed(get_args(Optimizer))}")
     for theirs, key in (("lr", "optim.learning_rate"), ("weight_decay", "optim.weight_decay"), ("eps", "optim.adam_epsilon")):
         if values.get(theirs) is not None:
             reading.put(key, values[theirs], f"optimizer.{theirs}")
@@ -206,10 +208,10 @@ def _machine(reading: Reading, left: dict[str, Any]) -> None:
     if left.get("num_nodes") == 1:
         left.pop("num_nodes")
     sink = left.pop("logger_name", None)
-    if sink in ("tensorboard", "wandb", "csv"):
-        reading.put("log.report_to", [sink] if sink == "csv" else ["csv", "jsonl", sink], "logger_name")
+    if sink in get_args(Sink):
+        reading.put("log.report_to", [sink] if sink in FILE_SINKS else [*FILE_SINKS, sink], "logger_name")
     elif sink is not None:
-        reading.leave("logger_name", sink, "there is csv, jsonl, tensorboard and wandb")
+        reading.leave("logger_name", sink, f"there is {listed(get_args(Sink))}")
     folder = left.pop("tokenizer_dir", None)
     if folder is not None:
         if Path(str(folder)).is_dir():

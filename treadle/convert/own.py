@@ -6,10 +6,11 @@ What is here beside that is how their Python scripts say it, and why some of the
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from treadle.convert.reading import Reading
+from treadle.convert.reading import Reading, listed
 from treadle.convert.script import Script
+from treadle.monitor.settings import Sink
 from treadle.recipe import recipe_layer, vocabulary
 from treadle.settings import plain
 
@@ -25,7 +26,7 @@ WHY = {
     "drop_last": "every row is trained on; the last step of an epoch takes rows of the next",
     "eval_only": "that is a verb: treadle eval RUN",
     "push_to_hub": "that is a verb: treadle export RUN, then upload the folder",
-    "tracking_uri": "report_to has csv, jsonl, tensorboard and wandb",
+    "tracking_uri": f"report_to has {listed(get_args(Sink))}",
     "cudnn_benchmark": "results would differ from run to run",
     "allow_tf32": "precision says what matrices are multiplied in",
     "logging_level": "the log says what happened; --help of each verb lists what can be silenced",

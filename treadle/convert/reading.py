@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,11 @@ SHARE_WITHOUT_STEPS = "a share needs a number of steps; give optim.warmup_steps 
 def of_steps(share: float, steps: int) -> int:
     """A share of a number of steps, one at least."""
     return max(1, round(share * steps))
+
+
+def listed(words: Sequence[str]) -> str:
+    """("csv", "jsonl", "wandb") -> "csv, jsonl and wandb"."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
 @dataclass

@@ -63,7 +63,7 @@ class DeepSpeed(Strategy):
     def attach_optimizers(self, optimizers: list[torch.optim.Optimizer]) -> None:
         """Makes the engine around the one optimiser; ConfigError for any but adamw."""
         if len(optimizers) != 1 or not isinstance(optimizers[0], torch.optim.AdamW):
-            raise ConfigError("parallel.mode = deepspeed works with optim.name = adamw; use --parallel ddp or fsdp for muon")
+            raise ConfigError("parallel.mode = deepspeed works with optim.name = adamw; --parallel ddp takes every optimiser")
         self.named = [(n, p) for n, p in self.plain.model.named_parameters() if p.requires_grad]  # type: ignore[union-attr]
         self.base = optimizers[0]
         # AdamW's step is called through a class of ours derived from it (training/optim.py); DeepSpeed looks at the class alone.

@@ -12,7 +12,8 @@ from pydantic import BeforeValidator, model_validator
 from treadle.settings import ListChange, Settings, option
 
 Sink = Literal["csv", "jsonl", "tensorboard", "wandb"]
-DEFAULT_SINKS: list[Sink] = ["csv", "jsonl", "tensorboard"]
+FILE_SINKS: list[Sink] = ["csv", "jsonl"]  # files of the run's folder, which need no package and cost next to nothing
+DEFAULT_SINKS: list[Sink] = [*FILE_SINKS, "tensorboard"]
 
 
 def _with(sink: Sink) -> Callable[[Any], dict[str, Any]]:

@@ -17,6 +17,7 @@ from treadle.data.dataset import splits_of
 from treadle.errors import ConfigError
 from treadle.models.base import LM_HEAD, Model
 from treadle.models.catalogue import MODELS
+from treadle.monitor.settings import FILE_SINKS
 from treadle.objectives.task import task_settings
 from treadle.ops.quick_start import shapes_only
 from treadle.planning.equal_parameters import Sized, equal_parameters
@@ -25,7 +26,7 @@ from treadle.suite.settings import EntrySettings, Suite
 
 EVALUATIONS = 4  # over a run, and saved states
 # What a suite's runs do unless the suite says otherwise: held-out loss, and nothing that only costs time.
-QUIET = {"eval.sample_tokens": 0, "log.report_to": ["csv", "jsonl"], "checkpoint.save_total_limit": 1}
+QUIET = {"eval.sample_tokens": 0, "log.report_to": FILE_SINKS, "checkpoint.save_total_limit": 1}
 SET_LATER = (("train", "max_steps"), ("optim", "learning_rate"))
 FORWARD_AND_BACKWARD = 3  # times the forward pass (Kaplan et al. 2020, arXiv 2001.08361, section 2.1)
 
@@ -153,7 +154,7 @@ def probe_tables(suite: Suite, variant: Variant, probe: str) -> tuple[dict[str, 
         "model": {"arch": variant.arch, **sized.keys},
         "train": {"per_device_train_batch_size": asked.rows},
         "eval": {"sample_tokens": 0},
-        "log": {"report_to": ["csv", "jsonl"]},
+        "log": {"report_to": FILE_SINKS},
         "checkpoint": {"save_total_limit": 1},
     }
     return tables, sized.parameters

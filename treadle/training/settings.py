@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, model_validator
 from treadle.errors import ConfigError
 from treadle.settings import Settings, option
 
+Optimizer = Literal["adamw", "muon", "soap"]
 PRECISION_SPELLINGS = {"float32": "fp32", "none": "fp32", "no": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
@@ -132,7 +133,7 @@ class TrainSettings(Settings):
 class OptimSettings(Settings):
     """How the weights move."""
 
-    name: Literal["adamw", "muon", "soap"] = option("adamw", aliases=("optimizer_name", "type"), change="guarded")
+    name: Optimizer = option("adamw", aliases=("optimizer_name", "type"), change="guarded")
     """adamw (fused); or muon or soap for the hidden matrices, with adamw for everything else."""
 
     learning_rate: float = option(1e-3, aliases=("lr",), gt=0, lt=float("inf"), allow_inf_nan=False)
