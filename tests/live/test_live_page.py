@@ -18,7 +18,7 @@ import pytest
 from tests.browsers import Visit
 from tests.conftest import flags
 from tests.live.conftest import RunFolder, behind_socket, suite
-from tests.serving.conftest import Scripted, listening, served
+from tests.serving.conftest import Scripted, answering, served
 from treadle.live.desk import Desk
 from treadle.live.watched import Watched
 from treadle.reporting.report import write_report
@@ -197,7 +197,7 @@ def test_thousands_of_points_are_drawn_quickly(browser: Any, tmp_path: Path) -> 
 def test_the_conversation_links_to_the_training(browser: Any, tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     run.steps(1, 4)
-    with listening(App(Scripted(), served(), live=Desk(Watched(run.folder)))) as address:
+    with answering(App(Scripted(), served(), live=Desk(Watched(run.folder)))) as address:
         visit = Tab(browser, address)
         visit.tab.locator("#run").click()
         visit.state("training")

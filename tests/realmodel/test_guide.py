@@ -7,7 +7,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 
 from tests.conftest import treadle
 from tests.realmodel.conftest import WHEEL
+from treadle.distributed.launch import free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,9 +40,7 @@ def test_from_a_wheel_to_an_endpoint(in_folder: Path) -> None:
     talk = [sys.executable, "-m", *chat, "--temperature", "0", "--max-new-tokens", "8"]
     done = subprocess.run(talk, cwd=in_folder, env=environment(), input="What is the capital of France?\n", capture_output=True, text=True)
     assert done.returncode == 0 and "Paris" in done.stdout, done.stderr + done.stdout
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     server = subprocess.Popen([sys.executable, "-m", *serve, "--port", str(port)], cwd=in_folder, env=environment(), stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None and server.stdout.readline().startswith("tuned at http")

@@ -4,7 +4,6 @@ a socket."""
 from __future__ import annotations
 
 import contextlib
-import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -21,6 +20,7 @@ from treadle.models.catalogue import MODELS
 from treadle.serving.app import App
 from treadle.serving.limits import Limits
 from treadle.serving.protocol import Served
+from treadle.serving.sockets import listening
 from treadle.text.base import Tokenizer
 from treadle.text.byte import ByteTokenizer
 from treadle.text.chat_template import ChatTemplate
@@ -123,13 +123,11 @@ def hierarchical() -> Any:
 
 
 @contextlib.contextmanager
-def listening(app: App) -> Iterator[str]:
+def answering(app: App) -> Iterator[str]:
     """The address of the application behind a socket, in a thread of its own."""
     import uvicorn
 
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    listener.listen(512)
+    listener = listening("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", ws="none", timeout_keep_alive=60))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
@@ -149,7 +147,7 @@ def real() -> Iterator[tuple[str, Engine, Any]]:
     engine.start()
     app = App(engine, served(ChatTemplate.named("plain")))
     try:
-        with listening(app) as address:
+        with answering(app) as address:
             yield address, engine, model
     finally:
         engine.stop(finish=False)

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.serving.conftest import LIMITS, byte_model, listening, scripted_app, served
+from tests.serving.conftest import LIMITS, answering, byte_model, scripted_app, served
 from treadle.generation.engine import Engine
 from treadle.serving.app import App
 
@@ -127,7 +127,7 @@ def test_bytes_that_are_no_http_and_clients_that_leave() -> None:
     draw = random.Random(5)
     body = b'{"prompt": "a"}'
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-    with listening(app) as address:
+    with answering(app) as address:
         place = (address.split("//")[1].split(":")[0], int(address.rsplit(":", 1)[1]))
         for number in range(150):
             whole = head % len(body) + body

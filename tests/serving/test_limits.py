@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.serving.conftest import client, scripted_app
+from tests.serving.conftest import answering, client, scripted_app
 from tests.serving.test_protocol import ask
 from treadle.errors import ConfigError
 from treadle.serving.limits import Limits, checked_host, is_local
@@ -147,11 +147,9 @@ def test_a_server_that_ends_takes_nothing_new() -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_hangs_up_frees_its_rows(stream: bool) -> None:
-    from tests.serving.conftest import listening as behind
-
     app, engine = scripted_app("a" * 60)
     engine.pause = 0.05
-    with behind(app) as address, httpx.Client(base_url=address) as http:
+    with answering(app) as address, httpx.Client(base_url=address) as http:
         with pytest.raises(httpx.ReadTimeout):
             if stream:
                 with http.stream("POST", "/v1/completions", json={"prompt": "x", "max_tokens": 60, "stream": True, "n": 2}) as answer:

@@ -14,7 +14,7 @@ import httpx
 import pytest
 import torch
 
-from tests.serving.conftest import byte_model, listening, served
+from tests.serving.conftest import answering, byte_model, served
 from tests.serving.test_openai_client import text_of
 from treadle.generation.engine import Engine
 from treadle.serving.app import App
@@ -72,7 +72,7 @@ def measured(clients: int, rounds: int) -> list[int]:
     alone = [text_of(model.generate(torch.tensor([list(prompt.encode())]), count, temperature=0.0)[0, len(prompt) :].tolist())
              for prompt, count in zip(prompts, counts)]  # fmt: skip
     try:
-        with listening(app) as address:
+        with answering(app) as address:
             for _ in range(rounds):
                 texts = asyncio.run(crowd(address, prompts, counts, leaving))
                 for number, text in enumerate(texts):

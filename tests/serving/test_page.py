@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests import browsers
-from tests.serving.conftest import LIMITS, hierarchical, listening, scripted_app, served
+from tests.serving.conftest import LIMITS, answering, hierarchical, scripted_app, served
 from treadle.generation.engine import Engine
 from treadle.serving.app import App
 from treadle.serving.chunk_marks import ChunkMarks
@@ -34,7 +34,7 @@ class Visit(browsers.Visit):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_conversation_by_the_keyboard_alone(browser: Any, scheme: str) -> None:
     app, engine = scripted_app(TEXT)
-    with listening(app) as address:
+    with answering(app) as address:
         visit = Visit(browser, address, color_scheme=scheme).ready()
         tab = visit.tab
         visit.say("What does a treadle do?", 1)
@@ -62,7 +62,7 @@ def test_a_conversation_by_the_keyboard_alone(browser: Any, scheme: str) -> None
 def test_the_page_begins_with_the_models_own_settings(browser: Any) -> None:
     app, _ = scripted_app(TEXT)
     app._served = replace(app._served, defaults={"temperature": 0.3, "top_k": 7})
-    with listening(app) as address:
+    with answering(app) as address:
         visit = Visit(browser, address).ready()
         assert [visit.tab.locator(f"#{name}").input_value() for name in ("temperature", "top_p", "top_k")] == ["0.3", "0.9", "7"]
         visit.tab.close()
@@ -71,7 +71,7 @@ def test_the_page_begins_with_the_models_own_settings(browser: Any) -> None:
 def test_escape_stops_an_answer_and_the_next_is_whole(browser: Any) -> None:
     app, engine = scripted_app(TEXT)
     engine.pause = 0.1
-    with listening(app) as address:
+    with answering(app) as address:
         visit = Visit(browser, address).ready()
         visit.tab.keyboard.type("x")
         visit.tab.keyboard.press("Enter")
@@ -90,7 +90,7 @@ def test_escape_stops_an_answer_and_the_next_is_whole(browser: Any) -> None:
 
 def test_a_base_model_continues_text_and_errors_are_shown(browser: Any) -> None:
     app, engine = scripted_app(" and on", template=None)
-    with listening(app) as address:
+    with answering(app) as address:
         visit = Visit(browser, address).ready()
         visit.say("The wheel turns", 1)
         assert visit.tab.locator(".turn.text").text_content() == "The wheel turns and on" and visit.tab.locator("#modes").is_hidden()
@@ -102,7 +102,7 @@ def test_a_base_model_continues_text_and_errors_are_shown(browser: Any) -> None:
 
 def test_a_locked_server_asks_for_its_token(browser: Any) -> None:
     app, _ = scripted_app("Hi", token="a-secret-of-length")
-    with listening(app) as address:
+    with answering(app) as address:
         visit = Visit(browser, address)
         visit.tab.locator("#token").wait_for()
         visit.tab.keyboard.type("a-secret-of-length")
@@ -120,7 +120,7 @@ def test_chunks_of_a_hierarchical_model(browser: Any) -> None:
     engine.start()
     try:
         app = App(engine, served(), marks=ChunkMarks.of_model(model, ByteTokenizer()))
-        with listening(app) as address:
+        with answering(app) as address:
             visit = Visit(browser, address).ready()
             visit.tab.fill("#max_tokens", "20")
             visit.tab.focus("#said")
