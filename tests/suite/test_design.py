@@ -17,6 +17,8 @@ from treadle.models.base import Model, ModelConfig, parameter_count
 from treadle.models.catalogue import MODELS
 from treadle.planning.equal_parameters import equal_parameters
 from treadle.suite.design import variants
+from treadle.suite.jobs import Jobs
+from treadle.suite.results import table
 from treadle.suite.settings import Suite, builtin_suites, read_suite
 from treadle.text.settings import TokenizerSettings
 
@@ -121,6 +123,21 @@ def test_what_cannot_be_is_said(text_file: Path, changes: dict[str, Any], said: 
 def test_an_entry_that_cannot_be_is_named(text_file: Path) -> None:
     with pytest.raises(ConfigError, match=r"entry 'one': .*hidden_siz"):
         variants(suite(text_file, entries=[{"label": "one", "keys": {"hidden_siz": 3}}]))
+
+
+def test_which_way_a_metric_is_better_is_the_objectives_to_say(text_file: Path, tmp_path: Path) -> None:
+    """Not that of the metric it ranks by: rates are chosen by it."""
+    asked = suite(text_file, metric="accuracy", learning_rates=[1e-3, 1e-2])
+    jobs = Jobs(asked, variants(asked), tmp_path)
+    assert {(variant.metric, variant.lower_is_better) for variant in jobs.variants} == {("accuracy", False)}
+    assert {(variant.metric, variant.lower_is_better) for variant in variants(suite(text_file))} == {("bpb", True)}
+    for job, right in zip(jobs.of(jobs.variants[0], "search"), (0.25, 0.5)):
+        job.summary, job.values = {"ranking_metric": "bpb", "lower_is_better": True}, {"bpb": 8.0 - right, "accuracy": right}
+    assert jobs.chosen_rate(jobs.variants[0]) == 1e-2
+    column = table(jobs)["columns"][0]
+    assert column["key"] == "accuracy" and column["lower_is_better"] is False
+    with pytest.raises(ConfigError, match=r"entry 'one': metric = 'loss_next': .*loss, bpb, perplexity, accuracy"):
+        variants(suite(text_file, metric="loss_next"))
 
 
 def test_the_built_in_suites_are_sound() -> None:

@@ -15,9 +15,11 @@ from typing import Any
 
 from treadle.data.dataset import splits_of
 from treadle.errors import ConfigError
+from treadle.evaluation.report import objective_of
 from treadle.models.base import LM_HEAD, Model
 from treadle.models.catalogue import MODELS
 from treadle.monitor.settings import FILE_SINKS
+from treadle.objectives.base import Objective
 from treadle.objectives.task import task_settings
 from treadle.ops.quick_start import shapes_only
 from treadle.planning.equal_parameters import Sized, equal_parameters
@@ -50,6 +52,8 @@ class Variant:
     identity: dict[str, Any] = field(default_factory=dict)
     steps: int = 0
     search_steps: int = 0
+    metric: str = ""  # what is compared, as the objective calls it, and which way it is better
+    lower_is_better: bool = True
 
     @property
     def label(self) -> str:
@@ -117,6 +121,7 @@ def _variant(suite: Suite, entry: EntrySettings, size: int | None) -> Variant:
         tables.get(section, {}).pop(key, None)
     variant = Variant(entry, size, recipe.arch, sized.parameters, tables, rows, data.seq_len, tokens * float(bytes_per_token or 0.0),
                       FORWARD_AND_BACKWARD * float(model.flops(data.seq_len)) * rows, data.fingerprint())  # fmt: skip
+    variant.metric, variant.lower_is_better = _compared(settings.metric, objective_of(recipe.tables()))
     identity = {**differs, "model": {"arch": recipe.arch, **sized.keys}}
     variant.identity = {name: {key: value for key, value in table.items() if (name, key) not in SET_LATER}
                         for name, table in identity.items() if name != "run"}  # fmt: skip
@@ -124,6 +129,15 @@ def _variant(suite: Suite, entry: EntrySettings, size: int | None) -> Variant:
     if step is not None:
         variant.set_steps(step, suite.budget.amount, settings.search_share)
     return variant
+
+
+def _compared(asked: str, objective: Objective) -> tuple[str, bool]:
+    """(the metric, whether less of it is better). ConfigError for one of which the objective does not say that."""
+    if asked and asked not in objective.metrics:
+        known = ", ".join(name for name, metric in objective.metrics.items() if metric.shown)
+        raise ConfigError(f"metric = {asked!r}: the objective does not say which way that is better; of these it does: {known}")
+    name = asked or objective.ranking_metric
+    return name, objective.metric(name).lower_is_better
 
 
 def _sized(suite: Suite, arch: str, fixed: dict[str, Any], shape: dict[str, Any], size: int | None) -> Sized:

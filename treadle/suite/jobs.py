@@ -73,14 +73,14 @@ class Jobs:
         tried = [(self.value(job), job) for job in self.of(variant, "search") if self.value(job) is not None]
         if not tried:
             return None
-        sign = 1 if all(job.summary is None or job.summary["lower_is_better"] for _, job in tried) else -1
+        sign = 1 if variant.lower_is_better else -1
         return min(tried, key=lambda one: sign * (one[0] or 0.0))[1].learning_rate
 
     def value(self, job: Job) -> float | None:
         """What the suite compares, of a finished training."""
         if job.values is None or job.summary is None:
             return None
-        found = job.values.get(self.suite.settings.metric or job.summary["ranking_metric"])
+        found = job.values.get(job.variant.metric)
         return float(found) if found is not None and math.isfinite(float(found)) else None
 
     # ---- the queue ----

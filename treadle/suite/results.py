@@ -21,8 +21,7 @@ def table(jobs: Jobs) -> dict[str, Any]:
     high (over the seeds) and values."""
     suite, settings = jobs.suite, jobs.suite.settings
     finals = [job for job in jobs.all if job.kind == "run" and job.summary is not None]
-    metric = settings.metric or next((job.summary["ranking_metric"] for job in finals if job.summary), "bpb")
-    lower = next((bool(job.summary["lower_is_better"]) for job in finals if job.summary), True)
+    metric, lower = jobs.variants[0].metric, jobs.variants[0].lower_is_better
     title, unit = METRIC_UNITS.get(metric, (metric, ""))
     columns = [_column(metric, title, unit, lower)]
     rows = [_row(jobs, variant, metric) for variant in jobs.variants]

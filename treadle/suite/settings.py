@@ -148,7 +148,7 @@ class SuiteSettings(Settings):
     """Weigh step time, decoding and state side by side."""
 
     metric: str = option("")
-    """What is compared; default: what the objective ranks by."""
+    """What is compared, and what rates are chosen by: a metric of the objective; default: what it ranks by."""
 
     workers: int | None = option(None, ge=1)
     """Runs at a time; default: the cores of this machine."""
