@@ -211,7 +211,8 @@ def _plan(run: dict[str, Any], tables: dict[str, Any], flops: float | None) -> f
         return flops
     run["changed"] = list(flat(recipe.set_values()))
     run["planned"] = planned(recipe, run, flops)
-    return run["planned"].pop("flops", None) or flops
+    reached: float | None = run["planned"].pop("flops", None)
+    return reached or flops
 
 
 def _status(run: dict[str, Any]) -> str:
