@@ -56,6 +56,7 @@ class Context:
     result: StepResult | None = None  # of the last step
     learning_rate: float = 0.0  # of the last step
     step_seconds: float = 0.0  # of the last step, waiting for data not counted
+    pauses: dict[str, float] = field(default_factory=dict)  # seconds of the last evaluation and save between two steps (training/remaining.py)
     warmed_up: bool = False  # the step's learning rate is past its linear rise
     data_wait: float = 0.0  # seconds that steps have waited for data since this start
     data_wait_share: float = 0.0  # the same as a share of the time

@@ -8,6 +8,7 @@ from treadle.monitor.console import duration, rate
 from treadle.monitor.control import HELP, Control, parse_command
 from treadle.training.callbacks.base import Callback
 from treadle.training.context import Context
+from treadle.training.remaining import seconds_left
 
 
 class Commands(Callback):
@@ -79,7 +80,7 @@ def status(context: Context) -> str:
             context.objective.training_text(row),
             f"learning rate {row['learning_rate']:.2e}",
             f"{rate(row['tokens_per_second'])} tok/s",
-            f"ETA {duration(seconds * (context.plan.max_steps - state.step))}",
+            f"ETA {duration(seconds_left(context, seconds))}",
         ]
     saved = steps_in(context.checkpoint_folder)
     parts.append(f"last checkpoint {checkpoint_name(saved[0])}" if saved else "no checkpoint yet")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from treadle.ops.memory import peak_memory_gb, resident_bytes
 from treadle.ops.peak import peak_flops
 from treadle.training.callbacks.base import Callback
 from treadle.training.context import Context
+from treadle.training.remaining import pause_kind, seconds_left
 
 
 class Progress(Callback):
@@ -24,6 +26,7 @@ class Progress(Callback):
 
     def __init__(self) -> None:
         self.sinks: list[Sink] = []
+        self.pause_began: float | None = None  # None: what comes before the next step is no pause alone
         self.load_state_dict({})
 
     def on_train_start(self, context: Context) -> None:
@@ -31,6 +34,11 @@ class Progress(Callback):
 
     def on_rollback(self, context: Context) -> None:
         self._open_sinks(context)
+        self.pause_began = None
+
+    def before_step(self, context: Context) -> None:
+        if self.pause_began is not None and (kind := pause_kind(context)) is not None:
+            context.pauses[kind] = time.perf_counter() - self.pause_began
 
     def _open_sinks(self, context: Context) -> None:
         """Each without rows after the current step."""
@@ -52,11 +60,12 @@ class Progress(Callback):
         context.console.step(context.step)
         if log_due(context, context.step):
             self._log(context)
+        self.pause_began = time.perf_counter()
 
     def _log(self, context: Context) -> None:
         row = self._row(context)
         context.row = row
-        remaining = (context.plan.max_steps - context.step) * self.seconds / max(1, self.steps)
+        remaining = seconds_left(context, self.seconds / max(1, self.steps))
         objective = context.objective
         whole = objective.console_line(row, self.seconds)
         context.console.row(row, objective.training_text(row), context.plan.max_steps, remaining, whole)
