@@ -113,13 +113,28 @@ def record(names: Any = ()) -> dict[str, str]:
     """path -> sha256 of the code that this process has run and of trusted code that is named somewhere in `names`: what a run
     writes down about itself."""
     found = {path: digest for path, digest in _loaded.items() if digest}
-    for name in _names_in(names):
+    for source in (source for sources in _trusted_in(names).values() for source in sources):
+        found.setdefault(source.path, source.sha256)
+    return dict(sorted(found.items()))
+
+
+def contents(names: Any) -> dict[str, list[str]]:
+    """Name -> sha256 of each file behind it, for the names of trusted code somewhere in `names`: what tells a result of such code from
+    one of the same file before it was edited. Files that this code imports in turn are not looked into."""
+    return {name: [source.sha256 for source in sources] for name, sources in _trusted_in(names).items()}
+
+
+def _trusted_in(names: Any) -> dict[str, list[Source]]:
+    """Name -> the trusted files behind it, for every name somewhere in `names` that has any."""
+    found = {}
+    for name in sorted(set(_names_in(names))):
         try:
             sources = _sources(_PLACE.fullmatch(name)[1])  # type: ignore[index]
         except ConfigError:
             continue
-        found.update({s.path: s.sha256 for s in sources if s.key in _allowed and s.sha256 and s.path not in found})
-    return dict(sorted(found.items()))
+        if trusted := [source for source in sources if source.key in _allowed and source.sha256]:
+            found[name] = trusted
+    return found
 
 
 def _names_in(value: Any) -> Iterator[str]:

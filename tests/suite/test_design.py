@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from treadle import trusted_code
 from treadle.data.base import BatchPlan
 from treadle.data.dataset import splits_of
 from treadle.data.settings import DataSettings
@@ -138,6 +139,35 @@ def test_which_way_a_metric_is_better_is_the_objectives_to_say(text_file: Path, 
     assert column["key"] == "accuracy" and column["lower_is_better"] is False
     with pytest.raises(ConfigError, match=r"entry 'one': metric = 'loss_next': .*loss, bpb, perplexity, accuracy"):
         variants(suite(text_file, metric="loss_next"))
+
+
+OWN = "from treadle.models.transformer import Transformer\n\n\nclass Mine(Transformer):\n    arch = 'mine'\n"
+
+
+def test_a_file_of_code_that_is_edited_is_another_architecture(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No job of it is read from before; those of entries that do not name it are."""
+    monkeypatch.setenv("TREADLE_CONFIG_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(trusted_code, "_allowed", set(trusted_code._allowed))
+    mine = tmp_path / "mine.py"
+
+    def folders(text: str) -> dict[str, str]:
+        mine.write_text(text)
+        trusted_code.allow(mine)
+        asked = suite(text_file, entries=[{"label": "dense"}, {"label": "mine", "architecture": f"{mine}:Mine"}], learning_rates=[1e-3, 1e-2],
+                      probes={"names": ["copy"], "parameters": 20_000}, seeds=1)  # fmt: skip
+        jobs = Jobs(asked, variants(asked), tmp_path / "out")
+        found = {}
+        while (command := jobs.take()) is not None:
+            job = command.work
+            job.state, job.summary, job.values = "done", {}, {"bpb": 1.0}
+            assert job.folder is not None
+            found[job.label] = job.folder.name
+        return found
+
+    before, after = folders(OWN), folders(OWN + "    # edited\n")
+    assert before.keys() == after.keys() and len(before) == 2 * (1 + 2 + 1 + 1)  # measured, two rates, a seed and a probe each
+    assert {label for label in before if before[label] == after[label]} == {label for label in before if label.startswith("dense")}
+    assert folders(OWN) == before
 
 
 def test_the_built_in_suites_are_sound() -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from treadle import trusted_code
 from treadle.data.dataset import splits_of
 from treadle.errors import ConfigError
 from treadle.evaluation.report import objective_of
@@ -37,7 +38,7 @@ FORWARD_AND_BACKWARD = 3  # times the forward pass (Kaplan et al. 2020, arXiv 20
 class Variant:
     """An entry at one size. tables: its whole configuration but for seed, rate, steps and folder. bytes_per_step and flops_per_step
     are of one optimiser step; steps: of a final run, 0 until it is known (a budget of CPU seconds follows a measurement). identity: what of `tables` is not at its
-    default, so that keys which treadle learns later leave finished runs where they are."""
+    default, so that keys which treadle learns later leave finished runs where they are, and the contents of code that it names."""
 
     entry: EntrySettings
     size: int | None
@@ -71,6 +72,12 @@ def whole(steps: float) -> int:
 
 def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:10]
+
+
+def with_code(tables: dict[str, Any]) -> dict[str, Any]:
+    """A configuration and, where it names code of one's own, the digests of those files: edited, it is another configuration."""
+    code = trusted_code.contents(tables)
+    return {**tables, "code": code} if code else tables
 
 
 def variants(suite: Suite) -> list[Variant]:
@@ -123,8 +130,8 @@ def _variant(suite: Suite, entry: EntrySettings, size: int | None) -> Variant:
                       FORWARD_AND_BACKWARD * float(model.flops(data.seq_len)) * rows, data.fingerprint())  # fmt: skip
     variant.metric, variant.lower_is_better = _compared(settings.metric, objective_of(recipe.tables()))
     identity = {**differs, "model": {"arch": recipe.arch, **sized.keys}}
-    variant.identity = {name: {key: value for key, value in table.items() if (name, key) not in SET_LATER}
-                        for name, table in identity.items() if name != "run"}  # fmt: skip
+    variant.identity = with_code({name: {key: value for key, value in table.items() if (name, key) not in SET_LATER}
+                                  for name, table in identity.items() if name != "run"})  # fmt: skip
     step = {"bytes": variant.bytes_per_step, "flops": variant.flops_per_step}.get(suite.budget.unit)
     if step is not None:
         variant.set_steps(step, suite.budget.amount, settings.search_share)

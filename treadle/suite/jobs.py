@@ -11,7 +11,7 @@ from typing import Any
 from treadle import trusted_code
 from treadle.distributed.pool import Command, folder_name
 from treadle.monitor.records import last_evaluation, write_json
-from treadle.suite.design import EVALUATIONS, Variant, digest, probe_tables, whole, write_recipe
+from treadle.suite.design import EVALUATIONS, Variant, digest, probe_tables, whole, with_code, write_recipe
 from treadle.suite.settings import Kind, Suite
 
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
@@ -125,7 +125,7 @@ class Jobs:
         else:
             tables, steps = variant.tables, variant.search_steps if job.kind == "search" else variant.steps
         rate = job.learning_rate if job.learning_rate is not None else self.chosen_rate(variant)
-        identity = tables if job.kind == "probe" else variant.identity
+        identity = with_code(tables) if job.kind == "probe" else variant.identity
         every = {"eval": {"eval_steps": steps // EVALUATIONS}, "checkpoint": {"save_steps": steps // EVALUATIONS}}
         tables = {**tables, **{name: {**tables.get(name, {}), **values} for name, values in every.items()}}
         name = f"{folder_name(variant.label)}-{job.probe or job.kind}-lr={rate:g}-seed={job.seed}"
