@@ -336,8 +336,7 @@ def generate(
         session.run_file(prompt_file, output_file, num_samples, write)
     else:
         for number in range(num_samples):
-            write(prompt or "")
-            session.say(prompt if prompt is not None else "\n", number, on_text=write)
+            session.write_on(prompt, number, write)
             write("\n" if number + 1 == num_samples else "\n\n---\n\n")
 
 

@@ -166,6 +166,23 @@ def test_interactive_commands(model) -> None:  # type: ignore[no-untyped-def]
     made.interactive(lambda prompt: (_ for _ in ()).throw(EOFError), out.append)  # the end of the input ends it
 
 
+def test_what_is_refused_echoes_no_prompt() -> None:
+    """Whether it is seen at the prompt or only in the model: nothing is on stdout but what was begun."""
+    small = build("transformer", vocab_size=256, hidden_size=32, num_layers=1, num_heads=2, style="gpt2", max_position_embeddings=16).eval()
+    out: list[str] = []
+    for prompt, keys in (("much too long for it " * 4, {}), ("guess", {"speculative": "guesses"}), ("weights", {"weights": "int3"})):
+        with pytest.raises(ConfigError):
+            session(small, **keys).write_on(prompt, 0, out.append)
+        with pytest.raises(ConfigError):
+            session(small, **keys).respond(prompt, 0, out.append)
+    assert out == []
+    session(small).write_on("fits", 0, out.append)
+    assert "".join(out) == "fits" + session(small).say("fits")
+    out.clear()
+    session(small, stop="").write_on("nothing follows", 0, out.append)
+    assert "".join(out) == "nothing follows"
+
+
 def test_prompt_files(model, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     (tmp_path / "p.txt").write_text("one\n\ntwo\n")
     out: list[str] = []

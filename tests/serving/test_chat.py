@@ -98,6 +98,8 @@ def test_without_a_template_the_model_writes_on() -> None:
     with pytest.raises(ConfigError, match="chat_template"):
         conversation.command("/system x")
     assert conversation.command("/reset") and conversation.ids == []
+    conversation.options["speculative"] = "guesses"
+    assert "a refused text" not in talk(conversation, "a refused text")  # the reason alone, no beginning of an answer
 
 
 def test_a_number_out_of_range_is_said_and_the_conversation_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

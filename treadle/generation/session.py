@@ -23,6 +23,17 @@ HELP = """/quit           leave
 anything else is a prompt"""
 
 
+def led_by(prompt: str, write: Callable[[str], None]) -> Callable[[str], None]:
+    """`write` for what follows a prompt: the first piece has the prompt before it. What is refused has no piece, so it echoes nothing."""
+    before = [prompt]
+
+    def piece(text: str) -> None:
+        write("".join([*before, text]))
+        before.clear()
+
+    return piece
+
+
 class Session:
     """A model, its tokenizer and the options that the commands change."""
 
@@ -38,6 +49,13 @@ class Session:
             self.model, self.tokenizer, prompt, self.max_new_tokens, on_text=on_text, stop=self.stop,
             seed=self.seed + number, **vars(self.sampling), **self.options,
         )  # fmt: skip
+
+    def write_on(self, prompt: str | None, number: int, write: Callable[[str], None]) -> None:
+        """Writes a prompt and its continuation, piece by piece; without a prompt what would begin a line. Nothing is written of what is
+        refused: ConfigError comes before the first piece."""
+        piece = led_by(prompt or "", write)
+        self.say(prompt if prompt is not None else "\n", number, on_text=piece)
+        piece("")
 
     def run_file(self, prompt_file: str, output_file: str | None, samples: int, write: Callable[[str], None]) -> None:
         """One prompt a line; prompts and continuations go to the output file, or to `write`. InputError for a file that
@@ -65,8 +83,7 @@ class Session:
 
     def respond(self, line: str, number: int, write: Callable[[str], None]) -> None:
         """Writes what the model makes of a line that is no command; number: how many of them came before."""
-        write(line)
-        self.say(line, number, on_text=write)
+        self.write_on(line, number, write)
         write("\n\n")
 
     def interactive(self, read: Callable[[str], str], write: Callable[[str], None]) -> None:

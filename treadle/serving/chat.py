@@ -12,7 +12,7 @@ from treadle.generation.answers import Answer
 from treadle.generation.decode import generate
 from treadle.generation.decoding import DecodableModel
 from treadle.generation.sampling import Sampling
-from treadle.generation.session import HELP, Session
+from treadle.generation.session import HELP, Session, led_by
 from treadle.text.base import Tokenizer
 from treadle.text.chat_template import ChatTemplate
 
@@ -73,10 +73,9 @@ class Conversation(Session):
         return f"{kind}; /help lists the commands, Ctrl-C ends an answer, /quit leaves\n"
 
     def respond(self, line: str, number: int, write: Callable[[str], None]) -> None:
-        if self.template is None:
-            write(line)
+        piece = led_by(line if self.template is None else "", write)
         try:
-            self.answer(line, write)
+            self.answer(line, piece)
             write("\n\n")
         except TreadleError as problem:  # a conversation that no longer fits, say: the next line may begin anew
             write(f"{problem}\n")
