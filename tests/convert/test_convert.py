@@ -332,6 +332,18 @@ def test_nothing_is_written_over(here: Path) -> None:
     assert Path("out/made.toml").read_text() == "# mine\n"
 
 
+def test_a_recipe_that_cannot_be_written_leaves_none(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No half of one that the next command would take for somebody else's."""
+
+    def full(path: Path, to: Path) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="no space"):
+        write(convert(Path("config.json")), Path("made.toml"))
+    assert not Path("made.toml").exists()
+
+
 def test_the_recipe_goes_to_standard_output(here: Path) -> None:
     """Alone, so that it can be piped; what there is to say goes to standard error. The same text every time."""
     out = treadle("convert", "arguments.json", cwd=here)

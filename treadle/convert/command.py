@@ -10,6 +10,7 @@ from typing import Any
 from treadle.convert import own, writing
 from treadle.convert.reading import Reading
 from treadle.errors import ConfigError, InputError
+from treadle.files import write_atomically
 from treadle.registry import nearest
 from treadle.settings import load_table, plain
 
@@ -131,4 +132,4 @@ def write(converted: Converted, output: Path) -> None:
     if output.exists() and output.read_text(encoding="utf-8") != converted.text:
         raise ConfigError(f"{output} is there already and says something else; give --output another name")
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(converted.text, encoding="utf-8")
+    write_atomically(output, converted.text)
