@@ -51,6 +51,11 @@ def is_foreign_table(table: Mapping[str, Any]) -> bool:
     for key, sign in (("precision", "-"), ("optim", "_")):  # bf16-mixed, adamw_torch
         if isinstance(table.get(key), str) and sign in table[key]:
             return True
+    return is_training_arguments(table)
+
+
+def is_training_arguments(table: Mapping[str, Any]) -> bool:
+    """Whether a table is transformers' TrainingArguments: many of their words side by side, and no section of a recipe."""
     sections = any(isinstance(table.get(key), Mapping) for key in ("model", "train", "training", "data"))
     return len(HUGGINGFACE & set(table)) >= MANY and not sections
 

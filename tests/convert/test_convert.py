@@ -175,6 +175,19 @@ def test_values_of_training_arguments(here: Path) -> None:
     assert {key: found[key] for key in wanted} == wanted
 
 
+@pytest.mark.parametrize(("more", "kind"), [({"eval_strategy": "steps"}, "huggingface"), ({"lr_scheduler_type": "cosine"}, "huggingface"),
+                                            ({"eval_strategy": "steps", "train": {"max_steps": 3}}, "recipe"), ({}, "recipe")])  # fmt: skip
+def test_convert_and_train_take_the_same_tables_for_training_arguments(more: dict[str, Any], kind: str, here: Path) -> None:
+    """What `treadle train` sends to convert, convert reads as such."""
+    table = {"output_dir": "out", "learning_rate": 1e-4, "logging_steps": 5, **more}
+    (here / "some.json").write_text(json.dumps({**table, "no_such_argument": 1}))
+    with pytest.raises(ConfigError) as problem:
+        compose([target_layer("some.json")])
+    assert ("treadle convert" in str(problem.value)) == (kind == "huggingface")
+    (here / "some.json").write_text(json.dumps(table))
+    assert convert(Path("some.json")).kind == kind
+
+
 def test_files_weights_and_folder_of_the_example_scripts(here: Path) -> None:
     """What transformers' run_clm.py and its like take beside TrainingArguments."""
     (here / "clm.json").write_text(json.dumps({

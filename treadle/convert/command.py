@@ -11,6 +11,7 @@ from treadle.convert import own, writing
 from treadle.convert.reading import Reading
 from treadle.errors import ConfigError, InputError
 from treadle.files import write_atomically
+from treadle.foreign import is_training_arguments
 from treadle.registry import nearest
 from treadle.settings import load_table, plain
 
@@ -96,11 +97,11 @@ def _table(path: Path, kind: str | None) -> Reading:
 
 
 def _kind_of(table: dict[str, Any]) -> str:
-    from treadle.convert import huggingface, litgpt
+    from treadle.convert import litgpt
 
     if litgpt.is_config(table):
         return "litgpt"
-    if huggingface.is_arguments(table):
+    if is_training_arguments(table):
         return "huggingface"
     words = {plain(str(key)) for key in table}
     inner = table.get("model") if isinstance(table.get("model"), dict) else table

@@ -84,12 +84,6 @@ WHY = {
 OBJECTIVES = {"SFTConfig": "sft", "DPOConfig": "dpo"}
 
 
-def is_arguments(table: dict[str, Any]) -> bool:
-    """Whether a table is TrainingArguments."""
-    return len({"per_device_train_batch_size", "lr_scheduler_type", "adam_beta1", "num_train_epochs", "output_dir", "save_strategy",
-                "logging_steps", "learning_rate", "optim"} & set(table)) >= 4 and not any(isinstance(table.get(k), dict) for k in ("model", "training", "data"))  # fmt: skip
-
-
 def is_script(script: Script) -> bool:
     """Whether a script builds the arguments of transformers or trl."""
     return bool({"transformers", "trl"} & script.imports) and any(ARGUMENTS.search(name) for name in script.arguments)
