@@ -149,6 +149,35 @@ def test_a_name_of_litgpt_is_no_shape(here: Path) -> None:
     assert found["train.max_steps"] == 100 and found["data.seq_len"] == 128
 
 
+@pytest.mark.parametrize(("shape", "ours", "left"), [
+    ({"norm_class_name": "RMSNorm", "mlp_class_name": "LLaMAMLP", "n_query_groups": 1, "intermediate_size": 48, "rotary_percentage": 0.5, "bias": False,
+      "vocab_size": 500, "padded_vocab_size": 512, "norm_qk": True},
+     {"style": "llama", "num_kv_heads": 1, "intermediate_size": 48, "partial_rotary_factor": 0.5, "attention_bias": False, "qk_norm": True},
+     {"vocab_size", "padded_vocab_size"}),
+    ({"norm_class_name": "LayerNorm", "mlp_class_name": "GptNeoxMLP", "rotary_percentage": 0.25, "lm_head_bias": True, "gelu_approximate": "tanh", "bias": True},
+     {"style": "gpt2", "activation": "gelu_tanh", "partial_rotary_factor": 1.0, "mlp_bias": True}, {"rotary_percentage", "lm_head_bias"}),
+    ({"norm_class_name": "LayerNorm", "mlp_class_name": "LLaMAMLP", "attn_bias": True}, {"style": "gpt2", "mlp": "swiglu", "attention_bias": True, "mlp_bias": False},
+     set()),
+    ({"mlp_class_name": "GemmaMLP", "gelu_approximate": "tanh", "scale_embeddings": True, "n_expert": 0}, {"style": "llama", "gated_activation": "gelu_tanh"},
+     {"scale_embeddings"}),
+    ({"norm_class_name": "RMSNorm", "mlp_class_name": "GptNeoxMLP"}, {"style": "gpt2", "activation": "gelu"}, {"norm_class_name"}),
+    ({"mlp_class_name": "LLaMAMoE", "n_expert": 8, "norm_class_name": "Norm"}, {"style": "llama"}, {"mlp_class_name", "n_expert", "norm_class_name"}),
+])  # fmt: skip
+def test_each_value_of_a_litgpt_shape_has_a_key_or_is_named(shape: dict[str, Any], ours: dict[str, Any], left: set[str], here: Path) -> None:
+    table = {"model_config": {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 64, **shape}, "train": {"micro_batch_size": 2, "max_steps": 5}}
+    (here / "shape.yaml").write_text(json.dumps(table))
+    made = convert(Path("shape.yaml"))
+    found = recipe_of(made.text, here).tables()["model"]
+    wanted = {"num_layers": 1, "num_heads": 2, "hidden_size": 32, "max_position_embeddings": 64, **ours}
+    assert {key: value for key, value in wanted.items() if found.get(key, {"style": "llama", "partial_rotary_factor": 1.0}.get(key)) != value} == {}
+    said = {line.split(": ")[1].split(" = ")[0] for line in made.said if line.startswith("no equivalent: ")}
+    assert said == {f"model_config.{name}" for name in left}
+    from treadle.models.base import build
+
+    keys = {key: value for key, value in found.items() if key not in ("arch", "preset")}
+    assert build("transformer", **keys).parameter_count() > 0
+
+
 def test_litgpt_adapters(here: Path) -> None:
     (here / "lora.yaml").write_text(
         "checkpoint_dir: checkpoints/base\nprecision: bf16-true\nquantize: bnb.nf4\nlora_r: 8\nlora_alpha: 16\nlora_dropout: 0.05\n"

@@ -23,7 +23,25 @@ EVAL = {"interval": "eval.eval_steps", "max_new_tokens": "eval.sample_tokens", "
 PRECISION = {"bf16": "bf16", "16": "fp16", "32": "fp32"}
 SHAPE = {"n_layer": "num_layers", "n_head": "num_heads", "n_embd": "hidden_size", "n_query_groups": "num_kv_heads", "head_size": "head_dim",
          "intermediate_size": "intermediate_size", "rope_base": "rope_theta", "norm_eps": "norm_eps", "rotary_percentage": "partial_rotary_factor",
-         "block_size": "max_position_embeddings"}  # fmt: skip
+         "block_size": "max_position_embeddings", "norm_qk": "qk_norm", "attention_scores_scalar": "query_pre_attn_scalar",
+         "attention_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}  # fmt: skip
+# What model_config says that is no part of the shape, or what the file's other values lead to anyway.
+NO_SHAPE = {"name", "hf_config", "padding_multiple", "rope_n_elem", "gelu_approximate", "norm_class_name", "mlp_class_name", "bias", "attn_bias"}
+WHY_NO_SHAPE = {
+    "vocab_size": "a model has as many tokens as its tokenizer: tokenizer.vocab_size",
+    "padded_vocab_size": "a model has as many tokens as its tokenizer: tokenizer.vocab_size",
+    "parallel_residual": "attention and MLP come one after the other",
+    "shared_attention_norm": "attention and MLP come one after the other",
+    "rotary_percentage": "with LayerNorm (style gpt2) positions are learned",
+    "rope_base": "with LayerNorm (style gpt2) positions are learned",
+    "lm_head_bias": "the head has no bias",
+    "sliding_window_size": "model.sliding_window, for the blocks that model.layer_types calls sliding_attention",
+    "rope_adjustments": "model.rope_scaling says it, in the words of Hugging Face",
+    "scale_embeddings": "model.embedding_multiplier, with the number",
+    "post_attention_norm": "model.post_norms, for both halves of a block",
+    "post_mlp_norm": "model.post_norms, for both halves of a block",
+}
+NORMS, MLPS = ("RMSNorm", "LayerNorm"), ("LLaMAMLP", "GemmaMLP", "GptNeoxMLP")
 ASKED = ("n_layer", "n_head", "n_query_groups", "n_embd", "intermediate_size")  # what a name alone does not tell
 # lora_NAME = true -> the linear layers that get adapters.
 LORA = {"query": ["query"], "key": ["key"], "value": ["value"], "projection": ["out"], "mlp": ["mlp.gate", "mlp.up", "mlp.down"]}
@@ -151,14 +169,7 @@ def _model(reading: Reading, left: dict[str, Any], train: dict[str, Any]) -> Non
     left.pop("initial_checkpoint_dir", None)
     if isinstance(shape, dict):
         reading.put("model.arch", "transformer")
-        for theirs, key in SHAPE.items():
-            if shape.get(theirs) is not None:
-                reading.put(f"model.{key}", shape[theirs], f"model_config.{theirs}")
-        if shape.get("norm_class_name", "RMSNorm") != "RMSNorm" or shape.get("mlp_class_name", "LLaMAMLP") == "GptNeoxMLP":
-            reading.put("model.style", "gpt2", "model_config.norm_class_name, mlp_class_name")
-        for theirs in ("parallel_residual", "shared_attention_norm"):
-            if shape.get(theirs):
-                reading.leave(f"model_config.{theirs}", True, "attention and MLP come one after the other")
+        _shape(reading, {theirs: value for theirs, value in shape.items() if value is not None})
     elif name is not None and start is None:
         reading.missing.append(f"model_name = {name!r}: the shape of this name is litgpt's, and not in the file: fill in the lines of [model] below from its "
                                "config.py, or a small default model is trained; treadle models --preset NAME prints shapes that are here")  # fmt: skip
@@ -167,6 +178,42 @@ def _model(reading: Reading, left: dict[str, Any], train: dict[str, Any]) -> Non
         reading.start = str(start)
     if train.get("tie_embeddings") is not None and start is None:
         reading.put("model.tie_embeddings", train["tie_embeddings"], "train.tie_embeddings")
+
+
+def _shape(reading: Reading, shape: dict[str, Any]) -> None:
+    """The values of model_config, none of them null; what no key here holds is left by its name."""
+    learned = _style(reading, shape)
+    for theirs, value in shape.items():
+        if theirs in SHAPE and not (learned and theirs in ("rotary_percentage", "rope_base")):
+            reading.put(f"model.{SHAPE[theirs]}", value, f"model_config.{theirs}")
+        elif theirs not in NO_SHAPE and value not in (False, 0, "", [], {}) and not (theirs == "rope_condense_ratio" and value == 1):
+            reading.leave(f"model_config.{theirs}", value, WHY_NO_SHAPE.get(theirs, NO_KEY))
+
+
+def _style(reading: Reading, shape: dict[str, Any]) -> bool:
+    """Norms, MLPs and biases; whether positions are learned, which they are with LayerNorm."""
+    norm, mlp = shape.get("norm_class_name", "RMSNorm"), shape.get("mlp_class_name", "LLaMAMLP")
+    for word, value, known in (("norm_class_name", norm, NORMS), ("mlp_class_name", mlp, MLPS)):
+        if value not in known:
+            reading.leave(f"model_config.{word}", value, f"there is {listed(known)}")
+    plain_mlp, gelu = mlp == "GptNeoxMLP", "gelu_tanh" if shape.get("gelu_approximate") == "tanh" else "gelu"
+    learned = plain_mlp or norm == "LayerNorm"
+    if learned:
+        reading.put("model.style", "gpt2", "model_config.norm_class_name, mlp_class_name")
+        if "norm_class_name" in shape and norm == "RMSNorm":
+            reading.leave("model_config.norm_class_name", norm, "an MLP without a gate has LayerNorm beside it (style gpt2)")
+        if not plain_mlp and "mlp_class_name" in shape:
+            reading.put("model.mlp", "swiglu", "model_config.mlp_class_name")
+    if plain_mlp:
+        reading.put("model.activation", gelu, "model_config.gelu_approximate")
+    elif mlp == "GemmaMLP":
+        reading.put("model.gated_activation", gelu, "model_config.mlp_class_name, gelu_approximate")
+    bias = shape.get("bias")
+    if bias is not None or shape.get("attn_bias"):
+        reading.put("model.attention_bias", bool(bias or shape.get("attn_bias")), "model_config.bias, attn_bias")
+        reading.put("model.attention_out_bias", bool(bias), "model_config.bias")
+        reading.put("model.mlp_bias", bool(bias), "model_config.bias")
+    return learned
 
 
 def _data(reading: Reading, data: Any) -> None:
