@@ -4,15 +4,32 @@ from __future__ import annotations
 
 from typing import Any
 
+GAP = "  "
+FIRST = (0, 3, 4, 2, 1)  # the columns that stay longest in a narrow terminal: the entry, what is compared, its difference, rate, parameters
 
-def lines_of(result: dict[str, Any]) -> list[str]:
-    """The table, the first entry on top as in the suite, and below it what it cost and what it does not say."""
+
+def lines_of(result: dict[str, Any], width: int | None = None, whole: str = "") -> list[str]:
+    """The table, the first entry on top as in the suite, and below it what it cost and what it does not say. width: characters of the
+    terminal's lines; columns that do not fit are left out, and a line says so and that the file `whole` has them."""
     heads = [head.removesuffix(")").split(" (") for head in _heads(result)]  # a unit stands below its title
     cells = [[head[0] for head in heads], [head[1] if len(head) > 1 else "" for head in heads], *(_row(result, row) for row in result["rows"])]
     widths = [max(len(line[number]) for line in cells) for number in range(len(cells[0]))]
-    lines = ["  ".join(text.ljust(width) if number == 0 else text.rjust(width) for number, (text, width) in enumerate(zip(line, widths))).rstrip()
-             for line in cells]  # fmt: skip
+    fit = _fitting(widths, width)
+    lines = [GAP.join(line[number].rjust(widths[number]) if number else line[number].ljust(widths[number]) for number in fit).rstrip() for line in cells]
+    lines = [line for line in lines if line]  # none of these columns may have a unit
+    if len(fit) < len(widths):
+        lines.append(f"{len(widths) - len(fit)} columns more are in {whole}: this terminal is too narrow for them")
     return [*lines, "", *notes(result)]
+
+
+def _fitting(widths: list[int], width: int | None) -> list[int]:
+    """The columns that lines of so many characters hold, in their order; the entry and what is compared in any."""
+    kept: list[int] = []
+    for number in [*FIRST, *range(len(FIRST), len(widths))]:
+        needed = sum(widths[one] + len(GAP) for one in [*kept, number]) - len(GAP)
+        if width is None or number in FIRST[:2] or needed <= width:
+            kept.append(number)
+    return sorted(kept)
 
 
 def markdown_of(result: dict[str, Any]) -> str:
