@@ -18,7 +18,7 @@ from treadle.models.base import Model, ModelConfig, parameter_count
 from treadle.models.catalogue import MODELS
 from treadle.planning.equal_parameters import equal_parameters
 from treadle.suite.design import variants
-from treadle.suite.jobs import Jobs
+from treadle.suite.jobs import Job, Jobs
 from treadle.suite.results import table
 from treadle.suite.settings import Suite, builtin_suites, read_suite
 from treadle.text.settings import TokenizerSettings
@@ -134,6 +134,7 @@ def test_which_way_a_metric_is_better_is_the_objectives_to_say(text_file: Path, 
     assert {(variant.metric, variant.lower_is_better) for variant in variants(suite(text_file))} == {("bpb", True)}
     for job, right in zip(jobs.of(jobs.variants[0], "search"), (0.25, 0.5)):
         job.summary, job.values = {"ranking_metric": "bpb", "lower_is_better": True}, {"bpb": 8.0 - right, "accuracy": right}
+        job.state = "done"
     assert jobs.chosen_rate(jobs.variants[0]) == 1e-2
     column = table(jobs)["columns"][0]
     assert column["key"] == "accuracy" and column["lower_is_better"] is False
@@ -168,6 +169,51 @@ def test_a_file_of_code_that_is_edited_is_another_architecture(text_file: Path, 
     assert before.keys() == after.keys() and len(before) == 2 * (1 + 2 + 1 + 1)  # measured, two rates, a seed and a probe each
     assert {label for label in before if before[label] == after[label]} == {label for label in before if label.startswith("dense")}
     assert folders(OWN) == before
+
+
+def told(job: Job, loss: float | None) -> None:
+    """As its process had ended with it; None: diverged."""
+    job.state = "done" if loss is not None else "failed"
+    job.summary, job.values = ({}, {"bpb": loss}) if loss is not None else (None, None)
+
+
+@pytest.mark.parametrize(("losses", "tried"), [
+    ([3.0, 2.0, 2.5, 1.0], 3), ([1.9, 2.0, 1.5, 4.0], 2), ([4.0, 3.0, 2.5, 2.7], 4), ([4.0, 3.0, 2.5, 2.4], 4), ([2.0, None, 1.0], 2),
+    ([3.0, 2.0], 2), ([2.0, 2.0, 1.0], 2),
+])  # fmt: skip
+def test_a_grid_of_rates_is_searched_upwards_until_it_gets_worse(losses: list[float | None], tried: int, text_file: Path, tmp_path: Path) -> None:
+    rates = [1e-3, 3e-3, 8e-3, 2e-2][: len(losses)]
+    asked = suite(text_file, entries=[{"label": "one"}], learning_rates=rates[::-1], measure=False, seeds=1)  # in any order
+    jobs = Jobs(asked, variants(asked), tmp_path)
+    assert jobs.shrinks == (len(rates) > 2)
+    seen = []
+    while (command := jobs.take()) is not None and command.work.kind == "search":
+        seen.append(command.work.learning_rate)
+        told(command.work, losses[rates.index(seen[-1])])
+    assert sorted(seen) == rates[:tried]
+    assert command is not None and command.work.kind == "run"
+    assert command.work.learning_rate == min((loss, rate) for loss, rate in zip(losses[:tried], rates) if loss is not None)[1]
+    assert [job.kind for job in jobs.all] == ["search"] * tried + ["run"]  # the table knows nothing of the others
+
+
+def test_a_grid_that_trains_nowhere_fails_its_runs(text_file: Path, tmp_path: Path) -> None:
+    asked = suite(text_file, entries=[{"label": "one"}], learning_rates=[1e-3, 3e-3, 8e-3], measure=False, seeds=1)
+    jobs = Jobs(asked, variants(asked), tmp_path)
+    while (command := jobs.take()) is not None:
+        told(command.work, None)
+    assert [(job.kind, job.state) for job in jobs.all] == [("search", "failed"), ("search", "failed"), ("run", "failed")]
+
+
+def test_two_workers_try_the_two_lowest_before_they_go_on(text_file: Path, tmp_path: Path) -> None:
+    asked = suite(text_file, entries=[{"label": "one"}], learning_rates=[1e-3, 3e-3, 8e-3, 2e-2], measure=False, seeds=1)
+    jobs = Jobs(asked, variants(asked), tmp_path)
+    first, second = jobs.take(), jobs.take()
+    assert first is not None and second is not None and jobs.take() is None
+    told(first.work, 2.0)
+    assert jobs.take() is None
+    told(second.work, 1.9)
+    third = jobs.take()
+    assert third is not None and third.work.learning_rate == 8e-3
 
 
 def test_the_built_in_suites_are_sound() -> None:

@@ -27,7 +27,7 @@ from treadle.planning.equal_parameters import Sized, equal_parameters
 from treadle.recipe import Layer, compose, target_layer
 from treadle.suite.settings import EntrySettings, Suite
 
-EVALUATIONS = 4  # over a run, and saved states
+EVALUATIONS = 4  # over a final run; states saved over any
 # What a suite's runs do unless the suite says otherwise: held-out loss, and nothing that only costs time.
 QUIET = {"eval.sample_tokens": 0, "log.report_to": FILE_SINKS, "checkpoint.save_total_limit": 1}
 SET_LATER = (("train", "max_steps"), ("optim", "learning_rate"))

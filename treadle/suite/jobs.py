@@ -58,6 +58,7 @@ class Jobs:
         asked, smallest = suite.probes, min((variant.size or 0) for variant in variants)
         probed = [variant for variant in variants if (variant.size or 0) == smallest]
         probes = [Job("probe", variant, 0, asked.learning_rate, probe) for variant in probed for probe in asked.names] if asked else []
+        self.shrinks = any(len(suite.rates(variant.entry)) > 2 for variant in variants)  # not all rates will be tried
         self.all = [*first, *runs[0], *probes, *(job for later in runs[1:] for job in later)]
 
     def of(self, variant: Variant, kind: Kind) -> list[Job]:
@@ -70,11 +71,24 @@ class Jobs:
         rates = self.suite.rates(variant.entry)
         if len(rates) == 1:
             return rates[0]
-        tried = [(self.value(job), job) for job in self.of(variant, "search") if self.value(job) is not None]
-        if not tried:
-            return None
+        tried = self._tried(variant)
+        best = min(tried, key=lambda rate: tried[rate], default=None)
+        return best if best is not None and tried[best] < math.inf else None
+
+    def _tried(self, variant: Variant) -> dict[float, float]:
+        """Rate -> what came of it, less is better and inf is nothing, in the order of the rates."""
         sign = 1 if variant.lower_is_better else -1
-        return min(tried, key=lambda one: sign * (one[0] or 0.0))[1].learning_rate
+        ended = sorted((job.learning_rate or 0.0, self.value(job)) for job in self.of(variant, "search") if job.state in (DONE, FAILED))
+        return {rate: math.inf if value is None else sign * value for rate, value in ended}
+
+    def rates_to_try(self, variant: Variant) -> list[float]:
+        """The next of the grid: the two lowest, then upwards until it gets worse. From below the loss falls smoothly to its best; far above
+        it lies a plateau where nothing is learnt, whose bumps say nothing (docs/comparing.md), so no search begins there."""
+        rates, tried = sorted(self.suite.rates(variant.entry)), self._tried(variant)
+        if any(rate not in tried for rate in rates[:2]):
+            return [rate for rate in rates[:2] if rate not in tried]
+        highest = max(tried)
+        return [rate for rate in rates if rate > highest][:1] if min(tried, key=lambda rate: tried[rate]) == highest else []
 
     def value(self, job: Job) -> float | None:
         """What the suite compares, of a finished training."""
@@ -86,15 +100,27 @@ class Jobs:
     # ---- the queue ----
 
     def take(self) -> Command[Job] | None:
-        """The next job's command; None where all that waits is held back by what runs (or nothing waits)."""
-        for job in self.all:
-            if job.state != WAITING or not self._ready(job):
-                continue
-            command = self._command(job)
-            if job.state == WAITING:
-                job.state = RUNNING
-                return command
+        """The next job's command; None where all that waits is held back by what runs (or nothing waits). Rates that no longer need to
+        be tried leave `all`."""
+        waiting: list[Job] = []
+        while waiting != (left := self._waiting()):  # what is read from its folder may let jobs before it start, or make them needless
+            waiting = left
+            for job in waiting:
+                if job.state != WAITING or not self._ready(job):
+                    continue
+                command = self._command(job)
+                if job.state == WAITING:
+                    job.state = RUNNING
+                    return command
         return None
+
+    def _waiting(self) -> list[Job]:
+        """What is still to run."""
+        for variant in self.variants:
+            searches = self.of(variant, "search")
+            if not any(job.state == RUNNING for job in searches) and not self.rates_to_try(variant):
+                self.all = [job for job in self.all if job not in searches or job.state != WAITING]
+        return [job for job in self.all if job.state == WAITING]
 
     def _ready(self, job: Job) -> bool:
         if job.kind in ("measure", "probe"):
@@ -105,6 +131,8 @@ class Jobs:
             return False
         if weighed and not job.variant.steps:
             self._steps_from(weighed[0])
+        if job.kind == "search" and job.learning_rate not in self.rates_to_try(job.variant):
+            return False
         if not job.variant.steps or (job.kind == "run" and self.chosen_rate(job.variant) is None):
             job.state, job.problem = FAILED, "what it waits for has failed"
             return False
@@ -125,8 +153,14 @@ class Jobs:
         else:
             tables, steps = variant.tables, variant.search_steps if job.kind == "search" else variant.steps
         rate = job.learning_rate if job.learning_rate is not None else self.chosen_rate(variant)
+<<<<<<< HEAD
         identity = with_code(tables) if job.kind == "probe" else variant.identity
         every = {"eval": {"eval_steps": steps // EVALUATIONS}, "checkpoint": {"save_steps": steps // EVALUATIONS}}
+=======
+        identity = tables if job.kind == "probe" else variant.identity
+        # a search or probe is judged by its last evaluation alone: three more were a quarter of a search's CPU time
+        every = {"eval": {"eval_steps": steps // EVALUATIONS if job.kind == "run" else steps}, "checkpoint": {"save_steps": steps // EVALUATIONS}}
+>>>>>>> b581800 (A suite tries rates from below until it gets worse, and evaluates a search or probe once: a fifth of its CPU time less, the same choice)
         tables = {**tables, **{name: {**tables.get(name, {}), **values} for name, values in every.items()}}
         name = f"{folder_name(variant.label)}-{job.probe or job.kind}-lr={rate:g}-seed={job.seed}"
         job.learning_rate = rate

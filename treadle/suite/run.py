@@ -84,7 +84,7 @@ def _said(jobs: Jobs, job: Job) -> str:
 def _plan(jobs: Jobs, output: Path, workers: int) -> list[str]:
     """What will be done, before it is done."""
     suite = jobs.suite
-    lines = [f"{suite.name}: {len(jobs.all)} jobs in {output}, {workers} at a time; Ctrl-C is safe, the same command goes on"]
+    lines = [f"{suite.name}: {'up to ' if jobs.shrinks else ''}{len(jobs.all)} jobs in {output}, {workers} at a time; Ctrl-C is safe, the same command goes on"]
     for variant in jobs.variants:
         steps = f"{variant.steps} steps of {variant.bytes_per_step:,.0f} bytes" if variant.steps else "steps by its measured step time"
         lines.append(f"  {variant.label}: {variant.arch}, {variant.parameters:,} parameters, {steps}")
