@@ -21,7 +21,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPU_BF16_FROM_WIDTH = 128
 
 
-def _cpu_multiplies_bf16() -> bool:
+def cpu_multiplies_bf16() -> bool:
+    """Whether this processor has products of bf16 (AVX-512 BF16 or AMX); others emulate them, several times slower than fp32's."""
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         check = getattr(torch.cpu, name, None)
         if check is not None and check():
@@ -38,7 +39,7 @@ def resolve(requested: str, device: torch.device, width: int) -> str:
         return ("bf16" if has_bf16 else "fp16") if requested == "auto" else requested
     if requested != "auto":
         return requested
-    return "bf16" if _cpu_multiplies_bf16() and width >= CPU_BF16_FROM_WIDTH else "fp32"
+    return "bf16" if cpu_multiplies_bf16() and width >= CPU_BF16_FROM_WIDTH else "fp32"
 
 
 def probe(width: int, rows: int = 2048) -> float:

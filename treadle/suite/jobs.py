@@ -153,14 +153,9 @@ class Jobs:
         else:
             tables, steps = variant.tables, variant.search_steps if job.kind == "search" else variant.steps
         rate = job.learning_rate if job.learning_rate is not None else self.chosen_rate(variant)
-<<<<<<< HEAD
         identity = with_code(tables) if job.kind == "probe" else variant.identity
-        every = {"eval": {"eval_steps": steps // EVALUATIONS}, "checkpoint": {"save_steps": steps // EVALUATIONS}}
-=======
-        identity = tables if job.kind == "probe" else variant.identity
-        # a search or probe is judged by its last evaluation alone: three more were a quarter of a search's CPU time
+        # a search or probe is judged by its last evaluation alone: three more were a third of a search's CPU time
         every = {"eval": {"eval_steps": steps // EVALUATIONS if job.kind == "run" else steps}, "checkpoint": {"save_steps": steps // EVALUATIONS}}
->>>>>>> b581800 (A suite tries rates from below until it gets worse, and evaluates a search or probe once: a fifth of its CPU time less, the same choice)
         tables = {**tables, **{name: {**tables.get(name, {}), **values} for name, values in every.items()}}
         name = f"{folder_name(variant.label)}-{job.probe or job.kind}-lr={rate:g}-seed={job.seed}"
         job.learning_rate = rate

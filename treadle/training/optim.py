@@ -14,6 +14,7 @@ from treadle.models.base import Model, ParameterRule
 from treadle.ops.quick_start import optimizers_without_compiler, stepping_without_compiler
 from treadle.ops.sharding import is_sharded
 from treadle.registry import Registry
+from treadle.training.muon import Muon
 from treadle.training.settings import OptimSettings
 from treadle.training.soap import SOAP
 from treadle.training.weight_average import UPDATES, WEIGHT, WeightAverage, resume_weights
@@ -75,7 +76,7 @@ def _adamw(
 
 
 def make_muon(model: Model, settings: OptimSettings, sharded: bool = False) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan et al. 2024) for the blocks' matrices, AdamW for the rest.
+    """Muon (training/muon.py; Jordan et al. 2024) for the blocks' matrices, AdamW for the rest.
 
     Updates are scaled to AdamW's size (Liu et al. 2025, arXiv 2502.16982, eq. 4), so one learning rate serves both.
     ConfigError with parallel.shard_optimizer.
@@ -85,10 +86,8 @@ def make_muon(model: Model, settings: OptimSettings, sharded: bool = False) -> l
     matrices, rest = matrices_and_rest(model, settings, width_power=0.5)
     if not matrices:
         return [_adamw(rest, settings)]
-    muon = stepping_without_compiler(torch.optim.Muon)(
-        _torch_groups(matrices, settings.learning_rate), lr=settings.learning_rate, momentum=settings.muon_momentum,
-        adjust_lr_fn="match_rms_adamw",
-    )  # fmt: skip
+    muon = stepping_without_compiler(Muon)(_torch_groups(matrices, settings.learning_rate), lr=settings.learning_rate,
+                                           momentum=settings.muon_momentum)  # fmt: skip
     return [muon, _adamw(rest, settings)] if rest else [muon]
 
 
