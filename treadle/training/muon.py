@@ -1,4 +1,4 @@
-"""Muon where the processor has no bf16 products: the same update, orthogonalised in fp32."""
+"""Changes the hidden matrices, by Muon: torch's update, orthogonalised in fp32 where the processor has no bf16 products."""
 
 from __future__ import annotations
 
