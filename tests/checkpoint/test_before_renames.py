@@ -25,8 +25,9 @@ from treadle.settings import dump_toml
 OLDER = Path(__file__).parent / "before_renames"
 RENAMED = {"symbols_per_chunk_0": "tokens_per_chunk_0"}  # statistics in metrics.jsonl, as they were and as they are
 MEASURED = {"seconds", "tokens_per_second", "memory_gb", "data_wait"}  # differs from run to run
-# Floats are equal to the last bit where torch and the kernels it picks are those that wrote them.
-SAME_KERNELS = (torch.__version__.split("+")[0], torch.backends.cpu.get_cpu_capability()) == ("2.13.0", "AVX2")
+# Whose processor it is decides which matrix products torch's library picks, also where both have AVX2: the sums of an AMD
+# machine differ from an Intel one's by 1e-7 after four steps, so no last bits are asked for.
+CLOSE = 1e-5
 
 
 @pytest.fixture(params=["transformer", "hnet"])
@@ -49,7 +50,7 @@ def test_a_run_goes_on(older: Path) -> None:
     assert [row["step"] for row in found] == [row["step"] for row in wanted] == [1, 3, 4, 6, 8, 8]
     assert [row.pop("split", None) for row in found] == [row.pop("split", None) for row in wanted]
     found = [{name: new.get(name) for name in old} for new, old in zip(found, wanted)]
-    assert found == (wanted if SAME_KERNELS else [pytest.approx(row, rel=1e-5) for row in wanted])
+    assert found == [pytest.approx(row, rel=CLOSE) for row in wanted]
 
 
 def test_a_renamed_column_of_the_csv_goes_on(tmp_path: Path) -> None:
