@@ -15,6 +15,7 @@ from tests.conftest import make_text
 from treadle.data.base import Dataset
 from treadle.data.batch import Batch
 from treadle.errors import ConfigError
+from treadle.generation import steps
 from treadle.generation.engine import Engine, Request
 from treadle.generation.sampling import Sampling
 from treadle.layers.lora import is_adapter
@@ -92,10 +93,10 @@ def test_a_run_goes_on_and_moves_to_the_cpu(case: tuple[str, int], precision: st
     first = trainer(DEVICE, 4, False)
     first.train()
     assert next(first.model.parameters()).device.type == DEVICE
-    for device, steps in ((DEVICE, 8), ("cpu", 10)):
-        later = trainer(device, steps, True)
+    for device, last in ((DEVICE, 8), ("cpu", 10)):
+        later = trainer(device, last, True)
         later.train()
-        assert later.state.step == steps
+        assert later.state.step == last
         assert all(bool(p.isfinite().all()) for p in later.model.parameters())
 
 
@@ -110,8 +111,6 @@ def test_batches_are_pinned_whatever_shares_their_memory() -> None:
 @pytest.mark.parametrize("backend", ["loop", "triton"])
 @pytest.mark.parametrize("started", [True, False])
 def test_the_recurrence(backend: str, started: bool) -> None:
-    if backend == "triton":
-        pytest.importorskip("fla", reason="flash-linear-attention is not installed")
     torch.manual_seed(0)
     gate, value, slope = torch.rand(2, 70, 40), torch.randn(2, 70, 40), torch.randn(2, 70, 40)
     gate[:, 30] = 0.0  # a document begins
@@ -235,6 +234,29 @@ def test_requests_together_write_what_they_write_alone(case: tuple[str, int], we
     if weights is None:
         alone = [model.generate(torch.tensor([p], device=DEVICE), 12, temperature=0.0)[0, len(p) :].tolist() for p in prompts]
         assert written == alone
+
+
+def test_generation_by_graphs(case: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ids that are written kernel by kernel, through caches that grow and a second generation; and afterwards numbers can be drawn."""
+    model = make(*case).to(DEVICE).eval()
+    needs(model, "decodes")
+    monkeypatch.setattr(steps, "SPAN", 16)
+    recorded: list[int] = []
+    record = steps.record
+
+    def counted(work):  # type: ignore[no-untyped-def]
+        recorded.append(1)
+        return record(work)
+
+    monkeypatch.setattr(steps, "record", counted)
+    prompt = random_ids(3, 9).to(DEVICE)
+    by_graphs = [model.generate(prompt, 30, temperature=0.0) for _ in range(2)]
+    monkeypatch.setattr("treadle.generation.decoding.steps_of", steps.Steps)
+    wanted = model.generate(prompt, 30, temperature=0.0)
+    assert all(torch.equal(one, wanted) for one in by_graphs)
+    print(f"{case}: {len(recorded)} graphs")
+    assert len(recorded) == 6 or (model.arch == "hnet" and not recorded)
+    torch.randn(3, device=DEVICE)
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])

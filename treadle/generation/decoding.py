@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from treadle.data.batch import Batch
+from treadle.generation.steps import steps_of
 from treadle.layers.state import KeyValueCache, State, advance_positions
 
 
@@ -46,6 +47,7 @@ class Decoding:
     def __init__(self, model: DecodableModel, rows: int, max_len: int) -> None:
         self.model, self.head = model, model.heads()["lm_head"]
         self.state: Any = model.new_state(rows, max_len)
+        self._steps = steps_of(model)
         self._before: Any = None  # the state at `begin`, where one cannot go back in it
         self._read: list[Tensor] = []  # tokens since then
 
@@ -60,9 +62,7 @@ class Decoding:
     def step(self, ids: Tensor, running: Tensor | None = None) -> Tensor:
         """One token a row, ids [B] -> logits [B, V] of what follows. running: the rows [N] that still matter; the others'
         logits mean nothing."""
-        out = self.model.hidden(one_column(ids), self.state)
-        self.state = out.state
-        logits: Tensor = self.head(out.hidden[:, -1])
+        logits, self.state = self._steps(ids, self.state)
         return logits
 
     # ---- a single row, tentatively ----
@@ -115,9 +115,3 @@ def _last_positions(hidden: Tensor, token_mask: Tensor) -> Tensor:
     index = torch.arange(length, device=hidden.device)
     at = torch.where(token_mask, index, -1).amax(1).clamp_min(0)
     return hidden[torch.arange(hidden.shape[0], device=hidden.device), at]
-
-
-def one_column(ids: Tensor) -> Batch:
-    """Ids [B] as a batch [B, 1], without the host-side work of Batch.from_ids."""
-    rows = ids.shape[0]
-    return Batch(ids[:, None], segments=((1,),) * rows, position_ids=torch.zeros_like(ids)[:, None])

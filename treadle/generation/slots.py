@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from treadle.data.batch import PAD, Batch
-from treadle.generation.decoding import one_column
 from treadle.generation.dense import DenseDecoding
 from treadle.generation.reading import Reading
+from treadle.generation.steps import steps_of
 from treadle.layers.state import State
 
 SLOTS = 128  # a state holds a multiple of so many tokens a row
@@ -65,7 +65,7 @@ class AnySlots:
 
     def __init__(self, ready: Reading, max_len: int) -> None:
         self.model, self.max_len = ready.model, max_len
-        self.head = self.model.heads()["lm_head"]
+        self.head, self._steps = self.model.heads()["lm_head"], steps_of(self.model)
         self.state: State | None = None
         self.places: list[Place | None] = []  # of the state's rows; None where a row is empty
         self._reading: list[Place] = []
@@ -134,19 +134,8 @@ class AnySlots:
             column[place.row] = token
             place.length += 1
         given = torch.tensor(column, device=self.model.device)
-        rows = [place.row for place in places]
-        batch = one_column(given) if len(places) == len(column) else self._padded(given, set(rows))
-        out = self.model.hidden(batch, self.state)
-        self.state = out.state
-        hidden = out.hidden[:, -1]
-        logits: Tensor = self.head(hidden if rows == list(range(len(column))) else hidden[rows])
+        logits, self.state = self._steps(given, self.state, [place.row for place in places])
         return logits
-
-    @staticmethod
-    def _padded(ids: Tensor, running: set[int]) -> Batch:
-        runs = [1 if row in running else -1 for row in range(ids.shape[0])]
-        doc_ids = torch.tensor([0 if run > 0 else PAD for run in runs], device=ids.device)[:, None]
-        return Batch(ids[:, None], doc_ids=doc_ids, segments=tuple((run,) for run in runs), position_ids=torch.zeros_like(doc_ids))
 
     def close(self, places: list[Place]) -> None:
         """The places are free again."""

@@ -21,14 +21,16 @@ from treadle.ops.precision import compute_dtype, without_autocast
 
 IGNORE = -100
 CHUNK_NUMBERS = 1 << 20  # logits held at a time on a CPU, where they stay in its cache: 512 positions at V = 2048
-# On a GPU: 2668 positions at V = 50304, .27 GB in bf16. Each chunk adds to the weight's whole gradient.
+# On a GPU: 2560 positions at V = 50304, .26 GB in bf16. Each chunk adds to the weight's whole gradient.
 GPU_CHUNK_NUMBERS = 1 << 27
+GPU_CHUNK_STEP = 256  # rows of a tile of the GPU's products: 2668 positions take 14% longer each than 2560 (H200)
 
 
 def chunk_of(vocabulary: int, device: torch.device) -> int:
     """How many positions have logits at a time, never fewer than 64."""
-    numbers = GPU_CHUNK_NUMBERS if device.type == "cuda" or gpu_is_planned() else CHUNK_NUMBERS
-    return max(64, numbers // vocabulary)
+    if device.type == "cuda" or gpu_is_planned():
+        return max(1, GPU_CHUNK_NUMBERS // vocabulary // GPU_CHUNK_STEP) * GPU_CHUNK_STEP
+    return max(64, CHUNK_NUMBERS // vocabulary)
 
 
 def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
@@ -70,6 +72,16 @@ def _nats(logits: Tensor, labels: Tensor, softcap: float | None, slopes: bool) -
     return -(nats * scored).sum()
 
 
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total [V, D] += left right, in place."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif total.device.type == "cuda" and not gpu_is_planned():  # a third less time than a product of its own and a sum (H200)
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += left @ right
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -89,10 +101,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch.mm(logits, cast_weight, out=grad_hidden[start : start + chunk])
             if grad_weight is None:
                 continue
-            if dtype == torch.float32:
-                grad_weight.addmm_(logits.t(), part)
-            else:
-                grad_weight += logits.t() @ part
+            _add_product(grad_weight, logits.t(), part)
         if train:
             ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype, ctx.hidden_dtype = weight.dtype, hidden.dtype

@@ -79,7 +79,7 @@ class Stepper:
         self.strategy = strategy or Strategy(module, World())
         self.seed, self.precision = seed, precision
         self.max_grad_norm, self.loss_weights = max_grad_norm, loss_weights
-        self.device = module.model.device
+        self.model, self.device = module.model, module.model.device
         self.loss_scale = LossScale() if precision == "fp16" else None
         self.launches = self.device.type == "cuda" and not self.strategy.engine_owns_step and self.optimizers.decide_on_device
 
@@ -101,7 +101,8 @@ class Stepper:
         units: dict[str, str] = {}
         weights: dict[str, float] = {}  # the objective's own
         stats = []
-        module.train()
+        if not (module.training and self.model.training):  # a millisecond for a hundred layers, in which a GPU would wait
+            module.train()
         factor = self.strategy.loss_factor * (self.loss_scale.scale if self.loss_scale else 1.0)
         for micro, batch in enumerate(micro_batches):
             torch.manual_seed(model_seed(self.seed, step, micro, rank))

@@ -37,14 +37,14 @@ OPTION = Place("treadle.settings", "option")
 # Functions that find kernels, which are not there.
 NOTHING = {
     Place("treadle.ops.native", "library"), Place("treadle.ops.fused", "kernels"), Place("treadle.ops.ternary", "native"),
-    Place("treadle.ops.scan", "_flash_linear_attention"), Place("treadle.ops.flash_linear_attention", "flash"),
+    Place("treadle.ops.flash_linear_attention", "flash"),
 }  # fmt: skip
 NEVER = {
     Place("treadle.ops.kernel_inputs", "ordinary"), Place("treadle.ops.kernel_inputs", "planned"), Place("treadle.ops.planned", "runs_on_cpu"),
     Place("treadle.ops.planned", "gpu_is_planned"), Place("treadle.ops.recurrent_block", "available"),
 }  # fmt: skip
 # What variables, parameters and attributes of a module always are.
-FIXED: dict[str, dict[str, object]] = {"treadle.ops.scan": {"native": False}, "treadle.ops.attention": {"_backend": "auto"}}
+FIXED: dict[str, dict[str, object]] = {"treadle.ops.scan": {"way": "loop"}, "treadle.ops.attention": {"_backend": "auto"}}
 # What stands for definitions that need more than torch.
 REPLACED = {
     Place("treadle.settings", "Settings"): Place(PORTABLE, "Settings"),
