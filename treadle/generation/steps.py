@@ -167,8 +167,9 @@ def watched(work: Callable[[], Any]) -> tuple[Any, bool]:
     """What `work` returns, and whether the host waited for the GPU in it, which a graph cannot do."""
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
+        warnings.simplefilter("ignore")  # that the mode is young
         torch.cuda.set_sync_debug_mode("warn")
+        warnings.simplefilter("always")
         try:
             found = work()
         finally:

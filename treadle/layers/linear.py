@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from treadle.ops.linear import linears
+from treadle.ops.linear import in_one_product, linears, takes_one_product
 
 
-def are_plain(*layers: nn.Module) -> bool:
-    """Whether calling these is x W^T and nothing else: torch's own class, no bias, nobody's hooks or replacements."""
+def are_plain(*layers: nn.Module, biased: bool = False) -> bool:
+    """Whether calling these is x W^T (with `biased` perhaps + b) and nothing else: torch's own class, nobody's hooks or replacements."""
     return all(
-        type(layer) is nn.Linear and layer.bias is None and "forward" not in layer.__dict__ and not layer._forward_hooks
+        type(layer) is nn.Linear and (biased or layer.bias is None) and "forward" not in layer.__dict__ and not layer._forward_hooks
         and not layer._forward_pre_hooks and not layer._backward_hooks and not layer._backward_pre_hooks
         for layer in layers
     )  # fmt: skip
@@ -18,6 +18,8 @@ def are_plain(*layers: nn.Module) -> bool:
 
 def outputs(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """layer(x) of each; by one function where they allow it. x [..., K], each layer [N_i, K] -> [..., N_i]."""
+    if len(layers) > 1 and takes_one_product(x) and are_plain(*layers, biased=True) and len({layer.bias is None for layer in layers}) == 1:
+        return in_one_product(x, [layer.weight for layer in layers], [layer.bias for layer in layers if layer.bias is not None])  # type: ignore[misc]
     if are_plain(*layers):
         return linears(x, *(layer.weight for layer in layers))  # type: ignore[arg-type]
     return tuple(layer(x) for layer in layers)

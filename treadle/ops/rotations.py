@@ -99,9 +99,18 @@ def sinkhorn_lean(logits: Tensor, steps: int = 20) -> Tensor:
 
 
 def permutations(n: int, device: torch.device) -> Tensor:
-    """[n!, n n], the identity first."""
-    orders = torch.tensor(list(itertools.permutations(range(n))), device=device)
-    return F.one_hot(orders, n).flatten(1).float()
+    """[n!, n n], the identity first. Made once for each GPU, which would wait for it in each layer of each step."""
+    if (n, device) in _permutations and not torch.compiler.is_compiling():
+        return _permutations[n, device]
+    with torch.inference_mode(False):  # gradients may be asked for the next time
+        orders = torch.tensor(list(itertools.permutations(range(n))), device=device)
+        table = F.one_hot(orders, n).flatten(1).float()
+    if device.type == "cuda" and type(table) is Tensor:
+        _permutations[n, device] = table
+    return table
+
+
+_permutations: dict[tuple[int, torch.device], Tensor] = {}
 
 
 def birkhoff(logits: Tensor, n: int) -> Tensor:

@@ -177,8 +177,8 @@ class Stepper:
     def _finish(self, learning_rate: float, update: bool, values: list[float], launched: bool) -> tuple[float, bool]:
         """values: the losses and, last, the norm, which is not finite when any gradient is not. launched: the update is under way."""
         norm, finite = values[-1], all(math.isfinite(value) for value in values)
-        gradients, scale = self._gradients(), self.loss_scale.scale if self.loss_scale else 1.0
-        if not gradients:
+        scale = self.loss_scale.scale if self.loss_scale else 1.0
+        if not launched and not (gradients := self._gradients()):
             return 0.0, True
         if update and finite and not launched:
             clip = self.max_grad_norm / (norm + 1e-6) if 0 < self.max_grad_norm < norm else 1.0
