@@ -59,7 +59,7 @@ def judge(values: dict[str, Any], kind: str, file: Path = FILE) -> list[Verdict]
         if isinstance(value, (int, float)) and value == value:
             missed = value < least if least is not None else value > most
             off = abs(value / (least if least is not None else most) - 1)
-            outcome = f"MISSED by {off:.0%}" if missed else "met"
+            outcome = f"MISSED by {off:.{0 if off >= 0.01 else 1}%}" if missed else "met"
             said.append(Verdict(goal["name"], goal["section"], wanted, float(value), outcome, part))
         else:
             reason = value if isinstance(value, str) else values.get(part, "skipped (not measured)")

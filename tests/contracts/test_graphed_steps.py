@@ -3,6 +3,8 @@ is, through caches that grow, rows that rest and rows that are replaced. On a GP
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -73,3 +75,26 @@ def test_a_host_that_waits_keeps_to_kernels(model: Model, repeated: list[int], m
     for step in range(6):
         _, state = way(random_ids(1, 2, seed=step)[0], state)
     assert not repeated
+
+
+@torch.inference_mode()
+def test_what_cannot_be_recorded_goes_on_by_kernels(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs(model, "decodes")
+
+    def refuse(work):  # type: ignore[no-untyped-def]
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(steps, "record", refuse)
+    ways = [Steps(model), GraphedSteps(model)]
+    states = [model.hidden(Batch.from_ids(random_ids(2, 3)), model.new_state(2, 20)).state for _ in ways]
+    warned = 0
+    for step in range(6):
+        ids, found = random_ids(1, 2, seed=step)[0], []
+        for number, way in enumerate(ways):
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                logits, states[number] = way(ids, states[number])
+            warned += sum("kernel by kernel" in str(warning.message) for warning in said)
+            found.append(logits)
+        torch.testing.assert_close(found[1], found[0], atol=0, rtol=0)
+    assert warned == 1 and states[0].host_lengths == states[1].host_lengths

@@ -103,7 +103,13 @@ class GraphedSteps(Steps):
         given = self._hold(state)
         key = (min(state.max_len, -(-max(after) // SPAN) * SPAN), running is not None and len(running) < rows)
         if key not in self._graphs:
-            self._graphs[key] = self._recorded(ids, *key)
+            try:
+                self._graphs[key] = self._recorded(ids, *key)
+            except RuntimeError as problem:  # nothing has run, so that the state is as it was
+                self._refused, given.host_lengths = True, list(state.host_lengths)
+                warnings.warn(f"a step of {type(self.model).__name__} does not become a CUDA graph, so decoding goes on kernel by kernel: {problem}",
+                              stacklevel=2)  # fmt: skip
+                return super().__call__(ids, given, running)
         graph = self._graphs[key]
         graph.ids.copy_(ids)
         if graph.doc_ids is not None and running is not None:
