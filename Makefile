@@ -5,12 +5,15 @@ BIN := $(VENV)/bin
 CONSTRAINT := $(if $(GPU),,-c constraints-cpu.txt)
 WORKERS ?= 2
 
-.PHONY: demo test test-slow contracts lint docs bench clean
+.PHONY: demo install test test-slow contracts lint docs bench clean
 
 $(VENV)/ready: pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check $(CONSTRAINT) -e '.[dev]'
 	touch $@
+
+install: $(VENV)/ready
+	@echo "treadle is in $(BIN)/: type  source $(BIN)/activate  and then  treadle --help"
 
 # What is coming is said before the first long wait, so the environment is no prerequisite here.
 demo:
