@@ -102,11 +102,14 @@ class Jobs:
     def take(self) -> Command[Job] | None:
         """The next job's command; None where all that waits is held back by what runs (or nothing waits). Rates that no longer need to
         be tried leave `all`."""
+        running = [job.kind for job in self.all if job.state == RUNNING]
+        if "measure" in running:  # beside another process, steps were timed at twice their cost
+            return None
         waiting: list[Job] = []
         while waiting != (left := self._waiting()):  # what is read from its folder may let jobs before it start, or make them needless
             waiting = left
             for job in waiting:
-                if job.state != WAITING or not self._ready(job):
+                if job.state != WAITING or not self._ready(job) or (running and job.kind == "measure"):
                     continue
                 command = self._command(job)
                 if job.state == WAITING:
