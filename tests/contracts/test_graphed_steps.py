@@ -3,18 +3,21 @@ is, through caches that grow, rows that rest and rows that are replaced. On a GP
 
 from __future__ import annotations
 
+import threading
 import warnings
 
 import pytest
 import torch
 
 from treadle.data.batch import Batch
-from treadle.generation import steps
+from treadle.generation import slots, steps
+from treadle.generation.engine import Engine, Request
+from treadle.generation.sampling import Sampling
 from treadle.generation.steps import PLAIN, GraphedSteps, Steps
 from treadle.layers.state import State
 from treadle.models.base import Model
 
-from .conftest import needs, random_ids
+from .conftest import make, needs, random_ids
 
 
 @pytest.fixture(autouse=True)
@@ -26,8 +29,22 @@ def repeated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         recorded.append(1)
         return work
 
+    inside: list[bool] = []
+
+    def watched(work):  # type: ignore[no-untyped-def]
+        inside.append(True)
+        try:
+            return work(), False
+        finally:
+            inside.clear()
+
+    def padding(rows, running, made=steps._padding):  # type: ignore[no-untyped-def]
+        assert not inside, "what the host brings to a GPU makes it wait, which is no fault of the model's"
+        return made(rows, running)
+
     monkeypatch.setattr(steps, "record", record)
-    monkeypatch.setattr(steps, "watched", lambda work: (work(), False))
+    monkeypatch.setattr(steps, "watched", watched)
+    monkeypatch.setattr(steps, "_padding", padding)
     monkeypatch.setattr(steps, "SPAN", 8)
     return recorded
 
@@ -40,7 +57,7 @@ def test_the_state_stays_where_it_is(model: Model, repeated: list[int]) -> None:
     other = model.hidden(Batch.from_ids(random_ids(1, 7, seed=9)), model.new_state(1, 40)).state
     if type(states[0]) is not State:
         pytest.skip(f"{model.arch} keeps a state of its own, which steps kernel by kernel")
-    running = {4: [0, 2], 5: [2, 0], 6: [1], 12: [1, 2]}
+    running = {1: [0, 2], 4: [0, 2], 5: [2, 0], 6: [1], 12: [1, 2]}
     for step in range(24):
         if step == 9:  # row 1 ends, and another takes its place
             for state in states:
@@ -98,3 +115,25 @@ def test_what_cannot_be_recorded_goes_on_by_kernels(model: Model, monkeypatch: p
             found.append(logits)
         torch.testing.assert_close(found[1], found[0], atol=0, rtol=0)
     assert warned == 1 and states[0].host_lengths == states[1].host_lengths
+
+
+@pytest.mark.parametrize("arch", ["shc", "ssm", "hgrn_bit"])
+def test_an_engine_whose_rows_come_and_go(arch: str, repeated: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(arch).eval()
+    monkeypatch.setattr(slots, "steps_of", GraphedSteps)
+    prompts = [random_ids(1, n, seed=n)[0].tolist() for n in (3, 9, 1, 14, 6)]
+    written: list[list[int]] = [[] for _ in prompts]
+    ended = [threading.Event() for _ in prompts]
+    engine = Engine(model, rows=3, max_len=64)
+    for number, prompt in enumerate(prompts):
+        engine.submit(Request(prompt, 14 + 5 * number, Sampling(temperature=0.0), on_token=lambda t, n=number: written[n].append(t.id),  # type: ignore[misc]
+                              on_end=lambda why, n=number: ended[n].set()))  # type: ignore[misc]
+    engine.start()
+    try:
+        assert all(event.wait(60) for event in ended)
+    finally:
+        engine.stop()
+    assert repeated, "nothing was recorded"
+    for number, prompt in enumerate(prompts):
+        alone = model.generate(torch.tensor([prompt]), 14 + 5 * number, temperature=0.0)
+        assert written[number] == alone[0, len(prompt) :].tolist()

@@ -20,7 +20,8 @@ from treadle.data.batch import PAD, Batch
 from treadle.layers.state import State
 
 SPAN = 256  # slots by which the part of a cache that is read grows; each such part has a graph of its own
-PLAIN = 2  # steps kernel by kernel first: what is prepared on first use is, and it is seen whether the host waits for the device
+PLAIN = 2  # steps of so many rows kernel by kernel first: what is prepared on first use is, it is seen whether the host waits for the
+# device, and a server whose rows come and go at each step records nothing
 WAITS = "called a synchronizing CUDA operation"  # what torch warns of then
 
 
@@ -77,7 +78,7 @@ class GraphedSteps(Steps):
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
-        self._plain = 0  # steps so far
+        self._plain, self._form = 0, (0, 0)  # steps of a state of so many rows and slots so far
         self._refused = False
         self._graphs: dict[tuple[int, bool], _Graph] = {}
         self._held: State | None = None  # where the graphs have the state
@@ -87,14 +88,16 @@ class GraphedSteps(Steps):
     def __call__(self, ids: Tensor, state: Any, running: Sequence[int] | None = None) -> tuple[Tensor, Any]:
         if self._refused or type(state) is not State:
             return super().__call__(ids, state, running)
+        rows = ids.shape[0]
+        if (form := (rows, state.max_len)) != self._form:
+            self._plain, self._form = 0, form
         if self._plain < PLAIN:
             self._plain += 1
-            before = _fixed(state)
-            found, waits = watched(lambda: Steps.__call__(self, ids, state, running))
+            before, batch = _fixed(state), column(ids, running)
+            (logits, state), waits = watched(lambda: self._computed(batch, state))
             # Of a state that holds numbers on the host, or changes its form, a graph would repeat one step's.
-            self._refused = (waits and self._plain == PLAIN) or _fixed(found[1]) != before
-            return found
-        rows = ids.shape[0]
+            self._refused = (waits and self._plain == PLAIN) or _fixed(state) != before
+            return _wanted(logits, running), state
         after = list(state.host_lengths)
         for row in range(rows) if running is None else running:
             after[row] += 1
@@ -132,6 +135,11 @@ class GraphedSteps(Steps):
         self._given = given = _copied(self._held)
         return given
 
+    def _computed(self, batch: Batch, state: State) -> tuple[Tensor, State]:
+        """Logits [B, V] of all rows, and the state after them."""
+        out = self.model.hidden(batch, state)
+        return self.head(out.hidden[:, -1]), out.state
+
     def _recorded(self, ids: Tensor, used: int, padded: bool) -> _Graph:
         own, rows = ids.clone(), ids.shape[0]
         doc_ids = torch.zeros_like(own)[:, None] if padded else None
@@ -140,9 +148,8 @@ class GraphedSteps(Steps):
             state = _copied(self._held)
             state.host_lengths = [used - 1] * rows  # so that caches are read up to `used`
             batch = Batch(own[:, None], doc_ids=doc_ids, segments=((1,),) * rows, position_ids=torch.zeros_like(own)[:, None])
-            out = self.model.hidden(batch, state)
-            logits: Tensor = self.head(out.hidden[:, -1])
-            for mine, new in zip(self._memory, _tensors(out.state)):
+            logits, after = self._computed(batch, state)
+            for mine, new in zip(self._memory, _tensors(after)):
                 if mine.data_ptr() != new.data_ptr():
                     mine.copy_(new)
             return logits
