@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.peers import environment
+from treadle.ops.processor import made_by_amd
 
 PACKAGES = ("accelerate", "transformers", "litgpt", "xllamacpp")
 
@@ -23,9 +24,9 @@ def processor() -> tuple[str, set[str]]:
 
 
 def kind() -> str:
-    """`amx`, `avx512_bf16` or `plain`: which of the goals hold here."""
+    """`amx`, `avx512_bf16` (where that pays: AMD's) or `plain`: which of the goals hold here."""
     flags = processor()[1]
-    return "amx" if "amx_bf16" in flags else "avx512_bf16" if "avx512_bf16" in flags else "plain"
+    return "amx" if "amx_bf16" in flags else "avx512_bf16" if "avx512_bf16" in flags and made_by_amd() else "plain"
 
 
 def cores() -> int:

@@ -317,6 +317,8 @@ def generate(
     from treadle.models.quantized import quantize_once
 
     loaded = load_run(_runs([run or "last"] if run or not model_path else None, model_path)[0], device)
+    if (run or model_path or "last") == "last":
+        echo(f"last is {loaded.checkpoint.folder}", sys.stderr)
     tokenizer = tokenizer_of(loaded)
     sampling, count = typed_over(generation_defaults(loaded.checkpoint.folder), typed)
     session = Session(loaded.model, tokenizer, Sampling(**sampling), count, seed, stop, weights=quantize_once(loaded, weights),

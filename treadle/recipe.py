@@ -256,6 +256,8 @@ def compose(layers: list[Layer], with_model: bool = True) -> Recipe:
         given = {key: one for key, one in given.items() if number >= reset or not _of_model(key)}
         with _named_foreign(layer):
             meant = _understood(words, given, with_model, files)
+        if "train.num_train_epochs" in meant and "train.max_steps" not in meant:
+            final.pop("train.max_steps", None)  # who asks for passes over the data means them, whatever a recipe below says
         for key, one in meant.items():
             stored = final.get(key)
             if stored is not None and one.value == "auto" and stored.origin == "the run":

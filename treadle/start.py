@@ -185,6 +185,7 @@ def make_trainer(request: Request, recipe: Recipe, console: Console, world: Worl
     from treadle.ops.attention import check_backend
     from treadle.ops.memory import keep_freed_memory, return_freed_memory
     from treadle.ops.precision import DTYPES
+    from treadle.reporting.tables import architecture
     from treadle.training.adapting import load_frozen, load_start, put_on
     from treadle.training.trainer import Trainer
 
@@ -214,11 +215,13 @@ def make_trainer(request: Request, recipe: Recipe, console: Console, world: Worl
         model, splits["train"], splits.get("validation"), recipe, objective, resume=True, console=console,
         listen=not console.quiet, world=world,
     )  # fmt: skip
-    attention = check_backend(recipe.train.attention_backend, trainer.device, DTYPES[trainer.context.precision])
+    computed_by = check_backend(recipe.train.attention_backend, trainer.device, DTYPES[trainer.context.precision])
+    kinds = architecture(model.arch, getattr(model.config, "layer_types", None))
+    attention = f", attention {computed_by}" if kinds == model.arch or "full_attention" in kinds else ""
     shared = f", {world.size} processes ({trainer.context.strategy.mode})" if world.size > 1 else ""
-    console.say(f"{model.arch}: {count_label(trainer.run_folder.parameter_count)} parameters, {trainer.plan.max_steps} steps of "
-                f"{trainer.plan.global_batch} rows x {splits['train'].seq_len}, {trainer.context.precision} on {trainer.device}, "
-                f"attention {attention}{shared}")  # fmt: skip
+    console.say(f"{kinds}: {count_label(trainer.run_folder.parameter_count)} parameters, {trainer.plan.max_steps} steps of "
+                f"{trainer.plan.global_batch} rows x {splits['train'].seq_len}, {trainer.context.precision} on {trainer.device}"
+                f"{attention}{shared}")  # fmt: skip
     if base is not None:
         console.say(f"adapters on {base.folder}: {load_frozen(model, base)}")
     if recipe.checkpoint.resume_from_checkpoint is not None:

@@ -11,14 +11,17 @@ from typing import Any
 
 import pydantic
 import pytest
+import torch
 
 import treadle
 from treadle import cli
 from treadle.distributed import launch
 from treadle.errors import ConfigError
 from treadle.help import USUAL
-from treadle.recipe import vocabulary
+from treadle.ops import precision
+from treadle.recipe import Layer, compose, typed_layers, vocabulary
 from treadle.registry import nearest
+from treadle.reporting.compare import lines_of
 from treadle.settings import Refused
 from treadle.training.config import SECTIONS
 from treadle.training.settings import OptimSettings, TrainSettings
@@ -357,3 +360,45 @@ def test_a_slip_in_a_recipe_of_ones_own_is_not_taken_for_another_trainers(typed:
     Path("mine.yaml").write_text("train:\n  max_stesp: 3\noptim:\n  learning_rate: 1e-3\n")
     code, _, said = typed("train", "mine.yaml")
     assert code == 2 and "did you mean 'max_steps'" in said and "convert" not in said
+
+
+def test_passes_that_are_asked_for_take_the_place_of_a_recipes_steps() -> None:
+    """The built-in recipe says 1950 steps; --num_train_epochs on top of it means passes, and steps on top of those mean steps."""
+
+    def asked(*tables: dict[str, Any]) -> TrainSettings:
+        return compose([*typed_layers(None, Layer(tables[0], "flag")), *(Layer(table, "flag") for table in tables[1:])]).train
+
+    assert asked({}).max_steps == 1950
+    assert asked({"num_train_epochs": 2}).max_steps is None and asked({"epochs": 2}).num_train_epochs == 2
+    assert asked({"num_train_epochs": 2, "max_steps": 7}).max_steps == 7
+    assert asked({"num_train_epochs": 2}, {"max_steps": 9}).max_steps == 9
+
+
+def test_a_folder_of_runs_names_them(typed: Any, in_folder: Path) -> None:
+    (in_folder / "runs" / "one" / "checkpoints").mkdir(parents=True)
+    code, _, said = typed("compare", "runs")
+    assert code == 2 and "there are runs in it: runs/one" in said
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512_bf16", "amd", "pays"),
+    [(True, True, False, True), (False, True, True, True), (False, True, False, False), (False, False, True, False)],
+)
+def test_16_bits_by_the_maker_of_the_processor(amx: bool, avx512_bf16: bool, amd: bool, pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AVX-512 BF16 pays on AMD's; on Intel's it stands beside AMX, and alone it is slower than fp32."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(precision, "made_by_amd", lambda: amd)
+    assert precision.resolve("auto", torch.device("cpu"), 192) == ("bf16" if pays else "fp32")
+
+
+def test_a_comparison_of_unequal_sizes_says_so() -> None:
+    def row(run: str, architecture: str, parameters: int, bpb: float) -> dict[str, Any]:
+        return {"run": run, "architecture": architecture, "bpb": bpb, "parameters": parameters, "shown": {"bpb": {"format": ".4f"}},
+                "ranking": "bpb", "lower_is_better": True}  # fmt: skip
+
+    unequal = lines_of([row("a", "one", 100, 1.5), row("b", "other", 130, 1.4)])
+    assert "1.4000 <" in unequal[2] and unequal[-1].startswith("< the best; sizes differ by 30%") and "compare --suite" in unequal[-1]
+    assert lines_of([row("a", "one", 100, 1.5), row("b", "other", 103, 1.4)])[-1] == "< the best"
+    assert lines_of([row("a", "one", 100, 1.5), row("b", "one", 130, 1.4)])[-1] == "< the best"
+    assert len(lines_of([row("a", "one", 100, 1.5)])) == 2

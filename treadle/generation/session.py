@@ -79,7 +79,7 @@ class Session:
 
     def greeting(self) -> str:
         """What a conversation begins with."""
-        return "type a prompt; /help lists the commands\n"
+        return "type a prompt; /help lists the commands, /quit or Ctrl-D leaves\n"
 
     def respond(self, line: str, number: int, write: Callable[[str], None]) -> None:
         """Writes what the model makes of a line that is no command; number: how many of them came before."""
@@ -87,7 +87,7 @@ class Session:
         write("\n\n")
 
     def interactive(self, read: Callable[[str], str], write: Callable[[str], None]) -> None:
-        """Reads lines and commands until /quit, the end of the input, or Ctrl-C at an empty prompt."""
+        """Reads lines and commands until /quit (or exit, or quit), the end of the input, or Ctrl-C at an empty prompt."""
         write(self.greeting())
         number = 0
         while True:
@@ -96,7 +96,7 @@ class Session:
             except (EOFError, KeyboardInterrupt):
                 write("\n")
                 return
-            if line.strip() == "/quit":
+            if line.strip() in ("/quit", "exit", "quit"):
                 return
             if line.startswith("/"):
                 try:

@@ -97,7 +97,8 @@ def locate(run: str, warn: Any = None) -> Checkpoint:
         return Checkpoint(root / checkpoint_name(int(choice)))
     found = newest_valid(root, warn or _warn, quarantine=False)
     if found is None:
-        raise InputError(f"{path} holds no checkpoint; train it: treadle train")
+        inside = ", ".join(str(p) for p in sorted(path.glob("*")) if checkpoint_root(p).is_dir())
+        raise InputError(f"{path} holds no checkpoint; " + (f"there are runs in it: {inside}" if inside else "train it: treadle train"))
     return found
 
 

@@ -20,6 +20,18 @@ def rate(value: float) -> str:
     return f"{value / 1e6:.2f}M" if value >= 1e6 else f"{value / 1e3:.1f}k" if value >= 1e3 else f"{value:.0f}"
 
 
+WIDE = 130  # columns of a terminal that has room for a bar
+
+
+def fitting(parts: list[str], width: int) -> str:
+    """The parts that fit into so many columns, in their order: of those between the first (what was measured) and the last (how long is
+    left), the later ones go first."""
+    parts = list(parts)
+    while len(parts) > 2 and len("  ".join(parts)) > width:
+        del parts[-2]
+    return "  ".join(parts)
+
+
 class Console:
     """Messages, progress and warnings. quiet=True prints warnings only (library use, tests); silent=True not even those
     (all processes but the first)."""
@@ -56,11 +68,11 @@ class Console:
         from rich.console import Console as RichConsole
         from rich.progress import BarColumn, Progress, TextColumn
 
+        console = RichConsole(file=self.stream)
+        bar = [BarColumn(bar_width=24), TextColumn("{task.percentage:>3.0f}%")] if console.width >= WIDE else []
         self._progress = Progress(
-            TextColumn("step {task.completed:.0f}/{task.total:.0f}"), BarColumn(bar_width=24),
-            TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.fields[detail]}"),
-            console=RichConsole(file=self.stream), refresh_per_second=4,
-        )  # fmt: skip
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"), *bar, TextColumn("{task.fields[detail]}"), console=console, refresh_per_second=4
+        )
         self._task = self._progress.add_task("train", total=total, completed=done, detail="")
         self._progress.start()
 
@@ -79,11 +91,12 @@ class Console:
         if row.get("mfu") is not None:
             parts.append(f"mfu {row['mfu']:.0%}")
         parts.append(f"ETA {duration(remaining)}")
-        text = "  ".join(parts)
         if self._progress is not None:
-            self._progress.update(self._task, completed=row["step"], detail=text)
+            width = self._progress.console.width
+            taken = 2 * len(f"{total}") + (37 if width >= WIDE else 7)  # "step 12/100", the bar, and the spaces between them
+            self._progress.update(self._task, completed=row["step"], detail=fitting(parts, width - taken))
         if whole or self._progress is None:
-            self.say(whole or f"step {row['step']}/{total}  {text}")
+            self.say(whole or f"step {row['step']}/{total}  {'  '.join(parts)}")
 
     def stop(self) -> None:
         """Closes the live line."""

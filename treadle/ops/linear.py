@@ -9,7 +9,6 @@ machine's make alone, since each library rounds in an order of its own and a res
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from treadle.ops.first_order import first_order
 from treadle.ops.fused import are_switched_off
 from treadle.ops.planned import gpu_is_planned, runs_on_cpu
 from treadle.ops.precision import compute_dtype, without_autocast
+from treadle.ops.processor import made_by_amd
 
 ONEDNN_FROM_ROWS = 256  # fewer are decoded or evaluated, where MKL's lower start cost counts
 
@@ -40,10 +40,10 @@ def _onednn() -> Any:
 def _prefers_onednn() -> bool:
     """Decided without a product of its own, which a counter of operations would see."""
     try:
-        if not torch.backends.mkldnn.is_available() or "AuthenticAMD" not in Path("/proc/cpuinfo").read_text()[:4096]:
+        if not torch.backends.mkldnn.is_available() or not made_by_amd():
             return False
         return all(str(getattr(_onednn(), name)._schema).endswith(schema) for name, schema in _SCHEMAS.items())
-    except (OSError, AttributeError):
+    except AttributeError:
         return False
 
 

@@ -93,6 +93,7 @@ def _row(run: str, loaded: Loaded, held: Dataset, rows: int | None, batch_size: 
     return {**row, "shown": shown, "ranking": ranking, "lower_is_better": objective.metric(ranking).lower_is_better}
 
 
+LIKE_SIZES = 1.05
 HIDDEN = ("shown", "ranking", "lower_is_better", "perplexity")
 
 
@@ -109,8 +110,18 @@ def lines_of(table: list[dict[str, Any]]) -> list[str]:
         cells.append([_cell(row, name, row is best and name == ranking) for name in columns])
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     left = ("run", "architecture")
-    return ["  ".join(c.ljust(w) if name in left else c.rjust(w) for c, w, name in zip(line, widths, columns)).rstrip()
-            for line in cells]  # fmt: skip
+    lines = ["  ".join(c.ljust(w) if name in left else c.rjust(w) for c, w, name in zip(line, widths, columns)).rstrip()
+             for line in cells]  # fmt: skip
+    return lines + ([f"< the best; {caveat}" if (caveat := _caveat(table)) else "< the best"] if best is not None else [])
+
+
+def _caveat(table: list[dict[str, Any]]) -> str:
+    """What a difference of architectures here may come from instead; nothing where sizes are equal to 5%."""
+    sizes = [row["parameters"] for row in table]
+    if max(sizes) <= LIKE_SIZES * min(sizes) or len({row["architecture"] for row in table}) == 1:
+        return ""
+    return (f"sizes differ by {max(sizes) / min(sizes) - 1:.0%}, so this does not tell architectures apart: `treadle compare --suite` trains them "
+            "at equal size on equal data")  # fmt: skip
 
 
 def _cell(row: dict[str, Any], name: str, best: bool) -> str:

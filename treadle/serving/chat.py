@@ -70,7 +70,7 @@ class Conversation(Session):
 
     def greeting(self) -> str:
         kind = "say something" if self.template is not None else "no chat template: type a text, the model writes on"
-        return f"{kind}; /help lists the commands, Ctrl-C ends an answer, /quit leaves\n"
+        return f"{kind}; /help lists the commands, Ctrl-C ends an answer, /quit or Ctrl-D leaves\n"
 
     def respond(self, line: str, number: int, write: Callable[[str], None]) -> None:
         piece = led_by(line if self.template is None else "", write)

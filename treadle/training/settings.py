@@ -38,7 +38,7 @@ class TrainSettings(Settings):
     """Optimiser steps in all; without it num_train_epochs decides."""
 
     num_train_epochs: float = option(1.0, aliases=("num_epochs", "epochs"), gt=0)
-    """Passes over the data when max_steps is not given."""
+    """Passes over the data when max_steps is not given; typed, it takes the place of a recipe's max_steps."""
 
     per_device_train_batch_size: int = option(16, aliases=("batch_size",), ge=1)
     """Rows in one forward pass of one device."""
