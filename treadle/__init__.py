@@ -39,6 +39,7 @@ _PLACES = {
     "Settings": "treadle.settings:Settings",
     "State": "treadle.layers.state:State",
     "StreamingDataset": "treadle.data.pipeline:StreamingDataset",
+    "TokenMixer": "treadle.layers.token_mixers:TokenMixer",
     "Tokenizer": "treadle.text.base:Tokenizer",
     "TrainConfig": "treadle.recipe:from_leaf_names",
     "Trainer": "treadle.training.trainer:Trainer",
@@ -84,6 +85,7 @@ if TYPE_CHECKING:  # `as` is what hands a name on to type checkers (PEP 484)
     from treadle.layers.dynamics import INLDynamics as INLDynamics
     from treadle.layers.state import LayerState as LayerState
     from treadle.layers.state import State as State
+    from treadle.layers.token_mixers import TokenMixer as TokenMixer
     from treadle.library import Model as Model
     from treadle.library import architectures as architectures
     from treadle.library import autocast as autocast

@@ -398,7 +398,7 @@ def test_a_comparison_of_unequal_sizes_says_so() -> None:
                 "ranking": "bpb", "lower_is_better": True}  # fmt: skip
 
     unequal = lines_of([row("a", "one", 100, 1.5), row("b", "other", 130, 1.4)])
-    assert "1.4000 <" in unequal[2] and unequal[-1].startswith("< the best; sizes differ by 30%") and "compare --suite" in unequal[-1]
-    assert lines_of([row("a", "one", 100, 1.5), row("b", "other", 103, 1.4)])[-1] == "< the best"
-    assert lines_of([row("a", "one", 100, 1.5), row("b", "one", 130, 1.4)])[-1] == "< the best"
+    assert "1.4000 *" in unequal[2] and unequal[-1].startswith("* the best; sizes differ by 30%") and "compare --suite" in unequal[-1]
+    assert lines_of([row("a", "one", 100, 1.5), row("b", "other", 103, 1.4)])[-1] == "* the best"
+    assert lines_of([row("a", "one", 100, 1.5), row("b", "one", 130, 1.4)])[-1] == "* the best"
     assert len(lines_of([row("a", "one", 100, 1.5)])) == 2

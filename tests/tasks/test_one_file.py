@@ -118,7 +118,7 @@ def test_two_heads_from_the_command_line_to_the_table(files: dict[str, Path], tm
     table = compare([str(tmp_path / "a"), str(tmp_path / "b")])
     assert f"measuring {tmp_path / 'b'} (2 of 2)" in capsys.readouterr().err
     lines = lines_of(table)
-    assert "accuracy" in lines[0] and "mean error" in lines[0] and "bits/byte" not in lines[0] and "% <" in lines[1] and "%" in lines[2] and " <" not in lines[2]
+    assert "accuracy" in lines[0] and "mean error" in lines[0] and "bits/byte" not in lines[0] and "% *" in lines[1] and "%" in lines[2] and " *" not in lines[2]
     better = {"loss": True, "mean_error": True, "accuracy": False, "loss_largest": None}  # of the last the objective says nothing
     assert {name: how["lower_is_better"] for name, how in table[0]["shown"].items()} == better
     board = collected(*found_in([str(tmp_path / "a"), str(tmp_path / "b")]), model=True)["boards"][0]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from treadle.errors import ConfigError
 from treadle.layers.context import Context
 from treadle.layers.state import LayerState
 from treadle.registry import Registry
@@ -76,6 +78,21 @@ class TokenMixer(nn.Module):
         """Whether a matrix of this name multiplies element by element (a short convolution): spared weight decay, and no
         matrix to Muon."""
         return False
+
+
+NEEDED = ("from_config(config, layer)", "forward(x, context, state=None)", "new_state(rows, max_len, device, dtype)", "flops(length)")
+
+
+def token_mixer(name: str) -> type[TokenMixer]:
+    """The class of a name; ConfigError where one of somebody's own lacks what a model, decoding or a comparison asks of it."""
+    cls: type[TokenMixer] = TOKEN_MIXERS.get(name)
+    own = {part for kind in cls.__mro__[: cls.__mro__.index(TokenMixer)] for part in vars(kind)}
+    lacking = [method for method in NEEDED if method.partition("(")[0] not in own]
+    if not lacking and len(inspect.signature(cls.forward).parameters) < len(inspect.signature(TokenMixer.forward).parameters):
+        lacking = [NEEDED[1]]
+    if lacking:
+        raise ConfigError(f"the token mixer {name} lacks {', '.join(lacking)}; docs/extending.md has a whole one")
+    return cls
 
 
 def layer_types_of(pattern: Sequence[str] | None, count: int) -> list[str]:

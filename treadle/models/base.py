@@ -354,11 +354,13 @@ def describe(cls: type[Model], config: ModelConfig) -> str:
 
 
 def build(
-    arch: str | type[Model] = "transformer", preset: str | None = None, seed: int = 0, device: Any = "cpu", **keys: Any
-) -> Model:
-    """A randomly initialised model: `build("transformer", hidden_size=256)`, or of a class of one's own. ConfigError for bad
-    names or values."""
+    arch: str | type[Model] = "transformer", preset: str | None = None, seed: int = 0, device: Any = "cpu", trust_code: Iterable[str] = (),
+    **keys: Any,
+) -> Model:  # fmt: skip
+    """A randomly initialised model: `build("transformer", hidden_size=256)`, or of a class of one's own. trust_code: files that keys may
+    name classes of, as in layer_types=["mine.py:Mine"]. ConfigError for bad names or values."""
     trusted_code.allow_names(arch)
+    trusted_code.allow(trust_code)
     cls = MODELS.get(arch) if isinstance(arch, str) else arch
     return build_from(cls, cls.Config.with_preset(preset, **keys), seed, device)
 
@@ -367,6 +369,9 @@ def build_from(cls: type[Model], config: ModelConfig, seed: int = 0, device: Any
     """A model of a class and its configuration, with random weights that are a function of the seed."""
     with shapes_only():
         model = cls(config)
+    if model.capabilities.decodes and cls.new_state is Model.new_state:  # else training would end at its first sample
+        raise ConfigError(f"the model {model.arch} has no new_state(batch_size, max_len, device=None, dtype=None), with which it would decode; add "
+                          "it, or say in the class that it does not: capabilities = treadle.Capabilities(decodes=False)")  # fmt: skip
     return model.materialise(seed, device)
 
 

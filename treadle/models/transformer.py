@@ -19,7 +19,7 @@ from treadle.layers.mlp import MLP, SwiGLU
 from treadle.layers.norm import keeping, make_norm, of_sum
 from treadle.layers.rope import rotation, scaled_rotation
 from treadle.layers.state import State
-from treadle.layers.token_mixers import TOKEN_MIXERS, TokenMixer, layer_types_of
+from treadle.layers.token_mixers import TokenMixer, layer_types_of, token_mixer
 from treadle.layers.token_shift import TokenShift
 from treadle.models.backbone import Backbone
 from treadle.models.base import ParameterRule
@@ -65,7 +65,7 @@ class TransformerConfig(DynamicsKeys, MixerKeys, DenseConfig):
 
     def mixer(self, layer: int) -> type[TokenMixer]:
         """The class of a block's token mixer."""
-        return TOKEN_MIXERS.get(layer_types_of(self.layer_types, self.num_layers)[layer])
+        return token_mixer(layer_types_of(self.layer_types, self.num_layers)[layer])
 
     @classmethod
     def presets(cls) -> dict[str, dict[str, Any]]:

@@ -65,8 +65,8 @@ class NextToken(Objective):
 
     def prepare(self, model: Model, dataset: Dataset, device: torch.device) -> None:
         if LM_HEAD not in model.heads():
-            raise ConfigError(f"the model {model.arch} has no head called {LM_HEAD}, so it predicts no tokens; name the objective "
-                              "it is trained for: --objective FILE.py:CLASS")  # fmt: skip
+            raise ConfigError(f"the model {model.arch} predicts no tokens: it has no self.head = nn.Linear(width, vocab_size); add it, or name the "
+                              "objective that the model is trained for: --objective FILE.py:CLASS")  # fmt: skip
         tokenizer = dataset.tokenizer
         self._know(tokenizer)
         if tokenizer is not None and model.vocab_size < tokenizer.vocab_size:

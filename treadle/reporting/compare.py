@@ -112,7 +112,7 @@ def lines_of(table: list[dict[str, Any]]) -> list[str]:
     left = ("run", "architecture")
     lines = ["  ".join(c.ljust(w) if name in left else c.rjust(w) for c, w, name in zip(line, widths, columns)).rstrip()
              for line in cells]  # fmt: skip
-    return lines + ([f"< the best; {caveat}" if (caveat := _caveat(table)) else "< the best"] if best is not None else [])
+    return lines + ([f"* the best; {caveat}" if (caveat := _caveat(table)) else "* the best"] if best is not None else [])
 
 
 def _caveat(table: list[dict[str, Any]]) -> str:
@@ -135,5 +135,5 @@ def _cell(row: dict[str, Any], name: str, best: bool) -> str:
     if name.startswith("flops_per"):
         return f"{value / 1e6:,.2f} M"
     if name in row["shown"]:
-        return format(value, row["shown"][name]["format"]) + (" <" if best else "")
+        return format(value, row["shown"][name]["format"]) + (" *" if best else "")
     return f"{value:,}"
