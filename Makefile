@@ -12,7 +12,9 @@ $(VENV)/ready: pyproject.toml constraints-cpu.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check $(CONSTRAINT) -e '.[dev]'
 	touch $@
 
-install: $(VENV)/ready
+install:
+	@echo "installing treadle and what its tests need into $(VENV)/: about 3 GB, two to five minutes"
+	@$(MAKE) --no-print-directory $(VENV)/ready
 	@echo "treadle is in $(BIN)/: type  source $(BIN)/activate  and then  treadle --help"
 
 # What is coming is said before the first long wait, so the environment is no prerequisite here.
