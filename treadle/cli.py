@@ -18,6 +18,7 @@ from treadle import cli_projects, cli_serving, completion
 from treadle.cli_collatz import collatz_app
 from treadle.cli_options import Device, RepetitionPenalty, Run, Temperature, TopK, TopP, Trust, Weights
 from treadle.cli_text import convert, data_app, data_prepare, tokenizer_app
+from treadle.terminal import columns
 from treadle.terminal import write as echo
 from treadle.version import __version__
 
@@ -259,7 +260,7 @@ def compare(
     from treadle.reporting import compare as comparing
 
     table = comparing.compare(runs, data, split, rows, batch_size, device)
-    for line in comparing.lines_of(table):
+    for line in comparing.lines_of(table, columns(sys.stdout)):
         echo(line)
     if output is not None:
         write_json(Path(output), {"rows": table})

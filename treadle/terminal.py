@@ -8,6 +8,7 @@ the exact text.
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from typing import TextIO
 
@@ -26,6 +27,11 @@ def is_terminal(stream: TextIO | None) -> bool:
         return stream is not None and stream.isatty()
     except (ValueError, AttributeError):  # closed, or only something to write to
         return False
+
+
+def columns(stream: TextIO | None) -> int | None:
+    """Characters of a line of the terminal that `stream` is; None for a pipe or a file."""
+    return shutil.get_terminal_size().columns if is_terminal(stream) else None
 
 
 def fit(text: str, stream: TextIO | None) -> str:

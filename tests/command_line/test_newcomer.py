@@ -398,7 +398,11 @@ def test_a_comparison_of_unequal_sizes_says_so() -> None:
                 "ranking": "bpb", "lower_is_better": True}  # fmt: skip
 
     unequal = lines_of([row("a", "one", 100, 1.5), row("b", "other", 130, 1.4)])
-    assert "1.4000 *" in unequal[2] and unequal[-1].startswith("* the best; sizes differ by 30%") and "compare --suite" in unequal[-1]
+    assert "1.4000 *" in unequal[2] and unequal[-2] == "* the best"
+    assert unequal[-1].startswith("sizes differ by 30%") and "compare --suite" in unequal[-1]
     assert lines_of([row("a", "one", 100, 1.5), row("b", "other", 103, 1.4)])[-1] == "* the best"
     assert lines_of([row("a", "one", 100, 1.5), row("b", "one", 130, 1.4)])[-1] == "* the best"
     assert len(lines_of([row("a", "one", 100, 1.5)])) == 2
+    narrow = lines_of([row("runs/a", "one", 100, 1.5), row("runs/b", "other", 130, 1.4)], 40)
+    assert narrow[0].split() == ["run", "runs/a", "runs/b"] and ["1.5000", "1.4000", "*"] == narrow[2].split()[1:] and max(map(len, narrow)) <= 40
+    assert lines_of([row("a", "one", 100, 1.5), row("b", "other", 130, 1.4)], 200) == unequal

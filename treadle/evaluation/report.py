@@ -134,7 +134,7 @@ def table_of(reports: list[dict[str, Any]]) -> list[str]:
             lines.append(f"{report['run']}: {cost['format']} weights change the loss by {cost['loss_change']:+.5f} from "
                          f"{cost['loss_fp32']:.5f} in fp32")  # fmt: skip
     if any(r["outside_customary"] for r in reports):
-        lines.append("* outside the customary range")
+        lines.append("* outside the customary range, that of a model of text that was trained for long")
     return lines
 
 

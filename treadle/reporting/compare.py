@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,9 @@ LIKE_SIZES = 1.05
 HIDDEN = ("shown", "ranking", "lower_is_better", "perplexity")
 
 
-def lines_of(table: list[dict[str, Any]]) -> list[str]:
-    """The table for people; the best by the metric that the runs' objective ranks by is marked."""
+def lines_of(table: list[dict[str, Any]], width: int | None = None) -> list[str]:
+    """The table for people; the best by the metric that the runs' objective ranks by is marked. width: characters of the terminal: where
+    a line for each run does not fit, each gets a column."""
     columns = list(dict.fromkeys(name for row in table for name in row if name not in HIDDEN))
     ranking = table[0]["ranking"]
     sign = 1 if table[0]["lower_is_better"] else -1
@@ -112,16 +114,20 @@ def lines_of(table: list[dict[str, Any]]) -> list[str]:
     left = ("run", "architecture")
     lines = ["  ".join(c.ljust(w) if name in left else c.rjust(w) for c, w, name in zip(line, widths, columns)).rstrip()
              for line in cells]  # fmt: skip
-    return lines + ([f"* the best; {caveat}" if (caveat := _caveat(table)) else "* the best"] if best is not None else [])
+    if width is not None and max(map(len, lines)) > width:
+        heads, *runs = [max(map(len, line)) for line in cells]
+        lines = ["  ".join([one[0].ljust(heads), *(cell.rjust(w) for cell, w in zip(one[1:], runs))]).rstrip() for one in zip(*cells)]
+    notes = ["* the best", *_caveat(table)] if best is not None else []
+    return lines + [part for note in notes for part in (textwrap.wrap(note, width) if width is not None else [note])]
 
 
-def _caveat(table: list[dict[str, Any]]) -> str:
+def _caveat(table: list[dict[str, Any]]) -> list[str]:
     """What a difference of architectures here may come from instead; nothing where sizes are equal to 5%."""
     sizes = [row["parameters"] for row in table]
     if max(sizes) <= LIKE_SIZES * min(sizes) or len({row["architecture"] for row in table}) == 1:
-        return ""
-    return (f"sizes differ by {max(sizes) / min(sizes) - 1:.0%}, so this does not tell architectures apart: `treadle compare --suite` trains them "
-            "at equal size on equal data")  # fmt: skip
+        return []
+    return [f"sizes differ by {max(sizes) / min(sizes) - 1:.0%}, so this does not tell architectures apart: `treadle compare --suite` trains them "
+            "at equal size on equal data"]  # fmt: skip
 
 
 def _cell(row: dict[str, Any], name: str, best: bool) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from treadle.errors import ConfigError
 from treadle.suite import run as running
 from treadle.suite.settings import builtin_suites, read_suite
 from treadle.suite.table import lines_of
-from treadle.terminal import is_terminal, write
+from treadle.terminal import columns, write
 
 
 def compare_suite(named: str | None, runs: list[str] | None, output: str | None, workers: int | None, ray: bool) -> None:
@@ -26,8 +25,7 @@ def compare_suite(named: str | None, runs: list[str] | None, output: str | None,
     folder = Path(output) if output is not None else Path("runs") / suite.name
     result = running.run(suite, folder, write, workers, ray)
     write("")
-    width = shutil.get_terminal_size().columns if is_terminal(sys.stdout) else None
-    for line in lines_of(result, width, str(folder / running.MARKDOWN)):
+    for line in lines_of(result, columns(sys.stdout), str(folder / running.MARKDOWN)):
         write(line)
     write(f"written: {', '.join(str(folder / name) for name in (running.RESULT, running.MARKDOWN, running.PICTURE))}")
     if (problem := running.unfinished(result)) is not None:
