@@ -50,7 +50,7 @@ def test_evaluations_to_come_are_in_the_eta(tmp_path: Path, data: dict[str, Data
     slow = SlowEvaluation()
     made = trainer(tmp_path, data, callbacks=[slow], eval_steps=2, save_steps=100)
     made.train()
-    assert said[2] < PAUSE  # nothing is known before the first
+    assert said[2] < PAUSE  # of the first its forward passes alone are known
     assert 2 * PAUSE < said[3] < 3 * PAUSE and 2 * PAUSE < said[4] < 3 * PAUSE  # those after steps 4 and 6
     assert PAUSE < said[5] < 2 * PAUSE and PAUSE < said[6] < 2 * PAUSE
     assert any(f"ETA 0:0{seconds}" in slow.statuses[3] for seconds in (2, 3, 4))  # what `treadle ctl RUN status` says; the first step is slow
@@ -63,6 +63,9 @@ def test_saves_between_evaluations_are_in_it_too(tmp_path: Path, data: dict[str,
     class Looks(Callback):
         def after_step(self, context: Context) -> None:
             seen[context.step] = {"left": seconds_left(context, 0.0), **context.pauses}
+            if context.step == 1:
+                rows, batch = context.eval_dataset.rows_per_epoch, context.plan.global_batch  # type: ignore[union-attr]
+                assert seconds_left(context, 3.0) == pytest.approx(11 * 3.0 + 3 * min(rows or 0, context.config.eval.eval_rows or 0) / batch)
 
     trainer(tmp_path, data, callbacks=[Looks()], eval_steps=4, save_steps=2, max_steps=12).train()
     assert seen[2] == {"left": 0.0} and set(seen[3]) == {"left", SAVE} and set(seen[5]) == {"left", SAVE, EVALUATION}

@@ -18,7 +18,7 @@ NAMES_ONLY = ("run.output_dir", "run.run_name", "run.trusted_code")
 SPLIT = "validation"
 STATE_AT = 1000  # tokens behind a decoding state that is compared; a constant one shows itself by being small here
 HEADINGS = {"bpb": "bits/byte", "top5_accuracy": "top-5 accuracy", "flops_per_byte": "FLOPs/byte", "flops_per_row": "FLOPs/row",
-            "state_bytes": f"state at {STATE_AT}"}  # fmt: skip
+            "state_bytes": f"state at {STATE_AT} tokens"}  # fmt: skip
 BUDGETS = {"bytes": "bytes of text", "flops": "floating-point operations", "cpu_seconds": "CPU seconds"}  # of a suite
 
 
