@@ -166,7 +166,8 @@ def place_of(cls: type, kind: str) -> str:
 
 def _described(thing: Any) -> str:
     if isinstance(thing, type):
-        return f"the class {thing.__module__}.{thing.__qualname__}"
+        own = thing.__module__.startswith(trusted_code.MODULE_PREFIX)  # a name that nobody typed
+        return f"the class {thing.__qualname__}" if own else f"the class {thing.__module__}.{thing.__qualname__}"
     return f"a {type(thing).__name__}"
 
 

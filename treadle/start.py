@@ -218,9 +218,11 @@ def make_trainer(request: Request, recipe: Recipe, console: Console, world: Worl
     computed_by = check_backend(recipe.train.attention_backend, trainer.device, DTYPES[trainer.context.precision])
     kinds = architecture(model.arch, getattr(model.config, "layer_types", None))
     attention = f", attention {computed_by}" if kinds == model.arch or "full_attention" in kinds else ""
+    first = trainer.plan.length_at(0)
+    cut = f" (cut into {first} at first)" if first is not None and first != splits["train"].seq_len else ""
     shared = f", {world.size} processes ({trainer.context.strategy.mode})" if world.size > 1 else ""
     console.say(f"{kinds}: {count_label(trainer.run_folder.parameter_count)} parameters, {trainer.plan.max_steps} steps of "
-                f"{trainer.plan.global_batch} rows x {splits['train'].seq_len}, {trainer.context.precision} on {trainer.device}"
+                f"{trainer.plan.global_batch} rows x {splits['train'].seq_len}{cut}, {trainer.context.precision} on {trainer.device}"
                 f"{attention}{shared}")  # fmt: skip
     if base is not None:
         console.say(f"adapters on {base.folder}: {load_frozen(model, base)}")

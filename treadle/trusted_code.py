@@ -35,6 +35,7 @@ from treadle.errors import ConfigError
 
 STORE_FOLDER = "TREADLE_CONFIG_HOME"  # an environment variable: where the list lies instead of the user's own place
 STORE_FILE = "trusted_code"
+MODULE_PREFIX = "treadle_user_"  # of the modules that files are executed as
 _PLACE = re.compile(r"(.+\.py|[A-Za-z_][\w.]*):([A-Za-z_]\w*)")
 _MODULE = re.compile(r"[A-Za-z_][\w.]*")
 
@@ -248,7 +249,7 @@ class _Bytes(importlib.abc.InspectLoader):
 def _executed(source: Source, name: str) -> ModuleType:
     if source.key not in _modules:
         mark = hashlib.sha256(f"{source.path}\n{source.sha256}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
-        unique = f"treadle_user_{Path(source.path).stem}_{mark}"
+        unique = f"{MODULE_PREFIX}{Path(source.path).stem}_{mark}"
         spec = importlib.util.spec_from_file_location(unique, source.path, loader=_Bytes(source))
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
