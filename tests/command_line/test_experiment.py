@@ -75,7 +75,7 @@ def test_evaluation_on_the_last_test(experiment: Path) -> None:
 def test_compare(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = experiment / "table.json"
     shown = ok("compare", experiment / "flat", f"{experiment / 'deep'}@all", "--output", out).splitlines()
-    assert len(shown) == 4 and "bits/byte" in shown[0] and sum(" <" in line for line in shown[1:]) == 1
+    assert len(shown) == 6 and "bits/byte" in shown[0] and sum(" *" in line for line in shown[1:4]) == 1 and shown[4] == "* the best"
     rows = json.loads(out.read_text())["rows"]
     assert [row["step"] for row in rows] == [10, 5, 10] and [row["architecture"] for row in rows] == ["hgrn_bit", "hnet", "hnet"]
     assert rows[1]["bpb"] > rows[2]["bpb"] and rows[2]["tokens_seen"] == 2 * rows[1]["tokens_seen"]
@@ -88,7 +88,7 @@ def test_compare(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch, pytest.raises(InputError, match="different text"):  # said before anything is measured
         patch.setattr("treadle.reporting.compare.load_run", lambda *_: pytest.fail("a model was loaded"))
         compare([str(experiment / "flat"), str(experiment / "other")])
-    assert len(ok("compare", experiment / "flat", experiment / "other", "--data", experiment / "other.txt").splitlines()) == 3
+    assert len(ok("compare", experiment / "flat", experiment / "other", "--data", experiment / "other.txt").splitlines()) == 4
 
 
 @pytest.mark.slow

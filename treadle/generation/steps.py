@@ -158,7 +158,7 @@ class GraphedSteps(Steps):
 
 
 def record(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """The kernels that `work` launches, to be launched again all at once into the tensor that it returns; nothing runs now."""
+    """The kernels that `work` launches, to be launched again all at once into the tensor (of any shape) that it returns; nothing runs now."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from treadle import trusted_code
 from treadle.errors import ConfigError
 from treadle.layers.context import Context
 from treadle.layers.state import LayerState
@@ -83,16 +84,16 @@ class TokenMixer(nn.Module):
 NEEDED = ("from_config(config, layer)", "forward(x, context, state=None)", "new_state(rows, max_len, device, dtype)", "flops(length)")
 
 
-def token_mixer(name: str) -> type[TokenMixer]:
-    """The class of a name; ConfigError where one of somebody's own lacks what a model, decoding or a comparison asks of it."""
-    cls: type[TokenMixer] = TOKEN_MIXERS.get(name)
-    own = {part for kind in cls.__mro__[: cls.__mro__.index(TokenMixer)] for part in vars(kind)}
-    lacking = [method for method in NEEDED if method.partition("(")[0] not in own]
-    if not lacking and len(inspect.signature(cls.forward).parameters) < len(inspect.signature(TokenMixer.forward).parameters):
-        lacking = [NEEDED[1]]
-    if lacking:
-        raise ConfigError(f"the token mixer {name} lacks {', '.join(lacking)}; docs/extending.md has a whole one")
-    return cls
+def check_own(names: Sequence[str]) -> None:
+    """ConfigError where a mixer of somebody's own (FILE.py:CLASS) lacks what a model, decoding or a comparison asks of it."""
+    for name in dict.fromkeys(filter(trusted_code.is_place, names)):
+        cls = TOKEN_MIXERS.get(name)
+        own = {part for kind in cls.__mro__[: cls.__mro__.index(TokenMixer)] for part in vars(kind)}
+        lacking = [method for method in NEEDED if method.partition("(")[0] not in own]
+        if not lacking and len(inspect.signature(cls.forward).parameters) < len(inspect.signature(TokenMixer.forward).parameters):
+            lacking = [NEEDED[1]]
+        if lacking:
+            raise ConfigError(f"the token mixer {name} lacks {', '.join(lacking)}; docs/extending.md has a whole one")
 
 
 def layer_types_of(pattern: Sequence[str] | None, count: int) -> list[str]:

@@ -366,7 +366,8 @@ def build(
 
 
 def build_from(cls: type[Model], config: ModelConfig, seed: int = 0, device: Any = "cpu") -> Model:
-    """A model of a class and its configuration, with random weights that are a function of the seed."""
+    """A model of a class and its configuration, with random weights that are a function of the seed. ConfigError for one that would decode
+    and has no new_state."""
     with shapes_only():
         model = cls(config)
     if model.capabilities.decodes and cls.new_state is Model.new_state:  # else training would end at its first sample

@@ -19,7 +19,7 @@ from treadle.layers.mlp import MLP, SwiGLU
 from treadle.layers.norm import keeping, make_norm, of_sum
 from treadle.layers.rope import rotation, scaled_rotation
 from treadle.layers.state import State
-from treadle.layers.token_mixers import TokenMixer, layer_types_of, token_mixer
+from treadle.layers.token_mixers import TOKEN_MIXERS, TokenMixer, check_own, layer_types_of
 from treadle.layers.token_shift import TokenShift
 from treadle.models.backbone import Backbone
 from treadle.models.base import ParameterRule
@@ -61,11 +61,12 @@ class TransformerConfig(DynamicsKeys, MixerKeys, DenseConfig):
             raise ValueError(f"value_embeddings are of attention, and a block that would have them is {other[0]}; the last block and "
                              "every other one before it have to be attention")  # fmt: skip
         self.check_mixers(types)
+        check_own(types)
         return self
 
     def mixer(self, layer: int) -> type[TokenMixer]:
         """The class of a block's token mixer."""
-        return token_mixer(layer_types_of(self.layer_types, self.num_layers)[layer])
+        return TOKEN_MIXERS.get(layer_types_of(self.layer_types, self.num_layers)[layer])
 
     @classmethod
     def presets(cls) -> dict[str, dict[str, Any]]:

@@ -98,7 +98,8 @@ def _(gate: Tensor, value: Tensor, start: Tensor | None) -> Tensor:
 
 @torch.library.custom_op("treadle::gated_scan_backward", mutates_args=())
 def scan_backward(gate: Tensor, start: Tensor | None, out: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients by gate, value and start (an empty tensor without one); out is what scan_forward returned."""
+    """The gradients by gate and value [B, T, D] and by start [B, D] (an empty tensor without one); out [B, T, D] is what scan_forward
+    returned, grad [B, T, D] its gradient."""
     grad_gate, grad_value = torch.empty_like(gate), torch.empty_like(gate)
     grad_start = torch.empty_like(start) if start is not None else gate.new_empty(0)
     _kernels()[1][_grid(gate)](
