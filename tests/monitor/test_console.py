@@ -7,6 +7,7 @@ import io
 import pytest
 
 from treadle.monitor.console import Console, fitting
+from treadle.terminal import columns
 
 ROW = {"step": 137, "learning_rate": 8e-3, "grad_norm": 2.21, "tokens_per_second": 5700.0, "memory_gb": 0.44, "mfu": None}
 
@@ -33,3 +34,8 @@ def test_the_first_and_the_last_part_stay() -> None:
     assert fitting(["loss 1", "lr 2", "GB 3", "ETA 4"], 100) == "loss 1  lr 2  GB 3  ETA 4"
     assert fitting(["loss 1", "lr 2", "GB 3", "ETA 4"], 20) == "loss 1  lr 2  ETA 4"
     assert fitting(["loss 1", "lr 2", "GB 3", "ETA 4"], 3) == "loss 1  ETA 4"
+
+
+def test_a_pipe_has_no_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "50")
+    assert columns(Terminal()) == 50 and columns(io.StringIO()) is None

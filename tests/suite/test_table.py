@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +46,10 @@ def test_columns_that_do_not_fit_are_left_out_and_that_is_said() -> None:
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_pipe_gets_the_whole_table(terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(command, "is_terminal", lambda stream: terminal)
+    monkeypatch.setattr(command, "columns", lambda stream: 50 if terminal else None)
     monkeypatch.setattr(command, "read_suite", lambda name: None)
     monkeypatch.setattr(command.running, "run", lambda *arguments: result())
     monkeypatch.setattr(command, "write", said.append)
-    monkeypatch.setattr(command.shutil, "get_terminal_size", lambda: os.terminal_size((50, 24)))
     command.compare_suite("some", None, str(tmp_path), None, False)
     assert any("peak memory" in line for line in said) != terminal
     assert any(f"columns more are in {tmp_path / 'suite.md'}" in line for line in said) == terminal
