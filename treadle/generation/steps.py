@@ -27,12 +27,18 @@ WAITS = "called a synchronizing CUDA operation"  # what torch warns of then
 
 def column(ids: Tensor, running: Sequence[int] | None = None) -> Batch:
     """Ids [B] as a batch [B, 1], without the host-side work of Batch.from_ids; all rows but those that run are padding."""
-    rows, positions = ids.shape[0], torch.zeros_like(ids)[:, None]
+    rows = ids.shape[0]
     if running is None or len(running) == rows:
-        return Batch(ids[:, None], segments=((1,),) * rows, position_ids=positions)
+        return _batch(ids)
     doc_ids = _padding(rows, running)
-    return Batch(ids[:, None], doc_ids=doc_ids.to(ids.device), segments=tuple((1 if own == 0 else -1,) for own in doc_ids[:, 0].tolist()),
-                 position_ids=positions)  # fmt: skip
+    batch = _batch(ids, doc_ids.to(ids.device))
+    batch.segments = tuple((1 if own == 0 else -1,) for own in doc_ids[:, 0].tolist())
+    return batch
+
+
+def _batch(ids: Tensor, doc_ids: Tensor | None = None) -> Batch:
+    """Ids [B] and doc_ids [B, 1] as they lie on the device; on the host every row goes on."""
+    return Batch(ids[:, None], doc_ids=doc_ids, segments=((1,),) * ids.shape[0], position_ids=torch.zeros_like(ids)[:, None])
 
 
 def _padding(rows: int, running: Sequence[int]) -> Tensor:
@@ -147,8 +153,7 @@ class GraphedSteps(Steps):
         def work() -> Tensor:
             state = _copied(self._held)
             state.host_lengths = [used - 1] * rows  # so that caches are read up to `used`
-            batch = Batch(own[:, None], doc_ids=doc_ids, segments=((1,),) * rows, position_ids=torch.zeros_like(own)[:, None])
-            logits, after = self._computed(batch, state)
+            logits, after = self._computed(_batch(own, doc_ids), state)
             for mine, new in zip(self._memory, _tensors(after)):
                 if mine.data_ptr() != new.data_ptr():
                     mine.copy_(new)

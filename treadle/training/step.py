@@ -178,14 +178,15 @@ class Stepper:
         """values: the losses and, last, the norm, which is not finite when any gradient is not. launched: the update is under way."""
         norm, finite = values[-1], all(math.isfinite(value) for value in values)
         scale = self.loss_scale.scale if self.loss_scale else 1.0
-        if not launched and not (gradients := self._gradients()):
-            return 0.0, True
-        if update and finite and not launched:
-            clip = self.max_grad_norm / (norm + 1e-6) if 0 < self.max_grad_norm < norm else 1.0
-            if clip / scale != 1.0:
-                torch._foreach_mul_(gradients, clip / scale)
-            self.optimizers.set_learning_rate(learning_rate)
-            self.optimizers.step()
+        if not launched:
+            if not (gradients := self._gradients()):
+                return 0.0, True
+            if update and finite:
+                clip = self.max_grad_norm / (norm + 1e-6) if 0 < self.max_grad_norm < norm else 1.0
+                if clip / scale != 1.0:
+                    torch._foreach_mul_(gradients, clip / scale)
+                self.optimizers.set_learning_rate(learning_rate)
+                self.optimizers.step()
         if update and self.loss_scale is not None:
             self.loss_scale.after(finite)
         return norm, finite
