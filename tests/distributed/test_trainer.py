@@ -176,10 +176,10 @@ def evaluations_of(text: str, folder: Path) -> list[dict]:
 # ---- resuming ----
 
 
-@pytest.mark.parametrize("name", ["ddp", "ddp, optimiser in shards", "fsdp"])
-def test_resume_is_bit_equal_on_as_many_processes(text: str, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name, optimizer", [("ddp", "adamw"), ("ddp, optimiser in shards", "adamw"), ("fsdp", "adamw"), ("fsdp", "normuon")])
+def test_resume_is_bit_equal_on_as_many_processes(text: str, tmp_path: Path, name: str, optimizer: str) -> None:
     size, mode = MODES[name]
-    keys = {**mode, "dropout": 0.1}
+    keys = {**mode, "dropout": 0.1, "optim.name": optimizer}
     run_in(size, train, text, tmp_path / "whole", keys)
     run_in(size, train, text, tmp_path / "parts", {**keys, "max_steps": 12, "lr_scheduler": "cosine"})
     # Back to step 6: its checkpoint is the newest, as after a kill.
@@ -207,6 +207,21 @@ def test_resume_on_other_numbers_and_modes(text: str, tmp_path: Path) -> None:
         else:
             run_in(size, stopped_at, *arguments)
     agree(folder, tmp_path / "whole")
+
+
+def test_a_number_an_output_comes_out_of_shards_and_goes_back(text: str, tmp_path: Path) -> None:
+    """NorMuon's means of squares, [M, 1] beside a matrix [M, N]: two processes save them, one goes on, and two again."""
+    keys = {"optim.name": "normuon", "max_steps": 12, "save_steps": 4, "eval_steps": 12}
+    train(text, tmp_path / "whole", keys)
+    folder, sharded_keys = tmp_path / "moved", {**keys, "parallel.mode": "fsdp"}
+    run_in(2, stopped_at, text, folder, sharded_keys, 4, False)
+    assert checkpoint(folder, 4).tensors("optimizer")["layers.0.mlp.up.weight|second_momentum_buffer"].shape == (128, 1)
+    stopped_at(text, folder, keys, 8, True)
+    run_in(2, train, text, folder, sharded_keys, True)
+    agree(folder, tmp_path / "whole", 1e-3, ("loss", "bpb", "tokens", "learning_rate"))
+    for name, tensor in checkpoint(tmp_path / "whole").tensors("optimizer").items():
+        if name.endswith("second_momentum_buffer"):
+            torch.testing.assert_close(checkpoint(folder).tensors("optimizer")[name], tensor, rtol=0.05, atol=1e-4)
 
 
 class StopAt(Callback):

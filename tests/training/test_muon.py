@@ -1,4 +1,4 @@
-"""Muon in fp32 is Muon in bf16, to bf16's rounding, and takes over its state."""
+"""Muon in fp32 is Muon in bf16, to bf16's rounding, and takes over its state; NorMuon moves every output alike."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from treadle.training.muon import Muon, orthogonalized
+from treadle.training.muon import Muon, NorMuon, orthogonalized
 
 SHAPES = [(24, 24), (16, 48), (48, 16)]
 
@@ -60,3 +60,40 @@ def test_a_state_goes_from_one_kind_of_processor_to_the_other() -> None:
     optimizer.load_state_dict(reference.state_dict())
     for got, wanted in zip(stepped(optimizer, ours, range(2, 3)), stepped(reference, theirs, range(2, 3))):
         torch.testing.assert_close(got, wanted, rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("emulated", [True, False])
+def test_normuon_is_the_papers_algorithm(emulated: bool) -> None:
+    """Against the algorithm written out: momentum, orthogonalised; rows over the root of their mean square; the length of 0.2 sqrt(M N)
+    an element on average, which is what Muon's scale gives an orthogonal update."""
+    trained, rate, first, second, decay = weights(), 0.05, 0.9, 0.95, 0.2
+    optimizer = NorMuon([{"params": trained, "weight_decay": decay}], lr=rate, momentum=first, second_momentum=second)
+    optimizer.emulated = emulated
+    expected = [weight.detach().clone() for weight in trained]
+    momenta, means = [torch.zeros_like(w) for w in expected], [torch.zeros(w.shape[0]) for w in expected]
+    for step in range(4):
+        for number, weight in enumerate(trained):
+            grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(100 * step + number))
+            weight.grad = grad * torch.linspace(0.01, 3, weight.shape[0])[:, None]  # outputs of very different gradients
+            momenta[number] = first * momenta[number] + (1 - first) * weight.grad
+            moved = orthogonalized((1 - first) * weight.grad + first * momenta[number], torch.float32 if emulated else torch.bfloat16).float()
+            means[number] = second * means[number] + (1 - second) * (moved**2).mean(1)
+            evened = moved / means[number].sqrt()[:, None]
+            evened *= moved.norm() / evened.norm() * 0.2 * max(weight.shape) ** 0.5
+            expected[number] = expected[number] * (1 - rate * decay) - rate * evened
+        optimizer.step()
+    for got, wanted in zip(trained, expected):
+        torch.testing.assert_close(got.detach(), wanted, rtol=0, atol=1e-4 if emulated else 2e-3)  # last bits grow in the iterations
+
+
+def test_normuon_moves_outputs_alike() -> None:
+    """Rows whose gradients are a thousandth of the others' move as far; by Muon they move less."""
+    spread = {}
+    for kind, more in ((Muon, {}), (NorMuon, {"second_momentum": 0.95})):
+        weight = nn.Parameter(torch.zeros(32, 16))
+        optimizer = kind([weight], lr=1.0, momentum=0.9, **more)  # type: ignore[arg-type]
+        weight.grad = torch.randn(32, 16, generator=torch.Generator().manual_seed(3)) * torch.logspace(-3, 0, 32)[:, None]
+        optimizer.step()
+        lengths = weight.detach().norm(dim=1)
+        spread[kind] = float(lengths.max() / lengths.min())
+    assert spread[NorMuon] < 1.01 and spread[Muon] > 3

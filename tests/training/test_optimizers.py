@@ -116,7 +116,7 @@ def test_soap_goes_on_from_a_copy_to_the_bit() -> None:
     assert torch.equal(weights[0], weights[1])
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon", "soap"])
+@pytest.mark.parametrize("name", ["adamw", "muon", "normuon", "soap"])
 def test_state_goes_and_comes_back(name: str) -> None:
     optim = OptimSettings(name=name, ema=0.9, soap_precondition_frequency=2, learning_rate=0.01)  # type: ignore[arg-type]
     model, other = tiny(), tiny(initializer_range=0.1)

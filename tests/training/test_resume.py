@@ -65,11 +65,11 @@ def same_end(one: Path, other: Path, step: int = 20) -> None:
     [
         {"packing": "best_fit", "num_workers": 2, "document_separator": ""},
         pytest.param({"packing": "concat", "num_workers": 0, "precision": "bf16"}, marks=pytest.mark.slow),
-        pytest.param({"packing": "next_fit", "optim.name": "muon", "gradient_checkpointing": "true", "document_separator": ""},
+        pytest.param({"packing": "next_fit", "optim.name": "normuon", "gradient_checkpointing": "true", "document_separator": ""},
                      marks=pytest.mark.slow),
         pytest.param({"precision": "fp16", "max_steps": 20, "tokenizer.name": "bpe", "vocab_size": 300}, marks=pytest.mark.slow),
     ],
-    ids=["packed-workers", "bf16", "muon-checkpointing", "fp16-bpe"],
+    ids=["packed-workers", "bf16", "normuon-checkpointing", "fp16-bpe"],
 )
 def test_killed_at_any_moment_it_continues_bit_for_bit(text_file: Path, tmp_path: Path, keys: dict) -> None:
     """kill -9 at arbitrary moments (once by the clock, then after given rows), then the same command to the end."""

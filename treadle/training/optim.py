@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,13 +15,14 @@ from treadle.models.base import Model, ParameterRule
 from treadle.ops.quick_start import optimizers_without_compiler, stepping_without_compiler
 from treadle.ops.sharding import is_sharded
 from treadle.registry import Registry
-from treadle.training.muon import Muon
+from treadle.training.muon import Muon, NorMuon
 from treadle.training.settings import OptimSettings
 from treadle.training.soap import SOAP
 from treadle.training.weight_average import UPDATES, WEIGHT, WeightAverage, resume_weights
 
 OPTIMIZERS = Registry(
     "optimizer", {"adamw": "treadle.training.optim:make_adamw", "muon": "treadle.training.optim:make_muon",
+                  "normuon": "treadle.training.optim:make_normuon",
                   "soap": "treadle.training.optim:make_soap"}
 )  # fmt: skip
 
@@ -81,13 +83,23 @@ def make_muon(model: Model, settings: OptimSettings, sharded: bool = False) -> l
     Updates are scaled to AdamW's size (Liu et al. 2025, arXiv 2502.16982, eq. 4), so one learning rate serves both.
     ConfigError with parallel.shard_optimizer.
     """
+    return _muon_and_adamw(model, settings, sharded, stepping_without_compiler(Muon))
+
+
+def make_normuon(model: Model, settings: OptimSettings, sharded: bool = False) -> list[torch.optim.Optimizer]:
+    """NorMuon (training/muon.py; Li et al. 2025, arXiv 2510.05491) where `make_muon` has Muon. ConfigError with
+    parallel.shard_optimizer."""
+    made = functools.partial(stepping_without_compiler(NorMuon), second_momentum=settings.adam_beta2)
+    return _muon_and_adamw(model, settings, sharded, made)
+
+
+def _muon_and_adamw(model: Model, settings: OptimSettings, sharded: bool, made: Callable[..., torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
     if sharded:
-        raise ConfigError("parallel.shard_optimizer works with optim.name = adamw; use --parallel fsdp to shard muon's state")
+        raise ConfigError(f"parallel.shard_optimizer works with optim.name = adamw; use --parallel fsdp to shard {settings.name}'s state")
     matrices, rest = matrices_and_rest(model, settings, width_power=0.5)
     if not matrices:
         return [_adamw(rest, settings)]
-    muon = stepping_without_compiler(Muon)(_torch_groups(matrices, settings.learning_rate), lr=settings.learning_rate,
-                                           momentum=settings.muon_momentum)  # fmt: skip
+    muon = made(_torch_groups(matrices, settings.learning_rate), lr=settings.learning_rate, momentum=settings.muon_momentum)
     return [muon, _adamw(rest, settings)] if rest else [muon]
 
 
@@ -211,8 +223,11 @@ class Optimizers:
             name = full.rpartition("|")[0]
             if name in places:
                 parameter = places[name][1]
-                alike = list(parameter.shape) == shape
-                made[full] = torch.zeros_like(parameter) if alike else torch.zeros(shape, dtype=torch.float32)
+                if shape == [parameter.shape[0], 1] and parameter.dim() == 2:  # a number an output: in parts where the matrix is
+                    made[full] = torch.zeros_like(parameter[:, :1])
+                else:
+                    alike = list(parameter.shape) == shape
+                    made[full] = torch.zeros_like(parameter) if alike else torch.zeros(shape, dtype=torch.float32)
         return made
 
     def _refuse_unknown(self, full_names: Iterable[str]) -> None:
@@ -234,7 +249,8 @@ class Optimizers:
         for name, (optimizer, parameter) in places.items():
             state = {key: tensor for key, tensor in found.get(name, {}).items() if key not in (WEIGHT, UPDATES)}
             for key, tensor in state.items():
-                if tensor.dim() and tensor.shape != parameter.shape and not isinstance(optimizer, SOAP):
+                expected = (parameter.shape, parameter[:, :1].shape) if isinstance(optimizer, NorMuon) else (parameter.shape,)
+                if tensor.dim() and tensor.shape not in expected and not isinstance(optimizer, SOAP):
                     raise ShapeError(
                         f"optimiser state {name}|{key} is {list(tensor.shape)}, not {list(parameter.shape)}"
                     )

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, model_validator
 from treadle.errors import ConfigError
 from treadle.settings import Settings, option
 
-Optimizer = Literal["adamw", "muon", "soap"]
+Optimizer = Literal["adamw", "muon", "normuon", "soap"]
 PRECISION_SPELLINGS = {"float32": "fp32", "none": "fp32", "no": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
@@ -134,7 +134,7 @@ class OptimSettings(Settings):
     """How the weights move."""
 
     name: Optimizer = option("adamw", aliases=("optimizer_name", "type"), change="guarded")
-    """adamw (fused); or muon or soap for the hidden matrices, with adamw for everything else."""
+    """adamw (fused); or muon, normuon or soap for the hidden matrices, with adamw for everything else."""
 
     learning_rate: float = option(1e-3, aliases=("lr",), gt=0, lt=float("inf"), allow_inf_nan=False)
     """Peak learning rate."""
@@ -163,13 +163,13 @@ class OptimSettings(Settings):
     """Decay of AdamW's first moment."""
 
     adam_beta2: float = option(0.95, aliases=("beta2",), ge=0.0, lt=1.0)
-    """Decay of AdamW's second moment."""
+    """Decay of AdamW's second moment, and of NorMuon's mean of squares."""
 
     adam_epsilon: float = option(1e-8, aliases=("epsilon", "eps"), gt=0.0, allow_inf_nan=False)
     """Added to AdamW's denominator."""
 
     muon_momentum: float = option(0.95, ge=0.0, lt=1.0)
-    """Momentum of Muon."""
+    """Momentum of Muon and NorMuon."""
 
     soap_precondition_frequency: int = option(10, aliases=("precondition_frequency",), ge=1)
     """Steps between two refreshes of SOAP's eigenbases; both moments of SOAP decay as AdamW's."""
