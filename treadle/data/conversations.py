@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from treadle.data.settings import DataSettings
     from treadle.text.settings import TokenizerSettings
 
-VERSION = 3  # of what becomes of a row: another one prepares anew
+VERSION = 4  # of what becomes of a row: another one prepares anew
 CUT, TOO_LONG = "longer than a row, cut after a message of the assistant", "longer than a row, left out (a larger --seq_len keeps them)"
 AUTO, NO_TEMPLATE = "auto", "none"
 
