@@ -147,6 +147,19 @@ def test_too_long_conversations_are_cut_after_an_answer_or_left_out(written: Cal
     assert opened(path, train_on="completion")["train"].remarks() == {TOO_LONG: 3}  # another turn would be another completion
 
 
+def test_a_text_that_is_too_long_is_left_out_and_counted(written: Callable[..., str], tmp_path: Path) -> None:
+    """It has no border of messages to be cut at. A file of text among the conversations is no row, and is cut as text is."""
+    path = written({"text": "x" * 150}, {"text": "y" * 62 + "z"}, GOOD)  # the second fills a row, with what ends it
+    data = opened(path)["train"]
+    assert learnt(data) == ["say|", "y" * 61 + "z|"] and data.remarks() == {TOO_LONG: 1} and f"1 {TOO_LONG}" in data.describe()
+    raw = written({"prompt": "", "completion": "x" * 150}, {"prompt": "b", "completion": "c"}, name="raw.jsonl")
+    assert opened(raw, chat_template="none")["train"].remarks() == {TOO_LONG: 1}
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "book.txt").write_text("x" * 150)
+    mixed = opened(str(tmp_path / "mixed"))["train"]
+    assert len(mixed) == 3 and mixed.remarks() == {}
+
+
 @pytest.mark.parametrize("packing", ["concat", "next_fit", "first_fit", "best_fit", "none"])
 def test_conversations_stay_whole_and_apart(packing: str, written: Callable[..., str]) -> None:
     rows = [{"messages": talk("q" * (n % 7), "a" * (1 + n % 11))} for n in range(40)]
