@@ -101,7 +101,6 @@ def test_parquet_and_a_folder(written: Callable[..., str], tmp_path: Path) -> No
 
 GOOD = {"messages": talk("ask", "say")}
 BAD = [
-    ({"messages": talk("ask")}, "no message of the assistant"),
     ({"messages": []}, "empty, not a list"),
     ({"messages": "hello"}, "str, not a list"),
     ({"messages": [{"content": "x"}]}, "message 1 of 'messages' has no role"),
@@ -131,11 +130,27 @@ def test_bad_rows_are_counted_and_named(row: Any, said: str, written: Callable[.
         opened(written(row, name="only.jsonl"))
 
 
+@pytest.mark.parametrize("row, said", [
+    ({"messages": talk("ask")}, "no message of the assistant"),
+    ({"prompt": talk("ask", "say"), "completion": talk("more")}, "the assistant says nothing"),
+    ({"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]}, "no token of the conversation would be learnt"),
+], ids=range(3))  # fmt: skip
+def test_a_row_of_which_nothing_is_learnt_is_an_error_whatever_may_be_malformed(row: Any, said: str, written: Callable[..., str]) -> None:
+    rows = [{"messages": talk(f"q{n}", f"a{n}")} for n in range(200)]
+    path = written(*rows[:120], row, *rows[120:])
+    for _ in range(2):  # nothing was kept of the first time that would let a second one pass
+        with pytest.raises(DataError, match=rf"talk\.jsonl, line 121, byte \d+: .*{said}.*mend the row"):
+            opened(path, bad_limit=1.0)
+    assert len(learnt(opened(path, train_on="all")["train"])) == 201
+
+
 def test_a_template_that_masks_nothing_names_the_row(written: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "never.jinja").write_text("{% for m in messages %}{{ m.role }}{{ m.content }}{{ eos_token }}{% if m.role == 'model' %}"
                                           "{% generation %}x{% endgeneration %}{% endif %}{% endfor %}")  # fmt: skip
     with pytest.raises(DataError, match=r"line 1.*1 messages of the assistant, and the template marks 0"):
         opened(written(GOOD), chat_template=str(tmp_path / "never.jinja"))
+    with pytest.raises(DataError, match=r"line 2.*marks 0"):
+        opened(written({"text": "fine"}, GOOD), chat_template=str(tmp_path / "never.jinja"), bad_limit=1.0)
 
 
 def test_too_long_conversations_are_cut_after_an_answer_or_left_out(written: Callable[..., str]) -> None:

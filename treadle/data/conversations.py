@@ -22,7 +22,7 @@ from treadle.data.messages import Said, said_in
 from treadle.data.prepare import is_prepared, tokenizer_for
 from treadle.data.shards import TokenSet
 from treadle.data.sources import Piece, Source, WrappedSource, open_source
-from treadle.errors import ConfigError, InputError
+from treadle.errors import ConfigError, InputError, NothingLearnt
 from treadle.files import cache_root
 from treadle.text.base import Tokenizer
 from treadle.text.chat_template import NAMED, ChatTemplate
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from treadle.data.settings import DataSettings
     from treadle.text.settings import TokenizerSettings
 
-VERSION = 5  # of what becomes of a row: another one prepares anew
+VERSION = 6  # of what becomes of a row: another one prepares anew
 CUT, TOO_LONG = "longer than a row, cut after a message of the assistant", "longer than a row, left out (a larger --seq_len keeps them)"
 AUTO, NO_TEMPLATE = "auto", "none"
 
@@ -79,7 +79,7 @@ class RowSource(WrappedSource):
             try:
                 yield self.document(row.table, is_file)
             except InputError as problem:
-                yield row.bad(str(problem))
+                yield row.bad(str(problem), ends=isinstance(problem, NothingLearnt))
 
 
 class SpokenText(RowSource):

@@ -23,7 +23,7 @@ from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
-from treadle.errors import ConfigError, InputError, TreadleError
+from treadle.errors import ConfigError, InputError, NothingLearnt, TreadleError
 from treadle.text.template_markers import ROLES, WRITERS, Markers, markers_of
 
 TEMPLATE_FILE, CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"  # as transformers calls them
@@ -253,7 +253,7 @@ class ChatTemplate:
         """A whole conversation: (ids int32 [N], mask bool [N]); the mask holds where a token is learnt.
 
         train_on: every turn of the assistant (from its turn number first_turn on), "completion" (its last turn), or "all" tokens. Raises
-        InputError, which says why, where no token would be learnt and where the assistant's parts cannot be told exactly.
+        NothingLearnt where no token would be learnt, and InputError, which says why, where the assistant's parts cannot be told exactly.
         ConfigError for another train_on.
         """
         if train_on not in TRAIN_ON:
@@ -265,7 +265,7 @@ class ChatTemplate:
             spans = self._spans(tokenizer, messages, rendered, offsets)
             mask = _overlapping(offsets, spans[-1:] if train_on == "completion" else spans[first_turn:])
         if not mask.any():
-            raise InputError("no token of the conversation would be learnt: the assistant says nothing in it")
+            raise NothingLearnt("no token of the conversation would be learnt: the assistant says nothing in it")
         return np.asarray(ids, dtype=np.int32), mask
 
     def turn_end(self, tokenizer: Encodes) -> str:
@@ -336,12 +336,13 @@ class ChatTemplate:
         """The assistant's parts by characters, each with the end of its turn."""
         end, turns = self.turn_end(tokenizer), sum(message["role"] == "assistant" for message in messages)
         if turns == 0:
-            raise InputError("no message of the assistant: no token of the conversation would be learnt")
+            raise NothingLearnt("no message of the assistant: no token of the conversation would be learnt")
         if "generation" in self.source and _marked(self.source):
             spans = rendered.spans
             if len(spans) != turns:
-                raise InputError(f"{turns} messages of the assistant, and the template marks {len(spans)} with "
-                                 "{% generation %}: which tokens to learn cannot be told")  # fmt: skip
+                refusal = InputError if spans else NothingLearnt
+                raise refusal(f"{turns} messages of the assistant, and the template marks {len(spans)} with "
+                              "{% generation %}: which tokens to learn cannot be told")  # fmt: skip
             if not _marks_answers(self.source, _named(tokenizer)):
                 raise InputError("the template's {% generation %} does not stand around what the assistant says")
         else:
