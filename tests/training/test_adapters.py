@@ -111,6 +111,20 @@ def test_the_share_that_is_trained_is_said(base: Path, other_text: Path, tmp_pat
     assert f"trainable {count_label(count)} of {count_label(whole)} ({count / whole:.1%})" in said, said
 
 
+def test_dropout_that_is_not_applied_is_said(base: Path, text_file: Path, other_text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(str(text_file), quiet=True, output_dir=str(tmp_path / "inl"), **{**KEYS, "arch": "inl", "max_steps": 1})
+
+    def notes(of: Path, name: str, **keys: object) -> list[str]:
+        capsys.readouterr()
+        fine_tuned(of, other_text, tmp_path / name, Console(), max_steps=1, **keys)
+        return [line for line in capsys.readouterr().out.splitlines() if "lora_dropout" in line]
+
+    (said,) = notes(tmp_path / "inl", "one")
+    assert said.startswith("note: lora_dropout = 0.1 is not applied in dynamics.controller_in, dynamics.controller_out (4 of 18 adapters)"), said
+    assert notes(tmp_path / "inl", "two", lora_dropout=0.0) == [] and notes(tmp_path / "inl", "three", lora_targets=["query"]) == []
+    assert notes(base, "four") == []  # a transformer has none of them
+
+
 @pytest.mark.parametrize(
     "keys",
     [{"gradient_accumulation_steps": 2, "batch_size": 2},
