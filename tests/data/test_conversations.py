@@ -99,6 +99,28 @@ def test_parquet_and_a_folder(written: Callable[..., str], tmp_path: Path) -> No
     assert learnt(opened(jsonl)["train"]) == learnt(opened(str(tmp_path / "folder" / "a.parquet"))["train"])
 
 
+@pytest.mark.parametrize("kind, rows, wanted", [
+    ("conversations", [{"text": "all of it"}, {"text": "more"}], ["ll of it|", "ore|"]),
+    ("conversations", [{"conversations": [{"from": "human", "value": "ask"}, {"from": "gpt", "value": "say"}]}], ["say|"]),
+    ("conversations", [{"text": "all", "messages": None}, {"text": None, "messages": talk("ask", "say")}], ["ll|", "say|"]),
+    ("preferences", [{"prompt": "ask", "chosen": "yes", "rejected": "no"}], ["no|", "yes|"]),
+    ("preferences", [{"chosen": talk("ask", "yes"), "rejected": talk("ask", "no")}], ["no|", "yes|"]),
+    ("preferences", [{"prompt": talk("ask"), "chosen": talk("", "yes")[1:], "rejected": talk("", "no")[1:]}], ["no|", "yes|"]),
+], ids=["text", "sharegpt", "mixed", "pairs", "pairs of messages", "pairs after messages"])  # fmt: skip
+def test_parquet_of_every_form(kind: str, rows: list[dict[str, Any]], wanted: list[str], tmp_path: Path, written: Callable[..., str]) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    import pyarrow
+
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    data = opened(str(tmp_path / "rows.parquet"), kind, seq_len=160)["train"]
+    assert learnt(data) == wanted == learnt(opened(written(*rows), kind, seq_len=160)["train"])
+    assert (SHAREGPT in data.describe()) == ("conversations" in rows[0])
+    bad = [*rows, dict.fromkeys(rows[0])]
+    parquet.write_table(pyarrow.Table.from_pylist(bad), tmp_path / "bad.parquet")
+    statistics = opened(str(tmp_path / "bad.parquet"), kind, seq_len=160)["train"].sets[0].statistics
+    assert statistics["malformed"] == 1 and f"bad.parquet, line {len(rows)}," in statistics["malformed_first"][0]
+
+
 GOOD = {"messages": talk("ask", "say")}
 BAD = [
     ({"messages": []}, "empty, not a list"),
