@@ -34,6 +34,10 @@ class InputError(DataError):
     exit_code = 2
 
 
+class NothingLearnt(InputError):
+    """A conversation of which no token would be learnt: training on it would be for nothing, and not be noticed."""
+
+
 class CheckpointError(TreadleError):
     """A checkpoint that is missing, damaged or of another shape."""
 

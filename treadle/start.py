@@ -186,7 +186,7 @@ def make_trainer(request: Request, recipe: Recipe, console: Console, world: Worl
     from treadle.ops.memory import keep_freed_memory, return_freed_memory
     from treadle.ops.precision import DTYPES
     from treadle.reporting.tables import architecture
-    from treadle.training.adapting import load_frozen, load_start, put_on
+    from treadle.training import adapting
     from treadle.training.trainer import Trainer
 
     return_freed_memory() if recipe.parallel.mode == "fsdp" else keep_freed_memory()
@@ -201,11 +201,11 @@ def make_trainer(request: Request, recipe: Recipe, console: Console, world: Worl
         tokenizer = read_tokenizer(locate(recipe.distill.teacher))
     splits = _shared_data(recipe, console, tokenizer, world)
     model = build_model(recipe, splits["train"])
-    base = put_on(model, recipe, start_weights, has_begun(folder))
+    base = adapting.put_on(model, recipe, start_weights, has_begun(folder))
     objective = _objective(recipe)
     if (begins_with := base or start_weights) is not None or not has_begun(folder):
         objective.starts_from(None if begins_with is None else str(Path(begins_with.folder).resolve()), recipe.run.seed)
-    for note in objective.notes(model):
+    for note in [*objective.notes(model), *adapting.notes(model)]:
         console.say(f"note: {note}")
     teacher = getattr(objective, "teacher", None)
     if teacher is not None and start_weights is None and recipe.distill.carry_weights:
@@ -225,7 +225,7 @@ def make_trainer(request: Request, recipe: Recipe, console: Console, world: Worl
                 f"{trainer.plan.global_batch} rows x {splits['train'].seq_len}{cut}, {trainer.context.precision} on {trainer.device}"
                 f"{attention}{shared}")  # fmt: skip
     if base is not None:
-        console.say(f"adapters on {base.folder}: {load_frozen(model, base)}")
+        console.say(f"adapters on {base.folder}: {adapting.load_frozen(model, base)}")
     if recipe.checkpoint.resume_from_checkpoint is not None:
         chosen = locate(recipe.checkpoint.resume_from_checkpoint, console.warn)
         world.on_main_first(lambda: _take_up(trainer, chosen))
@@ -243,7 +243,7 @@ def make_trainer(request: Request, recipe: Recipe, console: Console, world: Worl
         if len(set(steps)) > 1:  # a copy that a training run is still adding to
             raise ConfigError(f"the processes found different checkpoints at {request.weights_from} (steps {steps}); name one: {request.weights_from}@{min(steps)}")
         if base is None:
-            load_start(trainer.checkpoints, start_weights)
+            adapting.load_start(trainer.checkpoints, start_weights)
         if world.is_main_process:
             keep_generation_file(start_weights, folder)
         console.say(f"Weights from {start_weights.folder}")

@@ -60,6 +60,17 @@ def test_every_goal_names_a_part_and_one_bound() -> None:
         assert set(goal) <= {"name", "section", "value", "on", "at_least", "at_most"}, goal
 
 
+def test_every_model_that_serving_measures_has_its_goal_and_its_miss_is_listed() -> None:
+    from bench.run import PARTS
+    from bench.serving import CASES
+
+    assert "serving" in PARTS
+    figure = "sixteen at once over one at a time"
+    said = judge(flat({"serving": {f"{name}, {figure}": 5.4 for name in CASES}}), "plain")
+    missed = {one.name for one in said if one.outcome == "MISSED by 10%" and one.wanted == "at least 6"}
+    assert missed == {f"sixteen concurrent requests against one at a time, {name}, tokens per CPU-second" for name in CASES}
+
+
 def test_the_newest_gpu_run_counts(tmp_path: Path) -> None:
     assert goals.of_a_gpu(tmp_path) == {}
     for day, speed in (("20260101", 1.0), ("20260102", 2.0)):

@@ -99,9 +99,30 @@ def test_parquet_and_a_folder(written: Callable[..., str], tmp_path: Path) -> No
     assert learnt(opened(jsonl)["train"]) == learnt(opened(str(tmp_path / "folder" / "a.parquet"))["train"])
 
 
+@pytest.mark.parametrize("kind, rows, wanted", [
+    ("conversations", [{"text": "all of it"}, {"text": "more"}], ["ll of it|", "ore|"]),
+    ("conversations", [{"conversations": [{"from": "human", "value": "ask"}, {"from": "gpt", "value": "say"}]}], ["say|"]),
+    ("conversations", [{"text": "all", "messages": None}, {"text": None, "messages": talk("ask", "say")}], ["ll|", "say|"]),
+    ("preferences", [{"prompt": "ask", "chosen": "yes", "rejected": "no"}], ["no|", "yes|"]),
+    ("preferences", [{"chosen": talk("ask", "yes"), "rejected": talk("ask", "no")}], ["no|", "yes|"]),
+    ("preferences", [{"prompt": talk("ask"), "chosen": talk("", "yes")[1:], "rejected": talk("", "no")[1:]}], ["no|", "yes|"]),
+], ids=["text", "sharegpt", "mixed", "pairs", "pairs of messages", "pairs after messages"])  # fmt: skip
+def test_parquet_of_every_form(kind: str, rows: list[dict[str, Any]], wanted: list[str], tmp_path: Path, written: Callable[..., str]) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    import pyarrow
+
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    data = opened(str(tmp_path / "rows.parquet"), kind, seq_len=160)["train"]
+    assert learnt(data) == wanted == learnt(opened(written(*rows), kind, seq_len=160)["train"])
+    assert (SHAREGPT in data.describe()) == ("conversations" in rows[0])
+    bad = [*rows, dict.fromkeys(rows[0])]
+    parquet.write_table(pyarrow.Table.from_pylist(bad), tmp_path / "bad.parquet")
+    statistics = opened(str(tmp_path / "bad.parquet"), kind, seq_len=160)["train"].sets[0].statistics
+    assert statistics["malformed"] == 1 and f"bad.parquet, line {len(rows)}," in statistics["malformed_first"][0]
+
+
 GOOD = {"messages": talk("ask", "say")}
 BAD = [
-    ({"messages": talk("ask")}, "no message of the assistant"),
     ({"messages": []}, "empty, not a list"),
     ({"messages": "hello"}, "str, not a list"),
     ({"messages": [{"content": "x"}]}, "message 1 of 'messages' has no role"),
@@ -131,11 +152,27 @@ def test_bad_rows_are_counted_and_named(row: Any, said: str, written: Callable[.
         opened(written(row, name="only.jsonl"))
 
 
+@pytest.mark.parametrize("row, said", [
+    ({"messages": talk("ask")}, "no message of the assistant"),
+    ({"prompt": talk("ask", "say"), "completion": talk("more")}, "the assistant says nothing"),
+    ({"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]}, "no token of the conversation would be learnt"),
+], ids=range(3))  # fmt: skip
+def test_a_row_of_which_nothing_is_learnt_is_an_error_whatever_may_be_malformed(row: Any, said: str, written: Callable[..., str]) -> None:
+    rows = [{"messages": talk(f"q{n}", f"a{n}")} for n in range(200)]
+    path = written(*rows[:120], row, *rows[120:])
+    for _ in range(2):  # nothing was kept of the first time that would let a second one pass
+        with pytest.raises(DataError, match=rf"talk\.jsonl, line 121, byte \d+: .*{said}.*mend the row"):
+            opened(path, bad_limit=1.0)
+    assert len(learnt(opened(path, train_on="all")["train"])) == 201
+
+
 def test_a_template_that_masks_nothing_names_the_row(written: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "never.jinja").write_text("{% for m in messages %}{{ m.role }}{{ m.content }}{{ eos_token }}{% if m.role == 'model' %}"
                                           "{% generation %}x{% endgeneration %}{% endif %}{% endfor %}")  # fmt: skip
     with pytest.raises(DataError, match=r"line 1.*1 messages of the assistant, and the template marks 0"):
         opened(written(GOOD), chat_template=str(tmp_path / "never.jinja"))
+    with pytest.raises(DataError, match=r"line 2.*marks 0"):
+        opened(written({"text": "fine"}, GOOD), chat_template=str(tmp_path / "never.jinja"), bad_limit=1.0)
 
 
 def test_too_long_conversations_are_cut_after_an_answer_or_left_out(written: Callable[..., str]) -> None:
@@ -145,6 +182,19 @@ def test_too_long_conversations_are_cut_after_an_answer_or_left_out(written: Cal
     assert learnt(data) == ["say|", "say|"] and data.remarks() == {CUT: 1, TOO_LONG: 2}
     assert f"1 {CUT}" in data.describe() and f"2 {TOO_LONG}" in data.describe()
     assert opened(path, train_on="completion")["train"].remarks() == {TOO_LONG: 3}  # another turn would be another completion
+
+
+def test_a_text_that_is_too_long_is_left_out_and_counted(written: Callable[..., str], tmp_path: Path) -> None:
+    """It has no border of messages to be cut at. A file of text among the conversations is no row, and is cut as text is."""
+    path = written({"text": "x" * 150}, {"text": "y" * 62 + "z"}, GOOD)  # the second fills a row, with what ends it
+    data = opened(path)["train"]
+    assert learnt(data) == ["say|", "y" * 61 + "z|"] and data.remarks() == {TOO_LONG: 1} and f"1 {TOO_LONG}" in data.describe()
+    raw = written({"prompt": "", "completion": "x" * 150}, {"prompt": "b", "completion": "c"}, name="raw.jsonl")
+    assert opened(raw, chat_template="none")["train"].remarks() == {TOO_LONG: 1}
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "book.txt").write_text("x" * 150)
+    mixed = opened(str(tmp_path / "mixed"))["train"]
+    assert len(mixed) == 3 and mixed.remarks() == {}
 
 
 @pytest.mark.parametrize("packing", ["concat", "next_fit", "first_fit", "best_fit", "none"])

@@ -21,6 +21,7 @@ from treadle.models.adapters import (
     load_base,
     merge,
     merged,
+    read_in_place,
     targets,
 )
 from treadle.models.base import Model, build
@@ -208,6 +209,16 @@ def test_dropout_is_of_the_adapter_alone_and_in_training_alone() -> None:
     expected = F.linear(x, layer.base_weight(), layer.bias) + 0.5 * (dropped @ layer.lora_A.t() @ layer.lora_B.t())
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(layer.eval()(x), F.linear(x, layer.weight, layer.bias))
+
+
+@every_adapted
+def test_layers_that_dropout_does_not_reach_are_known(case: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that no forward pass calls, and no others; a class says which of its layers it reads."""
+    model, _, _ = adapted(case, lora_dropout=0.3)
+    called, factors = set(), AdaptedLinear.factors
+    monkeypatch.setattr(AdaptedLinear, "factors", lambda layer, x: called.add(id(layer)) or factors(layer, x))
+    loss_of(model.train(), Batch.for_training(random_ids(2, 18)))
+    assert list(read_in_place(model)) == [name for name, layer in adapted_layers(model).items() if id(layer) not in called]
 
 
 def test_gradients_with_dropout_bias_and_autocast() -> None:

@@ -96,28 +96,118 @@ def _several(draw: random.Random, value: Any) -> Any:
     return value
 
 
+def whole(value: Any, least: int, most: float) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and value == value // 1 and least <= value <= most)
+
+
+def number(value: Any, least: float, most: float) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most)
+
+
+def text(value: Any, most: int = 10**9) -> bool:
+    return isinstance(value, str) and len(value) <= most and not any("\ud800" <= c <= "\udfff" for c in value)
+
+
+def ids(value: Any) -> bool:
+    return isinstance(value, list) and 0 < len(value) <= LIMITS.max_prompt_tokens and all(type(one) is int and 0 <= one < 256 for one in value)
+
+
+def short(value: Any) -> bool:
+    return text(value) and len(value.encode()) <= LIMITS.max_prompt_tokens
+
+
+def flag(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+def said(message: Any) -> bool:
+    """Whether it is a message that the API reference allows a text model."""
+    known = {"role", "content", "name", "refusal", "annotations", "audio", "tool_calls", "function_call", "reasoning_content"}
+    if not isinstance(message, dict) or message.get("role") not in ("system", "developer", "user", "assistant"):
+        return False
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    return (all(isinstance(part, dict) and part.get("type") == "text" and text(part.get("text")) for part in parts)
+            and all(key in known or value is None for key, value in message.items()) and not message.get("tool_calls") and not message.get("function_call"))  # fmt: skip
+
+
+def sound(method: str, path: str, body: bytes) -> bool:
+    """Whether a request is none of the malformed ones after all, by the API reference and this server's limits: of the few changes that
+    leave a request right, those that `request` draws."""
+    if method == "GET":
+        return path in ("/", "/health", "/v1/models/tiny")
+    if method != "POST" or path not in GOOD or path == "/v1/chunks":  # this model has no chunks
+        return False
+    try:
+        asked = json.loads(body.decode(), parse_constant=lambda name: 1 / 0)
+    except (ValueError, RecursionError, ZeroDivisionError):
+        return False
+    chat = path == "/v1/chat/completions"
+    known = {*GOOD[path], "max_tokens", *(("tools", "functions", "audio") if chat else ("suffix", "best_of"))}
+    if not isinstance(asked, dict) or not asked.keys() <= known or asked.get("model") not in (None, "tiny"):
+        return False
+    get, prompts = asked.get, 1
+    if chat:
+        messages = get("messages")
+        if not isinstance(messages, list) or not messages or not all(map(said, messages)) or any(get(name) for name in ("tools", "functions", "audio")):
+            return False
+        texts = ["".join(p["text"] for p in m["content"]) if isinstance(m["content"], list) else m["content"] for m in messages]
+        if len("".join(texts).encode()) > 100:  # nothing between that and 200 is drawn, and headings do not fill the rest
+            return False
+        if not flag(get("logprobs")) or not whole(get("top_logprobs"), 0, 20) or (get("top_logprobs") and not get("logprobs")):
+            return False
+        if not whole(get("max_completion_tokens"), 1, LIMITS.max_new_tokens):
+            return False
+    else:
+        prompt = get("prompt")
+        if isinstance(prompt, list) and prompt and not ids(prompt):
+            prompts = len(prompt)
+            if prompts > LIMITS.max_choices or not all(short(one) or ids(one) for one in prompt):
+                return False
+        elif prompt not in (None, []) and not short(prompt) and not ids(prompt):
+            return False
+        if get("suffix") or not whole(get("logprobs"), 0, 20) or (get("best_of") is not None and get("best_of") != (get("n") or 1)):
+            return False
+        if isinstance(get("best_of"), bool) or not whole(get("max_tokens"), 0, LIMITS.max_new_tokens):
+            return False
+    stops, bias, options = get("stop"), get("logit_bias"), get("stream_options")
+    return (
+        whole(get("n"), 1, LIMITS.max_choices // prompts) and number(get("temperature"), 0, 2) and number(get("top_p"), 0, 1)
+        and whole(get("top_k"), -1, 1 << 30) and whole(get("seed"), -(1 << 63), (1 << 64) - 1) and flag(get("stream"))
+        and (stops is None or (lambda some: len(some) <= 16 and all(text(one, 1000) and one for one in some))(stops if isinstance(stops, list) else [stops]))
+        and (bias is None or (isinstance(bias, dict) and all(key in map(str, range(256)) and number(value, -100, 100) for key, value in bias.items())))
+        and (options is None or (isinstance(options, dict) and get("stream") is True and flag(options.get("include_usage"))))
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("token, count", [(None, 10_000), ("a-secret-of-length", 1_000)])
 def test_ten_thousand_malformed_requests(token: str | None, count: int, capfd: pytest.CaptureFixture[str]) -> None:
     app, engine = scripted_app("Hi 🧵", token=token, max_body_bytes=60_000)
     draw, seen = random.Random(3), dict.fromkeys((200, 400, 401, 403, 404, 405, 413, 415), 0)
+    usual = [(b"host", b"localhost"), (b"content-type", b"application/json")]
 
     async def all_of_them() -> None:
-        for number in range(count):
-            status, body = await asked(app, *request(draw))
+        malformed = 0
+        while malformed < count:
+            method, path, headers, sent = request(draw)
+            status, body = await asked(app, method, path, headers, sent)
             seen[status] = seen.get(status, 0) + 1
+            right = sound(method, path, sent) and (token is None or path in ("/", "/health"))  # these need no token
+            assert right if status == 200 else not right or headers != usual, (status, method, path, sent[:3000], body[:300])
+            malformed += status != 200
             assert 200 <= status < 500 or status == 503, (status, body[:300])
             assert b"Traceback" not in body and b'File "' not in body and b"/treadle/" not in body
             if status >= 400:
                 assert json.loads(body)["error"]["message"]
-            if number % 500 == 0:
-                good = [(b"host", b"localhost"), (b"content-type", b"application/json"), (b"authorization", b"Bearer a-secret-of-length")]
+            if sum(seen.values()) % 50 == 0:
+                good = [*usual, (b"authorization", b"Bearer a-secret-of-length")]
                 status, body = await asked(app, "POST", "/v1/completions", good, b'{"prompt": "a"}')
                 assert status == 200 and json.loads(body)["choices"][0]["text"] == "Hi 🧵"
 
     asyncio.run(all_of_them())
     assert engine.running == 0
     assert (seen.pop(401) > 0) is (token is not None)
-    assert token or (min(seen.values()) > 5 and seen[400] > 5_000), seen  # each kind of refusal was met
+    assert token or (min(seen.values()) > 5 and seen[400] > 6_000), seen  # each kind of refusal was met
     out, err = capfd.readouterr()
     assert "Traceback" not in out + err
 

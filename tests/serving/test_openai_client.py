@@ -74,6 +74,25 @@ def test_a_chat_with_probabilities(api: Any) -> None:
     assert all(len(one.top_logprobs) == 2 and one.logprob <= 0 and math.isfinite(one.logprob) for one in choice.logprobs.content)
 
 
+def test_a_chat_in_a_stream_of_two_with_a_stop(api: Any) -> None:
+    """Each of two copies ends where its own text first holds the stop, which no piece of the stream shows a part of."""
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_completion_tokens": 40, "seed": 5, "n": 2,
+             "logit_bias": {str(token): 60 for token in b"abcdefgh"}}  # fmt: skip
+    free = [choice.message.content for choice in api.chat.completions.create(**asked).choices]
+    stop = next(free[0][at : at + 2] for at in range(8, 38) if free[0].find(free[0][at : at + 2]) == at)  # first said there
+    asked["stop"] = [stop, "never said"]
+    whole = api.chat.completions.create(**asked)
+    assert [choice.message.content for choice in whole.choices] == [text.partition(stop)[0] for text in free] and free[0] != free[1]
+    assert [choice.finish_reason == "stop" for choice in whole.choices] == [stop in text for text in free] and stop in free[0]
+    parts = list(api.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    assert parts[-1].choices == [] and parts[-1].usage == whole.usage and len({part.id for part in parts}) == 1
+    for choice in whole.choices:
+        own = [one for part in parts for one in part.choices if one.index == choice.index]
+        assert own[0].delta.role == "assistant" and len(own) > (4 if choice.index == 0 else 1)
+        assert "".join(one.delta.content or "" for one in own) == choice.message.content
+        assert [one.finish_reason for one in own] == [None] * (len(own) - 1) + [choice.finish_reason]
+
+
 def test_logit_bias_forces_and_bans(api: Any) -> None:
     asked = {"model": "tiny", "prompt": "ab", "max_tokens": 6, "temperature": 0}
     assert api.completions.create(**asked, logit_bias={"122": 100}).choices[0].text == "zzzzzz"

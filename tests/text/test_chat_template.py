@@ -148,6 +148,13 @@ def test_a_message_that_spells_a_control_token_says_it_as_text(source: str, ours
     assert prompt == ids[: len(prompt)].tolist()
 
 
+def test_an_added_token_that_a_template_builds_is_one(ours: Tokenizer) -> None:
+    """<think> is a token here, of the vocabulary: the template's own is read as it, a message's as text."""
+    template = ChatTemplate("{% for m in messages %}{{ '<' + 'think>' + m.content + '<|im_end|>' }}{% endfor %}")
+    ids = template.prompt_ids(ours, [{"role": "user", "content": "the <think> fox"}])
+    assert ids.count(ours.added_tokens["<think>"]) == 1 and ours.decode(ids).count("<think>") == 2
+
+
 @pytest.mark.parametrize("name", ["chatml", "llama3", "plain"])
 def test_tokenizers_without_the_control_tokens(name: str) -> None:
     template = ChatTemplate.named(name)

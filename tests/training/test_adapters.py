@@ -23,12 +23,13 @@ from treadle.errors import CheckpointError, ConfigError, InputError
 from treadle.layers.lora import is_adapter
 from treadle.library import train
 from treadle.models.adapters import add_adapters, load_base
-from treadle.models.base import count_label
+from treadle.models.base import build, count_label
 from treadle.models.pretrained import load_run, plain_weights, read_adapters, whole_weights
 from treadle.models.settings import AdapterSettings
 from treadle.monitor.console import Console
 from treadle.start import Request
 from treadle.start import train as start_train
+from treadle.training.adapting import trained_share
 
 KEYS: dict[str, Any] = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "seq_len": 32, "batch_size": 4, "tokenizer.name": "byte",
                         "logging_steps": 1, "sample_tokens": 0, "eval_rows": 4, "max_steps": 6}  # fmt: skip
@@ -109,6 +110,38 @@ def test_the_share_that_is_trained_is_said(base: Path, other_text: Path, tmp_pat
     count = 2 * 2 * (4 * 32 + 32 * 4)  # of each of two layers query and value
     whole = load_run(str(base)).model.parameter_count() + count
     assert f"trainable {count_label(count)} of {count_label(whole)} ({count / whole:.1%})" in said, said
+    assert f": {16 * count / 1e6:.1f} MB with gradients and moments, beside {4 * (whole - count) / 1e6:.1f} MB of frozen weights" in said, said
+
+
+@pytest.mark.parametrize("kind", ["fp32", "int8"])
+def test_the_memory_that_is_said_is_what_a_step_holds(kind: str) -> None:
+    """In MB: adapters with gradients and moments as they are after a step, and the frozen weights as they are held."""
+    model = build("transformer", vocab_size=256, hidden_size=192, num_layers=2, num_heads=2)
+    add_adapters(model, AdapterSettings(lora_rank=16, base_precision=kind))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    logits = model.train()(Batch.from_ids(torch.arange(40).reshape(2, 20))).logits
+    assert logits is not None
+    logits.square().mean().backward()
+    optimizer.step()
+    tensors = [t for p in trained for t in (p, p.grad, optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"])]
+    ours, frozen = (sum(t.numel() * t.element_size() for t in some) / 1e6 for some in (tensors, [p for p in model.parameters() if not p.requires_grad]))
+    assert ours > 1 and frozen > (3 if kind == "fp32" else 1)
+    assert trained_share(model).endswith(f": {ours:.1f} MB with gradients and moments, beside {frozen:.1f} MB of frozen weights")
+
+
+def test_dropout_that_is_not_applied_is_said(base: Path, text_file: Path, other_text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(str(text_file), quiet=True, output_dir=str(tmp_path / "inl"), **{**KEYS, "arch": "inl", "max_steps": 1})
+
+    def notes(of: Path, name: str, **keys: object) -> list[str]:
+        capsys.readouterr()
+        fine_tuned(of, other_text, tmp_path / name, Console(), max_steps=1, **keys)
+        return [line for line in capsys.readouterr().out.splitlines() if "lora_dropout" in line]
+
+    (said,) = notes(tmp_path / "inl", "one")
+    assert said.startswith("note: lora_dropout = 0.1 is not applied in dynamics.controller_in, dynamics.controller_out (4 of 18 adapters)"), said
+    assert notes(tmp_path / "inl", "two", lora_dropout=0.0) == [] and notes(tmp_path / "inl", "three", lora_targets=["query"]) == []
+    assert notes(base, "four") == []  # a transformer has none of them
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from treadle.data.messages import Said, said_in
 from treadle.data.prepare import is_prepared, tokenizer_for
 from treadle.data.shards import TokenSet
 from treadle.data.sources import Piece, Source, WrappedSource, open_source
-from treadle.errors import ConfigError, InputError
+from treadle.errors import ConfigError, InputError, NothingLearnt
 from treadle.files import cache_root
 from treadle.text.base import Tokenizer
 from treadle.text.chat_template import NAMED, ChatTemplate
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from treadle.data.settings import DataSettings
     from treadle.text.settings import TokenizerSettings
 
-VERSION = 3  # of what becomes of a row: another one prepares anew
+VERSION = 6  # of what becomes of a row: another one prepares anew
 CUT, TOO_LONG = "longer than a row, cut after a message of the assistant", "longer than a row, left out (a larger --seq_len keeps them)"
 AUTO, NO_TEMPLATE = "auto", "none"
 
@@ -63,13 +63,13 @@ class RowSource(WrappedSource):
             inner = getattr(inner, "source", None)
 
     @abstractmethod
-    def document(self, table: dict[str, Any]) -> Document:
-        """What becomes of a row; InputError that says what is wrong with it."""
+    def document(self, table: dict[str, Any], is_file: bool) -> Document:
+        """What becomes of a row; InputError that says what is wrong with it. is_file: it is a whole file of text, not a row of one."""
 
     def read(self, piece: Piece) -> Iterator[Document | Bad]:
         """The documents made of each row; ConfigError for prepared tokens, which have none."""
         for row in self.source.read(piece):
-            if isinstance(row, str):  # a file of text among them
+            if is_file := isinstance(row, str):  # a file of text among them
                 row = Record({self.column: row}, piece.files[0] if piece.files else "", None, 0)
             if not isinstance(row, (Record, Bad)):
                 raise ConfigError("prepared tokens hold no conversations; give .jsonl or .parquet files of them")
@@ -77,9 +77,9 @@ class RowSource(WrappedSource):
                 yield row
                 continue
             try:
-                yield self.document(row.table)
+                yield self.document(row.table, is_file)
             except InputError as problem:
-                yield row.bad(str(problem))
+                yield row.bad(str(problem), ends=isinstance(problem, NothingLearnt))
 
 
 class SpokenText(RowSource):
@@ -89,7 +89,7 @@ class SpokenText(RowSource):
         super().__init__(source)
         self.words_in = words_in
 
-    def document(self, table: dict[str, Any]) -> Document:
+    def document(self, table: dict[str, Any], is_file: bool) -> Document:
         said = self.words_in(table)
         return "\n".join(str(m.get("content", "")) for one in said for m in one.messages or [{"content": one.text}])
 
@@ -145,15 +145,15 @@ class EncodedRows(RowSource):
 class ConversationRows(EncodedRows):
     """A document for each conversation."""
 
-    def document(self, table: dict[str, Any]) -> Document:
+    def document(self, table: dict[str, Any], is_file: bool) -> Document:
         said = said_in(table, self.column, self.template is not None)
         ids, mask = self.encode(said)
-        if len(ids) > self.seq_len and (said.messages is not None or said.prompt):
+        if len(ids) > self.seq_len and not is_file:  # a file is cut into rows as text is
             return self._shortened(said)
         return Encoded(ids, mask, (len(ids),), said.remark)
 
     def _shortened(self, said: Said) -> Encoded:
-        """The longest beginning that fits a row and ends with an answer, where there is one: a completion is whole or nothing."""
+        """The longest beginning that fits a row and ends with an answer, where there is one: completions and texts are whole or nothing."""
         messages = said.messages or []
         ends = [n for n in range(len(messages) - 1, said.given, -1) if messages[n - 1]["role"] == "assistant"]
         for end in ends if self.train_on != "completion" else []:

@@ -10,12 +10,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Bad:
-    """A malformed document: where it is and what is wrong with it."""
+    """A malformed document: where it is and what is wrong with it. ends: it is an error however many are allowed."""
 
     file: str
     line: int | None
     offset: int
     reason: str
+    ends: bool = False
 
     def __str__(self) -> str:
         line = f", line {self.line}" if self.line is not None else ""
@@ -31,9 +32,9 @@ class Record:
     line: int | None
     offset: int
 
-    def bad(self, reason: str) -> Bad:
-        """The row as malformed, for this reason."""
-        return Bad(self.file, self.line, self.offset, reason)
+    def bad(self, reason: str, ends: bool = False) -> Bad:
+        """The row as malformed, for this reason. ends: it is an error however many are allowed."""
+        return Bad(self.file, self.line, self.offset, reason, ends)
 
     def __len__(self) -> int:
         return len(self.table)

@@ -48,11 +48,14 @@ class LeftOut:
 
 
 def well_formed(documents: Iterable[Document | Bad], on_bad: str, left_out: LeftOut) -> Iterator[tuple[int, Document]]:
-    """(place among all, document) of those that are not malformed; the others are counted, or with on_bad="error" a DataError."""
+    """(place among all, document) of those that are not malformed; the others are counted, or with on_bad="error" a DataError,
+    as those are which end the reading whatever on_bad is."""
     for ordinal, document in enumerate(documents):
         if not isinstance(document, Bad):
             yield ordinal, document
             continue
+        if document.ends:
+            raise DataError(f"{document}; mend the row, or take it out of the file")
         if on_bad == "error":
             raise DataError(f"{document}; mend it, or go on without it: --data.on_bad skip")
         left_out.count += 1

@@ -25,7 +25,7 @@ class PairRows(EncodedRows):
         if self.train_on == "all":
             raise ConfigError("data.train_on = all: of preferences the answers alone count; leave it out")
 
-    def document(self, table: dict[str, Any]) -> Document:
+    def document(self, table: dict[str, Any], is_file: bool) -> Document:
         pair = pair_in(table, self.template is not None)
         (chosen, learnt), (rejected, learnt_too) = (self.encode(said) for said in pair)
         if len(chosen) + len(rejected) > self.seq_len:

@@ -30,6 +30,8 @@ class INLDynamics(nn.Module):
     constants that contradict each other or with which a layer could swing itself up.
     """
 
+    read_in_place = ("controller_in", "controller_out")  # as TokenMixer's
+
     def __init__(
         self, width: int, *, lite: bool = False, controller_size: int = 64, alpha: float = 0.9, beta: float = 0.1,
         gate: float = 0.5, step: float = 0.1, beta_max: float = 2.0, velocity_max: float = 10.0, mu_min: float = 0.0,

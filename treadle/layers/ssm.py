@@ -45,6 +45,7 @@ class SSMMixer(Attention):
         super().__init__(width, heads, groups, head_width, qk_norm=qk_norm, eps=eps, linear=linear)
         self.window, self.normalizer, self.reproducible = window, normalizer, reproducible
         self.decay = linear(width, heads)
+        self.read_in_place = () if reproducible else ("decay",)
         self.skip = nn.Parameter(torch.zeros(heads))
         self.gate = nn.Parameter(torch.zeros(heads)) if window else None
         mapped = features == "hedgehog"

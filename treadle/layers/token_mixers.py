@@ -45,7 +45,11 @@ TOKEN_MIXERS = Registry(
 class TokenMixer(nn.Module):
     """Base of every token mixer: x [B, T, D] -> [B, T, D], position t from positions up to t of its own document
     (context.doc_ids). With a state (context.token_positions is set) positions go on from it, each row is one document, and
-    padding leaves its row's state as it was."""
+    padding leaves its row's state as it was.
+
+    read_in_place: its linear layers whose weights it reads instead of calling them; dropout of adapters does not reach these."""
+
+    read_in_place: tuple[str, ...] = ()
 
     @classmethod
     def from_config(cls, config: Any, layer: int) -> TokenMixer:

@@ -115,6 +115,14 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, AdaptedLinear)}
 
 
+def read_in_place(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """Module name -> layer, of those with an adapter whose weights are read instead of calling them: right, but without dropout."""
+    return {
+        name: layer for name, layer in adapted_layers(model).items()
+        if name.rpartition(".")[2] in getattr(model.get_submodule(name.rpartition(".")[0]), "read_in_place", ())
+    }  # fmt: skip
+
+
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Inside, the model computes as its base does."""

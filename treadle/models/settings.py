@@ -35,7 +35,7 @@ class AdapterSettings(Settings):
 
     lora_dropout: float = option(0.0, ge=0.0, lt=1.0)
     """Share of an adapter's inputs that are set to 0 while training; not of layers whose weights are read in place (the controllers of
-    dynamics, the projections of ssm and linear mixers)."""
+    dynamics, the gates of ssm and some linear mixers), which a training names in its first lines."""
 
     lora_targets: list[str] = option([ALL_LINEAR], aliases=("target_modules", "lora_target_modules"), change="fixed")
     """Which linear layers: all-linear (all but the head), or ends of their names (query, mlp.down), or patterns (layers.0.*).

@@ -7,7 +7,7 @@ conversation whose parts cannot be told exactly, and one whose assistant's turn 
 
 What a message says is never a control token: where it spells one, that spelling is encoded as ordinary text (transformers does so with
 sanitize_control_tokens=True). A tokenizer without a template's control tokens has them as ordinary text, which a message could spell
-too: such a message is refused.
+too: such a message is refused (template_markers.py finds what they are).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
-from treadle.errors import ConfigError, InputError, TreadleError
+from treadle.errors import ConfigError, InputError, NothingLearnt, TreadleError
+from treadle.text.template_markers import ROLES, WRITERS, Markers, markers_of
 
 TEMPLATE_FILE, CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"  # as transformers calls them
 TRAIN_ON = ("assistant", "completion", "all")
@@ -31,6 +32,7 @@ TRAIN_ON = ("assistant", "completion", "all")
 START, END, OPEN, CLOSE = "\U0010fff0", "\U0010fff1", "\U0010fff2", "\U0010fff3"
 MARKS = re.compile(f"([{START}{END}{OPEN}{CLOSE}])")
 SPELLED = re.compile(r"<\|[^|<>\s]{1,48}\|>")  # how templates spell control tokens of their own
+BUILDS_MARKERS = re.compile(r"[<>\[\]|\r\n]")  # what no role holds: templates write roles into their markers
 LONGEST = 1 << 25  # characters of one rendered conversation: a template is somebody else's program
 ANSWER = "treadleanswer"  # what the assistant says where only the end of its turn is wanted
 
@@ -58,6 +60,7 @@ PLAIN = """\
 NAMED = {"chatml": CHATML, "llama3": LLAMA3, "plain": PLAIN}
 
 Messages = Sequence[dict[str, Any]]
+Named = tuple[tuple[str, str], ...]  # a tokenizer's named tokens
 Offsets = list[tuple[int, int]]
 
 
@@ -163,9 +166,12 @@ class _Rendered:
 
 def _without_nothing(messages: Messages) -> list[dict[str, Any]]:
     """The messages without keys of no value (content null, tool_calls null), which templates would write as None."""
-    for message in messages:
+    for number, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise InputError('a message is a table with a role and a content: {"role": "user", "content": "..."}')
+        if BUILDS_MARKERS.search(message["role"]):
+            raise InputError(f"message {number} has the role {message['role'][:80]!r}, of which a template could make a control token; name "
+                             "it without < > [ ] | and line ends")  # fmt: skip
     if not messages:
         raise InputError("a conversation without messages")
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
@@ -247,7 +253,7 @@ class ChatTemplate:
         """A whole conversation: (ids int32 [N], mask bool [N]); the mask holds where a token is learnt.
 
         train_on: every turn of the assistant (from its turn number first_turn on), "completion" (its last turn), or "all" tokens. Raises
-        InputError, which says why, where no token would be learnt and where the assistant's parts cannot be told exactly.
+        NothingLearnt where no token would be learnt, and InputError, which says why, where the assistant's parts cannot be told exactly.
         ConfigError for another train_on.
         """
         if train_on not in TRAIN_ON:
@@ -259,12 +265,12 @@ class ChatTemplate:
             spans = self._spans(tokenizer, messages, rendered, offsets)
             mask = _overlapping(offsets, spans[-1:] if train_on == "completion" else spans[first_turn:])
         if not mask.any():
-            raise InputError("no token of the conversation would be learnt: the assistant says nothing in it")
+            raise NothingLearnt("no token of the conversation would be learnt: the assistant says nothing in it")
         return np.asarray(ids, dtype=np.int32), mask
 
     def turn_end(self, tokenizer: Encodes) -> str:
         """What the template writes to end an assistant's turn: a control token of the tokenizer where there is one, else a text."""
-        return _turn_end(self.source, tuple(sorted(tokenizer.named_tokens.items())), tuple(self.controls(tokenizer)))
+        return _turn_end(self.source, _named(tokenizer), tuple(self.controls(tokenizer)))
 
     def stop_ids(self, tokenizer: Encodes) -> list[int]:
         """The token that ends an assistant's turn, and the one that ends a document."""
@@ -285,22 +291,29 @@ class ChatTemplate:
 
     def controls(self, tokenizer: Encodes) -> dict[str, int]:
         """Spelling -> id of what the template may write and a message may not: special tokens, and added ones that stand in the template
-        (<think> often is one)."""
-        return {**tokenizer.control_tokens, **{token: i for token, i in tokenizer.added_tokens.items() if token in self.source}}
+        or that it writes (<think> often is one)."""
+        added = tokenizer.added_tokens
+        if not added:
+            return tokenizer.control_tokens
+        made = _markers(self.source, _named(tokenizer), ())
+        own = {token: i for token, i in added.items() if token in self.source or token in made.turns or token in made.inner}
+        return {**tokenizer.control_tokens, **own}
 
     def _render(self, tokenizer: Encodes, messages: Messages, add_generation_prompt: bool = False) -> _Rendered:
         messages = _without_nothing(messages)
         controls = self.controls(tokenizer)
-        absent = set(SPELLED.findall(self.source)) - set(controls)
-        for said in _strings(messages):
-            if MARKS.search(said):
-                raise InputError("a message holds a private-use character U+10FFF0 to U+10FFF3, which chat templates use as marks")
-            spelled = next((mark for mark in sorted(absent) if mark in said), None)
-            if spelled is not None:
-                raise InputError(f"a message says {spelled!r}, which this tokenizer cannot tell from the template's own: it has no such "
-                                 "token. Leave it out, or use the template plain")  # fmt: skip
-        pattern = re.compile("|".join(map(re.escape, sorted(controls, key=len, reverse=True))) or "(?!)")
-        if any(pattern.search(said) for said in _strings(messages)):
+        others = tuple(sorted({message["role"] for message in messages} - set(ROLES)))
+        of_writers, of_others = _refused(self.source, _named(tokenizer), others, tuple(controls))
+        for number, message in enumerate(messages, 1):
+            refused = of_writers if message["role"] in WRITERS else of_others
+            for said in _strings(message):
+                if MARKS.search(said):
+                    raise InputError("a message holds a private-use character U+10FFF0 to U+10FFF3, which chat templates use as marks")
+                if refused is not None and (spelled := refused.search(said)):
+                    raise InputError(f"message {number} says {spelled[0]!r}, which this tokenizer cannot tell from the template's own: it has "
+                                     "no such token. Leave it out, or use the template plain")  # fmt: skip
+        pattern = _any_of(tuple(controls))
+        if pattern is not None and any(pattern.search(said) for said in _strings(messages)):
             messages = _with_marks(messages, pattern)
         return _Rendered.of(_render(self.source, messages, add_generation_prompt, tokenizer.named_tokens))
 
@@ -323,13 +336,14 @@ class ChatTemplate:
         """The assistant's parts by characters, each with the end of its turn."""
         end, turns = self.turn_end(tokenizer), sum(message["role"] == "assistant" for message in messages)
         if turns == 0:
-            raise InputError("no message of the assistant: no token of the conversation would be learnt")
+            raise NothingLearnt("no message of the assistant: no token of the conversation would be learnt")
         if "generation" in self.source and _marked(self.source):
             spans = rendered.spans
             if len(spans) != turns:
-                raise InputError(f"{turns} messages of the assistant, and the template marks {len(spans)} with "
-                                 "{% generation %}: which tokens to learn cannot be told")  # fmt: skip
-            if not _marks_answers(self.source, tuple(sorted(tokenizer.named_tokens.items()))):
+                refusal = InputError if spans else NothingLearnt
+                raise refusal(f"{turns} messages of the assistant, and the template marks {len(spans)} with "
+                              "{% generation %}: which tokens to learn cannot be told")  # fmt: skip
+            if not _marks_answers(self.source, _named(tokenizer)):
                 raise InputError("the template's {% generation %} does not stand around what the assistant says")
         else:
             spans = self._by_prefixes(tokenizer, messages, rendered, end)
@@ -364,7 +378,7 @@ class ChatTemplate:
             if at < 0:
                 raise InputError(f"message {number + 1}: the assistant's turn does not end in {end!r}")
             heading = so_far.text[len(before) : max(so_far.text.find(str(message.get("content", "")).strip(), len(before)), len(before))].strip()
-            if heading and _writes_no_prompt(self.source, tuple(sorted(tokenizer.named_tokens.items()))):
+            if heading and _writes_no_prompt(self.source, _named(tokenizer)):
                 raise InputError(f"the template writes {heading[:80]!r} before an answer and nothing for add_generation_prompt: a model would "
                                  "learn to write that itself, and no prompt would ask for it. Let the template write it under "
                                  "{% if add_generation_prompt %} as well")  # fmt: skip
@@ -400,6 +414,30 @@ def _render(source: str, messages: Messages, add_generation_prompt: bool, named:
     return "".join(pieces)
 
 
+def _named(tokenizer: Encodes) -> Named:
+    return tuple(sorted(tokenizer.named_tokens.items()))
+
+
+@functools.lru_cache(maxsize=64)
+def _any_of(spellings: tuple[str, ...]) -> re.Pattern[str] | None:
+    """Finds any of them, the longest first; None where there are none."""
+    return re.compile("|".join(map(re.escape, sorted(spellings, key=len, reverse=True)))) if spellings else None
+
+
+@functools.lru_cache(maxsize=64)
+def _markers(source: str, named: Named, roles: tuple[str, ...]) -> Markers:
+    """What the template writes around messages, of these roles too; once for a template, since some fifty conversations are rendered."""
+    return markers_of(lambda messages, prompt: MARKS.sub("", _render(source, messages, prompt, dict(named))), roles)
+
+
+@functools.lru_cache(maxsize=64)
+def _refused(source: str, named: Named, roles: tuple[str, ...], controls: tuple[str, ...]) -> tuple[re.Pattern[str] | None, re.Pattern[str] | None]:
+    """Finds the markers that are no tokens: in messages of WRITERS, and in those of others."""
+    made = _markers(source, named, roles)
+    turns = (made.turns | set(SPELLED.findall(source))) - set(controls)
+    return _any_of(tuple(sorted(turns))), _any_of(tuple(sorted((turns | made.inner) - set(controls))))
+
+
 @functools.lru_cache(maxsize=64)
 def _marked(source: str) -> bool:
     """Whether the template marks the assistant's parts."""
@@ -407,7 +445,7 @@ def _marked(source: str) -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def _marks_answers(source: str, named: tuple[tuple[str, str], ...]) -> bool:
+def _marks_answers(source: str, named: Named) -> bool:
     """Whether what an assistant says stands inside the marked parts."""
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": ANSWER}]
     made = _Rendered.of(_render(source, messages, False, dict(named)))
@@ -415,14 +453,14 @@ def _marks_answers(source: str, named: tuple[tuple[str, str], ...]) -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def _writes_no_prompt(source: str, named: tuple[tuple[str, str], ...]) -> bool:
+def _writes_no_prompt(source: str, named: Named) -> bool:
     """Whether a prompt looks the same with add_generation_prompt and without it."""
     with_it, without = (_render(source, [{"role": "user", "content": "?"}], asked, dict(named)) for asked in (True, False))
     return with_it == without
 
 
 @functools.lru_cache(maxsize=64)
-def _turn_end(source: str, named: tuple[tuple[str, str], ...], controls: tuple[str, ...]) -> str:
+def _turn_end(source: str, named: Named, controls: tuple[str, ...]) -> str:
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": ANSWER}]
     text = MARKS.sub("", _render(source, messages, False, dict(named)))
     _, found, after = text.rpartition(ANSWER)

@@ -9,7 +9,7 @@ import torch
 from treadle.checkpoint.reader import Checkpoint
 from treadle.errors import ConfigError
 from treadle.layers.lora import is_adapter
-from treadle.models.adapters import add_adapters, load_base
+from treadle.models.adapters import adapted_layers, add_adapters, load_base, read_in_place
 from treadle.models.base import Model, count_label
 from treadle.models.pretrained import base_of, plain_weights, read_adapters, weights_checksum, whole_weights
 from treadle.training.checkpoints import Checkpoints
@@ -36,6 +36,16 @@ def put_on(model: Model, recipe: Recipe, start: Checkpoint | None, begun: bool) 
     settings.base_model = str(Path(base.folder).resolve())
     add_adapters(model, settings)
     return base
+
+
+def notes(model: torch.nn.Module) -> list[str]:
+    """What the settings ask of adapters and do not get, a line each: dropout where weights are read in place."""
+    found = {name: layer.dropout for name, layer in read_in_place(model).items() if layer.dropout > 0}
+    if not found:
+        return []
+    kinds = dict.fromkeys(".".join(name.split(".")[-2:]) for name in found)
+    return [f"lora_dropout = {next(iter(found.values())):g} is not applied in {', '.join(kinds)} ({len(found)} of {len(adapted_layers(model))} "
+            "adapters), whose weights are read in place; --lora_targets can leave them out"]  # fmt: skip
 
 
 def load_start(checkpoints: Checkpoints, start: Checkpoint) -> None:

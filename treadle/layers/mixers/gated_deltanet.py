@@ -32,6 +32,8 @@ class GatedDeltaNet(DecayMixer):
     """[q, k, v] = silu(convolution(x)), q and k of length 1, a = exp(-exp(A) softplus(S x)), beta = sigmoid(B x),
     H_t = a (I - beta k k^T) H_{t-1} + beta k (x) v, y = O (norm(q . H_t) * silu(G x)), the norm of each head alone."""
 
+    read_in_place = ("step", "beta")
+
     def __init__(self, width: int, heads: int, head_width: int, value_width: int, *, convolution: int, eps: float) -> None:
         super().__init__()
         self.heads, self.head_width, self.value_width = heads, head_width, value_width

@@ -34,6 +34,8 @@ class RWKV(TokenMixer):
     """Each input of [w, k, v, r, g] is x_t + (x_{t-1} - x_t) * (mu + L(x_t, x_{t-1})), L of low rank (eq. 12 to 16); the memory of
     each head decays by exp(-exp(d + W(x_w))) a channel, and y = O (norm(wkv(r, k, v)) * silu(g)) (eq. 17 to 19)."""
 
+    read_in_place = ("decay_down", "decay_up")
+
     def __init__(self, width: int, heads: int, head_width: int, rank: int, *, eps: float) -> None:
         super().__init__()
         self.heads, self.head_width, self.rank = heads, head_width, rank

@@ -31,6 +31,8 @@ class SSD(DecayMixer):
     """[x, b, c] = silu(convolution(I u)), dt = softplus(S u), H_t = exp(-exp(A) dt_t) H_{t-1} + b_t (x) dt_t x_t,
     y = O norm((c_t . H_t + D x_t) * silu(G u)): one decay a head, b and c shared by all heads."""
 
+    read_in_place = ("step",)
+
     def __init__(self, width: int, inner: int, heads: int, state_size: int, *, convolution: int, eps: float) -> None:
         super().__init__()
         self.inner, self.heads, self.state_size = inner, heads, state_size
