@@ -57,6 +57,7 @@ CASES = [
     Case("llama, recomputing", "transformer", 16, 256, {**DENSE, "num_layers": 8, "hidden_size": 384}, checkpointing=True),
     Case("llama, bf16", "transformer", 8, 256, precision="bf16"),
     Case("llama, muon", "transformer", 8, 256, optimizer="muon"),
+    Case("llama, normuon", "transformer", 8, 256, optimizer="normuon"),
     Case("llama, 32k tokens", "transformer", 4, 128, {**DENSE, "vocab_size": 32000}),
     Case("llama, adapters", "transformer", 8, 256, adapter={"lora_rank": 8, "lora_dropout": 0.05}),
     Case("llama, adapters, 8 bits", "transformer", 8, 256, adapter={"lora_rank": 8, "base_precision": "int8"}),

@@ -30,12 +30,11 @@ MODELS: dict[str, tuple[str, dict[str, object], float]] = {
 }
 
 
-def trained(name: str, text: str, source: str, seed: int, steps: int, output: Path) -> float:
-    """Bits per byte on the held-out text, from the run if it is there."""
-    arch, keys, rate = MODELS[name]
-    folder = output / f"{text}-{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+def trained(model: tuple[str, dict[str, object], float], source: str, seed: int, steps: int, folder: Path) -> float:
+    """Bits per byte on the held-out text, from the run in `folder` if it is there. model: as in MODELS."""
+    arch, keys, rate = model
     wanted = {"max_steps": steps, "seq_len": LENGTH, "per_device_train_batch_size": ROWS, "warmup_steps": WARMUP, "lr": rate,
-              "precision": "fp32", "tokenizer": "byte", "seed": seed, "eval_rows": "null", "eval_steps": steps,
+              "precision": "fp32", "tokenizer": "byte", "seed": seed, "eval_rows": "null", "eval_steps": steps, "sample_tokens": 0,
               "save_steps": steps, "output_dir": folder, "model.arch": arch, **keys}  # fmt: skip
     return cell(source, folder, wanted)
 
@@ -83,7 +82,8 @@ def main() -> None:
     for seed in range(given.seeds):
         for text, source in texts.items():
             for name in MODELS:
-                value = trained(name, text, source, seed, given.steps, Path(given.output))
+                folder = Path(given.output) / f"{text}-{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+                value = trained(MODELS[name], source, seed, given.steps, folder)
                 found.setdefault((name, text), []).append(value)
                 print(f"{text}, {name}, seed {seed}: {value:.4f} bits per byte", flush=True)
     print(f"\n{given.steps} steps of {ROWS} rows x {LENGTH} bytes; mean over {given.seeds} seeds (largest - smallest)")

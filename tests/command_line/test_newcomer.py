@@ -201,7 +201,7 @@ def test_help_of_a_section_a_key_and_everything(typed: Any) -> None:
         (lambda: TrainSettings(loss_weights={"a": -1.0}), "loss_weights.a must be a finite number"),
         (lambda: TrainSettings.model_validate({"max_stps": 1}), "did you mean 'max_steps'?"),
         (lambda: OptimSettings(lr=0.1), "it is called 'learning_rate' here"),
-        (lambda: OptimSettings(name="adamww"), "did you mean 'adamw'? (allowed: adamw, muon, soap)"),
+        (lambda: OptimSettings(name="adamww"), "did you mean 'adamw'? (allowed: adamw, muon, normuon, soap)"),
         (lambda: OptimSettings(learnrate=0.1, name=5), "optim"),
         (lambda: setattr(treadle.TrainConfig().train, "max_steps", -1), "train.max_steps = -1"),
         (lambda: setattr(treadle.TrainConfig().train, "max_stepz", 1), "did you mean 'max_steps'?"),

@@ -63,9 +63,9 @@ def test_a_state_goes_from_one_kind_of_processor_to_the_other() -> None:
 
 
 @pytest.mark.parametrize("emulated", [True, False])
-def test_normuon_is_the_papers_algorithm(emulated: bool) -> None:
-    """Against the algorithm written out: momentum, orthogonalised; rows over the root of their mean square; the length of 0.2 sqrt(M N)
-    an element on average, which is what Muon's scale gives an orthogonal update."""
+def test_normuon_evens_muons_update(emulated: bool) -> None:
+    """Against the update written out: momentum, orthogonalised; rows over the root of their mean square; the length that it had, times
+    Muon's 0.2 sqrt(max(M, N))."""
     trained, rate, first, second, decay = weights(), 0.05, 0.9, 0.95, 0.2
     optimizer = NorMuon([{"params": trained, "weight_decay": decay}], lr=rate, momentum=first, second_momentum=second)
     optimizer.emulated = emulated

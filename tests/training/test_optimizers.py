@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,36 @@ def test_state_goes_and_comes_back(name: str) -> None:
         assert torch.equal(a, b), n
     for n, tensor in optimizers.state_tensors().items():
         assert torch.equal(tensor, again.state_tensors()[n]), n
+
+
+@pytest.mark.parametrize("before, after", itertools.permutations(("adamw", "muon", "normuon", "soap"), 2))
+def test_another_optimiser_begins_anew_where_the_state_is_not_its_own(before: str, after: str) -> None:
+    """As --allow-change optim.name allows. Muon and NorMuon have their momentum in common, and all have AdamW for what is no matrix."""
+    old, new = OptimSettings(name=before, learning_rate=0.01), OptimSettings(name=after, learning_rate=0.01)  # type: ignore[arg-type]
+    model, other = tiny(), tiny()
+    optimizers, changed = Optimizers(model, old), Optimizers(other, new)
+    stepped(old, 3, model, optimizers)
+    other.load_weights(optimizers.named_weights(model))
+    anew = changed.load_state_tensors({n: t.clone() for n, t in optimizers.state_tensors().items()})
+    matrices = [n for n, p in other.layers.named_parameters(prefix="layers") if p.dim() == 2]
+    assert sorted(anew) == ([] if {before, after} == {"muon", "normuon"} else sorted(matrices))
+    if {before, after} == {"muon", "normuon"}:
+        name = f"{matrices[0]}|momentum_buffer"
+        assert torch.equal(changed.state_tensors()[name], optimizers.state_tensors()[name])
+    stepped(new, 3, other, changed)
+    kept = {n.rpartition("|")[2] for n in changed.state_tensors() if n.rpartition("|")[0] in matrices}
+    fresh = tiny()
+    stepped(new, 3, fresh, untouched := Optimizers(fresh, new))
+    assert kept == {n.rpartition("|")[2] for n in untouched.state_tensors() if n.rpartition("|")[0] in matrices}
+
+
+@pytest.mark.parametrize("name", ["muon", "normuon", "soap"])
+def test_a_matrix_of_one_row_is_a_vector(name: str) -> None:
+    model = tiny(num_layers=1)
+    model.layers[0].one = torch.nn.Linear(8, 1)  # type: ignore[union-attr]
+    orthogonal, adamw = Optimizers(model, OptimSettings(name=name)).inner  # type: ignore[arg-type]
+    names = [{n for group in optimizer.param_groups for n in group["names"]} for optimizer in (orthogonal, adamw)]
+    assert "layers.0.one.weight" in names[1] and "layers.0.mlp.up.weight" in names[0]
 
 
 def test_without_the_average_training_goes_on_from_the_weights() -> None:

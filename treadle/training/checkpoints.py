@@ -246,13 +246,14 @@ class Checkpoints:
     def _load_optimizer(self, checkpoint: Checkpoint) -> None:
         optimizers = self.assembly.optimizers
         if not self.assembly.strategy.shards_optimizer:
-            optimizers.load_state_tensors(checkpoint.tensors("optimizer"))
-            return
-        from treadle.checkpoint import sharded
+            kept = checkpoint.tensors("optimizer")
+        else:
+            from treadle.checkpoint import sharded
 
-        targets = optimizers.empty_state(sharded.shapes(checkpoint, "optimizer"))
-        sharded.load_into(checkpoint, "optimizer", targets, self.world.group)
-        optimizers.load_state_tensors(targets)
+            kept = optimizers.empty_state(sharded.shapes(checkpoint, "optimizer"))
+            sharded.load_into(checkpoint, "optimizer", kept, self.world.group)
+        if anew := optimizers.load_state_tensors(kept):
+            self.warn(f"the checkpoint has another optimiser's state of {len(anew)} tensors ({anew[0]}, ...): they begin anew")
 
 
 def _tokenizer_files(tokenizer: Tokenizer | None) -> dict[str, bytes]:

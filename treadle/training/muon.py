@@ -71,9 +71,10 @@ class Muon(torch.optim.Muon):
 
 
 class NorMuon(Muon):
-    """Muon, each output's row of its update divided by the root of the running mean of the row's squares, and the whole scaled back to
-    the length it had (Li et al. 2025, arXiv 2510.05491, algorithm 1). An orthogonalised update moves some outputs much further than others;
-    so all move alike. State beside Muon's: fp32 [M, 1] for a matrix [M, N]; `second_momentum` is the mean's decay."""
+    """Muon, each output's row of its update divided by the root of the running mean of the row's squares (Li et al. 2025, arXiv
+    2510.05491). An orthogonalised update moves some outputs much further than others; so all move alike. Unlike the paper's algorithm 1 it
+    has Nesterov's momentum, as Muon here, and the whole is scaled back to the length that Muon's update has, not to one fixed length.
+    State beside Muon's: fp32 [M, 1] for a matrix [M, N]; `second_momentum` is the mean's decay."""
 
     steps_as_torch = False
 

@@ -28,6 +28,23 @@ OPTIMIZERS = Registry(
 
 Named = list[tuple[str, nn.Parameter]]
 
+# What each optimiser keeps of a parameter. One that finds another's state in a checkpoint (--allow-change optim.name) begins anew.
+STATE_KEYS: tuple[tuple[type[torch.optim.Optimizer], frozenset[str]], ...] = (
+    (torch.optim.AdamW, frozenset({"step", "exp_avg", "exp_avg_sq"})),
+    (NorMuon, frozenset({"momentum_buffer", "second_momentum_buffer"})),
+    (Muon, frozenset({"momentum_buffer"})),
+    (SOAP, frozenset({"step", "exp_avg", "exp_avg_sq", "left", "right", "left_basis", "right_basis"})),
+)
+
+
+def _own_state(optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What of a parameter's saved state the optimiser goes on from: all that is its own, nothing of another's. Muon and NorMuon have one
+    momentum in common."""
+    own = next((keys for kind, keys in STATE_KEYS if isinstance(optimizer, kind)), frozenset(saved))
+    if isinstance(optimizer, Muon):
+        return {key: tensor for key, tensor in saved.items() if key in own and "momentum_buffer" in saved}
+    return saved if own == saved.keys() else {}
+
 
 def grouped(model: Model, settings: OptimSettings, width_power: float = 1.0) -> dict[tuple[float, float], Named]:
     """(learning-rate multiplier, weight decay) -> parameters. Matrices decay, vectors do not, unless a rule says so.
@@ -121,10 +138,11 @@ def make_soap(model: Model, settings: OptimSettings, sharded: bool = False) -> l
 def matrices_and_rest(
     model: Model, settings: OptimSettings, width_power: float = 1.0
 ) -> tuple[dict[tuple[float, float], Named], dict[tuple[float, float], Named]]:  # fmt: skip
-    """The groups of the blocks' matrices (by width_power, as `grouped`), and those of everything else, which is AdamW's."""
+    """The groups of the blocks' matrices (by width_power, as `grouped`), and those of everything else, which is AdamW's: a matrix of one
+    row or column is a vector."""
     rules = model.parameter_rules()
     no_product = {id(p) for n, p in model.named_parameters() if n in rules and not rules[n].matrix}
-    inside = {id(p) for block in model.blocks() for p in block.parameters() if p.dim() == 2} - no_product
+    inside = {id(p) for block in model.blocks() for p in block.parameters() if p.dim() == 2 and min(p.shape) > 1} - no_product
 
     def part(groups: dict[tuple[float, float], Named], wanted: bool) -> dict[tuple[float, float], Named]:
         chosen = {k: [(n, p) for n, p in named if (id(p) in inside) is wanted] for k, named in groups.items()}
@@ -224,7 +242,7 @@ class Optimizers:
             if name in places:
                 parameter = places[name][1]
                 if shape == [parameter.shape[0], 1] and parameter.dim() == 2:  # a number an output: in parts where the matrix is
-                    made[full] = torch.zeros_like(parameter[:, :1])
+                    made[full] = torch.zeros_like(parameter[:, :1], dtype=torch.float32)
                 else:
                     alike = list(parameter.shape) == shape
                     made[full] = torch.zeros_like(parameter) if alike else torch.zeros(shape, dtype=torch.float32)
@@ -236,8 +254,9 @@ class Optimizers:
             if full.rpartition("|")[0] not in known:
                 raise ShapeError(f"the checkpoint's optimiser state has {full.rpartition('|')[0]!r}, this model has not")
 
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `state_tensors`; ShapeError when the names are another optimiser's or model's. Of any shapes."""
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> list[str]:
+        """The inverse of `state_tensors`; ShapeError when names or shapes are another model's. Of any shapes. Returns the names of
+        the parameters that begin anew, since what is kept of them is another optimiser's."""
         self._refuse_unknown(tensors)
         places = self._places()
         found: dict[str, dict[str, Tensor]] = {}
@@ -246,8 +265,12 @@ class Optimizers:
             found.setdefault(name, {})[key] = tensor
         parameters = dict(self.parameters)
         self.average.restore(found) if self.average is not None else resume_weights(parameters, found)
+        anew = []
         for name, (optimizer, parameter) in places.items():
-            state = {key: tensor for key, tensor in found.get(name, {}).items() if key not in (WEIGHT, UPDATES)}
+            saved = {key: tensor for key, tensor in found.get(name, {}).items() if key not in (WEIGHT, UPDATES)}
+            state = _own_state(optimizer, saved)
+            if saved and not state:
+                anew.append(name)
             for key, tensor in state.items():
                 expected = (parameter.shape, parameter[:, :1].shape) if isinstance(optimizer, NorMuon) else (parameter.shape,)
                 if tensor.dim() and tensor.shape not in expected and not isinstance(optimizer, SOAP):
@@ -257,3 +280,4 @@ class Optimizers:
             if state:
                 # Fused AdamW keeps its step count on the parameter's device, as fp32.
                 optimizer.state[parameter] = {k: t.to(parameter.device) for k, t in state.items()}
+        return anew
