@@ -14,7 +14,8 @@ from typing import Any
 
 from treadle.errors import InputError
 
-MARKER = re.compile(r"<+[^<>\s]{1,64}>+|\[/?[A-Za-z]\w{0,47}\]")  # <start_of_turn>, <|user|>, </s>, <<SYS>>, [INST], [/INST]
+# <start_of_turn>, <|user|>, </s>, <<SYS>>, [INST], [/INST], [|user|]
+MARKER = re.compile(r"<+[^<>\s]{1,64}>+|\[/?[A-Za-z]\w{0,47}\]|\[\|[^\[\]|\s]{1,48}\|\]")
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 # Who may spell what a template writes inside an answer (<think>, <tool_call>): a model's own answers hold it, and a system message
 # tells a model to write it.
