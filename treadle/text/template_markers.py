@@ -22,6 +22,9 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 WRITERS = frozenset({"assistant", "system", "developer"})
 SAID = "treadleprobe"  # what messages say while a template is tried out
 
+CALL = "abcdefghi"  # the id of a call: Mistral's templates refuse a result whose id has not nine characters
+OF_ROLE = {"tool": {"tool_call_id": CALL, "name": SAID}, "function": {"name": SAID}}  # what templates ask of such messages
+
 Write = Callable[[list[dict[str, Any]], bool], str]
 
 
@@ -38,11 +41,14 @@ def markers_of(write: Write, roles: Iterable[str] = ()) -> Markers:
     a conversation that it refuses with InputError tells nothing."""
     turns: set[str] = set()
     inner: set[str] = set()
+    heading = _heading(write)
     for messages in _conversations([*ROLES, *roles]):
         whole, prompt = _tried(write, messages, False), _tried(write, messages, True)
-        turns |= _in(_without_openings(write, messages, whole)) | _in(prompt.removeprefix(whole))
-        inner |= _in(whole)
+        asked, opening = _parted(whole, prompt, heading)
+        turns |= _in(_without_openings(messages, whole, heading)) | _in(asked)
+        inner |= _in(whole) | _in(opening)
     for messages in _with_calls():
+        turns |= _around_results(write, messages)
         inner |= _in(_tried(write, messages, True)) | _in(_tried(write, messages, False))
     return Markers(frozenset(turns), frozenset(inner - turns))
 
@@ -54,19 +60,19 @@ def _conversations(roles: list[str]) -> Iterator[list[dict[str, Any]]]:
         if role != "assistant":
             orders += [[role], [role, "user"], ["user", role], ["user", "assistant", role], ["user", role, "assistant"]]
     for order in orders:
-        yield [{"role": role, "content": f"{SAID}{place}"} for place, role in enumerate(order)]
+        yield [{"role": role, "content": f"{SAID}{place}", **OF_ROLE.get(role, {})} for place, role in enumerate(order)]
 
 
 def _with_calls() -> Iterator[list[dict[str, Any]]]:
     """Conversations with thoughts, a call of a tool and its result, in the forms that templates read."""
     forms: tuple[Any, ...] = ({}, "{}")  # a table, and the text of one
     for arguments in forms:
-        call = {"id": "abcdefghi", "type": "function", "function": {"name": SAID, "arguments": arguments}}
+        call = {"id": CALL, "type": "function", "function": {"name": SAID, "arguments": arguments}}
         for content in ("", f"{SAID}1"):
             yield [
                 {"role": "user", "content": f"{SAID}0"},
                 {"role": "assistant", "content": content, "reasoning_content": f"{SAID}4", "tool_calls": [call]},
-                {"role": "tool", "content": f"{SAID}2", "tool_call_id": "abcdefghi", "name": SAID},
+                {"role": "tool", "content": f"{SAID}2", **OF_ROLE["tool"]},
                 {"role": "assistant", "content": f"{SAID}3", "reasoning_content": f"{SAID}5"},
             ]
 
@@ -78,17 +84,50 @@ def _tried(write: Write, messages: list[dict[str, Any]], prompt: bool) -> str:
         return ""
 
 
-def _without_openings(write: Write, messages: list[dict[str, Any]], text: str) -> str:
-    """The text of a conversation without what stands between the heading of an answer, as prompts write it, and the answer: an answer's own
-    beginning, such as an empty <think></think>."""
-    for place, message in enumerate(messages):
+def _heading(write: Write) -> str | None:
+    """What stands before an answer in a conversation and in a prompt alike. A prompt may go on behind it (<think>), and a conversation may
+    (an empty <think></think>, often in its last answer alone): the shortest of what they share is it. None where they share nothing."""
+    shared: list[str] = []
+    for messages in _conversations([]):
+        text = _tried(write, messages, False)
+        for place, message in enumerate(messages):
+            before, prompt = (_tried(write, messages[:place], asked) for asked in (False, True)) if message["role"] == "assistant" else ("", "")
+            if before and len(before) < len(prompt) and prompt.startswith(before) and text.startswith(before):
+                asked, written = prompt[len(before) :], text[len(before) :]
+                both = asked[: next((n for n, (a, b) in enumerate(zip(asked, written)) if a != b), min(len(asked), len(written)))]
+                if both == asked or written[len(both) :].lstrip().startswith(SAID):
+                    shared.append(both)
+    return min(shared, key=len, default=None)
+
+
+def _parted(whole: str, prompt: str, heading: str | None) -> tuple[str, str]:
+    """What a prompt has more than the conversation: up to the heading of an answer, and what it writes of the answer itself."""
+    added = prompt.removeprefix(whole)
+    if heading is None or not whole or added == prompt or heading not in added:
+        return added, ""
+    end = added.rfind(heading) + len(heading) if heading else 0
+    return added[:end], added[end:]
+
+
+def _without_openings(messages: list[dict[str, Any]], text: str, heading: str | None) -> str:
+    """The text of a conversation without what stands between the heading of an answer and the answer: an answer's own beginning."""
+    for message in messages if heading else ():
         if message["role"] == "assistant":
-            before, prompt = (_tried(write, messages[:place], asked) for asked in (False, True))
-            heading, at = prompt.removeprefix(before), text.find(message["content"])
-            start = text.rfind(heading, 0, max(at, 0)) if heading and heading != prompt else -1
+            at = text.find(message["content"])
+            start = text.rfind(heading or "", 0, max(at, 0))
             if start >= 0:
-                text = text[: start + len(heading)] + text[at:]
+                text = text[: start + len(heading or "")] + text[at:]
     return text
+
+
+def _around_results(write: Write, messages: list[dict[str, Any]]) -> set[str]:
+    """What stands around a tool's result, the third message: no answer holds it, though a conversation with calls alone may show it."""
+    before, after = (_tried(write, messages[:end], False) for end in (2, 3))
+    found = _in(after[len(before) :]) if after.startswith(before) else _in(after) - _in(before)
+    last = {**messages[2], "content": f"{SAID}6"}  # between two results nothing is an answer's, however the template writes answers
+    _, _, behind = _tried(write, [*messages[:3], last], False).partition(messages[2]["content"])
+    between, there, _ = behind.partition(last["content"])
+    return (found if before else set()) | (_in(between) if there else set())
 
 
 def _in(text: str) -> set[str]:
