@@ -7,10 +7,11 @@ role that the template takes, and what looks like a marker around these words is
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from treadle.errors import InputError
 
@@ -25,6 +26,7 @@ SAID = "treadleprobe"  # what messages say while a template is tried out
 CALL = "abcdefghi"  # the id of a call: Mistral's templates refuse a result whose id has not nine characters
 OF_ROLE = {"tool": {"tool_call_id": CALL, "name": SAID}, "function": {"name": SAID}}  # what templates ask of such messages
 
+Pattern = re.Pattern[str]
 Write = Callable[[list[dict[str, Any]], bool], str]
 
 
@@ -34,6 +36,67 @@ class Markers:
 
     turns: frozenset[str]
     inner: frozenset[str]
+
+
+class Normalizes(Protocol):
+    """What is asked of a tokenizer here."""
+
+    @property
+    def normalized_tokens(self) -> frozenset[str]:
+        """Tokens that are looked for in the normalised text."""
+    def normalized(self, text: str) -> str:
+        """The text as the vocabulary sees it; itself where nothing is changed."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Finds what messages may not say: (in those of WRITERS, in those of others)."""
+
+    written: tuple[Pattern | None, Pattern | None]  # markers that are no tokens
+    normal: tuple[Pattern | None, Pattern | None]  # in the normalised text: these, normalised too, and tokens that are read from it
+    controls: Pattern | None  # tokens, whose spellings are encoded as ordinary text
+    same: bool  # a text that normalising leaves as it is needs no second search
+
+    @classmethod
+    def of(cls, turns: set[str], inner: set[str], controls: tuple[str, ...], tokenizer: Normalizes) -> Refused:
+        """turns: what nobody may say; inner: what WRITERS may; controls: the tokens among both and others."""
+        nobody = turns - set(controls)
+        others = nobody | (inner - set(controls))
+        read = tokenizer.normalized_tokens.intersection(controls)
+
+        def normal(spelled: set[str]) -> set[str]:
+            # Some tokenizers write a space or U+2581 before every text; inside of a message there is none.
+            return {tokenizer.normalized(one).strip("\u2581 ") for one in spelled | read} - {""}
+
+        same = normal(others) == others | read
+        return cls((_finds(nobody), _finds(others)), (_finds(normal(nobody)), _finds(normal(others))), any_of(controls), same)
+
+    def check(self, number: int, role: str, texts: Iterable[str], tokenizer: Normalizes) -> None:
+        """InputError where one of the texts of message `number` says what it may not."""
+        which, normalized, same = role not in WRITERS, tokenizer.normalized, self.same
+        written, normal = self.written[which], self.normal[which]
+        for said in texts:
+            if written is not None and (found := written.search(said)):
+                raise InputError(f"message {number} says {found[0]!r}, which this tokenizer cannot tell from the template's own: it has "
+                                 "no such token. Leave it out, or use the template plain")  # fmt: skip
+            if normal is not None and ((plain := normalized(said)) is not said or not same):
+                parts = [plain]
+                if self.controls is not None and self.controls.search(said):
+                    parts = [normalized(part) for part in self.controls.split(said)]
+                for part in parts:
+                    if found := normal.search(part):
+                        raise InputError(f"message {number} says what this tokenizer reads as {found[0]!r}, and cannot tell from the "
+                                         "template's own. Leave it out, or use a tokenizer that does not normalise text")  # fmt: skip
+
+
+@functools.lru_cache(maxsize=64)
+def any_of(spellings: tuple[str, ...]) -> Pattern | None:
+    """Finds any of them, the longest first; None where there are none."""
+    return re.compile("|".join(map(re.escape, sorted(spellings, key=len, reverse=True)))) if spellings else None
+
+
+def _finds(spellings: set[str]) -> Pattern | None:
+    return any_of(tuple(sorted(spellings)))
 
 
 def markers_of(write: Write, roles: Iterable[str] = ()) -> Markers:
