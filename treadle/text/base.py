@@ -98,6 +98,15 @@ class Tokenizer(ABC):
         """The names under which chat templates know control tokens: eos_token, bos_token, ..."""
         return {}
 
+    @property
+    def normalized_tokens(self) -> frozenset[str]:
+        """Those of control_tokens and added_tokens that are looked for in the normalised text: spellings that normalise to one are it."""
+        return frozenset()
+
+    def normalized(self, text: str) -> str:
+        """The text as the vocabulary sees it, where a tokenizer changes case, width or the like first: equal texts have equal ids."""
+        return text
+
     def encode_controlled(self, text: str, first: bool = True) -> tuple[list[int], Offsets]:
         """A text in which control tokens are spelled -> ids, and of each the characters (start, end) it stands for.
 

@@ -16,6 +16,7 @@ import datetime
 import functools
 import json
 import re
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 
 from treadle.errors import ConfigError, InputError, NothingLearnt, TreadleError
-from treadle.text.template_markers import ROLES, WRITERS, Markers, markers_of
+from treadle.text.template_markers import ROLES, Markers, Normalizes, Refused, markers_of
 
 TEMPLATE_FILE, CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"  # as transformers calls them
 TRAIN_ON = ("assistant", "completion", "all")
@@ -59,12 +60,13 @@ PLAIN = """\
 {% endif %}"""
 NAMED = {"chatml": CHATML, "llama3": LLAMA3, "plain": PLAIN}
 
+_OF_TOKENIZERS: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], Refused]] = weakref.WeakKeyDictionary()
 Messages = Sequence[dict[str, Any]]
 Named = tuple[tuple[str, str], ...]  # a tokenizer's named tokens
 Offsets = list[tuple[int, int]]
 
 
-class Encodes(Protocol):
+class Encodes(Normalizes, Protocol):
     """What a template asks of a tokenizer."""
 
     @property
@@ -178,10 +180,16 @@ def _without_nothing(messages: Messages) -> list[dict[str, Any]]:
 
 
 def _strings(value: Any) -> Iterator[str]:
+    """What a message says. Keys too, which tojson writes; one that is an identifier spells no marker, and is passed by to save time."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for one in value.values() if isinstance(value, dict) else value:
+    elif isinstance(value, dict):
+        for key, one in value.items():
+            if isinstance(key, str) and not key.isidentifier():
+                yield key
+            yield from _strings(one)
+    elif isinstance(value, (list, tuple)):
+        for one in value:
             yield from _strings(one)
 
 
@@ -189,6 +197,10 @@ def _with_marks(value: Any, pattern: re.Pattern[str]) -> Any:
     if isinstance(value, str):
         return pattern.sub(lambda found: OPEN + found[0] + CLOSE, value)
     if isinstance(value, dict):
+        for key in value:
+            if isinstance(key, str) and not key.isidentifier() and (found := pattern.search(key)):
+                raise InputError(f"a message has a key {key[:80]!r}, which spells the control token {found[0]!r}; only values can say one as "
+                                 "ordinary text: name the key otherwise")  # fmt: skip
         return {key: _with_marks(one, pattern) for key, one in value.items()}
     return [_with_marks(one, pattern) for one in value] if isinstance(value, (list, tuple)) else value
 
@@ -303,16 +315,16 @@ class ChatTemplate:
         messages = _without_nothing(messages)
         controls = self.controls(tokenizer)
         others = tuple(sorted({message["role"] for message in messages} - set(ROLES)))
-        of_writers, of_others = _refused(self.source, _named(tokenizer), others, tuple(controls))
+        for role in others:  # known to hold no marker as it is written
+            if BUILDS_MARKERS.search(tokenizer.normalized(role)):
+                raise InputError(f"this tokenizer reads the role {role[:80]!r} as one with < > [ ] or |; name it without them")
+        refused = _refused(tokenizer, self.source, _named(tokenizer), others, tuple(controls))
         for number, message in enumerate(messages, 1):
-            refused = of_writers if message["role"] in WRITERS else of_others
-            for said in _strings(message):
-                if MARKS.search(said):
-                    raise InputError("a message holds a private-use character U+10FFF0 to U+10FFF3, which chat templates use as marks")
-                if refused is not None and (spelled := refused.search(said)):
-                    raise InputError(f"message {number} says {spelled[0]!r}, which this tokenizer cannot tell from the template's own: it has "
-                                     "no such token. Leave it out, or use the template plain")  # fmt: skip
-        pattern = _any_of(tuple(controls))
+            texts = [*_strings(message)]
+            if any(map(MARKS.search, texts)):
+                raise InputError("a message holds a private-use character U+10FFF0 to U+10FFF3, which chat templates use as marks")
+            refused.check(number, message["role"], texts, tokenizer)
+        pattern = refused.controls
         if pattern is not None and any(pattern.search(said) for said in _strings(messages)):
             messages = _with_marks(messages, pattern)
         return _Rendered.of(_render(self.source, messages, add_generation_prompt, tokenizer.named_tokens))
@@ -419,23 +431,21 @@ def _named(tokenizer: Encodes) -> Named:
 
 
 @functools.lru_cache(maxsize=64)
-def _any_of(spellings: tuple[str, ...]) -> re.Pattern[str] | None:
-    """Finds any of them, the longest first; None where there are none."""
-    return re.compile("|".join(map(re.escape, sorted(spellings, key=len, reverse=True)))) if spellings else None
-
-
-@functools.lru_cache(maxsize=64)
 def _markers(source: str, named: Named, roles: tuple[str, ...]) -> Markers:
     """What the template writes around messages, of these roles too; once for a template, since some fifty conversations are rendered."""
     return markers_of(lambda messages, prompt: MARKS.sub("", _render(source, messages, prompt, dict(named))), roles)
 
 
-@functools.lru_cache(maxsize=64)
-def _refused(source: str, named: Named, roles: tuple[str, ...], controls: tuple[str, ...]) -> tuple[re.Pattern[str] | None, re.Pattern[str] | None]:
-    """Finds the markers that are no tokens: in messages of WRITERS, and in those of others."""
-    made = _markers(source, named, roles)
-    turns = (made.turns | set(SPELLED.findall(source))) - set(controls)
-    return _any_of(tuple(sorted(turns))), _any_of(tuple(sorted((turns | made.inner) - set(controls))))
+def _refused(tokenizer: Encodes, source: str, named: Named, roles: tuple[str, ...], controls: tuple[str, ...]) -> Refused:
+    """What messages of these roles may not say to this tokenizer."""
+    known, key = _OF_TOKENIZERS.setdefault(tokenizer, {}), (source, named, roles, controls)
+    found = known.get(key)
+    if found is None:
+        made = _markers(source, named, roles)
+        if len(known) >= 64:  # many sets of roles; other threads may be reading
+            known.clear()
+        found = known[key] = Refused.of({*made.turns, *SPELLED.findall(source)}, {*made.inner}, controls, tokenizer)
+    return found
 
 
 @functools.lru_cache(maxsize=64)

@@ -72,6 +72,9 @@ class SentencePieceTokenizer(Tokenizer):
     def encode(self, text: str) -> np.ndarray:
         return np.asarray(self.inner.encode(text), dtype=np.int32)
 
+    def normalized(self, text: str) -> str:
+        return self.inner.normalize(text)
+
     def encode_rest(self, text: str) -> np.ndarray:
         return self._after_another(text)
 

@@ -177,6 +177,26 @@ class LibraryTokenizer(Tokenizer):
     def added_tokens(self) -> dict[str, int]:
         return {token.content: i for i, token in self.inner.get_added_tokens_decoder().items() if not token.special}
 
+    @functools.cached_property
+    def normalized_tokens(self) -> frozenset[str]:
+        return frozenset(token.content for token in self.inner.get_added_tokens_decoder().values() if token.normalized)
+
+    @functools.cached_property
+    def _normalizing(self) -> tuple[Any, bool, bool]:
+        """The normalizer, whether it leaves ASCII as it is, and whether the pre-tokenizer loses spaces, as BERT's does."""
+        described = json.loads(self.inner.to_str()).get("normalizer") or {}
+        steps = described.get("normalizers", []) if described.get("type") == "Sequence" else [described]
+        keeps = all(step.get("type") in ("NFC", "NFD", "NFKC", "NFKD") for step in steps)
+        splitter = self.inner.pre_tokenizer
+        loses = splitter is not None and sum(len(word) for word, _ in splitter.pre_tokenize_str("a b")) < 3
+        return self.inner.normalizer, keeps, loses
+
+    def normalized(self, text: str) -> str:
+        normalizer, keeps_ascii, loses_spaces = self._normalizing
+        if normalizer is not None and not (keeps_ascii and text.isascii()):
+            text = normalizer.normalize_str(text)
+        return "".join(text.split()) if loses_spaces else text
+
     @property
     def named_tokens(self) -> dict[str, str]:
         found = {"eos_token": self.eos_token}
