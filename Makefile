@@ -21,7 +21,7 @@ install:
 demo:
 	@echo "make demo does three things; Ctrl-C is safe at any time, and the same command goes on from there:"
 	@echo "  1. installs treadle into $(VENV)/: about 3 GB with what the tests need, two to five minutes (nothing when it is there already)"
-	@echo "  2. trains a model of 2.6 million parameters on six novels, 1950 steps: about 3 minutes on two fast, idle CPU cores,"
+	@echo "  2. trains a model of 4.1 million parameters on six novels, 1500 steps: about 3 minutes on two fast, idle CPU cores,"
 	@echo "     20 on slow or busy ones; every line says how long is left (ETA). The run goes to runs/austen/"
 	@echo "  3. lets it write 150 tokens and prints what to try next: seconds"
 	@echo

@@ -29,7 +29,7 @@ CHANGES: dict[str, dict[str, object]] = {
     "optim.ema = 0.99": {"optim.ema": 0.99},
     "tokenizer.vocab_size = 2048": {"vocab_size": 2048},
     "no token_shift": {"model.token_shift": False},
-    "model.value_embeddings": {"model.value_embeddings": True},
+    "no value_embeddings": {"model.value_embeddings": False},
     "model.mlp = relu2": {"model.mlp": "relu2"},
     "model.logit_softcap = 15": {"model.logit_softcap": 15},
 }

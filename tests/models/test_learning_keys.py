@@ -106,10 +106,13 @@ def test_a_shift_goes_on_over_padding_from_its_state() -> None:
         torch.testing.assert_close(out.logits[0, 0], whole[0, t])
 
 
-def test_value_embeddings_want_attention_where_they_would_be() -> None:
-    with pytest.raises(ConfigError, match="a block that would have them is ssd"):
-        build("transformer", **SMALL, value_embeddings=True, layer_types=["attention", "attention", "ssd"])
-    build("transformer", **SMALL, value_embeddings=True, layer_types=["attention", "ssd", "attention"])
+@pytest.mark.parametrize("types, having", [(["attention", "attention", "ssd"], [0]), (["attention", "ssd", "attention"], [0, 2]), (["ssd"], [])])
+def test_value_embeddings_are_of_attention_alone(types: list[str], having: list[int]) -> None:
+    """So a recipe with them trains with any mixer."""
+    model = build("transformer", **SMALL, value_embeddings=True, layer_types=types)
+    named = {int(name.split(".")[1]) for name, _ in model.named_parameters() if name.endswith("value_embedding.weight")}
+    assert sorted(named) == having
+    assert model(batch()).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("keys", [{"mlp": "relu2"}, {"value_embeddings": True}])

@@ -77,7 +77,8 @@ class DenseConfig(DecoderConfig):
 
     value_embeddings: bool = option(False)
     """Every other block, the last among them, adds a vector of each token's own to its attention's values, through a gate
-    that a head learns: vocab_size x (num_kv_heads x head_dim) more weights a block, and no more matrix products."""
+    that a head learns: vocab_size x (num_kv_heads x head_dim) more weights a block, and no more matrix products. A block whose
+    layer_types is no attention has none."""
 
     token_shift: bool = option(False, aliases=("smear",))
     """Each token's embedding takes a share of the one before it in its document, through a gate that reads the token's own: 32
@@ -147,7 +148,7 @@ class DenseConfig(DecoderConfig):
         return self.mlp if self.mlp == "relu2" else self.gated_activation if self.gated else self.activation
 
     def has_value_embedding(self, layer: int) -> bool:
-        """Whether this block's attention has vectors of the tokens: every other one, counted from the last."""
+        """Whether this block has vectors of the tokens where its mixer is attention: every other one, counted from the last."""
         return self.value_embeddings and (self.num_layers - 1 - layer) % 2 == 0
 
     @property

@@ -57,9 +57,6 @@ class TransformerConfig(DynamicsKeys, MixerKeys, DenseConfig):
         types = layer_types_of(self.layer_types, self.num_layers)
         if "sliding_attention" in types and self.sliding_window is None:
             raise ValueError("layer_types has sliding_attention, which needs sliding_window: the positions that a query sees")
-        if other := [kind for layer, kind in enumerate(types) if self.has_value_embedding(layer) and kind not in ("full_attention", "sliding_attention")]:
-            raise ValueError(f"value_embeddings are of attention, and a block that would have them is {other[0]}; the last block and "
-                             "every other one before it have to be attention")  # fmt: skip
         self.check_mixers(types)
         check_own(types)
         return self
