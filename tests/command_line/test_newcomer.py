@@ -363,12 +363,12 @@ def test_a_slip_in_a_recipe_of_ones_own_is_not_taken_for_another_trainers(typed:
 
 
 def test_passes_that_are_asked_for_take_the_place_of_a_recipes_steps() -> None:
-    """The built-in recipe says 1950 steps; --num_train_epochs on top of it means passes, and steps on top of those mean steps."""
+    """The built-in recipe says 1500 steps; --num_train_epochs on top of it means passes, and steps on top of those mean steps."""
 
     def asked(*tables: dict[str, Any]) -> TrainSettings:
         return compose([*typed_layers(None, Layer(tables[0], "flag")), *(Layer(table, "flag") for table in tables[1:])]).train
 
-    assert asked({}).max_steps == 1950
+    assert asked({}).max_steps == 1500
     assert asked({"num_train_epochs": 2}).max_steps is None and asked({"epochs": 2}).num_train_epochs == 2
     assert asked({"num_train_epochs": 2, "max_steps": 7}).max_steps == 7
     assert asked({"num_train_epochs": 2}, {"max_steps": 9}).max_steps == 9
