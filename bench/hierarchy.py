@@ -16,6 +16,7 @@ from pathlib import Path
 
 import treadle
 from bench.quality import LENGTH, MODELS, ROWS, trained
+from treadle.distributed.pool import folder_name
 
 HNET = MODELS["hnet"][1]
 ATTENTION = {"ternary": False, "token_mixers": ["attention", "attention"]}
@@ -46,7 +47,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
 
     def one(name: str, seed: int) -> float:
-        folder = given.output / f"{Path(given.source).stem}-{given.steps}" / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+        folder = given.output / f"{Path(given.source).stem}-{given.steps}" / f"{folder_name(name)}-{seed}"
         found = trained(VARIANTS[name], given.source, seed, given.steps, folder)
         print(f"{name}, seed {seed}: {found:.4f} bits per byte", flush=True)
         return found

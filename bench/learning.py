@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from bench.quality import cell
+from treadle.distributed.pool import folder_name
 
 RECIPE, LONG = Path(__file__).parents[1] / "recipes" / "austen.toml", 4_025_000  # characters of the second text, as the first has
 CHANGES: dict[str, dict[str, object]] = {
@@ -63,7 +64,7 @@ def main() -> None:
     def trained(name: str, text: str, seed: int) -> tuple[float, float]:
         wanted: dict[str, object] = {"max_steps": given.steps, "eval_steps": given.steps, "save_steps": given.steps, "sample_tokens": 0,
                                      "save_total_limit": 1, "seed": seed, "data.path": texts[text], **CHANGES[name]}  # fmt: skip
-        folder = given.output / str(given.steps) / f"{text}-{name.replace(' ', '-')}-{seed}"
+        folder = given.output / str(given.steps) / f"{text}-{folder_name(name)}-{seed}"
         found = cell(str(RECIPE), folder, {**wanted, "output_dir": folder})
         print(f"{text}, {name}, seed {seed}: {found:.4f} bits per byte", flush=True)
         return found, float(json.loads((folder / "summary.json").read_text(encoding="utf-8"))["cpu_seconds"])

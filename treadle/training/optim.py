@@ -241,11 +241,12 @@ class Optimizers:
             name = full.rpartition("|")[0]
             if name in places:
                 parameter = places[name][1]
-                if shape == [parameter.shape[0], 1] and parameter.dim() == 2:  # a number an output: in parts where the matrix is
+                if list(parameter.shape) == shape:
+                    made[full] = torch.zeros_like(parameter)
+                elif parameter.dim() == 2 and shape == [parameter.shape[0], 1]:  # a number an output: in parts where the matrix is
                     made[full] = torch.zeros_like(parameter[:, :1], dtype=torch.float32)
                 else:
-                    alike = list(parameter.shape) == shape
-                    made[full] = torch.zeros_like(parameter) if alike else torch.zeros(shape, dtype=torch.float32)
+                    made[full] = torch.zeros(shape, dtype=torch.float32)
         return made
 
     def _refuse_unknown(self, full_names: Iterable[str]) -> None:
