@@ -23,6 +23,7 @@ from treadle.objectives.next_token import NextToken
 from treadle.ops.attention import block_causal
 from treadle.ops.cross_entropy import linear_cross_entropy
 from treadle.ops.fused import without_kernels
+from treadle.ops.gelu import gelu_mlp
 from treadle.ops.linear import linears
 from treadle.ops.memory import keep_freed_memory
 from treadle.ops.residual import residual_sum
@@ -81,6 +82,7 @@ def operations(precision: str, rows: int, length: int, width: int, heads: int, v
         "attention": both(lambda q, k, v: block_causal(q, k, v, segments), *qkv),
         "three projections": both(linears, branch, *(torch.randn(width, width) * width**-0.5 for _ in range(3))),
         "swiglu and its products": both(swiglu, branch, *matrices),
+        "gelu and its products": both(gelu_mlp, branch, matrices[0], matrices[2], torch.zeros(inner), torch.zeros(width)),
         "head and cross-entropy": both(lambda h, w: linear_cross_entropy(h, w, labels), branch, head),
     }
 

@@ -13,6 +13,7 @@ from treadle.ops import fused, gates, memories, stream_kernels, streams, ternary
 from treadle.ops.attention import block_causal
 from treadle.ops.cross_entropy import linear_cross_entropy
 from treadle.ops.divergence import linear_divergence
+from treadle.ops.gelu import gelu_mlp
 from treadle.ops.linear import linears
 from treadle.ops.residual import residual_sum
 from treadle.ops.rms_norm import add_rms_norm, keep_rms_norm, rms_norm
@@ -37,6 +38,7 @@ ONCE: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
     "rms norm beside": (lambda x, w: keep_rms_norm(x, w)[1], [(2, N, D), (D,)]),
     "rms norm of a sum": (lambda x, y, w: add_rms_norm(x, y, w)[1], [(2, N, D), (2, N, D), (D,)]),
     "swiglu": (swiglu, [(2, N, D), (8, D), (8, D), (D, 8)]),
+    "gelu": (gelu_mlp, [(2, N, D), (8, D), (D, 8), (8,), (D,)]),
     "linears": (lambda x, *ws: sum(linears(x, *ws)), [(2, 100, D), (8, D), (8, D)]),
     "attention": (lambda *x: block_causal(*x, ((N,),) * 2), [(2, 2, N, 8)] * 3),
     "cross-entropy": (lambda h, w: linear_cross_entropy(h, w, LABELS), [(2, N, D), (8, D)]),

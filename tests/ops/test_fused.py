@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from treadle.layers.mlp import MLP
 from treadle.layers.rope import rotate, rotation
 from treadle.ops import fused
 from treadle.ops.attention import block_causal
 from treadle.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from treadle.ops.fused import without_kernels
+from treadle.ops.gelu import gelu, gelu_backward, gelu_mlp, gelu_mlp_reference
 from treadle.ops.linear import linears
 from treadle.ops.residual import residual_sum
 from treadle.ops.rms_norm import add_rms_norm, keep_rms_norm, rms_norm, rms_norm_reference
@@ -104,12 +106,47 @@ def test_gated_activation_between_its_products(rows: int, autocast: bool) -> Non
 
 
 @pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("rows", [3, 300])
+@pytest.mark.parametrize("biased", [False, True])
+def test_gelu_between_its_products(rows: int, autocast: bool, biased: bool) -> None:
+    torch.manual_seed(0)
+    shapes = ((56, 24), (24, 56), (56,), (24,))[: 4 if biased else 2]
+    inputs = [torch.randn(2, rows, 24), *(torch.randn(shape) * 0.2 for shape in shapes)]
+    check(gelu_mlp, inputs, autocast, 4e-6, products=True)
+    same(results(gelu_mlp, inputs, autocast), results(gelu_mlp_reference, inputs, autocast), 3e-2 if autocast else 4e-6)
+    x, grad = ((torch.randn(700, 40) * 3).to(torch.bfloat16 if autocast else torch.float32) for _ in range(2))
+    kernel = [gelu(x), *gelu_backward(grad.clone(), x)]
+    exact = [F.gelu(x.double(), approximate="tanh"), torch.ops.aten.gelu_backward(grad.double(), x.double(), approximate="tanh")]
+    for found, wanted in zip(kernel, (*exact, exact[0])):
+        torch.testing.assert_close(found.double(), wanted, atol=2e-6, rtol=4e-3 if autocast else 2e-6)
+    extreme = torch.tensor([-1e4, -200.0, -1e-30, 0.0, 200.0, 1e4, float("nan"), float("inf")])
+    torch.testing.assert_close(gelu(extreme), F.gelu(extreme, approximate="tanh"), equal_nan=True, atol=1e-30, rtol=2e-6)
+    slopes = gelu_backward(torch.ones(8), extreme)[0]
+    torch.testing.assert_close(slopes[:6], torch.tensor([0.0, 0.0, 0.5, 0.5, 1.0, 1.0]), atol=1e-20, rtol=1e-6)
+
+
+def test_the_plain_mlp_keeps_no_result_of_its_activation() -> None:
+    """And gradients of what is frozen are not computed."""
+    mlp, kept = MLP(24, 56), []
+    mlp.up.weight.requires_grad_(False)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        out = mlp(torch.randn(300, 24, requires_grad=True))
+    assert kept.count(torch.Size([300, 56])) == 1
+    out.sum().backward()
+    assert mlp.up.weight.grad is None and mlp.up.bias.grad is not None
+    torch.testing.assert_close(mlp.down.bias.grad, torch.full((24,), 300.0))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("rows", [2, 150])
 def test_products_of_one_input(rows: int, autocast: bool) -> None:
     torch.manual_seed(0)
     inputs = [torch.randn(2, rows, 24), torch.randn(40, 24), torch.randn(8, 24), torch.randn(24, 24)]
     one, other = (results(f, inputs, autocast) for f in (linears, lambda x, *ws: tuple(F.linear(x, w) for w in ws)))
     same(one, other, 2e-2 if autocast else 4e-6)
+    biased = [*inputs, *(torch.randn(len(w)) for w in inputs[1:])]
+    one = results(lambda x, *ts: linears(x, *ts[:3], biases=list(ts[3:])), biased, autocast)
+    same(one, results(lambda x, *ts: tuple(map(F.linear, [x] * 3, ts[:3], ts[3:])), biased, autocast), 2e-2 if autocast else 4e-6)
     frozen = inputs[1].clone().requires_grad_()
     linears(inputs[0], frozen, inputs[2])[0].sum().backward()
     torch.testing.assert_close(frozen.grad, inputs[0].sum((0, 1)).expand(40, 24), atol=1e-4, rtol=1e-4)

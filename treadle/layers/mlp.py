@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from treadle.layers.linear import are_plain
 from treadle.layers.lora import FrozenLinear
+from treadle.ops.gelu import gelu_mlp
 from treadle.ops.swiglu import gated_products, swiglu
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -48,7 +49,10 @@ class MLP(nn.Module):
         self.up = nn.Linear(width, inner, bias=bias)
         self.down = nn.Linear(inner, width, bias=bias)
         self.activation = ACTIVATIONS[activation]
+        self.fused = activation == "gelu_tanh"
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
+        if self.fused and are_plain(self.up, self.down, biased=True):
+            return gelu_mlp(x, self.up.weight, self.down.weight, self.up.bias, self.down.bias)
         return self.down(self.activation(self.up(x)))

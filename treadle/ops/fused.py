@@ -1,7 +1,7 @@
 """csrc/fused.c: what it can be called with, and its functions as functions of tensors.
 
 The kernels take plain fp32 and bf16 tensors of the CPU. Each has its equation in torch operations beside the function that
-uses it (rms_norm.py, residual.py, rotary.py, swiglu.py, attention.py, cross_entropy.py), which runs wherever the kernel does not.
+uses it (rms_norm.py, residual.py, rotary.py, swiglu.py, gelu.py, attention.py, cross_entropy.py), which runs wherever the kernel does not.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ _SIGNATURES = {
     "rotate": [*[_POINTER] * 4, _INT, _POINTER, _POINTER, _SIZE, _FLOAT, *[_SIZE] * 5, _INT],
     "swiglu_forward": [*[_POINTER] * 3, _INT, _SIZE, _INT],
     "swiglu_backward": [*[_POINTER] * 6, _INT, _SIZE, _INT],
+    "gelu_forward": [*[_POINTER] * 2, _INT, _SIZE, _INT],
+    "gelu_backward": [*[_POINTER] * 4, _INT, _SIZE, _INT],
     "add": [_POINTER, _INT, _POINTER, _INT, _POINTER, _SIZE, _INT],
     "causal_softmax": [_POINTER, _INT, _FLOAT, *[_SIZE] * 5, _INT],
     "causal_softmax_backward": [_POINTER, _POINTER, _INT, _FLOAT, *[_SIZE] * 5, _INT],
     "cross_entropy": [_POINTER, _INT, _POINTER, _SIZE, _FLOAT, _POINTER, _INT, _SIZE, _SIZE, _INT],
 }  # fmt: skip
-_CANNOT_FAIL = {"swiglu_forward", "swiglu_backward", "add"}  # they hold nothing but a stack's buffers
+_CANNOT_FAIL = {"swiglu_forward", "swiglu_backward", "gelu_forward", "gelu_backward", "add"}  # they hold nothing but a stack's buffers
 NO_MEMORY = 1  # a flag, enum failure of csrc/fused.c
 
 

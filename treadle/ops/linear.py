@@ -9,6 +9,7 @@ machine's make alone, since each library rounds in an order of its own and a res
 from __future__ import annotations
 
 import functools
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -63,34 +64,41 @@ def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
             and x.shape[0] >= ONEDNN_FROM_ROWS and _prefers_onednn() and not are_switched_off())  # fmt: skip
 
 
-def product(x: Tensor, weight: Tensor, added: Tensor | None = None) -> Tensor:
-    """x [N, K], weight [O, K] of any strides -> x weight^T (+ added) [N, O]; `added` may be overwritten."""
+def product(x: Tensor, weight: Tensor, added: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """x [N, K], weight [O, K] of any strides -> x weight^T (+ added [N, O] or bias [O], not both) [N, O]; `added` may be
+    overwritten."""
     if _takes_onednn(x, weight):
         if added is None:
-            return _onednn()(x, weight, None, "none", [], "")
+            return _onednn()(x, weight, bias, "none", [], "")
         return _onednn().binary(x, added, weight, None, "add")
+    if bias is not None:
+        return torch.addmm(bias, x, weight.t())
     return x @ weight.t() if added is None else added.addmm_(x, weight.t())
 
 
 class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """tensors: `count` weights and as many biases, or none."""
         dtype = compute_dtype(x)
-        ctx.types, ctx.input_shape = [t.dtype for t in (x, *weights)], x.shape
-        flat, narrow = x.reshape(-1, x.shape[-1]).to(dtype), [w.to(dtype) for w in weights]
-        ctx.save_for_backward(flat, *narrow)
+        ctx.types, ctx.input_shape, ctx.count = [t.dtype for t in (x, *tensors)], x.shape, count
+        flat, narrow = x.reshape(-1, x.shape[-1]).to(dtype), [t.to(dtype) for t in tensors]
+        weights = narrow[:count]
+        ctx.save_for_backward(flat, *weights)
         with without_autocast(x):
-            return tuple(product(flat, w).view(*x.shape[:-1], w.shape[0]) for w in narrow)
+            return tuple(product(flat, w, bias=b).view(*x.shape[:-1], w.shape[0]) for w, b in zip_longest(weights, narrow[count:]))
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         flat, *weights = ctx.saved_tensors
         slopes = [g.reshape(-1, g.shape[-1]) for g in grads]
-        grad_x, grad_weights = linears_backward(flat, weights, slopes, ctx.needs_input_grad)
+        of_x, _, *of_tensors = ctx.needs_input_grad
+        grad_x, of_weights = linears_backward(flat, weights, slopes, (of_x, *of_tensors[: ctx.count]))
         if grad_x is not None:
             grad_x = grad_x.view(ctx.input_shape).to(ctx.types[0])
-        return grad_x, *(g if g is None else g.to(kind) for g, kind in zip(grad_weights, ctx.types[1:]))
+        of_biases = [slope.sum(0) if want else None for slope, want in zip(slopes, of_tensors[ctx.count :])]
+        return grad_x, None, *(g if g is None else g.to(kind) for g, kind in zip((*of_weights, *of_biases), ctx.types[1:]))
 
 
 def linears_backward(
@@ -108,11 +116,12 @@ def is_short(x: Tensor) -> bool:
     return not torch.is_grad_enabled() and x.numel() < ONEDNN_FROM_ROWS * x.shape[-1]
 
 
-def linears(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-    """x [..., K], weights [O_i, K] -> x W_i^T [..., O_i], in autocast's type where that is on."""
+def linears(x: Tensor, *weights: Tensor, biases: list[Tensor] | None = None) -> tuple[Tensor, ...]:
+    """x [..., K], weights [O_i, K], biases [O_i], one for each or none -> x W_i^T + b_i [..., O_i], in autocast's type where that is
+    on. torch's own would convert x to that type once for each weight, and keep every copy."""
     if is_short(x) or not runs_on_cpu(x, *weights):
-        return tuple(F.linear(x, w) for w in weights)
-    return _Linears.apply(x, *weights)  # type: ignore[no-untyped-call]
+        return tuple(F.linear(x, w, b) for w, b in zip_longest(weights, biases or ()))
+    return _Linears.apply(x, len(weights), *weights, *(biases or ()))  # type: ignore[no-untyped-call]
 
 
 def takes_one_product(x: Tensor) -> bool:

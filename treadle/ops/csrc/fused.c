@@ -259,6 +259,43 @@ void swiglu_backward(const void *grad, const void *gate, const void *up, void *g
     }
 }
 
+/* ---- GELU in its tanh form: x sigmoid(2 u), u = sqrt(2 / pi) (x + .044715 x^3), as (1 + tanh u) / 2 = sigmoid(2 u) ---- */
+
+#define TWICE_ROOT 1.5957691216f /* 2 sqrt(2 / pi) */
+
+static inline float gelu_share(float x) { return 1.0f / (1.0f + exponential(-TWICE_ROOT * x * (1.0f + 0.044715f * x * x))); }
+
+void gelu_forward(const void *x, void *out, int kind, int64_t count, int threads) {
+    int64_t chunks = (count + CHUNK - 1) / CHUNK;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        float first[CHUNK], second[CHUNK];
+        int64_t from = chunk * CHUNK, width = count - from < CHUNK ? count - from : CHUNK;
+        const float *restrict in = loaded(at(x, kind, from), kind, first, width);
+        for (int64_t k = 0; k < width; k++) second[k] = in[k] * gelu_share(in[k]);
+        store(at(out, kind, from), kind, second, width);
+    }
+}
+
+/* The gradient of x, and the result itself once more, which forward did not keep; `grad_x` and `out` may be `grad`. */
+void gelu_backward(const void *grad, const void *x, void *grad_x, void *out, int kind, int64_t count, int threads) {
+    int64_t chunks = (count + CHUNK - 1) / CHUNK;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        float first[CHUNK], second[CHUNK], of_x[CHUNK], result[CHUNK];
+        int64_t from = chunk * CHUNK, width = count - from < CHUNK ? count - from : CHUNK;
+        const float *restrict in = loaded(at(x, kind, from), kind, first, width);
+        const float *restrict d = loaded(at(grad, kind, from), kind, second, width);
+        for (int64_t k = 0; k < width; k++) {
+            float share = gelu_share(in[k]), slope = TWICE_ROOT * (1.0f + 3.0f * 0.044715f * in[k] * in[k]);
+            result[k] = in[k] * share;
+            of_x[k] = d[k] * (share + result[k] * (1.0f - share) * slope);
+        }
+        store(at(grad_x, kind, from), kind, of_x, width);
+        store(at(out, kind, from), kind, result, width);
+    }
+}
+
 /* ---- residual sums ---- */
 
 /* out = x + added, x and out of one kind; they may be the same. */
