@@ -46,6 +46,11 @@ def of_a_gpu(results: Path) -> dict[str, Any]:
     return {}
 
 
+def names(file: Path = FILE) -> list[str]:
+    """Of all goals, in their order."""
+    return [goal["name"] for goal in tomllib.loads(file.read_text(encoding="utf-8"))["goal"]]
+
+
 def judge(values: dict[str, Any], kind: str, file: Path = FILE) -> list[Verdict]:
     """A verdict on each goal that holds on a machine of this kind (`machine.kind`)."""
     said = []

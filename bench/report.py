@@ -1,8 +1,8 @@
 """docs/performance.md's tables and pictures from the results of `python -m bench`.
 
-    python -m bench.report [RESULT.json]         # default: the newest bench/results/cpu-*.json that has parts
+    python -m bench.report [RESULT.json ...]     # default: of each kind of machine the newest bench/results/cpu-*.json that has parts
 
-Only what stands between the marks `<!-- NAME -->` and `<!-- end -->` is written; the words around them are the document's own.
+Goals, training and memory are shown of each machine, every other part of the newest result that has it. Only what stands between the marks `<!-- NAME -->` and `<!-- end -->` is written; the words around them are the document's own.
 """
 
 from __future__ import annotations
@@ -50,20 +50,71 @@ def machine(result: Values) -> str:
             + (f"\n\n{result['note']}" if "note" in result else ""))  # fmt: skip
 
 
-def goals(result: Values) -> str:
-    """As judged then, those of a GPU by its newest run."""
-    of_a_gpu = {verdict.name: verdict.as_json() for verdict in judged.judge(judged.of_a_gpu(RESULTS), "") if verdict.section == "gpu"}
-    rows, verdicts = [], [of_a_gpu.get(goal["name"], goal) for goal in result["goals"]]
-    for goal in verdicts:
-        figure = "" if goal["value"] is None else f"{goal['value']:.3g}"
-        outcome = goal["outcome"]
-        rows.append([goal["name"], goal["wanted"], figure, f"**{outcome}**" if outcome.startswith("MISSED") else outcome])
-    met = sum(goal["outcome"] == "met" for goal in verdicts)
-    missed = sum(goal["outcome"].startswith("MISSED") for goal in verdicts)
-    return f"{met} met, {missed} missed, {len(rows) - met - missed} not measured.\n\n" + table(["goal", "wanted", "measured", ""], rows)
+KINDS = {"amx": "AMX", "avx512_bf16": "fast bf16", "plain": "no fast bf16"}
 
 
-def training(result: Values) -> str:
+def label(result: Values) -> str:
+    """A machine in few words."""
+    about = result["machine"]
+    name = re.sub(r"\((R|TM)\)| Processor", "", about["processor"])
+    return f"{name} ({KINDS.get(about.get('kind'), 'unknown kind')})"
+
+
+def machines(results: list[Values]) -> str:
+    return "\n\n".join(f"**{label(result)}.** {machine(result)}" for result in results)
+
+
+def goals(results: list[Values]) -> str:
+    """Of every machine, by the goals as they are now; those of a GPU by its newest run."""
+    found = {label(result): judged.judge(judged.flat(result["parts"]), result["machine"].get("kind", "")) for result in results}
+    columns = {name: {verdict.name: verdict for verdict in verdicts if verdict.section != "gpu"} for name, verdicts in found.items()}
+    columns["GPU"] = {verdict.name: verdict for verdict in judged.judge(judged.of_a_gpu(RESULTS), "") if verdict.section == "gpu"}
+    wanted = {verdict.name: verdict for verdicts in columns.values() for verdict in verdicts.values()}
+    order = {name: place for place, name in enumerate(judged.names())}
+    rows = [[name, wanted[name].wanted, *(_cell(verdicts.get(name)) for verdicts in columns.values())] for name in sorted(wanted, key=order.__getitem__)]
+    counts = []
+    for name, verdicts in columns.items():
+        outcomes = [verdict.outcome for verdict in verdicts.values()]
+        met, missed = outcomes.count("met"), sum(outcome.startswith("MISSED") for outcome in outcomes)
+        counts.append(f"{name}: {met} met, {missed} missed, {len(outcomes) - met - missed} not measured.")
+    return " ".join(counts) + "\n\n" + table(["goal", "wanted", *columns], rows)
+
+
+def _cell(verdict: judged.Verdict | None) -> str:
+    """One goal on one machine; empty where it has no such goal."""
+    if verdict is None:
+        return ""
+    figure = "" if verdict.value is None else f"{verdict.value:.3g} "
+    return figure + (f"**{verdict.outcome}**" if verdict.outcome.startswith("MISSED") else verdict.outcome)
+
+
+def of_each(part: str, section: Callable[[Values, str], str]) -> Callable[[list[Values]], str]:
+    """A part as every machine that measured it has it. section(result, a word for its picture's name)."""
+
+    def render(results: list[Values]) -> str:
+        having = [result for result in results if part in result["parts"]]
+        if not having:
+            return section({"parts": {}}, "")
+        several = len(having) > 1
+        shown = [section(result, f"_{result['machine'].get('kind', number)}" if number else "") for number, result in enumerate(having)]
+        return "\n\n".join(f"{label(result)}:\n\n{text}" if several else text for result, text in zip(having, shown))
+
+    return render
+
+
+def of_newest(part: str, section: Callable[[Values], str]) -> Callable[[list[Values]], str]:
+    """A part of the newest result that has it; of which machine stands there where it is not the first."""
+
+    def render(results: list[Values]) -> str:
+        for result in results:
+            if part in result["parts"]:
+                return ("" if result is results[0] else f"{label(result)}:\n\n") + section(result)
+        return section({"parts": {}})
+
+    return render
+
+
+def training(result: Values, which: str) -> str:
     values, rows = result["parts"].get("contest", {}), []
     names = [name.removesuffix(TOKENS) for name in values if name.endswith(TOKENS)]
     for name in names:
@@ -75,15 +126,15 @@ def training(result: Values) -> str:
                      f"{values[f'{name}: CPU seconds to the first step']:.1f}"])  # fmt: skip
     shown = table(["", "tokens per CPU-second", "share of the matrix peak", "peak GB", "CPU seconds from start to first step"], rows)
     order = sorted((name for name in names if number(values, name + TOKENS)), key=lambda name: -values[name + TOKENS])
-    return shown + picture("training", "training, tokens per CPU-second", [(name, number(values, name + TOKENS)) for name in order])
+    return shown + picture(f"training{which}", "training, tokens per CPU-second", [(name, number(values, name + TOKENS)) for name in order])
 
 
-def memory(result: Values) -> str:
+def memory(result: Values, which: str) -> str:
     values, text = result["parts"].get("memory", {}), ""
     names = [name for name in values if name.endswith(": GB")]
     text = table(["peak memory of the process", "GB"], [[name.removesuffix(": GB"), as_text(values[name])] for name in names])
     rows = [(name.split(", ", 1)[1].removesuffix(": GB") + (" (32k)" if "32k" in name else ""), number(values, name)) for name in names if ", " in name]
-    return text + picture("memory", "peak memory, GB (10.8M parameters; 32k: with a vocabulary of 32k)", rows)
+    return text + picture(f"memory{which}", "peak memory, GB (10.8M parameters; 32k: with a vocabulary of 32k)", rows)
 
 
 def plain(part: str, what: str = "") -> Callable[[Values], str]:
@@ -133,7 +184,7 @@ def architectures(result: Values) -> str:
     return shown + picture("architectures", "CPU time of a step over a dense model of equal parameters (line: equal)", drawn, 1.0)
 
 
-def gpu(result: Values) -> str:
+def gpu(results: list[Values]) -> str:
     for path in sorted(RESULTS.glob("gpu-*.json"), reverse=True):
         found = json.loads(path.read_text(encoding="utf-8"))
         if not found.get("tiny"):
@@ -144,39 +195,46 @@ def gpu(result: Values) -> str:
     return "Not measured: no GPU was at hand. `python -m bench.gpu` writes this table, in under ten minutes."
 
 
-SECTIONS: dict[str, Callable[[Values], str]] = {
-    "machine": machine, "goals": goals, "training": training, "memory": memory, "startup": plain("startup", "start"), "decoding": decoding,
-    "packing": plain("packing", "data"), "kernels": plain("kernels"), "architectures": architectures, "scale": scale,
-    "demo": plain("demo", "learning"), "collatz": plain("collatz"), "gpu": gpu,
+SECTIONS: dict[str, Callable[[list[Values]], str]] = {
+    "machine": machines, "goals": goals, "training": of_each("contest", training), "memory": of_each("memory", memory),
+    "decoding": of_newest("generate", decoding), "architectures": of_newest("architectures", architectures), "scale": of_newest("scale", scale),
+    **{name: of_newest(name, plain(name, what)) for name, what in
+       {"startup": "start", "packing": "data", "kernels": "", "demo": "learning", "serving": "", "collatz": ""}.items()},
+    "gpu": gpu,
 }  # fmt: skip
 
 
-def render(text: str, result: Values) -> str:
+def render(text: str, results: list[Values]) -> str:
     """The document with its marked places written anew."""
     for name, section in SECTIONS.items():
         mark = re.compile(rf"<!-- {name} -->\n.*?<!-- end -->", flags=re.S)
         if mark.search(text):
-            body = section(result)
+            body = section(results)
             if body.endswith("--- |"):  # the heads of a table without rows
                 body = f"Not measured in this run: `python -m bench --only {'contest' if name == 'training' else name}`, then `python -m bench.report`."
             text = mark.sub(lambda _, body=body, name=name: f"<!-- {name} -->\n{body}\n<!-- end -->", text)  # type: ignore[misc]
     return text
 
 
-def newest() -> Path:
+def newest() -> list[Path]:
+    """The newest result of each kind of machine, the newest of all first."""
+    found: dict[str, Path] = {}
     for path in sorted(RESULTS.glob("cpu-*.json"), reverse=True):
-        if "parts" in json.loads(path.read_text(encoding="utf-8")):
-            return path
-    raise SystemExit("no result yet; python -m bench writes one")
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if "parts" in result:
+            found.setdefault(result["machine"]["kind"], path)
+    if not found:
+        raise SystemExit("no result yet; python -m bench writes one")
+    return list(found.values())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("result", nargs="?", type=Path)
-    path = parser.parse_args().result or newest()
-    result = json.loads(path.read_text(encoding="utf-8"))
-    DOCUMENT.write_text(render(DOCUMENT.read_text(encoding="utf-8"), result), encoding="utf-8")
-    print(f"{DOCUMENT.relative_to(ROOT)} from {path.name}")
+    parser.add_argument("results", nargs="*", type=Path)
+    paths = parser.parse_args().results or newest()
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    DOCUMENT.write_text(render(DOCUMENT.read_text(encoding="utf-8"), results), encoding="utf-8")
+    print(f"{DOCUMENT.relative_to(ROOT)} from {', '.join(path.name for path in paths)}")
 
 
 if __name__ == "__main__":

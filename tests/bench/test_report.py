@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import types
 from pathlib import Path
@@ -12,11 +13,7 @@ import pytest
 from bench import contest, pictures, report, run
 
 RESULT = {
-    "machine": {"processor": "Some CPU", "features": ["avx2"], "cores": 2, "threads": 1, "load": [0.1], "python": "3.11", "torch": "2.13"},
-    "goals": [
-        {"name": "fast", "section": "training", "wanted": "at least 2", "value": 1.0, "outcome": "MISSED by 50%"},
-        {"name": "gpu", "section": "gpu", "wanted": "at least 1", "value": None, "outcome": "skipped (no GPU here)"},
-    ],
+    "machine": {"processor": "Some(R) CPU", "kind": "plain", "features": ["avx2"], "cores": 2, "threads": 1, "load": [0.1], "python": "3.11", "torch": "2.13"},
     "parts": {
         "contest": {
             "ours auto: tokens per CPU-second": 2000.0, "ours auto: share of peak": 0.5, "ours auto: peak GB": 1.0,
@@ -31,12 +28,29 @@ def test_marked_places_are_written_and_words_stay(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(report, "IMAGES", tmp_path)
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     text = "Words.\n\n" + "\n".join(f"<!-- {name} -->\nold\n<!-- end -->\nbetween" for name in report.SECTIONS)
-    made = report.render(text, RESULT)
+    made = report.render(text, [RESULT])
     assert made.startswith("Words.") and "old" not in made and made.count("between") == len(report.SECTIONS)
-    assert "0 met, 1 missed, 1 not measured" in made and "**MISSED by 50%**" in made
+    assert "Some CPU (no fast bf16): 0 met, 1 missed," in made and "| peak memory of the 10.8M run, GB | at most 0.8 | 0.9 **MISSED by 12%** |" in made
     assert "| litgpt fp32 | skipped (not installed) |" in made and "| ours auto | 2,000 | 50% | 1.00 | 3.0 |" in made
-    assert report.render(made, RESULT) == made
+    assert "Not measured in this run: `python -m bench --only demo`" in made
+    assert report.render(made, [RESULT]) == made
     assert (tmp_path / "performance_training.svg").exists() and not (tmp_path / "performance_scale.svg").exists()
+
+
+def test_each_kind_of_machine_has_its_goals_and_other_parts_are_the_newest_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "IMAGES", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    old = {**RESULT, "machine": {**RESULT["machine"], "processor": "Old", "kind": "amx"},
+           "parts": {"contest": {"auto over HF bf16": 2.5}, "memory": {"10.8M parameters, ours auto: GB": 0.7}, "demo": {"bits": 1.25}}}  # fmt: skip
+    for name, result in {"cpu-20260101": {**old, "parts": {}}, "cpu-20260102": old, "cpu-20260103": RESULT, "cpu-20260104": {"first": "form"}}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(result), encoding="utf-8")
+    assert [path.stem for path in report.newest()] == ["cpu-20260103", "cpu-20260102"]
+    goals, memory, demo = (report.SECTIONS[name]([RESULT, old]) for name in ("goals", "memory", "demo"))
+    assert "| goal | wanted | Some CPU (no fast bf16) | Old (AMX) | GPU |" in goals
+    assert "| peak memory of the 10.8M run, GB | at most 0.8 | 0.9 **MISSED by 12%** | 0.7 met |" in goals
+    assert "| our defaults against Hugging Face Trainer bf16, tokens per CPU-second (AMX) | at least 2.4 |  | 2.5 met |" in goals
+    assert memory.index("Some CPU") < memory.index("0.9") < memory.index("Old") < memory.index("0.7")
+    assert demo == "Old (AMX):\n\n| learning |  |\n| --- | --- |\n| bits | 1.25 |"
 
 
 def test_bars_are_drawn_to_scale(tmp_path: Path) -> None:
