@@ -3,8 +3,8 @@ equal steps, and what these cost.
 
     python -m bench.learning [--steps 200] [--seeds 3] [--only CHANGE ...] [--processes 2] [--output runs/learning]
 
-Every row is the recipe with one change (AdamW and SOAP at the rate that AdamW had in the demo). Two texts: the bundled novels, and about
-as much source of Python's standard library, whole files in the order of their names. Every cell is an ordinary run of the command line on
+Every row is the recipe with one change (AdamW and SOAP at the rate that AdamW had in the demo). Two texts: the bundled novels and
+Python's standard library (bench/texts.py). Every cell is an ordinary run of the command line on
 one thread, so the same command goes on with an interrupted table, and no figure but the CPU seconds depends on what else the machine
 does; of those the least of a row's runs counts.
 """
@@ -15,14 +15,14 @@ import argparse
 import json
 import os
 import statistics
-import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from bench.quality import cell
+from bench.texts import file_of
 from treadle.distributed.pool import folder_name
 
-RECIPE, LONG = Path(__file__).parents[1] / "recipes" / "austen.toml", 4_025_000  # characters of the second text, as the first has
+RECIPE = Path(__file__).parents[1] / "recipes" / "austen.toml"
 CHANGES: dict[str, dict[str, object]] = {
     "the recipe": {},
     "optim.name = muon": {"optim.name": "muon"},
@@ -36,20 +36,6 @@ CHANGES: dict[str, dict[str, object]] = {
 }
 
 
-def second_text(folder: Path) -> Path:
-    """Source of the standard library, until it is about as long as the novels."""
-    path = folder / "python.txt"
-    if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        library, taken, size = Path(sysconfig.get_path("stdlib")), [], 0
-        for source in sorted(library.rglob("*.py")):
-            if size < LONG and not {"site-packages", "test", "lib2to3", "idlelib"} & set(source.relative_to(library).parts):
-                taken.append(source.read_text(encoding="utf-8", errors="replace"))
-                size += len(taken[-1])
-        path.write_text("\n\n".join(taken), encoding="utf-8")
-    return path
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.learning", description=__doc__)
     parser.add_argument("--steps", type=int, default=200)
@@ -59,7 +45,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/learning"))
     given = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    texts = {"novels": "austen", "python": str(second_text(given.output))}
+    texts = {"novels": "austen", "python": str(file_of("python", given.output))}
 
     def trained(name: str, text: str, seed: int) -> tuple[float, float]:
         wanted: dict[str, object] = {"max_steps": given.steps, "eval_steps": given.steps, "save_steps": given.steps, "sample_tokens": 0,

@@ -22,6 +22,7 @@ import torch
 
 import treadle
 from bench.quality import cell
+from bench.texts import file_of
 from treadle.data.batch import Batch
 from treadle.models.base import Model, parameter_count
 from treadle.models.transformer import Transformer, TransformerConfig
@@ -101,6 +102,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--output", default="runs/mixers")
     given = parser.parse_args()
+    given.text = str(file_of(given.text, Path(given.output)))
     keep_freed_memory()
     found: dict[str, list[float]] = {name: [] for name in given.only or PATTERNS}
     cells = [(name, seed) for seed in range(given.seeds) for name in found]
@@ -108,7 +110,7 @@ def main() -> None:
         for (name, seed), value in zip(cells, several.map(lambda cell: trained(cell[0], given.text, cell[1], given), cells)):
             found[name].append(value)
             print(f"{name}, seed {seed}: {value:.4f} bits per byte", flush=True)
-    print(f"\n{given.steps} steps of {ROWS} rows x {given.length} bytes of {given.text}, learning rate {given.rate:g}, {given.seeds} seeds; "
+    print(f"\n{given.steps} steps of {ROWS} rows x {given.length} bytes of {Path(given.text).stem}, learning rate {given.rate:g}, {given.seeds} seeds; "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}")  # fmt: skip
     print(f"{'':<24}{'bits per byte':>20}{'parameters':>12}{'CPU time a step':>18}{f'state at {TOKENS}':>16}")
     for name, values in found.items():

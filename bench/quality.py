@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 import treadle
+from bench.texts import file_of
 from treadle.models.base import Model
 
 ROWS, LENGTH, WARMUP = 16, 256, 25
@@ -77,7 +78,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--output", default="runs/quality")
     given = parser.parse_args()
-    texts = {Path(given.first).stem: given.first, **dict(text.split("=", 1) for text in given.texts)}
+    texts = {Path(given.first).stem: str(file_of(given.first, Path(given.output))), **dict(text.split("=", 1) for text in given.texts)}
     found: dict[tuple[str, str], list[float]] = {}
     for seed in range(given.seeds):
         for text, source in texts.items():

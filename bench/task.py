@@ -41,11 +41,9 @@ class Task:
 
     def data(self) -> np.ndarray:
         """The bundled text as bytes, uint8 [N]."""
-        from treadle.data.sources import open_source
+        from bench.texts import novels
 
-        source = open_source("austen")
-        text = "".join(str(d) for piece in source.pieces() for d in source.read(piece))
-        return np.frombuffer(text.encode(), dtype=np.uint8)
+        return np.frombuffer(novels().encode(), dtype=np.uint8)
 
     def batch(self, data: np.ndarray, step: int) -> np.ndarray:
         """Rows of length + 1 tokens at random positions, int64 [rows, length + 1]."""
