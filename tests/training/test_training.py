@@ -353,7 +353,14 @@ def test_a_used_folder_is_refused_unless_resumed(tmp_path: Path, data: dict) -> 
 
 def test_a_loss_weight_for_no_loss_is_refused(tmp_path: Path, data: dict) -> None:
     with pytest.raises(ConfigError, match="next_token"):
-        trainer(tmp_path, data, loss_weights={"next_tokn": 0.5}).train()
+        trainer(tmp_path, data, loss_weights={"next_tokn": 0.5}, save_steps=1).train()
+    assert not list((tmp_path / "checkpoints").glob("step-*"))
+
+
+def test_without_a_gpu_the_first_step_is_the_first_that_is_computed(tmp_path: Path, data: dict) -> None:
+    made, passes = trainer(tmp_path, data, max_steps=1), []
+    made.model.embedding.register_forward_hook(lambda *_: passes.append(made.state.step) if made.model.training else None)
+    assert made.train()["step"] == 1 and passes == [0]
 
 
 def test_callbacks_and_pinned_checkpoints(tmp_path: Path, data: dict) -> None:
