@@ -110,7 +110,7 @@ def stepper_of(model: Any, precision: str, learning_rate: float) -> Any:
     return Stepper(ModelWithObjective(model, NextToken()), optimizers, seed=0, precision=precision, max_grad_norm=1.0, loss_weights={})
 
 
-def our_steps(device: str, tiny: bool, compiled: bool, packed: int = 0) -> dict[str, Any]:
+def our_steps(device: str, tiny: bool, compiled: bool, packed: int = 0, precision: str = "bf16") -> dict[str, Any]:
     """Our model and step at GPT-2's shape; packed: so many documents a row, of other lengths in each."""
     from bench.peers.ours import our_model
     from treadle.data.batch import Batch
@@ -118,9 +118,11 @@ def our_steps(device: str, tiny: bool, compiled: bool, packed: int = 0) -> dict[
 
     task = TOY if tiny else LARGE
     model = our_model(task).to(device)
+    if precision == "fp8":
+        resolve.use_fp8(model)
     if compiled:
         resolve.compile_blocks(model)
-    stepper = stepper_of(model, "bf16", task.learning_rate)
+    stepper = stepper_of(model, precision, task.learning_rate)
     data = task.data()
     rows = [torch.from_numpy(task.batch(data, i)) for i in range(4)]
     batches = [Batch.from_ids(r[:, :-1].contiguous(), labels=r[:, 1:].contiguous(), doc_ids=documents(task, packed, seed)).to(device)
@@ -303,6 +305,7 @@ PARTS: dict[str, tuple[Callable[[str, bool], dict[str, Any]], str | None, int]] 
     "ours eager": (lambda d, t: our_steps(d, t, False), None, 90),
     "ours compiled": (lambda d, t: our_steps(d, t, True), None, 150),
     "ours compiled, 8 documents a row": (lambda d, t: our_steps(d, t, True, 8), None, 150),
+    "ours compiled, fp8": (lambda d, t: our_steps(d, t, True, precision="fp8"), None, 150),
     "plain eager": (lambda d, t: plain_steps(d, t, False), None, 60),
     "plain compiled": (lambda d, t: plain_steps(d, t, True), None, 120),
     "HF Trainer compiled": (lambda d, t: trainer_steps(d, t, True), "accelerate", 150),
@@ -341,7 +344,8 @@ def ratios(found: dict[str, Any]) -> dict[str, Any]:
         return found.get(f"124M {name}: tokens per second", "skipped (not measured)")
 
     for ours, other in (("ours compiled", "plain compiled"), ("ours eager", "plain eager"), ("ours compiled", "HF Trainer compiled"),
-                        ("ours eager", "HF Trainer eager"), ("ours compiled", "ours eager"), ("ours compiled, 8 documents a row", "ours compiled")):  # fmt: skip
+                        ("ours eager", "HF Trainer eager"), ("ours compiled", "ours eager"), ("ours compiled, 8 documents a row", "ours compiled"),
+                        ("ours compiled, fp8", "ours compiled")):  # fmt: skip
         pair = [speed(ours), speed(other)]
         reason = next((one for one in pair if isinstance(one, str)), None)
         made[f"124M {ours} over {other}"] = reason or pair[0] / pair[1]

@@ -26,6 +26,8 @@ from treadle.objectives.next_token import NextToken
 from treadle.ops import document_attention, ternary
 from treadle.ops.attention import causal_attention
 from treadle.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from treadle.ops.fp8 import fp8_linear
+from treadle.ops.precision import FP8_FROM
 from treadle.ops.scan import scan, scan_reference
 from treadle.training.resolve import compile_blocks
 
@@ -188,6 +190,22 @@ def test_compiled_blocks_take_other_documents_without_another_compilation() -> N
         with torch.autocast("cuda", torch.bfloat16):
             NextToken()(model, batch).losses["next_token"].total.backward()
     assert counters["stats"]["unique_graphs"] <= 3, dict(counters["stats"])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_products_of_8_bits_are_those_that_a_cpu_computes(compiled: bool) -> None:
+    if torch.cuda.get_device_capability() < FP8_FROM:
+        pytest.skip("this GPU has no products of 8-bit floats")
+    torch.manual_seed(0)
+    x, weight, slope = torch.randn(96, 64), torch.randn(128, 64) * 0.1, torch.randn(96, 128) * 1e-3
+    way, found = torch.compile(fp8_linear) if compiled else fp8_linear, []
+    for device, function in (("cpu", fp8_linear), (DEVICE, way)):
+        leaves = [t.to(device, torch.bfloat16).requires_grad_() for t in (x, weight)]
+        out = function(*leaves)
+        out.backward(slope.to(device, torch.bfloat16))
+        found.append([t.detach().float().cpu() for t in (out, *(leaf.grad for leaf in leaves))])
+    for want, got in zip(*found):
+        assert (got - want).norm() <= 1e-2 * want.norm()
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])

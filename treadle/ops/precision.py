@@ -16,6 +16,7 @@ from treadle.errors import ConfigError
 from treadle.ops.processor import made_by_amd
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FP8_FROM = (8, 9)  # compute capability: Ada, Hopper and later
 
 # CPU: bf16 autocast over fp32 weights pays where the processor multiplies bf16 itself. Measured on two AVX-512-bf16
 # cores: the step is 1.7-1.8x faster at width 384. Below this width conversions cost more than products save.
@@ -35,7 +36,9 @@ def cpu_multiplies_bf16() -> bool:
 
 
 def resolve(requested: str, device: torch.device, width: int) -> str:
-    """fp32, bf16 or fp16 for a request (auto included) on a device; ConfigError where it cannot run."""
+    """fp32, bf16, fp16 or fp8 for a request (auto included) on a device; ConfigError where it cannot run."""
+    if requested == "fp8":
+        check_fp8(torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0))
     if device.type == "cuda":
         has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
         if requested == "bf16" and not has_bf16:
@@ -44,6 +47,13 @@ def resolve(requested: str, device: torch.device, width: int) -> str:
     if requested != "auto":
         return requested
     return "bf16" if cpu_multiplies_bf16() and width >= CPU_BF16_FROM_WIDTH else "fp32"
+
+
+def check_fp8(capability: tuple[int, int]) -> None:
+    """ConfigError for a device without products of 8-bit floats, by its compute capability ((0, 0): no GPU)."""
+    if capability < FP8_FROM:
+        what = "this is no GPU" if capability == (0, 0) else f"this GPU's is {capability[0]}.{capability[1]}"
+        raise ConfigError(f"fp8 needs a GPU of compute capability 8.9 or more, {what}; use --precision bf16, or fp32")
 
 
 def probe(width: int, rows: int = 2048) -> float:
@@ -60,10 +70,10 @@ def probe(width: int, rows: int = 2048) -> float:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """The context a forward pass runs in; weights stay fp32."""
+    """The context a forward pass runs in; weights stay fp32. fp8 is bf16 outside of the linear layers (layers/fp8.py)."""
     if precision == "fp32":
         return nullcontext()
-    return torch.autocast(device.type, dtype=DTYPES[precision])
+    return torch.autocast(device.type, dtype=torch.bfloat16 if precision == "fp8" else DTYPES[precision])
 
 
 def compute_dtype(like: torch.Tensor) -> torch.dtype:

@@ -52,6 +52,8 @@ def _spread(
     """The module over all processes, its weights allocated and on their device."""
     model = module.model
     mode = resolve_mode(recipe.parallel, world, model.parameter_count(), device)
+    if precision == "fp8" and mode not in ("none", "ddp"):
+        raise ConfigError(f"fp8 works on one GPU and with --parallel ddp; {mode} keeps weights in parts: use --precision bf16")
     on_meta = any(p.is_meta for p in model.parameters())
     if mode != "fsdp" and not on_meta:
         model.to(device)

@@ -8,15 +8,18 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from treadle.data.base import DATASETS, Dataset
 from treadle.distributed.world import World
 from treadle.errors import ConfigError
+from treadle.layers.fp8 import Fp8Linear
 from treadle.models.base import Model
 from treadle.models.catalogue import MODELS
 from treadle.monitor.console import Console
 from treadle.objectives.base import OBJECTIVES, Objective
 from treadle.ops import precision
+from treadle.ops.fp8 import MULTIPLE
 from treadle.registry import nearest
 from treadle.settings import Settings
 from treadle.training.config import Recipe
@@ -147,7 +150,7 @@ def check_schedules(recipe: Recipe, data: Dataset, lengths: tuple[tuple[int, int
 
 
 def resolve_precision(recipe: Recipe, model: Model, device: torch.device, console: Console) -> str:
-    """fp32, bf16 or fp16; a quick probe only verifies a choice that was made for the user."""
+    """fp32, bf16, fp16 or fp8; a quick probe only verifies a choice that was made for the user."""
     width = model.width
     chosen = precision.resolve(recipe.train.precision, device, width)
     if recipe.train.precision == "auto" and chosen == "bf16" and device.type == "cpu":
@@ -199,6 +202,8 @@ def settle(
     recipe.train.precision = chosen  # type: ignore[assignment]
     recipe.train.global_batch_size = plan.global_batch
     set_checkpointing(model, recipe.train.gradient_checkpointing)
+    if chosen == "fp8" and not use_fp8(model):
+        raise ConfigError("precision = fp8, and no linear layer of this model's blocks has widths that are multiples of 16; use --precision bf16")
     if recipe.train.torch_compile is True:
         compile_blocks(model)
     return chosen
@@ -219,6 +224,18 @@ def set_checkpointing(model: Model, wanted: bool | int | list[int]) -> None:
         chosen = set(range(0, len(blocks), wanted))
     for index, block in enumerate(blocks):
         block.gradient_checkpointing = index in chosen  # type: ignore[assignment]
+
+
+def use_fp8(model: Model) -> int:
+    """Makes nn.Linear in the model's blocks Fp8Linear, where both widths are multiples of 16 and its rules call the weight a matrix of
+    products (routers decide, and stay); names and parameters stay. How many there are now."""
+    rules, names = model.parameter_rules(), {id(p): name for name, p in model.named_parameters()}
+    for layer in (module for block in model.blocks() for module in block.modules()):
+        if type(layer) is nn.Linear and layer.in_features % MULTIPLE == layer.out_features % MULTIPLE == 0:
+            name = names.get(id(layer.weight), "")
+            if "router" not in name and (name not in rules or rules[name].matrix):
+                layer.__class__ = Fp8Linear
+    return sum(isinstance(module, Fp8Linear) for module in model.modules())
 
 
 def compile_blocks(model: Model) -> None:

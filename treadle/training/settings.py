@@ -59,10 +59,11 @@ class TrainSettings(Settings):
     seq_len (seq_len itself where it is less). A step between 0 and 1 is a share of the run. A step keeps its tokens and their
     labels; attention looks less far back and costs less."""
 
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = option(
         "auto", aliases=("mixed_precision", "amp_dtype"), change="fixed", spellings=PRECISION_SPELLINGS
     )
-    """auto picks bf16 (autocast over fp32 weights) where it is known to pay, else fp32; fp16 scales the loss."""
+    """auto picks bf16 (autocast over fp32 weights) where it is known to pay, else fp32; fp16 scales the loss; fp8 is bf16
+    with 8-bit products in the blocks' linear layers, on GPUs from Ada and Hopper on."""
 
     attention_backend: Literal["auto", "flash", "efficient", "cudnn", "math"] = option("auto", aliases=("attn_implementation", "sdpa_backend"))
     """The kernel of full attention while training: auto (the fastest known), or one of torch's by name, where the device has
