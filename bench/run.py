@@ -78,11 +78,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=list(PARTS), help="some parts")
     parser.add_argument("--rounds", type=int, default=2, help="of training, A B C ... C B A each")
     parser.add_argument("--steps", type=int, default=Task.steps, help="of training, each; the first three are not timed")
-    parser.add_argument("--threads", type=int, help="of every process; default: one where the machine is loaded, else all cores")
+    parser.add_argument("--threads", type=int, default=1, help="of every process; CPU seconds also count threads that wait for others")
     parser.add_argument("--output", type=Path, help="the JSON to write or add to; default results/cpu-DATE.json, none with --quick")
     given = parser.parse_args()
-    loaded = machine.loaded()
-    threads = given.threads or (1 if loaded else machine.cores())
+    loaded, threads = machine.loaded(), given.threads
     os.environ["OMP_NUM_THREADS"], os.environ["BENCH_LOADED"] = str(threads), str(int(loaded))
     import torch
 
