@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from treadle.layers.mlp import MLP
 from treadle.layers.rope import rotate, rotation
-from treadle.ops import fused
+from treadle.ops import attention, fused
 from treadle.ops.attention import block_causal
 from treadle.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from treadle.ops.fused import without_kernels
@@ -185,6 +185,30 @@ def test_attention(window: int | None, dtype: torch.dtype) -> None:
         row = [x[:1] for x in inputs]
         exact = results(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask), row)
         same(results(lambda *x: block_causal(*x, segments[:1], window), row), exact, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("segments", [((300,),) * 3, ((300,), (170, 130), (60, 211, -29)), ((20, 280), (20, 280), (300,))])
+def test_long_documents_go_through_torchs_kernel(segments: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(3, 4, 300, 16).to(dtype), *(torch.randn(3, 2, 300, 16).to(dtype) for _ in range(2))]
+    blocks = results(lambda *x: block_causal(*x, segments), inputs)
+    monkeypatch.setattr(attention, "LONG", dict.fromkeys(DTYPES, 200))
+    assert attention.LONG and any(run >= 200 for row in segments for run in row)
+    calls: list[int] = []
+    plain = F.scaled_dot_product_attention
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", lambda q, *a, **k: calls.append(q.shape[2]) or plain(q, *a, **k))
+    same(results(lambda *x: block_causal(*x, segments), inputs), blocks, 2e-2 if dtype == torch.bfloat16 else 4e-6)
+    assert calls and min(calls) >= 200
+
+
+def test_a_long_row_keeps_no_probabilities_and_is_counted() -> None:
+    length = attention.LONG[torch.float32]
+    x, kept = torch.randn(1, 1, length, 8, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t), FlopCounterMode(display=False) as counter:
+        block_causal(x, x, x, ((length,),)).sum().backward()
+    assert max(kept) <= 8 * length
+    assert counter.get_total_flops() == (4 + 10) * length * length * 8  # two products forward; five backward, the scores once more
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
