@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from treadle.data.base import BatchPlan, Dataset
 from treadle.errors import ConfigError, DataError, TreadleError
 from treadle.ops.memory import is_out_of_memory
-from treadle.registry import nearest
 from treadle.training.assembly import Assembly
 from treadle.training.config import Recipe
 
@@ -30,10 +27,3 @@ def mock_step(dataset: Dataset, plan: BatchPlan, assembly: Assembly, recipe: Rec
                           "--torch_compile") from problem  # fmt: skip
     if not assembly.strategy.engine_owns_step:
         assembly.optimizers.zero_grad()
-
-
-def check_loss_weights(recipe: Recipe, losses: Collection[str]) -> None:
-    """ConfigError for a weight of a loss that is none of a step's `losses`."""
-    unknown = sorted(set(recipe.train.loss_weights) - set(losses))
-    if unknown:
-        raise ConfigError(f"loss_weights.{unknown[0]}: {nearest(unknown[0], list(losses))} (the parts of this model's loss)")

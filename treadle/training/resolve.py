@@ -190,7 +190,7 @@ def settle(
     console: Console,
 ) -> str:  # fmt: skip
     """Writes what was resolved into the recipe, so that the run's config.toml says it and a resumed run keeps it; marks the
-    blocks that recompute or are compiled. Returns the number format."""
+    blocks that recompute or are compiled. Returns the number format. ConfigError for fp8 where no layer can have it."""
     chosen = world.on_main_first(lambda: resolve_precision(recipe, model, device, console))
     recipe.arch = MODELS.name_of(type(model), recipe.arch)
     recipe.model = model.config.model_dump()

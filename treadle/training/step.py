@@ -25,6 +25,7 @@ from treadle.ops.attention import attention_backend
 from treadle.ops.host_copy import HostCopy
 from treadle.ops.precision import autocast
 from treadle.ops.sharding import local
+from treadle.registry import nearest
 from treadle.training.optim import Optimizers
 
 
@@ -92,7 +93,7 @@ class Stepper:
         veto: Callable[[float], bool] | None = None,
     ) -> StepResult:
         """Step number `step`. A loss or gradient that is not finite, or a loss that `veto` refuses, leaves the weights as
-        they were (skipped). ConfigError when the loss lacks the objective's headline."""
+        they were (skipped). ConfigError when the loss lacks the objective's headline or, in step 0, a part that has a weight."""
         counts = self._counts(micro_batches)
         if not self.strategy.engine_owns_step:
             self.optimizers.zero_grad()
@@ -124,6 +125,8 @@ class Stepper:
         if headline not in (*sums, TOTAL):
             raise ConfigError(f"the objective's headline is {self.objective.headline!r}, but its loss has the terms "
                               f"{', '.join(sums)}")  # fmt: skip
+        if step == 0 and (unknown := sorted(set(self.loss_weights) - set(sums))):
+            raise ConfigError(f"loss_weights.{unknown[0]}: {nearest(unknown[0], list(sums))} (the parts of this model's loss)")
         shown = sums[headline] if headline in sums else torch.stack([weights[name] * value for name, value in sums.items()]).sum()
         norm = None if self.strategy.engine_owns_step else self._norm()
         numbers = torch.stack([shown.float(), *totals.float(), *([norm.float()] if norm is not None else [])])

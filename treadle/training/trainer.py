@@ -30,7 +30,7 @@ from treadle.training.checkpoints import Checkpoints
 from treadle.training.config import Recipe
 from treadle.training.context import Context
 from treadle.training.feeding import Feed
-from treadle.training.mock_step import check_loss_weights, mock_step
+from treadle.training.mock_step import mock_step
 from treadle.training.requests import END
 from treadle.training.run_files import RunFolder, refuse_used
 from treadle.training.run_state import RunState
@@ -143,8 +143,6 @@ class Trainer:
         context.warmed_up = state.step >= warmup_steps(self.recipe.optim, self.plan.max_steps)
         context.learning_rate = learning_rate(self.recipe.optim, state.step, self.plan.max_steps)
         context.result = self.assembly.stepper.run(state.step, micro_batches, context.learning_rate, veto=self.callbacks.veto)
-        if state.step == 0:
-            check_loss_weights(self.recipe, context.result.losses)
         context.step_seconds = time.perf_counter() - begun
         context.data_wait, context.data_wait_share, context.computed = self.feed.waits(context.step_seconds)
         context.step_positions, state.position = self.feed.begun_at, position
