@@ -1,8 +1,8 @@
-"""Why a small H-Net was behind a dense transformer of its FLOPs: one change after the other, at equal bytes seen.
+"""Why a small H-Net was behind a dense transformer of its FLOPs: changes one after the other, at equal bytes seen.
 
     python -m bench.hierarchy [--texts austen python] [--steps 600] [--seeds 3] [--only NAME ...] [--processes 2] [--output runs/hierarchy]
 
-Each row but the first is the H-Net of the row before it with one more change, at the better of the learning rates 4e-3 and 8e-3 (novels,
+Each H-Net keeps the changes of those before it (VARIANTS has all), at the better of the learning rates 4e-3 and 8e-3 (novels,
 one seed; of the dense model 4e-3, 8e-3 and 1.6e-2). NorMuon, constant rate and then linear decay over the second half. Every cell is an
 ordinary run of the command line on one thread, evaluated on all of its held-out text, so an interrupted table continues. FLOPs are
 those of a byte's forward pass with as many chunks as the ratio loss aims at.

@@ -184,7 +184,7 @@ def make_trainer(request: Request, recipe: Recipe, console: Console, world: Worl
     from treadle.models.pretrained import keep_generation_file, locate, read_tokenizer, tokenizer_to_start_with
     from treadle.ops.attention import check_backend
     from treadle.ops.memory import keep_freed_memory, return_freed_memory
-    from treadle.ops.precision import DTYPES
+    from treadle.ops.precision import autocast_dtype
     from treadle.reporting.tables import architecture
     from treadle.training import adapting
     from treadle.training.trainer import Trainer
@@ -215,7 +215,7 @@ def make_trainer(request: Request, recipe: Recipe, console: Console, world: Worl
         model, splits["train"], splits.get("validation"), recipe, objective, resume=True, console=console,
         listen=not console.quiet, world=world,
     )  # fmt: skip
-    computed_by = check_backend(recipe.train.attention_backend, trainer.device, DTYPES[trainer.context.precision])
+    computed_by = check_backend(recipe.train.attention_backend, trainer.device, autocast_dtype(trainer.context.precision))
     kinds = architecture(model.arch, getattr(model.config, "layer_types", None))
     attention = f", attention {computed_by}" if kinds == model.arch or "full_attention" in kinds else ""
     first = trainer.plan.length_at(0)

@@ -93,6 +93,11 @@ def test_routers_and_odd_widths_keep_theirs() -> None:
     assert use_fp8(odd) == 0 and all(type(m) is not Fp8Linear for m in odd.modules())
 
 
+def test_no_rows_are_no_error_and_everybody_knows_what_fp8_computes_in() -> None:
+    assert fp8_linear(torch.empty(0, 16), torch.ones(32, 16)).shape == (0, 32)
+    assert precision.autocast_dtype("fp8") == torch.bfloat16 and precision.autocast_dtype("fp16") == torch.float16
+
+
 def test_where_it_cannot_run_it_says_what_to_type(tmp_path: Path, text_file: Path) -> None:
     for capability, said in (((0, 0), "no GPU"), ((8, 0), "8.0")):
         with pytest.raises(ConfigError, match=f"{said}.*--precision bf16"):

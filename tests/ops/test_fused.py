@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from treadle.layers.linear import outputs
 from treadle.layers.mlp import MLP
 from treadle.layers.rope import rotate, rotation
 from treadle.ops import attention, fused
@@ -121,6 +122,8 @@ def test_gelu_between_its_products(rows: int, autocast: bool, biased: bool) -> N
         torch.testing.assert_close(found.double(), wanted, atol=2e-6, rtol=4e-3 if autocast else 2e-6)
     extreme = torch.tensor([-1e4, -200.0, -1e-30, 0.0, 200.0, 1e4, float("nan"), float("inf")])
     torch.testing.assert_close(gelu(extreme), F.gelu(extreme, approximate="tanh"), equal_nan=True, atol=1e-30, rtol=2e-6)
+    for huge in (-1e12, -3e18):
+        assert [float(t) for t in (gelu(torch.tensor([huge])), *gelu_backward(torch.ones(1), torch.tensor([huge])))] == [0.0] * 3
     slopes = gelu_backward(torch.ones(8), extreme)[0]
     torch.testing.assert_close(slopes[:6], torch.tensor([0.0, 0.0, 0.5, 0.5, 1.0, 1.0]), atol=1e-20, rtol=1e-6)
 
@@ -135,6 +138,15 @@ def test_the_plain_mlp_keeps_no_result_of_its_activation() -> None:
     out.sum().backward()
     assert mlp.up.weight.grad is None and mlp.up.bias.grad is not None
     torch.testing.assert_close(mlp.down.bias.grad, torch.full((24,), 300.0))
+
+
+def test_a_replaced_layer_needs_no_bias() -> None:
+    class Twice(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    x, plain = torch.randn(3, 4), torch.nn.Linear(4, 4)
+    assert all(torch.equal(a, b) for a, b in zip(outputs(x, Twice(), plain), (2 * x, plain(x))))
 
 
 @pytest.mark.parametrize("autocast", [False, True])

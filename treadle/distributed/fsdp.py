@@ -21,7 +21,7 @@ from treadle.distributed.settings import ParallelSettings
 from treadle.distributed.world import World
 from treadle.errors import ConfigError
 from treadle.models.base import Model
-from treadle.ops.precision import DTYPES
+from treadle.ops.precision import autocast_dtype
 
 
 def make_mesh(kind: str, size: int, shard_size: int | None) -> DeviceMesh:
@@ -41,7 +41,7 @@ def shard(module: torch.nn.Module, model: Model, mesh: DeviceMesh, settings: Par
     half = full
     if precision != "fp32":
         half = MixedPrecisionPolicy(
-            param_dtype=DTYPES[precision], reduce_dtype=torch.float32, cast_forward_inputs=False
+            param_dtype=autocast_dtype(precision), reduce_dtype=torch.float32, cast_forward_inputs=False
         )
     offload = CPUOffloadPolicy() if settings.cpu_offload else OffloadPolicy()
 

@@ -18,10 +18,9 @@ def are_plain(*layers: nn.Module, biased: bool = False) -> bool:
 
 def outputs(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """layer(x) of each; by one function where they allow it. x [..., K], each layer [N_i, K] -> [..., N_i]."""
-    biases = [layer.bias for layer in layers if layer.bias is not None]
-    if len(biases) in (0, len(layers)) and are_plain(*layers, biased=True):
+    if are_plain(*layers, biased=True):
         weights: list[Tensor] = [layer.weight for layer in layers]  # type: ignore[misc]
-        if len(layers) > 1 and takes_one_product(x):
-            return in_one_product(x, weights, biases)  # type: ignore[arg-type]
-        return linears(x, *weights, biases=biases)  # type: ignore[arg-type]
+        biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]  # type: ignore[misc]
+        if len(biases) in (0, len(layers)):
+            return in_one_product(x, weights, biases) if len(layers) > 1 and takes_one_product(x) else linears(x, *weights, biases=biases)
     return tuple(layer(x) for layer in layers)

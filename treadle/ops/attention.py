@@ -67,7 +67,7 @@ def attention_backend(name: str) -> Iterator[None]:
 def check_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """What attention is computed by, for people; ConfigError when this device has no such kernel."""
     if name == "auto":
-        return "auto (blocks of queries)" if device.type == "cpu" else "auto (torch chooses)"
+        return "auto (blocks of queries; torch's for long documents)" if device.type == "cpu" else "auto (torch chooses)"
     probe = torch.zeros(1, 1, 8, 16, device=device, dtype=dtype)
     with attention_backend(name), torch.no_grad():
         _sdpa(probe, probe, probe, is_causal=True)
@@ -234,29 +234,24 @@ def block_causal(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: in
     k, v = _expand_groups(q, k, v)
     flat = [x.reshape(rows * heads, length, width) for x in (q, k, v)]
     spans = spans_of(segments, heads)
-    if window is None and any(_is_long(span, q.dtype) for span in spans):
-        return _document_by_document(flat, spans, heads).unflatten(0, (rows, heads))
-    return _BlockCausal.apply(*flat, spans, window, heads)  # type: ignore[no-untyped-call]
+    long = [span for span in spans if window is None and _is_long(span, q.dtype)]
+    if not long:
+        return _BlockCausal.apply(*flat, spans, window, heads)  # type: ignore[no-untyped-call]
+    if spans == ((0, rows * heads, 0, length),):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    # All short documents together: each slice has a gradient of the whole's size.
+    short = tuple(span for span in spans if span not in long)
+    out = _BlockCausal.apply(*flat, short, None, heads) if short else torch.zeros_like(q)  # type: ignore[no-untyped-call]
+    out = out.clone()
+    for first, last, begin, end in long:
+        rows_of, places = slice(first // heads, last // heads), slice(begin, end)
+        one, two, three = (x[rows_of, :, places] for x in (q, k, v))
+        out[rows_of, :, places] = F.scaled_dot_product_attention(one, two, three, is_causal=True)
+    return out
 
 
 def _is_long(span: Span, dtype: torch.dtype) -> bool:
     return span[3] - span[2] >= LONG.get(dtype, LONG[torch.float32])
-
-
-def _document_by_document(flat: list[Tensor], spans: tuple[Span, ...], heads: int) -> Tensor:
-    """q, k, v [N, T, E] -> [N, T, E], each span by what suits its length."""
-    out = torch.zeros_like(flat[0])
-    for span in spans:
-        first, last, begin, end = span
-        q, k, v = (x[first:last, begin:end].unflatten(0, (-1, heads)) for x in flat)
-        if _is_long(span, q.dtype):
-            made = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            made = block_causal(q, k, v, ((end - begin,),) * q.shape[0])
-        if made.numel() == out.numel():  # whole rows of one length
-            return made.flatten(0, 1)
-        out[first:last, begin:end] = made.flatten(0, 1)
-    return out
 
 
 def causal_attention(

@@ -23,7 +23,8 @@ SMALLEST = 1e-12  # of a tensor's largest number, so that zeros have a scale
 def quantized(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
     """x [...] -> its numbers in `kind`, dense by rows, and their scale, fp32 []: x is about numbers * scale."""
     x = x.contiguous()
-    scale = x.abs().amax().float().clamp_min(SMALLEST) / torch.finfo(kind).max
+    largest = x.abs().amax() if x.numel() else x.new_zeros(())
+    scale = largest.float().clamp_min(SMALLEST) / torch.finfo(kind).max
     return (x.float() / scale).clamp(-torch.finfo(kind).max, torch.finfo(kind).max).to(kind), scale
 
 

@@ -69,11 +69,16 @@ def probe(width: int, rows: int = 2048) -> float:
     return times[torch.float32] / max(times[torch.bfloat16], 1e-9)
 
 
+def autocast_dtype(precision: str) -> torch.dtype:
+    """What is computed in; fp8 is bf16 outside of the linear layers (layers/fp8.py)."""
+    return torch.bfloat16 if precision == "fp8" else DTYPES[precision]
+
+
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """The context a forward pass runs in; weights stay fp32. fp8 is bf16 outside of the linear layers (layers/fp8.py)."""
+    """The context a forward pass runs in; weights stay fp32."""
     if precision == "fp32":
         return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16 if precision == "fp8" else DTYPES[precision])
+    return torch.autocast(device.type, dtype=autocast_dtype(precision))
 
 
 def compute_dtype(like: torch.Tensor) -> torch.dtype:

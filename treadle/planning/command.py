@@ -73,6 +73,8 @@ def _recommended(recipe: Recipe, memory: Any, training: bool, target: str | None
     kind = _kind(recipe, "cuda" if torch.cuda.is_available() else "cpu")
     lengths = (recipe.data.seq_len,) if _asked(recipe, "data.seq_len", target) else LENGTHS
     asked = recipe.train.precision
+    if asked == "fp8" and kind == "cpu":
+        number_formats.check_fp8((0, 0))
     if asked != "auto":
         precisions = (asked,)
     elif kind == "cuda":

@@ -203,7 +203,8 @@ def settle(
     recipe.train.global_batch_size = plan.global_batch
     set_checkpointing(model, recipe.train.gradient_checkpointing)
     if chosen == "fp8" and not use_fp8(model):
-        raise ConfigError("precision = fp8, and no linear layer of this model's blocks has widths that are multiples of 16; use --precision bf16")
+        raise ConfigError("precision = fp8, and this model's blocks have no plain linear layer whose widths are multiples of 16 (adapters, ternary "
+                          "and recurrent layers keep their own products); use --precision bf16")
     if recipe.train.torch_compile is True:
         compile_blocks(model)
     return chosen

@@ -265,6 +265,8 @@ void swiglu_backward(const void *grad, const void *gate, const void *up, void *g
 
 static inline float gelu_share(float x) { return 1.0f / (1.0f + exponential(-TWICE_ROOT * x * (1.0f + 0.044715f * x * x))); }
 
+#define FLAT -16.0f /* below it nothing is left in fp32, while x^3 would magnify what `exponential` leaves of e^-x */
+
 void gelu_forward(const void *x, void *out, int kind, int64_t count, int threads) {
     int64_t chunks = (count + CHUNK - 1) / CHUNK;
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -272,7 +274,7 @@ void gelu_forward(const void *x, void *out, int kind, int64_t count, int threads
         float first[CHUNK], second[CHUNK];
         int64_t from = chunk * CHUNK, width = count - from < CHUNK ? count - from : CHUNK;
         const float *restrict in = loaded(at(x, kind, from), kind, first, width);
-        for (int64_t k = 0; k < width; k++) second[k] = in[k] * gelu_share(in[k]);
+        for (int64_t k = 0; k < width; k++) second[k] = in[k] < FLAT ? 0.0f : in[k] * gelu_share(in[k]);
         store(at(out, kind, from), kind, second, width);
     }
 }
@@ -288,8 +290,9 @@ void gelu_backward(const void *grad, const void *x, void *grad_x, void *out, int
         const float *restrict d = loaded(at(grad, kind, from), kind, second, width);
         for (int64_t k = 0; k < width; k++) {
             float share = gelu_share(in[k]), slope = TWICE_ROOT * (1.0f + 3.0f * 0.044715f * in[k] * in[k]);
-            result[k] = in[k] * share;
-            of_x[k] = d[k] * (share + result[k] * (1.0f - share) * slope);
+            float both = in[k] * share, whole = share + both * (1.0f - share) * slope;
+            result[k] = in[k] < FLAT ? 0.0f : both;
+            of_x[k] = in[k] < FLAT ? 0.0f : d[k] * whole;
         }
         store(at(grad_x, kind, from), kind, of_x, width);
         store(at(out, kind, from), kind, result, width);
