@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import treadle
-from bench.quality import HIERARCHY, LENGTH, MODELS, ROWS, WARMUP, cell
+from bench.quality import HIERARCHY, LENGTH, MODELS, ROWS, trained
 from bench.texts import file_of
 from treadle.distributed.pool import folder_name
 
@@ -51,19 +51,16 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     texts = {Path(text).stem: file_of(text, given.output) for text in given.texts}
 
-    def trained(text: str, name: str, seed: int) -> float:
+    def one(text: str, name: str, seed: int) -> float:
         arch, keys, rate = VARIANTS[name]
         folder = given.output / str(given.steps) / f"{text}-{folder_name(name)}-{seed}"
-        wanted = {"max_steps": given.steps, "seq_len": LENGTH, "per_device_train_batch_size": ROWS, "warmup_steps": WARMUP, "lr": rate,
-                  "precision": "fp32", "tokenizer": "byte", "seed": seed, "eval_rows": "null", "eval_steps": given.steps, "sample_tokens": 0,
-                  "save_steps": given.steps, "output_dir": folder, "model.arch": arch, **OPTIMIZER, **keys}  # fmt: skip
-        found = cell(str(texts[text]), folder, wanted)
+        found = trained((arch, {**OPTIMIZER, **keys}, rate), str(texts[text]), seed, given.steps, folder)
         print(f"{text}, {name}, seed {seed}: {found:.4f} bits per byte", flush=True)
         return found
 
     cells = [(text, name, seed) for seed in range(given.seeds) for text in texts for name in given.only]
     with ThreadPoolExecutor(given.processes) as pool:
-        found = dict(zip(cells, pool.map(lambda of: trained(*of), cells)))
+        found = dict(zip(cells, pool.map(lambda of: one(*of), cells)))
     print(f"\n{given.steps} steps of {ROWS} x {LENGTH} bytes; mean over {given.seeds} seed(s) (largest - smallest)")
     print("| | parameters | FLOPs a byte | " + " | ".join(texts) + " |\n|---|---|---|" + "---|" * len(texts))
     for name in given.only:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from treadle.errors import ConfigError
 from treadle.ops.document_attention import document_attention, takes
@@ -37,19 +37,12 @@ BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIE
 _backend = "auto"  # of this process, as torch's own switches are
 
 
-def _flops(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *_: object, **__: object) -> int:
-    return int(sdpa_flop_count(q, k, v))
-
-
-def _backward_flops(grad: tuple[int, ...], q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *_: object, **__: object) -> int:
-    return int(sdpa_backward_flop_count(grad, q, k, v))
-
-
 # torch's counter does not know its kernel for CPUs.
-for _kernel, _formula in ((torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, _flops),
-                          (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, _backward_flops)):  # fmt: skip
+for _kernel, _alike in ((torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, torch.ops.aten._scaled_dot_product_flash_attention),
+                        (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
+                         torch.ops.aten._scaled_dot_product_flash_attention_backward)):  # fmt: skip
     if _kernel not in flop_registry:
-        register_flop_formula(_kernel)(_formula)
+        register_flop_formula(_kernel, get_raw=True)(flop_registry[_alike])
 
 
 @contextmanager
@@ -232,17 +225,15 @@ def block_causal(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window: in
     without a window go through torch's kernel. q [B, H, T, E], k, v [B, G, T, E] -> [B, H, T, E]."""
     rows, heads, length, width = q.shape
     k, v = _expand_groups(q, k, v)
-    flat = [x.reshape(rows * heads, length, width) for x in (q, k, v)]
     spans = spans_of(segments, heads)
     long = [span for span in spans if window is None and _is_long(span, q.dtype)]
-    if not long:
-        return _BlockCausal.apply(*flat, spans, window, heads)  # type: ignore[no-untyped-call]
-    if spans == ((0, rows * heads, 0, length),):
+    if long and spans == ((0, rows * heads, 0, length),):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    # All short documents together: each slice has a gradient of the whole's size.
-    short = tuple(span for span in spans if span not in long)
-    out = _BlockCausal.apply(*flat, short, None, heads) if short else torch.zeros_like(q)  # type: ignore[no-untyped-call]
-    out = out.clone()
+    flat = [x.reshape(rows * heads, length, width) for x in (q, k, v)]
+    # All others together: each slice below has a gradient of the whole's size.
+    out: Tensor = _BlockCausal.apply(*flat, tuple(span for span in spans if span not in long), window, heads)  # type: ignore[no-untyped-call]
+    if long:
+        out = out.clone()
     for first, last, begin, end in long:
         rows_of, places = slice(first // heads, last // heads), slice(begin, end)
         one, two, three = (x[rows_of, :, places] for x in (q, k, v))

@@ -73,14 +73,10 @@ def _recommended(recipe: Recipe, memory: Any, training: bool, target: str | None
     kind = _kind(recipe, "cuda" if torch.cuda.is_available() else "cpu")
     lengths = (recipe.data.seq_len,) if _asked(recipe, "data.seq_len", target) else LENGTHS
     asked = recipe.train.precision
-    if asked == "fp8" and kind == "cpu":
-        number_formats.check_fp8((0, 0))
-    if asked != "auto":
-        precisions = (asked,)
-    elif kind == "cuda":
-        precisions = ("bf16", "fp32")  # type: ignore[assignment]
+    if kind == "cpu":
+        precisions = (number_formats.resolve(asked, torch.device("cpu"), 1024),)
     else:
-        precisions = (number_formats.resolve("auto", torch.device("cpu"), 1024),)  # type: ignore[assignment]
+        precisions = ("bf16", "fp32") if asked == "auto" else (asked,)  # type: ignore[assignment]
     again = recipe.train.gradient_checkpointing if _asked(recipe, "train.gradient_checkpointing", target) else None
     if again is not None and not isinstance(again, bool):
         raise ConfigError(f"gradient_checkpointing = {again}: --recommend tries true and false; leave it out, or give one of them")

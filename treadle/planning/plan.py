@@ -144,10 +144,10 @@ def plan(
     kind = "cuda" if device.startswith("cuda") else "cpu"
     width = model.width
     asked = recipe.train.precision
-    if asked == "auto":
-        asked = "bf16" if kind == "cuda" else number_formats.resolve("auto", torch.device("cpu"), width)  # type: ignore[assignment]
-    if asked == "fp8" and kind == "cpu":
-        number_formats.check_fp8((0, 0))
+    if kind == "cpu":
+        asked = number_formats.resolve(asked, torch.device("cpu"), width)  # type: ignore[assignment]
+    elif asked == "auto":
+        asked = "bf16"
     objective, batch, length = work_of(recipe, data, model, micro)
     shape = Shape(micro, length, accumulation, asked, recipe.train.gradient_checkpointing)
     settings = recipe.parallel
