@@ -11,14 +11,11 @@ those of a byte's forward pass with as many chunks as the ratio loss aims at.
 from __future__ import annotations
 
 import argparse
-import os
-import statistics
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import treadle
-from bench.quality import HIERARCHY, LENGTH, MODELS, ROWS, trained
+from bench.quality import HIERARCHY, LENGTH, MODELS, ROWS, grid, shown, trained
 from bench.texts import file_of
 from treadle.distributed.pool import folder_name
 
@@ -48,27 +45,25 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("runs/hierarchy"))
     given = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
     texts = {Path(text).stem: file_of(text, given.output) for text in given.texts}
+    if len(texts) < len(given.texts):
+        parser.error("two of the texts have one name; rename a file")
 
-    def one(text: str, name: str, seed: int) -> float:
+    def one(name: str, text: str, seed: int) -> float:
         arch, keys, rate = VARIANTS[name]
         folder = given.output / str(given.steps) / f"{text}-{folder_name(name)}-{seed}"
         found = trained((arch, {**OPTIMIZER, **keys}, rate), str(texts[text]), seed, given.steps, folder)
         print(f"{text}, {name}, seed {seed}: {found:.4f} bits per byte", flush=True)
         return found
 
-    cells = [(text, name, seed) for seed in range(given.seeds) for text in texts for name in given.only]
-    with ThreadPoolExecutor(given.processes) as pool:
-        found = dict(zip(cells, pool.map(lambda of: one(*of), cells)))
+    found = grid(given.only, texts, given.seeds, given.processes, one)
     print(f"\n{given.steps} steps of {ROWS} x {LENGTH} bytes; mean over {given.seeds} seed(s) (largest - smallest)")
     print("| | parameters | FLOPs a byte | " + " | ".join(texts) + " |\n|---|---|---|" + "---|" * len(texts))
     for name in given.only:
         arch, keys, _ = VARIANTS[name]
         model = treadle.build(arch, vocab_size=256, **keys)
-        values = [[found[text, name, seed] for seed in range(given.seeds)] for text in texts]
-        shown = " | ".join(f"{statistics.mean(v):.3f} ({max(v) - min(v):.3f})" for v in values)
-        print(f"| {name} | {model.parameter_count():,} | {model.flops(LENGTH) / LENGTH / 1e6:.2f} M | {shown} |")
+        values = " | ".join(shown([found[name, text, seed] for seed in range(given.seeds)]) for text in texts)
+        print(f"| {name} | {model.parameter_count():,} | {model.flops(LENGTH) / LENGTH / 1e6:.2f} M | {values} |")
 
 
 if __name__ == "__main__":

@@ -13,12 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import statistics
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from bench.quality import cell
+from bench.quality import cell, grid, shown
 from bench.texts import file_of
 from treadle.distributed.pool import folder_name
 
@@ -44,7 +41,6 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("runs/learning"))
     given = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
     texts = {"novels": "austen", "python": str(file_of("python", given.output))}
 
     def trained(name: str, text: str, seed: int) -> tuple[float, float]:
@@ -56,9 +52,7 @@ def main() -> None:
         return found, float(json.loads((folder / "summary.json").read_text(encoding="utf-8"))["cpu_seconds"])
 
     asked = [name for name in CHANGES if name in given.only or not CHANGES[name]]
-    cells = [(name, text, seed) for seed in range(given.seeds) for text in texts for name in asked]
-    with ThreadPoolExecutor(given.processes) as pool:
-        found = dict(zip(cells, pool.map(lambda one: trained(*one), cells)))
+    found = grid(asked, texts, given.seeds, given.processes, trained)
     print(f"\n{given.steps} steps; mean over {given.seeds} seeds (largest - smallest)")
     print("\n".join(table(found)))
 
@@ -70,8 +64,7 @@ def table(found: dict[tuple[str, str, int], tuple[float, float]]) -> list[str]:
     lines = ["| one change | CPU seconds, of the recipe's | " + " | ".join(texts) + " |", "|---|---|" + "---|" * len(texts)]
     for name in spent:
         values = [[bits for (n, t, _), (bits, _) in found.items() if n == name and t == text] for text in texts]
-        shown = " | ".join(f"{statistics.mean(v):.4f} ({max(v) - min(v):.4f})" for v in values)
-        lines.append(f"| {name} | {spent[name] / spent['the recipe']:.2f} | {shown} |")
+        lines.append(f"| {name} | {spent[name] / spent['the recipe']:.2f} | " + " | ".join(shown(v, 4) for v in values) + " |")
     return lines
 
 

@@ -11,15 +11,20 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import treadle
 from bench.texts import file_of
 from treadle.models.base import Model
 
+Found = TypeVar("Found")
 ROWS, LENGTH, WARMUP = 16, 256, 25
 HIERARCHY = {"hidden_sizes": [96, 128], "num_blocks": [[1, 0, 1], [3]], "target_ratios": [4.0]}
 DENSE = {"num_heads": 4, "tie_embeddings": False}
@@ -51,6 +56,20 @@ def cell(source: str, folder: Path, wanted: dict[str, object]) -> float:
         found = _evaluated(folder, step)
         assert found is not None, f"{folder} has no evaluation at step {step}"
     return found
+
+
+def grid(names: Iterable[str], texts: Iterable[str], seeds: int, processes: int,
+         one: Callable[[str, str, int], Found]) -> dict[tuple[str, str, int], Found]:
+    """(name, text, seed) -> what `one` finds of it, `processes` at a time, each on one thread; first all of the first seed."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    cells = [(name, text, seed) for seed in range(seeds) for text in texts for name in names]
+    with ThreadPoolExecutor(processes) as pool:
+        return dict(zip(cells, pool.map(lambda cell: one(*cell), cells)))
+
+
+def shown(values: list[float], digits: int = 3) -> str:
+    """The mean of several seeds, in brackets the largest minus the smallest."""
+    return f"{statistics.mean(values):.{digits}f} ({max(values) - min(values):.{digits}f})"
 
 
 def _evaluated(folder: Path, step: int) -> float | None:
@@ -91,7 +110,7 @@ def main() -> None:
     print(f"{'':<22}{'parameters':>12}{'FLOPs a byte':>14}" + "".join(f"{text:>20}" for text in texts))
     for name in MODELS:
         model = built(name)
-        cells = [f"{statistics.mean(v):.3f} ({max(v) - min(v):.3f})" for v in (found[name, text] for text in texts)]
+        cells = [shown(found[name, text]) for text in texts]
         print(f"{name:<22}{model.parameter_count():>12,}{model.flops(LENGTH) / LENGTH:>14,.0f}" + "".join(f"{c:>20}" for c in cells))
 
 

@@ -38,7 +38,7 @@ Memory of one process by kind, bytes it sends in a step, time, and estimated sca
 
   --world N           processes (default parallel.world_size, run.devices, or 1)
   --memory SIZE       say whether it fits in this much for one process, as in 80GiB
-  --exact             trace the whole model instead of one and two of its repeating blocks
+  --exact             trace the whole model instead of two and three of its repeating blocks
   --recommend         search presets, row length, precision, checkpointing and rows for --memory (what is typed stays)
   --table             the presets of --model.arch against common memories
   --inference         plan generating instead of training

@@ -161,7 +161,7 @@ def estimate_memory(
     """Gigabytes (1e9 bytes) that one process needs by kind, `total_gb` at the peak, traced on tensors without contents.
 
     gradient_checkpointing: what the model's blocks say when left out. training=False: weights and a decoding state of
-    `batch_size` rows of `seq_len` tokens. exact: the whole model is traced, not one and two of its repeating blocks.
+    `batch_size` rows of `seq_len` tokens. exact: the whole model is traced, not two and three of its repeating blocks.
     """
     from treadle.objectives.next_token import NextToken
     from treadle.planning.memory import Sizes, per_process, to_read

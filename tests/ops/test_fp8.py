@@ -13,11 +13,14 @@ import treadle
 from treadle.data.batch import Batch
 from treadle.errors import ConfigError
 from treadle.layers.fp8 import Fp8Linear
+from treadle.models.adapters import add_adapters
 from treadle.models.base import build
+from treadle.models.settings import AdapterSettings
 from treadle.objectives.next_token import NextToken
 from treadle.ops import precision
 from treadle.ops.fp8 import fp8_linear, gradients, product, quantized
-from treadle.training.resolve import use_fp8
+from treadle.recipe import from_leaf_names
+from treadle.training.resolve import check_layout, use_fp8
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_layers": 2, "num_heads": 2}
 
@@ -91,11 +94,22 @@ def test_routers_and_odd_widths_keep_theirs() -> None:
     assert not any("router" in name for name, module in model.named_modules() if isinstance(module, Fp8Linear))
     odd = build("transformer", **{**SMALL, "hidden_size": 24})
     assert use_fp8(odd) == 0 and all(type(m) is not Fp8Linear for m in odd.modules())
+    adapted = build("transformer", **SMALL)
+    add_adapters(adapted, AdapterSettings(lora_rank=4, lora_targets=["q_proj", "v_proj"]))
+    assert use_fp8(adapted) == 0  # frozen layers beside adapters are of another class
 
 
 def test_no_rows_are_no_error_and_everybody_knows_what_fp8_computes_in() -> None:
     assert fp8_linear(torch.empty(0, 16), torch.ones(32, 16)).shape == (0, 32)
     assert precision.autocast_dtype("fp8") == torch.bfloat16 and precision.autocast_dtype("fp16") == torch.float16
+
+
+def test_weights_in_parts_are_refused_by_the_run_and_by_its_plan() -> None:
+    for mode in ("none", "ddp"):
+        check_layout("fp8", mode)
+    check_layout("bf16", "fsdp")
+    with pytest.raises(ConfigError, match="fsdp keeps weights in parts: use --precision bf16"):
+        treadle.plan(from_leaf_names(precision="fp8", preset="nano", **{"parallel.mode": "fsdp"}), world=2, device="cuda", flops=1e12)
 
 
 def test_where_it_cannot_run_it_says_what_to_type(tmp_path: Path, text_file: Path) -> None:

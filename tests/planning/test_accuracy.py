@@ -110,3 +110,16 @@ def test_the_pattern_of_blocks() -> None:
     dense, hnet = MODELS.get("transformer"), MODELS.get("hnet")
     assert period_of(dense, dense.Config.with_preset(None, **SMALL)) == (1, 5)
     assert period_of(hnet, hnet.Config.with_preset(None)) == (0, 6)  # no num_layers to shorten: the whole model is traced
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_moment_of_the_quick_trace_is_one_of_the_whole_model(checkpointing: bool) -> None:
+    """Also what is never the peak of one process may be that of a shard."""
+    cls = MODELS.get("transformer")
+    config = cls.Config.with_preset(None, hidden_size=32, num_layers=5, num_heads=2, vocab_size=96, tie_embeddings=False)
+    shape = Shape(2, 16, 1, "bf16", checkpointing)
+    batch = cls.example(config, shape.micro_batch, shape.length)
+    quick, whole = (trace_step(cls, config, NextToken(), shape, batch, exact=exact) for exact in (False, True))
+    assert not quick.exact and whole.exact
+    for moment in quick.moments:
+        assert moment in whole.moments, (moment, [m for m in whole.moments if (m.part, m.block) == (moment.part, moment.block)])

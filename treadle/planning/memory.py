@@ -107,7 +107,7 @@ def per_process(
     for moment in trace.moments:
         last = moment.part == "optimiser step"
         own = 0.0 if offload else grads if early or last else moment.gradients / parts
-        extra = gathered + (after if last or offload else 0.0)
+        extra = 0.0 if last else gathered + (after if moment.part == "backward" else 0.0)
         casts = 0.0 if mode == "fsdp" else moment.casts  # there weights are gathered in 16 bits: `gathered`
         needs.append((kept_all + moment.activations + own + extra + casts, moment.part, moment.activations, casts))
     if not offload:

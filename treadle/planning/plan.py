@@ -110,8 +110,8 @@ def plan(
     world: processes, default parallel.world_size, run.devices or 1; flops: operations a second that one device reaches
     (measured on this machine's CPU when left out); bandwidth: bytes a second between processes; overlap: the share of
     computing that communication hides behind; memory: what one process may take ("80GiB", or bytes), which "asked" then
-    answers. rehearse runs a step of one of `world` processes over fake tensors. exact traces the whole model instead of one
-    and two periods of its blocks; inference plans generating `micro-batch` texts of the row's length instead of training.
+    answers. rehearse runs a step of one of `world` processes over fake tensors. exact traces the whole model instead of two
+    and three periods of its blocks; inference plans generating `micro-batch` texts of the row's length instead of training.
     gpu: a GPU of ops/peak.py, which reaches `utilisation` of its data sheet; measure: run a micro-batch of one and two
     periods here and take its time. tokens or hours: a budget, from which "time" has the other. model_class: instead of the
     recipe's architecture. text_named: the vocabulary is the tokenizer's of that text, not a preset's. ConfigError for sizes that do not fit together.
@@ -156,6 +156,7 @@ def plan(
         mode = "none" if world == 1 else "ddp"
     if mode != "none" and world == 1:
         mode = "none"
+    resolve.check_layout(asked, mode)
     shard_size = _checked_shard_size(settings, world)
     trace = trace_step(cls, config, objective, shape, batch, optim=recipe.optim, exact=exact, kind=kind, adapter=adapter)
     options: dict[str, Any] = {"reshard": settings.reshard_after_forward, "kind": kind,

@@ -1,6 +1,6 @@
 """One training step over tensors without contents: what is alive at its fullest moments, for any size on any machine.
 
-Exact: the whole model. Quick: models of the first one and two periods of blocks (the shortest pattern that the blocks
+Exact: the whole model. Quick: models of the first two and three periods of blocks (the shortest pattern that the blocks
 repeat), whose difference is what each further period adds; every moment of a step grows with depth along a straight line.
 Nothing here knows an architecture: blocks are told apart by their parameters' shapes, their modules and their settings.
 """
@@ -71,10 +71,10 @@ def trace_step(
 
     numbered = adapter is not None and any(character.isdigit() for word in adapter.lora_targets for character in word)
     period, count = (0, 0) if exact or numbered else period_of(cls, config)
-    if not period or count <= 2 * period or not isinstance(shape.gradient_checkpointing, bool):
+    if not period or count <= 3 * period or not isinstance(shape.gradient_checkpointing, bool):
         return traced(config)
-    shallow = [config.model_copy(update={"num_layers": n * period}) for n in (1, 2)]
-    return _deeper(traced(shallow[0]), traced(shallow[1]), period, count)
+    two, three = (traced(config.model_copy(update={"num_layers": n * period})) for n in (2, 3))
+    return _deeper(two, three, period, count)
 
 
 def period_of(cls: type[Model], config: ModelConfig) -> tuple[int, int]:
@@ -96,7 +96,7 @@ def _period_of(cls: type[Model], config: ModelConfig) -> tuple[int, int]:
     looks = [_look_of(block) for block in blocks]
     period = next(p for p in range(1, len(blocks) + 1) if all(look == looks[i % p] for i, look in enumerate(looks)))
     try:
-        for count in (period, 2 * period):
+        for count in (2 * period, 3 * period):
             with torch.device("meta"):
                 shorter = cls(config.model_copy(update={"num_layers": count})).blocks()
             if [_look_of(block) for block in shorter] != looks[:count]:
@@ -115,20 +115,21 @@ def _look_of(block: nn.Module) -> list[Any]:
     return look
 
 
-def _deeper(one: StepTrace, two: StepTrace, period: int, count: int) -> StepTrace:
-    """`count` blocks, from one and two periods."""
-    further = count / period - 1
+def _deeper(two: StepTrace, three: StepTrace, period: int, count: int) -> StepTrace:
+    """`count` blocks, from two and three periods. One would not do: its block is the first and the last, and what its backward pass
+    holds at most (the gradients of the embedding) is of neither alone."""
+    further = count / period - 2
 
     def along(a: float, b: float) -> float:
         return a + further * (b - a)
 
     moments = []
-    for first, second in zip(_ends(one, period), _ends(two, 2 * period), strict=True):
-        block = count - 1 if second.block == 2 * period - 1 else second.block
+    for first, second in zip(_ends(two, 2 * period), _ends(three, 3 * period), strict=True):
+        block = count - 1 if second.block == 3 * period - 1 else second.block
         moments.append(Moment(second.part, block, along(first.activations, second.activations), along(first.gradients, second.gradients),
                               along(first.casts, second.casts)))  # fmt: skip
-    blocks = tuple(two.blocks[period + i % period] if i else two.blocks[0] for i in range(count))
-    return StepTrace(tuple(moments), along(one.state, two.state), along(one.gradients, two.gradients), blocks, two.logits, False)
+    blocks = tuple(three.blocks[period + i % period] if i else three.blocks[0] for i in range(count))
+    return StepTrace(tuple(moments), along(two.state, three.state), along(two.gradients, three.gradients), blocks, three.logits, False)
 
 
 def _ends(trace: StepTrace, count: int) -> list[Moment]:

@@ -55,7 +55,7 @@ def lines(result: dict[str, Any]) -> list[str]:
                 f"{a['bandwidth_bytes_per_second'] / 1e9:.0f} GB/s between processes (--bandwidth), communication hides "
                 f"behind {a['overlap']:.0%} of the computing (--overlap); activations are those of "
                 f"{'a GPU' if result['device'] == 'cuda' else 'the CPU'}'s kernels, traced over "
-                f"{'the whole model' if result['exact'] else 'one and two of the repeating blocks (--exact: over all)'}")  # fmt: skip
+                f"{'the whole model' if result['exact'] else 'two and three of the repeating blocks (--exact: over all)'}")  # fmt: skip
     if "rehearsal_bytes" in result:
         counted = ", ".join(f"{kind} {size / 1e9:.3f} GB" for kind, size in sorted(result["rehearsal_bytes"].items()))
         text.append(f"rehearsed: one step of process 0 of {result['world']} under fsdp runs; its collectives handle {counted}")

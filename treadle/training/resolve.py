@@ -161,6 +161,12 @@ def resolve_precision(recipe: Recipe, model: Model, device: torch.device, consol
     return chosen
 
 
+def check_layout(precision: str, mode: str) -> None:
+    """ConfigError for a number format that weights in parts cannot have. mode: none, ddp, fsdp or deepspeed."""
+    if precision == "fp8" and mode not in ("none", "ddp"):
+        raise ConfigError(f"fp8 works on one GPU and with --parallel ddp; {mode} keeps weights in parts: use --precision bf16")
+
+
 def check_data(fingerprint: str, data: Dataset) -> None:
     """ConfigError for other data than a run was started with."""
     if fingerprint != data.fingerprint():
@@ -203,8 +209,8 @@ def settle(
     recipe.train.global_batch_size = plan.global_batch
     set_checkpointing(model, recipe.train.gradient_checkpointing)
     if chosen == "fp8" and not use_fp8(model):
-        raise ConfigError("precision = fp8, and this model's blocks have no plain linear layer whose widths are multiples of 16 (adapters, ternary "
-                          "and recurrent layers keep their own products); use --precision bf16")
+        raise ConfigError("precision = fp8, and this model's blocks have no plain linear layer whose widths are multiples of 16 "
+                          "(adapters, ternary and recurrent layers keep their own products); use --precision bf16")
     if recipe.train.torch_compile is True:
         compile_blocks(model)
     return chosen
