@@ -21,6 +21,7 @@ from treadle.ops.document_attention import document_attention, takes
 from treadle.ops.documents import Segments
 from treadle.ops.first_order import first_order
 from treadle.ops.fused import KINDS, kernels, threads_for
+from treadle.ops.kernel_inputs import address
 from treadle.ops.planned import gpu_is_planned
 from treadle.ops.sliding_window_attention import sliding_window_attention
 
@@ -171,7 +172,7 @@ def _shares(q: Tensor, k: Tensor, offset: int, window: int | None) -> Tensor:
     native = kernels(q, k)
     if native is not None:
         share = torch.bmm(q, keys)
-        native.causal_softmax(share.data_ptr(), KINDS[share.dtype], scale, *share.shape, offset, window or 0, threads_for(share.numel()))
+        native.causal_softmax(address(share), KINDS[share.dtype], scale, *share.shape, offset, window or 0, threads_for(share.numel()))
         return share
     mask = q.new_full((1, q.shape[1], k.shape[1]), float("-inf")).triu_(offset + 1)
     if window is not None:
@@ -185,7 +186,7 @@ def _slopes(grad: Tensor, share: Tensor, scale: float, offset: int, window: int 
     if native is None:
         return torch._softmax_backward_data(grad, share, -1, share.dtype).mul_(scale)
     native.causal_softmax_backward(
-        grad.data_ptr(), share.data_ptr(), KINDS[grad.dtype], scale, *grad.shape, offset, window or 0, threads_for(grad.numel())
+        address(grad), address(share), KINDS[grad.dtype], scale, *grad.shape, offset, window or 0, threads_for(grad.numel())
     )
     return grad
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from treadle.ops.cross_entropy_triton import cross_entropy_rows, runs_here
 from treadle.ops.first_order import first_order
 from treadle.ops.fused import KINDS, kernels, threads_for
+from treadle.ops.kernel_inputs import address
 from treadle.ops.linear import product
 from treadle.ops.planned import gpu_is_planned
 from treadle.ops.precision import compute_dtype, without_autocast
@@ -49,7 +50,7 @@ def _nats(logits: Tensor, labels: Tensor, softcap: float | None, slopes: bool) -
     if native is not None:
         nats, labels = logits.new_empty(logits.shape[0], dtype=torch.float32), labels.to(logits.device, torch.int64).contiguous()
         failed = native.cross_entropy(
-            logits.data_ptr(), KINDS[logits.dtype], labels.data_ptr(), IGNORE, softcap or 0.0, nats.data_ptr(), slopes, *logits.shape,
+            address(logits), KINDS[logits.dtype], address(labels), IGNORE, softcap or 0.0, address(nats), slopes, *logits.shape,
             threads_for(logits.numel()),
         )  # fmt: skip
         if failed:

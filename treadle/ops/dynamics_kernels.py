@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from treadle.ops.kernel_inputs import address, ordinary
+from treadle.ops.kernel_inputs import address, kernels, usable
 from treadle.ops.native import library
 
 FLOATS = (torch.float32, torch.bfloat16)
@@ -30,12 +30,12 @@ def available(h: Tensor, v: Tensor, mu: Tensor, *weights: Tensor, products: torc
     """Whether the compiled passes take h and v [..., D], mu [D] and the controller's weights: their types, their places
     and a compiler."""
     fits = h.dtype in FLOATS and v.dtype in FLOATS and mu.dtype == torch.float32 and products in FLOATS
-    return fits and ordinary(h, v, mu, *weights) and library("dynamics") is not None
+    return fits and usable(h, v, mu, *weights) and library("dynamics") is not None
 
 
 def _given(logits: Tensor, h: Tensor, v: Tensor, mu: Tensor, limits: Sequence[float], out: torch.dtype) -> _Dynamics:
     halves = (int(dtype == torch.bfloat16) for dtype in (logits.dtype, h.dtype, v.dtype, out))
-    return _Dynamics(*h.shape, *limits, *halves, *(t.data_ptr() for t in (logits, h, v, mu)))
+    return _Dynamics(*h.shape, *limits, *halves, *map(address, (logits, h, v, mu)))
 
 
 def _done(code: int) -> None:
@@ -49,7 +49,7 @@ def moved(logits: Tensor, h: Tensor, v: Tensor, mu: Tensor, limits: Sequence[flo
     out = torch.promote_types(h.dtype, v.dtype)
     found = h.new_empty(h.shape, dtype=out), h.new_empty(h.shape, dtype=out)
     given = _given(logits, h, v, mu, limits, out)
-    _done(library("dynamics").dynamics_forward(ctypes.byref(given), *map(address, found), torch.get_num_threads()))  # type: ignore[union-attr]
+    _done(kernels(library("dynamics"), h).dynamics_forward(ctypes.byref(given), *map(address, found), torch.get_num_threads()))
     return found
 
 
@@ -60,7 +60,7 @@ def slopes(
     in fp32, of mu, and the sum of those of logits over tokens [3D] in fp32."""
     of_logits, of_h, of_v = torch.empty_like(logits), *(h.new_empty(h.shape, dtype=torch.float32) for _ in range(2))
     sums, given = h.new_empty(4 * h.shape[1], dtype=torch.float32), _given(logits, h, v, mu, limits, grad_h.dtype)
-    _done(library("dynamics").dynamics_backward(  # type: ignore[union-attr]
+    _done(kernels(library("dynamics"), h).dynamics_backward(
         ctypes.byref(given), *map(address, (grad_h, grad_v, of_logits, of_h, of_v, sums)), torch.get_num_threads()
     ))  # fmt: skip
     return of_logits, of_h, of_v, sums[: h.shape[1]], sums[h.shape[1] :]

@@ -10,12 +10,16 @@ import ctypes
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 
+from treadle.ops import kernel_inputs
 from treadle.ops.native import library
+from treadle.ops.planned import gpu_is_planned
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 ROWS_TOGETHER = 64  # BLOCK of csrc/fused.c
@@ -74,19 +78,17 @@ def are_switched_off() -> bool:
     return _switched_off
 
 
-def kernels(*tensors: Tensor | None) -> ctypes.CDLL | None:
-    """The compiled file, where it is there and takes these tensors."""
-    for t in tensors:
-        if t is not None and not (type(t) in (Tensor, Parameter) and t.device.type == "cpu" and t.dtype in KINDS):
-            return None
-    return None if _switched_off else _made()
+def kernels(*tensors: Tensor | None) -> Any:
+    """The compiled file, where it is there and takes these tensors; while memory is planned for a CPU, functions that do nothing."""
+    some = [t for t in tensors if t is not None]
+    if not all(type(t) in (Tensor, Parameter, FakeTensor) and t.device.type == "cpu" and t.dtype in KINDS for t in some):
+        return None
+    if _switched_off or gpu_is_planned() or (made := _made()) is None:
+        return None
+    empty = next((t for t in some if isinstance(t, FakeTensor)), None)
+    return made if empty is None else kernel_inputs.kernels(made, empty)
 
 
 def threads_for(numbers: int) -> int:
     """How many threads a pass over so many numbers is worth."""
     return 1 if numbers <= ALONE else torch.get_num_threads()
-
-
-def at(t: Tensor | None) -> int | None:
-    """The address of the first number of a tensor of any shape; None (NULL in C) for None."""
-    return None if t is None else t.data_ptr()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from treadle.ops.first_order import first_order
 from treadle.ops.fused import KINDS, kernels, threads_for
+from treadle.ops.kernel_inputs import address
 from treadle.ops.linear import is_short, linears_backward, product
 from treadle.ops.planned import runs_on_cpu
 from treadle.ops.precision import compute_dtype, without_autocast
@@ -32,7 +33,7 @@ def gelu(x: Tensor) -> Tensor:
     if native is None:
         return F.gelu(x, approximate="tanh")
     out = torch.empty_like(x)
-    native.gelu_forward(x.data_ptr(), out.data_ptr(), KINDS[x.dtype], x.numel(), threads_for(x.numel()))
+    native.gelu_forward(address(x), address(out), KINDS[x.dtype], x.numel(), threads_for(x.numel()))
     return out
 
 
@@ -42,7 +43,7 @@ def gelu_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     if native is None:
         return torch.ops.aten.gelu_backward(grad, x, approximate="tanh"), F.gelu(x, approximate="tanh")
     of_x = torch.empty_like(x)
-    native.gelu_backward(grad.data_ptr(), x.data_ptr(), of_x.data_ptr(), grad.data_ptr(), KINDS[x.dtype], x.numel(), threads_for(x.numel()))
+    native.gelu_backward(address(grad), address(x), address(of_x), address(grad), KINDS[x.dtype], x.numel(), threads_for(x.numel()))
     return of_x, grad
 
 

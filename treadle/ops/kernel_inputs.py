@@ -22,11 +22,11 @@ def ordinary(*tensors: Tensor | None) -> bool:
     return kinds and not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None
 
 
-def planned(*tensors: Tensor | None) -> bool:
-    """All stand for tensors of a CPU while memory is planned: a function keeps and makes what it does with numbers, and calls no
-    kernel (`kernels`)."""
+def usable(*tensors: Tensor | None) -> bool:
+    """All are ordinary, or stand for tensors of a CPU while memory is planned: there a function keeps and makes what it does with
+    numbers, and calls no kernel (`kernels`)."""
     some = [t for t in tensors if t is not None]
-    return all(isinstance(t, FakeTensor) for t in some) and runs_on_cpu(*some)
+    return ordinary(*some) or (any(isinstance(t, FakeTensor) for t in some) and runs_on_cpu(*some))
 
 
 class _NoKernels:

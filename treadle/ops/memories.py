@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from treadle.ops.first_order import first_order
-from treadle.ops.kernel_inputs import ordinary
+from treadle.ops.kernel_inputs import address, kernels, usable
 from treadle.ops.native import library
 
 Kind = Literal["sum", "bonus", "delta"]
@@ -48,7 +48,7 @@ class _Slopes(ctypes.Structure):
 
 def available(*tensors: Tensor | None) -> bool:
     """Whether the kernels take these: fp32 on a CPU."""
-    return ordinary(*tensors) and all(t is None or t.dtype == torch.float32 for t in tensors) and library("memories") is not None
+    return usable(*tensors) and all(t is None or t.dtype == torch.float32 for t in tensors) and library("memories") is not None
 
 
 def _span(t: Tensor | None) -> _Span:
@@ -56,11 +56,7 @@ def _span(t: Tensor | None) -> _Span:
     if t is None:
         return _Span(None, 0, 0, 0)
     strides = [0 if size == 1 else stride for size, stride in zip(t.shape[:2], t.stride()[:2])]
-    return _Span(t.data_ptr(), *strides, t.stride(2))
-
-
-def _at(t: Tensor | None) -> int | None:
-    return t.data_ptr() if t is not None else None
+    return _Span(address(t), *strides, t.stride(2))
 
 
 def _aligned(t: Tensor) -> Tensor:
@@ -86,7 +82,7 @@ class _Recurrence(torch.autograd.Function):
         bonus, initial = (t.contiguous() if t is not None else None for t in (bonus, initial))
         tensors = q, k, v, decay, beta, y, error, bonus, initial, starts, last
         sizes = rows, heads, length, inner, width, KINDS[kind], int(decay.dim() == 4), int(ctx.needs_input_grad[4])
-        _run("memory_forward", _memory(sizes, tensors))
+        _run("memory_forward", v, _memory(sizes, tensors))
         ctx.save_for_backward(q, k, v, decay, beta, error, bonus, initial, starts)
         ctx.sizes, ctx.kind = sizes, kind
         return y, last
@@ -104,19 +100,19 @@ class _Recurrence(torch.autograd.Function):
         of_bonus = v.new_empty(rows, heads, inner) if bonus is not None else None
         grad_last = grad_last.contiguous() if grad_last is not None else None
         memory = _memory(ctx.sizes, (q, k, v, decay, beta, None, error, bonus, initial, starts, None))
-        slopes = _Slopes(*map(_span, (grad_y, of_q, of_k, of_v, of_decay, of_beta)), *map(_at, (grad_last, of_initial, of_bonus)))
-        _run("memory_backward", memory, slopes)
+        slopes = _Slopes(*map(_span, (grad_y, of_q, of_k, of_v, of_decay, of_beta)), *map(address, (grad_last, of_initial, of_bonus)))
+        _run("memory_backward", v, memory, slopes)
         summed = [grad.sum_to_size(t.shape) for grad, t in ((of_q, q), (of_k, k), (of_v, v))]
         grad_decay = of_decay.sum_to_size(decay.shape) if ctx.needs_input_grad[4] else None
         return None, *summed, grad_decay, of_beta, of_bonus.sum(0) if of_bonus is not None else None, of_initial, None
 
 
 def _memory(sizes: tuple[int, ...], tensors: tuple[Tensor | None, ...]) -> _Memory:
-    return _Memory(*sizes, *map(_span, tensors[:7]), *map(_at, tensors[7:]))
+    return _Memory(*sizes, *map(_span, tensors[:7]), *map(address, tensors[7:]))
 
 
-def _run(name: str, *structures: ctypes.Structure) -> None:
-    if getattr(library("memories"), name)(*map(ctypes.byref, structures), torch.get_num_threads()):
+def _run(name: str, v: Tensor, *structures: ctypes.Structure) -> None:
+    if getattr(kernels(library("memories"), v), name)(*map(ctypes.byref, structures), torch.get_num_threads()):
         raise MemoryError("no memory for the buffers of a recurrence")
 
 

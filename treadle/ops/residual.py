@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from treadle.ops.fused import KINDS, kernels, threads_for
+from treadle.ops.kernel_inputs import address
 
 
 class _Sum(torch.autograd.Function):
@@ -20,7 +21,7 @@ class _Sum(torch.autograd.Function):
             return x + added
         x, added = x.contiguous(), added.contiguous()
         out = torch.empty_like(x)
-        native.add(x.data_ptr(), KINDS[x.dtype], added.data_ptr(), KINDS[added.dtype], out.data_ptr(), x.numel(), threads_for(x.numel()))
+        native.add(address(x), KINDS[x.dtype], address(added), KINDS[added.dtype], address(out), x.numel(), threads_for(x.numel()))
         return out
 
     @staticmethod

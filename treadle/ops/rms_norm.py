@@ -16,7 +16,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from treadle.ops.first_order import first_order
-from treadle.ops.fused import KINDS, ROWS_TOGETHER, at, kernels, threads_for
+from treadle.ops.fused import KINDS, ROWS_TOGETHER, kernels, threads_for
+from treadle.ops.kernel_inputs import address
 from treadle.ops.precision import compute_dtype
 
 TINY = 1e-30  # of a weight that can be divided by
@@ -45,8 +46,8 @@ def _forward(x: Tensor, added: Tensor | None, weight: Tensor, eps: float, dtype:
     out = x.new_empty(x.shape, dtype=dtype)
     scale = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
     native.norm_forward(
-        x.data_ptr(), KINDS[x.dtype], at(added), 0 if added is None else KINDS[added.dtype], weight.data_ptr(), eps,
-        total.data_ptr(), out.data_ptr(), KINDS[dtype], scale.data_ptr(), scale.numel(), x.shape[-1], threads_for(x.numel()),
+        address(x), KINDS[x.dtype], address(added), 0 if added is None else KINDS[added.dtype], address(weight), eps,
+        address(total), address(out), KINDS[dtype], address(scale), scale.numel(), x.shape[-1], threads_for(x.numel()),
     )  # fmt: skip
     return total, out, scale
 
@@ -85,9 +86,9 @@ def _backward(
     parts = weight.new_empty(-(-rows // ROWS_TOGETHER), width)
     narrow = saved.new_empty(saved.shape, dtype=copy_dtype) if copy_dtype not in (None, ctx.x_dtype) else None
     native.norm_backward(
-        grad.data_ptr(), KINDS[grad.dtype], saved.data_ptr(), KINDS[saved.dtype], weight.data_ptr(), at(inverse), scale.data_ptr(),
-        at(kept), grad_x.data_ptr(), KINDS[grad_x.dtype], at(narrow), 0 if narrow is None else KINDS[narrow.dtype], parts.data_ptr(),
-        grad_weight.data_ptr(), rows, width, threads_for(saved.numel()),
+        address(grad), KINDS[grad.dtype], address(saved), KINDS[saved.dtype], address(weight), address(inverse), address(scale),
+        address(kept), address(grad_x), KINDS[grad_x.dtype], address(narrow), 0 if narrow is None else KINDS[narrow.dtype], address(parts),
+        address(grad_weight), rows, width, threads_for(saved.numel()),
     )  # fmt: skip
     return grad_x, narrow if narrow is not None or copy_dtype is None else grad_x, grad_weight
 

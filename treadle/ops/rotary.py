@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from treadle.ops.fused import KINDS, kernels, threads_for
+from treadle.ops.kernel_inputs import address
 
 _Strides = ctypes.c_int64 * 3
 
@@ -30,8 +31,8 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False, heads_insid
         return _turn_in_place(x, cos, sin, -1.0 if inverse else 1.0, out)
     cos, sin = cos.contiguous(), sin.contiguous()
     native.rotate(
-        x.data_ptr(), _Strides(*x.stride()[:3]), out.data_ptr(), _Strides(*out.stride()[:3]), KINDS[x.dtype], cos.data_ptr(),
-        sin.data_ptr(), cos.shape[0], -1.0 if inverse else 1.0, rows, heads, length, half, width - 2 * half, threads_for(x.numel()),
+        address(x), _Strides(*x.stride()[:3]), address(out), _Strides(*out.stride()[:3]), KINDS[x.dtype], address(cos),
+        address(sin), cos.shape[0], -1.0 if inverse else 1.0, rows, heads, length, half, width - 2 * half, threads_for(x.numel()),
     )  # fmt: skip
     return out
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from treadle.ops.first_order import first_order
-from treadle.ops.kernel_inputs import address, ordinary
+from treadle.ops.kernel_inputs import address, kernels, usable
 from treadle.ops.native import library
 
 LONGEST = 16  # positions that csrc/convolution.c has room for
@@ -35,7 +35,7 @@ class _ShortConvolution(torch.autograd.Function):
         x, weight = x.contiguous(), weight.contiguous()
         doc_ids = doc_ids.to(torch.int64).contiguous() if doc_ids is not None else None
         y = torch.empty_like(x)
-        library("convolution").convolution(  # type: ignore[union-attr]
+        kernels(library("convolution"), x).convolution(
             address(x), address(weight), address(doc_ids), int(silu), address(y), *map(ctypes.c_int64, (*x.shape, weight.shape[1])),
             torch.get_num_threads(),
         )  # fmt: skip
@@ -48,7 +48,7 @@ class _ShortConvolution(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, doc_ids = ctx.saved_tensors
         grad, grad_x, of_weight = grad.contiguous(), torch.empty_like(x), weight.new_empty(x.shape[0], *weight.shape)
-        library("convolution").convolution_gradient(  # type: ignore[union-attr]
+        kernels(library("convolution"), x).convolution_gradient(
             *map(address, (x, weight, doc_ids)), int(ctx.silu), *map(address, (grad, grad_x, of_weight)),
             *map(ctypes.c_int64, (*x.shape, weight.shape[1])), torch.get_num_threads(),
         )  # fmt: skip
@@ -58,6 +58,6 @@ class _ShortConvolution(torch.autograd.Function):
 def short_convolution(x: Tensor, weight: Tensor, doc_ids: Tensor | None = None, silu: bool = False) -> Tensor:
     """x [B, T, C], weight [C, size] (its first column is of the present position), doc_ids [B, T] -> [B, T, C]."""
     fits = x.dtype == weight.dtype == torch.float32 and 1 <= weight.shape[1] <= LONGEST
-    if fits and ordinary(x, weight, doc_ids) and library("convolution") is not None:
+    if fits and usable(x, weight, doc_ids) and library("convolution") is not None:
         return _ShortConvolution.apply(x, weight, doc_ids, silu)  # type: ignore[no-untyped-call]
     return short_convolution_reference(x, weight, doc_ids, silu)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from treadle.ops.first_order import first_order
-from treadle.ops.kernel_inputs import address, ordinary
+from treadle.ops.kernel_inputs import address, kernels, usable
 from treadle.ops.native import library
 
 Kind = Literal["lie", "mixture", "sinkhorn"]
@@ -50,7 +50,7 @@ class Read(NamedTuple):
 def available(x: Tensor, weight: Tensor, outputs: int) -> bool:
     """Whether the kernels take these streams [..., n, D] and this router."""
     fits = x.shape[-2] <= STREAMS and outputs <= OUTPUTS and x.dtype != torch.float64
-    return fits and ordinary(x, weight) and library("streams") is not None
+    return fits and usable(x, weight) and library("streams") is not None
 
 
 def _done(code: int) -> None:
@@ -62,7 +62,7 @@ def _router(x: Tensor, weight: Tensor, bias: Tensor, gain: Tensor, table: Tensor
     _, n, width = x.shape
     outputs = weight.shape[0]
     entries = table.shape[1] if table is not None else 0
-    pointers = (t.data_ptr() if t is not None else None for t in (weight, bias, gain, table))
+    pointers = map(address, (weight, bias, gain, table))
     return _Router(n, width, outputs - 2 * n, outputs, entries, KINDS[kind], int(mean), eps, *pointers)
 
 
@@ -77,10 +77,10 @@ class _Read(torch.autograd.Function):
         tiles = -(-count // TILE)
         kept = [weight.new_empty(tiles, numbers, TILE) for numbers in (outputs, 1, n, outputs - 2 * n)]
         u, post, mixing = (weight.new_empty(count, *more) for more in ((width,), (n,), (n, n)))
-        router, keep = _router(x, weight, bias, gain, table, kind, eps, mean), _Kept(*(t.data_ptr() for t in kept))
-        made: Any = library("streams")
-        _done(made.streams_read(ctypes.byref(router), ctypes.byref(keep), address(x), address(u), address(post), address(mixing),
-                                ctypes.c_int64(count), torch.get_num_threads()))  # fmt: skip
+        router, keep = _router(x, weight, bias, gain, table, kind, eps, mean), _Kept(*map(address, kept))
+        _done(kernels(library("streams"), x).streams_read(
+            ctypes.byref(router), ctypes.byref(keep), *map(address, (x, u, post, mixing)), ctypes.c_int64(count), torch.get_num_threads(),
+        ))  # fmt: skip
         ctx.save_for_backward(x, weight, bias, gain, table, mixing, *kept)
         ctx.how = kind, eps, mean
         ctx.mark_non_differentiable(mixing)
@@ -93,9 +93,8 @@ class _Read(torch.autograd.Function):
         grads = [t.contiguous() for t in (grad_u, grad_held, grad_post)]
         sizes = [weight.numel(), bias.numel(), gain.numel(), 0 if table is None else table.numel()]
         grad_x, sums = torch.empty_like(x), weight.new_empty(sum(sizes))
-        router, keep = _router(x, weight, bias, gain, table, *ctx.how), _Kept(*(t.data_ptr() for t in kept))
-        made: Any = library("streams")
-        _done(made.streams_read_gradient(
+        router, keep = _router(x, weight, bias, gain, table, *ctx.how), _Kept(*map(address, kept))
+        _done(kernels(library("streams"), x).streams_read_gradient(
             ctypes.byref(router), ctypes.byref(keep), address(x), address(mixing), *(address(t) for t in (*grads, grad_x, sums)),
             ctypes.c_int64(x.shape[0]), torch.get_num_threads(),
         ))  # fmt: skip
@@ -121,8 +120,8 @@ class _Write(torch.autograd.Function):
     def forward(ctx: Any, held: Tensor, mixing: Tensor, post: Tensor, y: Tensor) -> Tensor:
         y, post = y.contiguous(), post.contiguous()
         count, n, width = held.shape
-        out, made = torch.empty_like(held), library("streams")
-        _done(made.streams_write(  # type: ignore[union-attr]
+        out = torch.empty_like(held)
+        _done(kernels(library("streams"), held).streams_write(
             address(held), address(mixing), address(post), address(y), int(y.dtype == torch.bfloat16), address(out),
             *map(ctypes.c_int64, (count, n, width)), torch.get_num_threads(),
         ))  # fmt: skip
@@ -134,8 +133,8 @@ class _Write(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         post, y = ctx.saved_tensors
         grad = grad.contiguous()
-        grad_y, grad_post, made = torch.empty_like(y), torch.empty_like(post), library("streams")
-        _done(made.streams_write_gradient(  # type: ignore[union-attr]
+        grad_y, grad_post = torch.empty_like(y), torch.empty_like(post)
+        _done(kernels(library("streams"), grad).streams_write_gradient(
             address(grad), address(post), address(y), int(y.dtype == torch.bfloat16), address(grad_y), address(grad_post),
             *map(ctypes.c_int64, grad.shape), torch.get_num_threads(),
         ))  # fmt: skip

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from treadle.ops.first_order import first_order
 from treadle.ops.fused import KINDS, kernels, threads_for
+from treadle.ops.kernel_inputs import address
 from treadle.ops.linear import is_short, linears_backward, product
 from treadle.ops.planned import runs_on_cpu
 from treadle.ops.precision import compute_dtype, without_autocast
@@ -30,7 +31,7 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
     if native is None:
         return F.silu(gate) * up
     out = torch.empty_like(gate)
-    native.swiglu_forward(gate.data_ptr(), up.data_ptr(), out.data_ptr(), KINDS[gate.dtype], gate.numel(), threads_for(gate.numel()))
+    native.swiglu_forward(address(gate), address(up), address(out), KINDS[gate.dtype], gate.numel(), threads_for(gate.numel()))
     return out
 
 
@@ -43,7 +44,7 @@ def gated_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tens
         return torch.ops.aten.silu_backward(grad * up, gate), grad * active, active * up
     of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
     native.swiglu_backward(
-        grad.data_ptr(), gate.data_ptr(), up.data_ptr(), of_gate.data_ptr(), of_up.data_ptr(), grad.data_ptr(), KINDS[gate.dtype],
+        address(grad), address(gate), address(up), address(of_gate), address(of_up), address(grad), KINDS[gate.dtype],
         gate.numel(), threads_for(gate.numel()),
     )  # fmt: skip
     return of_gate, of_up, grad

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from treadle.ops.first_order import first_order
-from treadle.ops.kernel_inputs import address, kernels, ordinary, planned
+from treadle.ops.kernel_inputs import address, kernels, usable
 from treadle.ops.linear import product
 from treadle.ops.native import library
 from treadle.ops.precision import compute_dtype, without_autocast
@@ -97,7 +97,7 @@ def normed_ternary_linear(x: Tensor, gain: Tensor, weight: Tensor, eps: float) -
     with without_autocast(x):
         flat = x.reshape(-1, x.shape[-1])
         fits = flat.shape[0] > 0 and x.dtype in FLOATS and gain.dtype == weight.dtype == torch.float32
-        if not fits or not (ordinary(x, gain, weight) or planned(x, gain, weight)) or _made() is None:
+        if not fits or not usable(x, gain, weight) or _made() is None:
             return ternary_linear(rms_norm_same_dtype(x.float(), gain, eps), weight)
         y = _NormedTernaryLinear.apply(flat, gain, weight, eps, products)  # type: ignore[no-untyped-call]
         return y.view(*x.shape[:-1], weight.shape[0])

@@ -40,7 +40,7 @@ NOTHING = {
     Place("treadle.ops.flash_linear_attention", "flash"),
 }  # fmt: skip
 NEVER = {
-    Place("treadle.ops.kernel_inputs", "ordinary"), Place("treadle.ops.kernel_inputs", "planned"), Place("treadle.ops.planned", "runs_on_cpu"),
+    Place("treadle.ops.kernel_inputs", "usable"), Place("treadle.ops.planned", "runs_on_cpu"),
     Place("treadle.ops.planned", "gpu_is_planned"), Place("treadle.ops.recurrent_block", "available"),
 }  # fmt: skip
 # What variables, parameters and attributes of a module always are.
