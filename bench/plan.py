@@ -92,7 +92,7 @@ def predicted_bytes(case: Case, exact: bool, device: str = "cpu") -> float:
     from treadle.models.catalogue import MODELS
     from treadle.models.settings import AdapterSettings
     from treadle.objectives.next_token import NextToken
-    from treadle.planning.memory import Sizes, per_process
+    from treadle.planning.memory import PROCESS_GB, Sizes, per_process
     from treadle.planning.step_trace import Shape, trace_step
     from treadle.training.settings import OptimSettings
 
@@ -108,7 +108,7 @@ def predicted_bytes(case: Case, exact: bool, device: str = "cpu") -> float:
             add_adapters(model, adapter)
         sizes = replace(Sizes.of(model), loaded=0)  # nothing is read here
     memory = per_process(sizes, trace, shape, "none", 1, None, kind=device)
-    return (memory.total_gb - memory.process_gb - memory.kept_gb) * 1e9
+    return (memory.total_gb - PROCESS_GB[device] - memory.kept_gb) * 1e9
 
 
 def measured_bytes(case: Case, kept: bool = False, device: str = "cpu") -> float:

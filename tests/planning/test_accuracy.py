@@ -123,3 +123,13 @@ def test_every_moment_of_the_quick_trace_is_one_of_the_whole_model(checkpointing
     assert not quick.exact and whole.exact
     for moment in quick.moments:
         assert moment in whole.moments, (moment, [m for m in whole.moments if (m.part, m.block) == (moment.part, moment.block)])
+
+
+def test_products_of_16_bits_are_counted_by_kind() -> None:
+    """oneDNN keeps a program for each kind of product; the same shapes again, and fp32, make none."""
+    cls = MODELS.get("transformer")
+    counts = []
+    for layers, precision in ((2, "fp32"), (2, "bf16"), (3, "bf16")):
+        config = cls.Config.with_preset(None, hidden_size=32, num_layers=layers, num_heads=2, vocab_size=96)
+        counts.append(trace_step(cls, config, NextToken(), Shape(2, 128, 1, precision, False), cls.example(config, 2, 128), exact=True).products)
+    assert counts[0] == 0 < 10 < counts[1] == counts[2] < 40

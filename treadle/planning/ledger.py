@@ -37,6 +37,7 @@ class Ledger:
 
     alive: dict[str, int] = field(default_factory=lambda: {"activations": 0, "gradients": 0, "casts": 0, "kept": 0})
     entered: dict[tuple[str, int], int] = field(default_factory=dict)  # part -> activations when it began
+    products: set[Any] = field(default_factory=set)  # of bf16 matrices: each kind once, by its operation, shapes and strides
     _fullest: dict[tuple[str, int], list[Moment]] = field(default_factory=dict)
     _known: dict[int, list[Any]] = field(default_factory=dict)  # id of a storage -> its weak reference, bytes, kind
     _here: tuple[str, int] = ("embedding", 0)
@@ -92,6 +93,9 @@ class Ledger:
             found[1] = now
 
 
+PRODUCTS = {getattr(torch.ops.aten, name) for name in ("mm", "addmm", "bmm", "baddbmm")}
+
+
 class Watch(TorchDispatchMode):
     """Enters what operations make into a ledger; a weight in fewer bits is a cast."""
 
@@ -104,6 +108,10 @@ class Watch(TorchDispatchMode):
         if operation is torch.ops.aten._to_copy.default and self.ledger.is_weight(arguments[0]) and made.itemsize < arguments[0].itemsize:
             self.ledger.sort([made], "casts")
             return made
+        if operation.overloadpacket in PRODUCTS:
+            factors = [t for t in arguments if isinstance(t, Tensor)]
+            if factors[-1].dtype == torch.bfloat16:
+                self.ledger.products.add((operation.overloadpacket, *((t.shape, t.stride()) for t in factors)))
         for leaf in (made,) if isinstance(made, Tensor) else pytree.tree_leaves(made):
             if isinstance(leaf, Tensor):
                 self.ledger.add(leaf)

@@ -18,6 +18,7 @@ FP32 = 4
 # What python, torch and its libraries take in one process on a CPU (measured with torch 2.13: .34-.36 GB; with torch 2.11
 # built for CUDA, whose libraries are loaded all the same, .71 GB) and a GPU's context.
 PROCESS_GB = {"cpu": 0.36 if torch.version.cuda is None else 0.71, "cuda": 0.5}
+PROGRAM_GB = 0.6e-3  # of the program that oneDNN writes for a kind of product of bf16 matrices, and keeps (.57 to .66 MB each)
 # On a CPU freed memory is kept for speed (ops/memory.py), and small objects settle in the holes that large tensors leave:
 # docs/planning.md has the measurements.
 KEPT_SHARE = 0.3
@@ -114,7 +115,7 @@ def per_process(
         needs.append((kept_all + grads + saving, "saving", 0.0, 0.0))
     peak, phase, activations, casts = max(needs)
     logits = trace.logits if phase == "loss" else 0.0
-    process = PROCESS_GB[kind]
+    process = PROCESS_GB[kind] + (PROGRAM_GB * trace.products if kind == "cpu" else 0.0)
     frozen = params if sizes.loaded else 0.0  # is never freed, so that nothing settles in its place
     kept = (KEPT_WITH_ADAPTERS if sizes.loaded else KEPT_SHARE) * (peak - frozen) / 1e9 if kind == "cpu" and mode != "fsdp" else 0.0
     if sizes.loaded and params + sizes.loaded > peak + kept * 1e9:  # before anything was freed that could be kept

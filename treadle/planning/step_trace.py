@@ -55,6 +55,7 @@ class StepTrace:
     blocks: tuple[float, ...]
     logits: float
     exact: bool
+    products: int = 0  # kinds of products of bf16 matrices
 
 
 def trace_step(
@@ -129,7 +130,8 @@ def _deeper(two: StepTrace, three: StepTrace, period: int, count: int) -> StepTr
         moments.append(Moment(second.part, block, along(first.activations, second.activations), along(first.gradients, second.gradients),
                               along(first.casts, second.casts)))  # fmt: skip
     blocks = tuple(three.blocks[period + i % period] if i else three.blocks[0] for i in range(count))
-    return StepTrace(tuple(moments), along(two.state, three.state), along(two.gradients, three.gradients), blocks, three.logits, False)
+    return StepTrace(tuple(moments), along(two.state, three.state), along(two.gradients, three.gradients), blocks, three.logits, False,
+                     three.products)  # fmt: skip
 
 
 def _ends(trace: StepTrace, count: int) -> list[Moment]:
@@ -157,7 +159,8 @@ def with_rows(one: StepTrace, two: StepTrace, rows: int) -> StepTrace:
         for a, b in zip(one.moments, two.moments, strict=True)
     )
     blocks = tuple(along(a, b) for a, b in zip(one.blocks, two.blocks, strict=True))
-    return StepTrace(moments, one.state, one.gradients, blocks, max(one.logits, along(one.logits, two.logits)), False)
+    return StepTrace(moments, one.state, one.gradients, blocks, max(one.logits, along(one.logits, two.logits)), False,
+                     one.products)  # fmt: skip
 
 
 def trace_reading(cls: type[Model], config: ModelConfig, batch: Batch, kind: str = "cpu") -> float:
@@ -207,7 +210,7 @@ def _trace(
     entered = [ledger.entered.get(("forward", i), 0) for i in range(count)] + [ledger.entered.get(("loss", 0), 0)]
     blocks = tuple(float(max(0, b - a)) for a, b in itertools.pairwise(entered))
     logits = max((m.activations for m in moments if m.part == "loss"), default=0) - entered[-1]
-    return StepTrace(tuple(moments), state, gradients, blocks, max(0.0, logits), True)
+    return StepTrace(tuple(moments), state, gradients, blocks, max(0.0, logits), True, len(ledger.products))
 
 
 @contextmanager
