@@ -206,7 +206,8 @@ def peak_megabytes() -> float:
 
 
 def measure(name: str, source: Path, tokenizer: Path, tokens: int, saved: Path | None, resume: Path | None) -> dict[str, float]:
-    """Tokens per CPU second from the first batch on (nearly an epoch, so that what is read before and ahead does not count); or, going on from `resume`, the first batch's seconds."""
+    """Tokens per CPU second from the first batch on (nearly an epoch, so that what is read before and ahead does not count); or,
+    going on from `resume`, the first batch's seconds."""
     position = json.loads(resume.read_text()) if resume is not None else None
     begun, used = time.perf_counter(), cpu_seconds()
     rows = rows_of(name, source, tokenizer, position)

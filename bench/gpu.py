@@ -133,7 +133,8 @@ def our_steps(device: str, tiny: bool, compiled: bool, packed: int = 0, precisio
         number = next(steps)
         losses.append(stepper.run(number, [batches[number % 4]], task.learning_rate).losses["next_token"])
 
-    return step_figures(f"124M ours {'compiled' if compiled else 'eager'}{f', {packed} documents a row' if packed else ''}", step, task, model.parameter_count(), device, tiny, losses)
+    name = f"124M ours {'compiled' if compiled else 'eager'}{f', {packed} documents a row' if packed else ''}"
+    return step_figures(name, step, task, model.parameter_count(), device, tiny, losses)
 
 
 def step_figures(

@@ -42,8 +42,9 @@ def main() -> None:
     def trained(preset: str, way: str, text: str, seed: int) -> float:
         folder = given.output / str(given.steps) / f"{preset}-{text}-{folder_name(way)}-{seed}"
         bits = cell(str(texts[text]), folder, {
-            "model.preset": preset, "max_steps": given.steps, "warmup_steps": given.steps // 10, "eval_steps": given.steps, "save_steps": given.steps, "save_total_limit": 1,
-            "eval_rows": "null", "sample_tokens": 0, "precision": "fp32", "seed": seed, "output_dir": folder, **WAYS[way],
+            "model.preset": preset, "max_steps": given.steps, "warmup_steps": given.steps // 10, "eval_steps": given.steps,
+            "eval_rows": "null", "save_steps": given.steps, "save_total_limit": 1, "sample_tokens": 0, "precision": "fp32",
+            "seed": seed, "output_dir": folder, **WAYS[way],
         })  # fmt: skip
         print(f"{preset}, {text}, {way}, seed {seed}: {bits:.4f} bits per byte", flush=True)
         return bits

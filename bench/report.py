@@ -2,7 +2,8 @@
 
     python -m bench.report [RESULT.json ...]     # default: of each kind of machine the newest bench/results/cpu-*.json that has parts
 
-Goals, training and memory are shown of each machine, every other part of the newest result that has it. Only what stands between the marks `<!-- NAME -->` and `<!-- end -->` is written; the words around them are the document's own.
+Goals, training and memory are shown of each machine, every other part of the newest result that has it. Only what stands between
+the marks `<!-- NAME -->` and `<!-- end -->` is written; the words around them are the document's own.
 """
 
 from __future__ import annotations

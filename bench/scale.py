@@ -2,7 +2,8 @@
 
     python -m bench.scale [--quick]
 
-Each size in processes of its own, two steps after the first two (the first log row opens TensorBoard); the ratio is tokens per CPU-second, ours (auto precision, and fp32) over the plain loop in fp32.
+Each size in processes of its own, two steps after the first two (the first log row opens TensorBoard); the ratio is tokens per CPU
+second, ours (auto precision, and fp32) over the plain loop in fp32.
 """
 
 from __future__ import annotations
