@@ -3,10 +3,9 @@ equal steps, and what these cost.
 
     python -m bench.learning [--steps 200] [--seeds 3] [--only CHANGE ...] [--processes 2] [--output runs/learning]
 
-Every row is the recipe with one change (AdamW and SOAP at the rate that AdamW had in the demo). Two texts: the bundled novels and
-Python's standard library (bench/texts.py). Every cell is an ordinary run of the command line on
-one thread, so the same command goes on with an interrupted table, and no figure but the CPU seconds depends on what else the machine
-does; of those the least of a row's runs counts.
+Every row is the recipe with one change. Two texts: the bundled novels and Python's standard library (bench/texts.py). Every cell is an
+ordinary run of the command line on one thread, so the same command goes on with an interrupted table, and no figure but the CPU
+seconds depends on what else the machine does; of those the least of a row's runs counts.
 """
 
 from __future__ import annotations
@@ -23,13 +22,15 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "austen.toml"
 CHANGES: dict[str, dict[str, object]] = {
     "the recipe": {},
     "optim.name = muon": {"optim.name": "muon"},
-    "optim.name = soap": {"optim.name": "soap", "learning_rate": 3e-3},
+    **{f"optim.name = soap at {rate:g}": {"optim.name": "soap", "learning_rate": rate} for rate in (1e-3, 3e-3, 8e-3)},
     "optim.ema = 0.99": {"optim.ema": 0.99},
     "tokenizer.vocab_size = 2048": {"vocab_size": 2048},
     "no token_shift": {"model.token_shift": False},
     "no value_embeddings": {"model.value_embeddings": False},
+    "neither": {"model.token_shift": False, "model.value_embeddings": False},
     "model.mlp = relu2": {"model.mlp": "relu2"},
     "model.logit_softcap = 15": {"model.logit_softcap": 15},
+    "twice the rows in the second half, of as many tokens": {"batch_size_schedule": "[[0, 1], [0.5, 2]]", "steps": 2 / 3},
 }
 
 
@@ -44,8 +45,10 @@ def main() -> None:
     texts = {"novels": "austen", "python": str(file_of("python", given.output))}
 
     def trained(name: str, text: str, seed: int) -> tuple[float, float]:
-        wanted: dict[str, object] = {"max_steps": given.steps, "eval_steps": given.steps, "save_steps": given.steps, "sample_tokens": 0,
-                                     "save_total_limit": 1, "seed": seed, "data.path": texts[text], **CHANGES[name]}  # fmt: skip
+        change = dict(CHANGES[name])
+        steps = round(given.steps * float(str(change.pop("steps", 1))))  # a share of them
+        wanted: dict[str, object] = {"max_steps": steps, "eval_steps": steps, "save_steps": steps, "sample_tokens": 0,
+                                     "save_total_limit": 1, "seed": seed, "data.path": texts[text], **change}  # fmt: skip
         folder = given.output / str(given.steps) / f"{text}-{folder_name(name)}-{seed}"
         found = cell(str(RECIPE), folder, {**wanted, "output_dir": folder})
         print(f"{text}, {name}, seed {seed}: {found:.4f} bits per byte", flush=True)
