@@ -11,10 +11,9 @@ seconds depends on what else the machine does; of those the least of a row's run
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
-from bench.quality import cell, grid, shown
+from bench.quality import cell, cpu_seconds, grid, table
 from bench.texts import file_of
 from treadle.distributed.pool import folder_name
 
@@ -50,25 +49,14 @@ def main() -> None:
         wanted: dict[str, object] = {"max_steps": steps, "eval_steps": steps, "save_steps": steps, "sample_tokens": 0,
                                      "save_total_limit": 1, "seed": seed, "data.path": texts[text], **change}  # fmt: skip
         folder = given.output / str(given.steps) / f"{text}-{folder_name(name)}-{seed}"
-        found = cell(str(RECIPE), folder, {**wanted, "output_dir": folder})
-        print(f"{text}, {name}, seed {seed}: {found:.4f} bits per byte", flush=True)
-        return found, float(json.loads((folder / "summary.json").read_text(encoding="utf-8"))["cpu_seconds"])
+        bits = cell(str(RECIPE), folder, {**wanted, "output_dir": folder})
+        print(f"{text}, {name}, seed {seed}: {bits:.4f} bits per byte", flush=True)
+        return bits, cpu_seconds(folder)
 
     asked = [name for name in CHANGES if name in given.only or not CHANGES[name]]
     found = grid(asked, texts, given.seeds, given.processes, trained)
     print(f"\n{given.steps} steps; mean over {given.seeds} seeds (largest - smallest)")
-    print("\n".join(table(found)))
-
-
-def table(found: dict[tuple[str, str, int], tuple[float, float]]) -> list[str]:
-    """The lines of a Markdown table. found: (change, text, seed) -> bits per byte, CPU seconds."""
-    texts = list(dict.fromkeys(text for _, text, _ in found))
-    spent = {name: min(seconds for (n, *_), (_, seconds) in found.items() if n == name) for name, *_ in found}
-    lines = ["| one change | CPU seconds, of the recipe's | " + " | ".join(texts) + " |", "|---|---|" + "---|" * len(texts)]
-    for name in spent:
-        values = [[bits for (n, t, _), (bits, _) in found.items() if n == name and t == text] for text in texts]
-        lines.append(f"| {name} | {spent[name] / spent['the recipe']:.2f} | " + " | ".join(shown(v, 4) for v in values) + " |")
-    return lines
+    print("\n".join(table(found, "the recipe", "one change")))
 
 
 if __name__ == "__main__":

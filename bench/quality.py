@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import os
 import statistics
 import subprocess
@@ -70,6 +71,23 @@ def grid(names: Iterable[str], texts: Iterable[str], seeds: int, processes: int,
 def shown(values: list[float], digits: int = 3) -> str:
     """The mean of several seeds, in brackets the largest minus the smallest."""
     return f"{statistics.mean(values):.{digits}f} ({max(values) - min(values):.{digits}f})"
+
+
+def cpu_seconds(folder: Path) -> float:
+    """What the run in `folder` took."""
+    return float(json.loads((folder / "summary.json").read_text(encoding="utf-8"))["cpu_seconds"])
+
+
+def table(found: dict[tuple[str, str, int], tuple[float, float]], base: str, what: str) -> list[str]:
+    """The lines of a Markdown table. found: (name, text, seed) -> bits per byte, CPU seconds; of the latter the least of a name's runs,
+    beside those of the name `base`. what: the head of the first column."""
+    texts = list(dict.fromkeys(text for _, text, _ in found))
+    spent = {name: min(seconds for (n, *_), (_, seconds) in found.items() if n == name) for name, *_ in found}
+    lines = [f"| {what} | CPU seconds, of {base} | " + " | ".join(texts) + " |", "|---|---|" + "---|" * len(texts)]
+    for name in spent:
+        values = [[bits for (n, t, _), (bits, _) in found.items() if n == name and t == text] for text in texts]
+        lines.append(f"| {name} | {spent[name] / spent[base]:.2f} | " + " | ".join(shown(v, 4) for v in values) + " |")
+    return lines
 
 
 def _evaluated(folder: Path, step: int) -> float | None:

@@ -27,6 +27,7 @@ from treadle.foreign import advice, is_foreign_table, start_named
 from treadle.models.catalogue import MODELS
 from treadle.naming import Vocabulary, merge, settle
 from treadle.objectives.settings import DEFAULT_OBJECTIVE
+from treadle.recommended import fitting
 from treadle.registry import nearest
 from treadle.settings import Forgotten, Given, Settings, build_section, fit_value, load_table, plain, shown
 from treadle.storage.remote import AnyPath, is_url, path_of
@@ -77,6 +78,7 @@ class Layer:
     weak: bool = False  # a stored run's values: an explicit "auto" above does not override them
     unasked: bool = False  # the recipe of a command that names none: gives way to what an architecture implies
     folder: Path | None = None  # of the file it was read from: a model file it names may lie beside it
+    trained: bool = False  # the model of --from, whose weights are not random
     other_flags: tuple[str, ...] = ()  # what the verb takes beside keys, for what a misspelt key may have meant
 
 
@@ -239,13 +241,13 @@ def compose(layers: list[Layer], with_model: bool = True) -> Recipe:
     if with_model and preset is not None and preset_from > arch_from:
         arch = _arch_of(preset, arch)
     model_class = MODELS.get(arch) if with_model else None
+    recommended: dict[str, Any] = {}
+    origin = f"recommended for {arch} {preset}"
     if model_class is not None:
         words.sections["model"], words.arch = model_class.Config, arch
         recommended = model_class.Config.recommended(preset)
-        if recommended:
-            origin = f"recommended for {arch} {preset}"
-            stacked.insert(0, (Layer({}, origin), merge(words.flatten(recommended, origin))))
-            reset += 1
+        stacked.insert(0, (Layer({}, origin), merge(words.flatten(recommended, origin))))
+        reset += 1
     dataset, objective, implied = _kinds(stacked)
     task = _task_class(dataset, objective) if with_model else None
     if task is not None:
@@ -264,6 +266,8 @@ def compose(layers: list[Layer], with_model: bool = True) -> Recipe:
                 continue
             (unasked.add if layer.unasked else unasked.discard)(key)
             final[key] = Given(key, settle(words.sections, one, stored), "the run" if layer.weak else one.origin, False)
+    kept = fitting(recommended, {key: one.value for key, one in final.items()}, any(layer.trained for layer in layers))
+    final = {key: one for key, one in final.items() if one.origin != origin or key in kept}
     if model_class is not None:
         of_model = {k.partition(".")[2]: v.value for k, v in final.items() if k.startswith("model.")}
         for key, value in model_class.Config.with_preset(preset, **of_model).implied().items():

@@ -73,7 +73,7 @@ class Request:
         from treadle.models.pretrained import read_config
 
         model = read_config(self.start_weights).get("model", {})
-        start = Layer({"model": model}, f"the model of {self.weights_from}")
+        start = Layer({"model": model}, f"the model of {self.weights_from}", trained=True)
         return [*self.base, start, *self.named_layers()]
 
 

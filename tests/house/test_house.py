@@ -21,7 +21,7 @@ PACKAGE = Path(treadle.__file__).parent
 ROOMS = [
     "__init__", "__main__", "cli", "cli_collatz", "cli_collatz_search", "cli_projects", "cli_serving", "cli_text", "cli_options", "completion", "library", "help", "examine", "suite", "sweep", "convert", "distillation", "start", "recipe", "task_file", "live", "reporting", "planning", "collatz_tasks", "training",
     "evaluation", "objectives", "monitor", "distributed", "serving", "models", "generation", "data", "layers", "text", "checkpoint",
-    "ops", "collatz", "naming", "foreign", "settings", "registry", "trusted_code", "terminal", "processes", "ray_cluster", "storage", "files", "errors", "version",
+    "ops", "collatz", "recommended", "naming", "foreign", "settings", "registry", "trusted_code", "terminal", "processes", "ray_cluster", "storage", "files", "errors", "version",
 ]  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

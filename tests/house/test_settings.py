@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import treadle
 from treadle.errors import ConfigError
 from treadle.help import section_lines
 from treadle.monitor.settings import DEFAULT_SINKS, FILE_SINKS, Sink
@@ -134,6 +135,29 @@ def test_flags_win_over_file_and_presets_win_over_defaults(tmp_path: Path) -> No
     assert recipe.origins["train.max_steps"] == "flag" and recipe.run.run_name == "r"
     assert "recommended" in recipe.origins["optim.learning_rate"]
     assert recipe.preset == "tiny" and recipe.model == {"num_layers": 3}
+
+
+def test_what_is_recommended_with_an_optimiser_goes_with_it() -> None:
+    def optim(**flags: str) -> tuple[str, float]:
+        found = compose([Layer({"preset": "nano", **flags}, "flag", True)]).optim
+        return found.name, found.learning_rate
+
+    assert optim() == optim(**{"optim.name": "NorMuon"}) == ("normuon", 8e-3)
+    assert optim(learning_rate="2e-3") == ("normuon", 2e-3)
+    assert optim(**{"optim.name": "adamw"}) == ("adamw", 1e-3) and optim(**{"optim.name": "muon", "lr": "2e-2"}) == ("muon", 2e-2)
+    assert optim(**{"parallel.deepspeed": "none"}) == ("normuon", 8e-3)
+    for other in ({"arch": "inl"}, {"parallel": "deepspeed"}, {"shard_optimizer": "true"}, {"distill.teacher": "runs/t"}):
+        assert optim(**other) == ("adamw", 1e-3), other
+    of_a_run = Layer({"model": {"arch": "transformer", "preset": "nano"}}, "the model of runs/a", trained=True)
+    assert compose([of_a_run]).optim.name == "adamw"  # fine-tuning was not measured
+
+
+@pytest.mark.parametrize("keys", [{}, {"optim.name": "adamw"}, {"learning_rate": 1e-3}, {"optim.name": "adamw", "learning_rate": 8e-3}], ids=str)
+def test_a_configuration_given_from_python_is_the_one_that_runs(keys: dict[str, Any]) -> None:
+    """Also where a value is a section's default and the preset recommends another."""
+    config = treadle.TrainConfig(preset="nano", **keys)
+    again = compose([target_layer(config.set_values())])
+    assert again.optim == config.optim and (again.optim.name == "normuon") == ("optim.name" not in keys)
 
 
 @pytest.mark.parametrize("suffix", ["toml", "yaml", "json"])

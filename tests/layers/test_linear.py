@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from treadle.layers.linear import outputs
-from treadle.ops.planned import planned_for_gpu
+from treadle.ops.planned import planned_for
 
 
 class Hooked(nn.Linear):
@@ -24,7 +24,7 @@ def test_one_product_of_several_layers(biased: tuple[bool, bool]) -> None:
     for joined in (True, False):
         x = torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(1)).requires_grad_()
         if joined:
-            with planned_for_gpu():
+            with planned_for("cuda"):
                 parts = outputs(x, *layers)
                 apart = outputs(x, layers[0], Hooked(12, 4))
             assert (parts[0]._base is not None and parts[0]._base is parts[1]._base) is (biased[0] == biased[1])
@@ -40,6 +40,6 @@ def test_one_product_of_several_layers(biased: tuple[bool, bool]) -> None:
 def test_decoding_reads_the_weights_in_place() -> None:
     """Without gradients nothing is laid out anew: for one token the copy would cost more than the products."""
     layers = [nn.Linear(12, 8, bias=False) for _ in range(2)]
-    with planned_for_gpu(), torch.no_grad():
+    with planned_for("cuda"), torch.no_grad():
         parts = outputs(torch.randn(1, 1, 12), *layers)
     assert parts[0]._base is None or parts[0]._base is not parts[1]._base

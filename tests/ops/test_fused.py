@@ -10,13 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from treadle.layers.linear import outputs
 from treadle.layers.mlp import MLP
 from treadle.layers.rope import rotate, rotation
 from treadle.ops import attention, fused
-from treadle.ops.attention import block_causal
+from treadle.ops.attention import block_causal, causal_attention
 from treadle.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from treadle.ops.fused import without_kernels
 from treadle.ops.gelu import gelu, gelu_backward, gelu_mlp, gelu_mlp_reference
@@ -24,6 +25,8 @@ from treadle.ops.linear import linears
 from treadle.ops.residual import residual_sum
 from treadle.ops.rms_norm import add_rms_norm, keep_rms_norm, rms_norm, rms_norm_reference
 from treadle.ops.rotary import turn_reference
+from treadle.ops.scan import scan
+from treadle.ops.short_convolution import short_convolution
 from treadle.ops.swiglu import gated, gated_backward, swiglu, swiglu_reference
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -270,3 +273,22 @@ def test_buffers_without_memory_are_an_error() -> None:
     for name, given in calls.items():
         with pytest.raises(MemoryError):
             getattr(native, name)(*given)
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "loss", "swiglu", "attention", "scan", "convolution"])
+def test_tools_that_trace_see_operations_of_torch(name: str) -> None:
+    """Tensors without contents call no kernel while memory is planned; anybody else's have to end up in the graph that is made."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 128, 32), torch.randn(32)
+    up, down, labels = torch.randn(48, 32), torch.randn(32, 48), torch.randint(0, 48, (2, 128))
+    q = x.view(2, 128, 2, 16).transpose(1, 2)
+    of = {
+        "rms_norm": lambda x: rms_norm(x, weight, 1e-6),
+        "loss": lambda x: linear_cross_entropy(x, up, labels),
+        "swiglu": lambda x: swiglu(x, up, up, down),
+        "attention": lambda x: causal_attention(q * x.mean(), q, q),
+        "scan": lambda x: scan(x.sigmoid(), x),
+        "convolution": lambda x: short_convolution(x, down[:, :4], silu=True),
+    }[name]
+    graph = make_fx(of, tracing_mode="fake", _allow_non_fake_inputs=True)(x)
+    torch.testing.assert_close(graph(x), of(x), atol=1e-4, rtol=1e-4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from treadle.models.dynamics_keys import SWITCH
 from treadle.models.transformer import Transformer, TransformerConfig
@@ -16,6 +16,8 @@ class INLConfig(TransformerConfig):
         "full", aliases=("use_inl_dynamics", "inl_dynamics", "use_dynamics", "use_inl"), spellings=SWITCH
     )
     """INL dynamics in every block: full (each token chooses its gains), lite (constant gains, only mu is learned)."""
+
+    normuon_rates: ClassVar[dict[str, float]] = {}  # not measured
 
     @classmethod
     def presets(cls) -> dict[str, dict[str, Any]]:

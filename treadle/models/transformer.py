@@ -4,7 +4,7 @@ GELU, biases) from one file."""
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import model_validator
@@ -96,11 +96,16 @@ class TransformerConfig(DynamicsKeys, MixerKeys, DenseConfig):
         return {"nano": 10e6, "micro": 30e6, "tiny": 125e6, "small": 350e6, "medium": 760e6, "large": 1.3e9,
                 "xl": 6.7e9, "gpt2": 124e6, "gpt2_medium": 355e6, "llama_7b": 6.74e9}  # fmt: skip
 
+    # Of presets that were measured with it (bench/presets.py): NorMuon's learning rate. All others have AdamW's.
+    normuon_rates: ClassVar[dict[str, float]] = {"nano": 8e-3}
+
     @classmethod
     def recommended(cls, preset: str | None) -> dict[str, Any]:
         rates = {"nano": 1e-3, "micro": 1e-3, "tiny": 6e-4, "small": 3e-4, "medium": 2.5e-4, "large": 2e-4,
                  "xl": 1.2e-4, "gpt2": 6e-4, "gpt2_medium": 3e-4, "llama_7b": 3e-4}  # fmt: skip
         name = (preset or "").lower().replace("-", "_")
+        if name in cls.normuon_rates:
+            return {"optim.name": "normuon", "optim.learning_rate": cls.normuon_rates[name]}
         return {"optim.learning_rate": rates[name]} if name in rates else {}
 
 

@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 
 from treadle.ops import kernel_inputs
 from treadle.ops.native import library
-from treadle.ops.planned import gpu_is_planned
+from treadle.ops.planned import gpu_is_planned, is_planned
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 ROWS_TOGETHER = 64  # BLOCK of csrc/fused.c
@@ -80,13 +79,19 @@ def are_switched_off() -> bool:
 
 def kernels(*tensors: Tensor | None) -> Any:
     """The compiled file, where it is there and takes these tensors; while memory is planned for a CPU, functions that do nothing."""
-    some = [t for t in tensors if t is not None]
-    if not all(type(t) in (Tensor, Parameter, FakeTensor) and t.device.type == "cpu" and t.dtype in KINDS for t in some):
-        return None
+    planned = None
+    for t in tensors:
+        if t is None:
+            continue
+        if type(t) not in (Tensor, Parameter):
+            if not is_planned(t):
+                return None
+            planned = t
+        if t.device.type != "cpu" or t.dtype not in KINDS:
+            return None
     if _switched_off or gpu_is_planned() or (made := _made()) is None:
         return None
-    empty = next((t for t in some if isinstance(t, FakeTensor)), None)
-    return made if empty is None else kernel_inputs.kernels(made, empty)
+    return made if planned is None else kernel_inputs.kernels(made, planned)
 
 
 def threads_for(numbers: int) -> int:

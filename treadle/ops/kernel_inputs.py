@@ -12,12 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from treadle.ops.planned import runs_on_cpu
+from treadle.ops.planned import is_planned, runs_on_cpu
 
 
 def ordinary(*tensors: Tensor | None) -> bool:
-    """All are tensors of a CPU with contents, and nobody watches: while a block is compiled, operations are counted or memory
-    is planned (a dispatch mode), operations of torch have to be seen."""
+    """All are tensors of a CPU with contents, and nobody watches: while a block is compiled or operations are
+    counted (a dispatch mode), operations of torch have to be seen."""
     kinds = all(t is None or (type(t) in (Tensor, Parameter) and t.device.type == "cpu") for t in tensors)
     return kinds and not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None
 
@@ -26,7 +26,7 @@ def usable(*tensors: Tensor | None) -> bool:
     """All are ordinary, or stand for tensors of a CPU while memory is planned: there a function keeps and makes what it does with
     numbers, and calls no kernel (`kernels`)."""
     some = [t for t in tensors if t is not None]
-    return ordinary(*some) or (any(isinstance(t, FakeTensor) for t in some) and runs_on_cpu(*some))
+    return ordinary(*some) or (any(map(is_planned, some)) and runs_on_cpu(*some))
 
 
 class _NoKernels:

@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from treadle.ops.cross_entropy_triton import triton_is_installed
 from treadle.ops.first_order import first_order
+from treadle.ops.kernel_inputs import address
 from treadle.ops.native import library
+from treadle.ops.planned import is_planned
 from treadle.ops.scan_triton import scan_backward, scan_forward
 
 Backend = Literal["auto", "native", "loop", "triton"]
@@ -40,7 +41,7 @@ class _Scan(torch.autograd.Function):
         out = scan_forward(gate, value, start) if way == "triton" else torch.empty_like(value)
         if way == "native":
             library("scan").scan_forward(  # type: ignore[union-attr]
-                *_pointers(gate, value, start, out), *_sizes(value), torch.get_num_threads()
+                *map(address, (gate, value, start, out)), *_sizes(value), torch.get_num_threads()
             )
         elif way == "loop":
             state = start if start is not None else torch.zeros_like(value[:, 0])
@@ -62,7 +63,7 @@ class _Scan(torch.autograd.Function):
         grad_start = torch.empty_like(start) if start is not None else None
         if ctx.way == "native":
             library("scan").scan_backward(  # type: ignore[union-attr]
-                *_pointers(gate, start, out, grad, grad_gate, grad_value, grad_start), *_sizes(gate), torch.get_num_threads()
+                *map(address, (gate, start, out, grad, grad_gate, grad_value, grad_start)), *_sizes(gate), torch.get_num_threads()
             )
             return grad_gate, grad_value, grad_start, None
         if ctx.way == "shapes":
@@ -74,12 +75,6 @@ class _Scan(torch.autograd.Function):
         before = torch.cat([(start if start is not None else torch.zeros_like(carried))[:, None], out[:, :-1]], 1)
         torch.mul(grad_value, before, out=grad_gate)
         return grad_gate, grad_value, carried if start is not None else None, None
-
-
-def _pointers(*tensors: Tensor | None) -> list[Any]:
-    import ctypes
-
-    return [ctypes.c_void_p(t.data_ptr() if t is not None else None) for t in tensors]
 
 
 def _sizes(t: Tensor) -> list[Any]:
@@ -98,7 +93,7 @@ def scan(gate: Tensor, value: Tensor, start: Tensor | None = None, backend: Back
 
 
 def _way(value: Tensor, backend: Backend) -> _Way:
-    if value.device.type == "meta" or isinstance(value, FakeTensor):
+    if value.device.type == "meta" or is_planned(value):
         return "shapes"
     if type(value) is not Tensor or value.dtype == torch.float64:  # no kernel takes these
         return "loop"

@@ -154,9 +154,9 @@ def plan(
     mode = settings.mode if settings.deepspeed is None else "deepspeed"
     if mode in ("auto", "none"):
         mode = "none" if world == 1 else "ddp"
-    if mode != "none" and world == 1:
+    resolve.check_layout(asked, "none" if world == 1 and mode != "deepspeed" else mode)
+    if world == 1:
         mode = "none"
-    resolve.check_layout(asked, mode)
     shard_size = _checked_shard_size(settings, world)
     trace = trace_step(cls, config, objective, shape, batch, optim=recipe.optim, exact=exact, kind=kind, adapter=adapter)
     options: dict[str, Any] = {"reshard": settings.reshard_after_forward, "kind": kind,

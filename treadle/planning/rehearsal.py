@@ -25,6 +25,7 @@ from treadle.models.adapters import made
 from treadle.models.base import Model, ModelConfig
 from treadle.models.settings import AdapterSettings
 from treadle.objectives.base import ModelWithObjective, Objective
+from treadle.ops.planned import planned_for
 from treadle.ops.precision import autocast
 from treadle.planning.step_trace import Shape
 from treadle.training import resolve
@@ -70,7 +71,7 @@ def rehearse(
     counted = _Counted()
     with _pretended(world):
         mesh = make_mesh("cpu", world, settings.shard_size)
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with planned_for("cpu"), FakeTensorMode(allow_non_fake_inputs=True):
             model = made(cls, config, adapter)
             resolve.set_checkpointing(model, shape.gradient_checkpointing)
             module = ModelWithObjective(model, objective)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from treadle.models.adapters import made
 from treadle.models.base import Model, ModelConfig
 from treadle.models.settings import AdapterSettings
 from treadle.objectives.base import ModelWithObjective, Objective
-from treadle.ops.planned import planned_for_gpu
+from treadle.ops.planned import planned_for
 from treadle.ops.precision import autocast
 from treadle.planning.ledger import Ledger, Moment, Watch, leaf_of, storages
 from treadle.training import resolve
@@ -67,7 +67,7 @@ def trace_step(
     optim = optim or OptimSettings()
 
     def traced(config: ModelConfig) -> StepTrace:
-        with planned_for_gpu() if kind == "cuda" else nullcontext():
+        with planned_for(kind):
             return _trace(cls, config, objective, shape, batch, optim, adapter)
 
     numbered = adapter is not None and any(character.isdigit() for word in adapter.lora_targets for character in word)
@@ -165,11 +165,11 @@ def with_rows(one: StepTrace, two: StepTrace, rows: int) -> StepTrace:
 
 def trace_reading(cls: type[Model], config: ModelConfig, batch: Batch, kind: str = "cpu") -> float:
     """Most bytes alive in the pass over a prompt without gradients, beyond weights and the decoding state; they do not grow
-    with depth, so that one period of blocks tells them."""
+    with depth, so that two periods of blocks (`period_of` has seen that they can be had) tell them."""
     period, count = period_of(cls, config)
-    shorter = config.model_copy(update={"num_layers": period}) if period and count > period else config
+    shorter = config.model_copy(update={"num_layers": 2 * period}) if period and count > 2 * period else config
     ledger = Ledger()
-    with planned_for_gpu() if kind == "cuda" else nullcontext(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    with planned_for(kind), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model = cls(shorter).eval()
         ledger.sort([*model.parameters(), *model.buffers()], "kept")
         with Watch(ledger):

@@ -16,9 +16,11 @@ from treadle.data.settings import DataSettings
 from treadle.distributed.settings import ParallelSettings
 from treadle.errors import ConfigError
 from treadle.evaluation.settings import EvalSettings
+from treadle.models.catalogue import MODELS
 from treadle.models.settings import AdapterSettings
 from treadle.monitor.settings import AlertSettings, LogSettings
 from treadle.objectives.settings import DistillSettings
+from treadle.recommended import fitting
 from treadle.registry import nearest
 from treadle.settings import Settings, dump_toml, fit_value, option
 from treadle.text.settings import TokenizerSettings
@@ -132,12 +134,17 @@ class Recipe:
         return {"run": tables.pop("run"), "model": model, **task, **tables}
 
     def set_values(self) -> dict[str, dict[str, Any]]:
-        """The same without what is at its default, as a recipe would say it."""
+        """The same without what is at its default (or the preset's recommended value), as a recipe would say it."""
         usual = {name: {k: i.get_default(call_default_factory=True) for k, i in cls.model_fields.items()}
                  for name, cls in SECTIONS.items()}  # fmt: skip
         usual |= {"model": {"preset": None}, "task": {}}
-        return {name: {k: v for k, v in table.items() if k not in usual[name] or v != usual[name][k]}
-                for name, table in self.tables().items()}  # fmt: skip
+        tables = self.tables()
+        recommended = MODELS.get(self.arch).Config.recommended(self.preset) if self.preset is not None else {}
+        kept = fitting(recommended, {f"{name}.{k}": v for name, table in tables.items() for k, v in table.items()})
+        for section, _, key in (dotted.partition(".") for dotted in recommended):
+            usual[section].pop(key, None)  # what is not the recommended value is said, a section's default too
+            usual[section] |= {key: recommended[f"{section}.{key}"]} if f"{section}.{key}" in kept else {}
+        return {name: {k: v for k, v in table.items() if k not in usual[name] or v != usual[name][k]} for name, table in tables.items()}
 
     def to_toml(self) -> str:
         """All of it as config.toml, with the code that it trusts."""
