@@ -222,7 +222,7 @@ def preset_lines(preset: str) -> list[str]:
         lines.append(f"{arch} {plain(preset)}: {count_label(count)} parameters (random until trained)")
         lines += [f"    model.{key} = {value}" for key, value in keys.items()]
         recommended = cls.Config.recommended(preset)
-        lines += ["  recommended training values, used where nothing else is said:"] if recommended else []
+        lines += ["  recommended training values, used where nothing else is said (those of an optimiser with it alone):"] if recommended else []
         lines += [f"    {key} = {value}" for key, value in recommended.items()]
         lines.append(f"  train it: treadle train FILE --model.arch {arch} --model.preset {plain(preset)}")
     if not lines:

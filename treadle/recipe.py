@@ -1,6 +1,6 @@
 """The whole configuration tree: every room's section, composed from defaults, presets, recipes and flags.
 
-Precedence, weakest first: a section's defaults < the model's recommended values for a preset < a continued run's own
+Precedence, weakest first: a section's defaults < the model's recommended values for a preset (recommended.py) < a continued run's own
 config.toml < the recipe < flags. The model section stays a raw table until its architecture is known, so this file
 imports no torch unless a model key has to be understood.
 """
