@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from bench.quality import cell, cpu_seconds, grid, table
 from bench.texts import file_of
 from treadle.distributed.pool import folder_name
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "austen.toml"
-CHANGES: dict[str, dict[str, object]] = {
+CHANGES: dict[str, dict[str, Any]] = {
     "the recipe": {},
     "optim.name = muon": {"optim.name": "muon"},
     **{f"optim.name = soap at {rate:g}": {"optim.name": "soap", "learning_rate": rate} for rate in (1e-3, 3e-3, 8e-3)},
@@ -45,7 +46,7 @@ def main() -> None:
 
     def trained(name: str, text: str, seed: int) -> tuple[float, float]:
         change = dict(CHANGES[name])
-        steps = round(given.steps * float(str(change.pop("steps", 1))))  # a share of them
+        steps = round(given.steps * change.pop("steps", 1))  # a share of them
         wanted: dict[str, object] = {"max_steps": steps, "eval_steps": steps, "save_steps": steps, "sample_tokens": 0,
                                      "save_total_limit": 1, "seed": seed, "data.path": texts[text], **change}  # fmt: skip
         folder = given.output / str(given.steps) / f"{text}-{folder_name(name)}-{seed}"

@@ -12,6 +12,7 @@ line on one thread, evaluated on all of its held-out text; an interrupted table 
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 
 from bench.quality import cell, cpu_seconds, grid, table
@@ -50,7 +51,7 @@ def main() -> None:
         return bits, cpu_seconds(folder)
 
     for preset in given.presets:
-        found = grid(given.only, texts, given.seeds, given.processes, lambda *of, preset=preset: trained(preset, *of))
+        found = grid(given.only, texts, given.seeds, given.processes, functools.partial(trained, preset))
         print(f"\n{preset}, {given.steps} steps; mean over {given.seeds} seed(s) (largest - smallest)")
         print("\n".join(table(found, given.only[0], "optimiser and learning rate")))
 

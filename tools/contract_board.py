@@ -4,8 +4,7 @@
     python -m tools.contract_board --write docs/contracts.md        # and writes it into the document
 
 README.md gets the same, shortened: a check mark where all of a contract's checks passed. A cell counts the checks that passed. A
-contract is left out only by a declared capability, which the table names; a failure
-is printed in capitals, and the exit status is 1.
+contract is left out only by a declared capability, which the table names; a failure is printed in capitals, and the exit status is 1.
 """
 
 from __future__ import annotations

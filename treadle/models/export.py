@@ -59,8 +59,7 @@ def export(
     """Writes config.json, model.safetensors and the tokenizer of a run (or checkpoint) and returns the folder, by default
     RUN/export. Shards are joined. `packed` stores ternary layers in 1.6 bits a weight; with fp32 for the rest, answers stay the
     same bit for bit. `quantize` (int8, int4) stores linear layers as they are read with these weights. The folder is checked like a
-    checkpoint and serves wherever a run is asked for; `from_pretrained` reads it
-    too. layout "huggingface" (by default in RUN/huggingface): as transformers and what builds on it read it; "gguf" (by default
+    checkpoint and serves wherever a run is asked for; `from_pretrained` reads it too. layout "huggingface" (by default in RUN/huggingface): as transformers and what builds on it read it; "gguf" (by default
     RUN/gguf/NAME-TYPE.gguf, which is returned): what llama.cpp reads, of `gguf_type` f32 (the default), f16 or q8_0. A model card is
     written beside, where no README.md of somebody's own is; license is what it states. Of a run with adapters: these alone, as peft
     reads them ("peft", by default in RUN/peft), unless `merge` or another layout asks for the whole model. InputError when the

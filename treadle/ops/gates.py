@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from treadle.ops.first_order import first_order
-from treadle.ops.kernel_inputs import address, kernels, usable
+from treadle.ops.kernel_inputs import address, fit, kernels
 from treadle.ops.native import library
 from treadle.ops.scan import scan
 
@@ -20,7 +20,7 @@ NORM_KINDS: dict[NormKind, int] = {"inside": 0, "after": 1, "centred": 2}
 
 
 def _fit(*tensors: Tensor | None) -> bool:
-    return usable(*tensors) and all(t is None or t.dtype == torch.float32 for t in tensors) and library("gates") is not None
+    return fit("gates", *tensors)
 
 
 def _sizes(*sizes: int) -> tuple[ctypes.c_int64, ...]:

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from treadle.ops.native import library
 from treadle.ops.planned import is_planned, runs_on_cpu
 
 
@@ -27,6 +28,11 @@ def usable(*tensors: Tensor | None) -> bool:
     numbers, and calls no kernel (`kernels`)."""
     some = [t for t in tensors if t is not None]
     return ordinary(*some) or (any(map(is_planned, some)) and runs_on_cpu(*some))
+
+
+def fit(name: str, *tensors: Tensor | None) -> bool:
+    """Whether the kernels of csrc/NAME.c, which take fp32 alone, take these. Of any shapes."""
+    return usable(*tensors) and all(t is None or t.dtype == torch.float32 for t in tensors) and library(name) is not None
 
 
 class _NoKernels:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from treadle.ops.first_order import first_order
-from treadle.ops.kernel_inputs import address, kernels, usable
+from treadle.ops.kernel_inputs import address, fit, kernels
 from treadle.ops.native import library
 
 Kind = Literal["sum", "bonus", "delta"]
@@ -48,7 +48,7 @@ class _Slopes(ctypes.Structure):
 
 def available(*tensors: Tensor | None) -> bool:
     """Whether the kernels take these: fp32 on a CPU."""
-    return usable(*tensors) and all(t is None or t.dtype == torch.float32 for t in tensors) and library("memories") is not None
+    return fit("memories", *tensors)
 
 
 def _span(t: Tensor | None) -> _Span:

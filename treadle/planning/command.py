@@ -74,9 +74,9 @@ def _recommended(recipe: Recipe, memory: Any, training: bool, target: str | None
     lengths = (recipe.data.seq_len,) if _asked(recipe, "data.seq_len", target) else LENGTHS
     asked = recipe.train.precision
     if kind == "cpu":
-        precisions = (number_formats.resolve(asked, torch.device("cpu"), 1024),)
+        precisions: tuple[str, ...] = (number_formats.resolve(asked, torch.device("cpu"), 1024),)
     else:
-        precisions = ("bf16", "fp32") if asked == "auto" else (asked,)  # type: ignore[assignment]
+        precisions = ("bf16", "fp32") if asked == "auto" else (asked,)
     again = recipe.train.gradient_checkpointing if _asked(recipe, "train.gradient_checkpointing", target) else None
     if again is not None and not isinstance(again, bool):
         raise ConfigError(f"gradient_checkpointing = {again}: --recommend tries true and false; leave it out, or give one of them")

@@ -143,9 +143,9 @@ def plan(
     micro, accumulation, total = resolve.batch_sizes(recipe, world)
     kind = "cuda" if device.startswith("cuda") else "cpu"
     width = model.width
-    asked = recipe.train.precision
+    asked: str = recipe.train.precision
     if kind == "cpu":
-        asked = number_formats.resolve(asked, torch.device("cpu"), width)  # type: ignore[assignment]
+        asked = number_formats.resolve(asked, torch.device("cpu"), width)
     elif asked == "auto":
         asked = "bf16"
     objective, batch, length = work_of(recipe, data, model, micro)

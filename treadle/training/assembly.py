@@ -12,10 +12,9 @@ from treadle.distributed.world import World
 from treadle.errors import ConfigError
 from treadle.models.base import Model
 from treadle.objectives.base import ModelWithObjective, Objective
-from treadle.training import resolve
 from treadle.training.config import Recipe
 from treadle.training.optim import Optimizers
-from treadle.training.resolve import Schedule
+from treadle.training.resolve import Schedule, check_layout
 from treadle.training.step import Stepper
 
 
@@ -53,7 +52,7 @@ def _spread(
     """The module over all processes, its weights allocated and on their device."""
     model = module.model
     mode = resolve_mode(recipe.parallel, world, model.parameter_count(), device)
-    resolve.check_layout(precision, mode)
+    check_layout(precision, mode)
     on_meta = any(p.is_meta for p in model.parameters())
     if mode != "fsdp" and not on_meta:
         model.to(device)

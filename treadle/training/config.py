@@ -141,9 +141,12 @@ class Recipe:
         tables = self.tables()
         recommended = MODELS.get(self.arch).Config.recommended(self.preset) if self.preset is not None else {}
         kept = fitting(recommended, {f"{name}.{k}": v for name, table in tables.items() for k, v in table.items()})
-        for section, _, key in (dotted.partition(".") for dotted in recommended):
-            usual[section].pop(key, None)  # what is not the recommended value is said, a section's default too
-            usual[section] |= {key: recommended[f"{section}.{key}"]} if f"{section}.{key}" in kept else {}
+        for dotted, value in recommended.items():
+            section, _, key = dotted.partition(".")
+            if dotted in kept:
+                usual[section][key] = value
+            else:
+                del usual[section][key]  # said even where it is the section's default
         return {name: {k: v for k, v in table.items() if k not in usual[name] or v != usual[name][k]} for name, table in tables.items()}
 
     def to_toml(self) -> str:

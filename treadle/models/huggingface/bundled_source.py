@@ -156,8 +156,7 @@ class Read:
 
 class Reader(ast.NodeVisitor):
     """Reads definitions of one module. `meaning` says what a global name is, `inside` what one of a module of ours is, `constant`
-    the answer of a function that always gives
-    the same, else UNKNOWN; option: the function whose calls stand for their first argument; fixed: what names of this module (and
+    the answer of a function that always gives the same, else UNKNOWN; option: the function whose calls stand for their first argument; fixed: what names of this module (and
     attributes of `self` and `ctx`) always are."""
 
     def __init__(
