@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -25,6 +27,19 @@ def begin_data_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     end_with_parent(signal.SIGKILL)
+
+
+def waited_for_cores() -> float:
+    """Seconds that the living threads of this process have had work to do and no core to do it on (Linux's run_delay,
+    Documentation/scheduler/sched-stats); nan where nothing tells."""
+    nanoseconds = 0
+    try:
+        for thread in Path("/proc/self/task").iterdir():
+            with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # it has just ended
+                nanoseconds += int((thread / "schedstat").read_text(encoding="ascii").split()[1])
+    except (OSError, ValueError, IndexError):
+        return math.nan
+    return nanoseconds / 1e9
 
 
 @contextlib.contextmanager

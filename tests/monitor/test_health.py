@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from treadle.data.base import Dataset
 from treadle.data.dataset import TokenDataset
 from treadle.errors import Diverged
 from treadle.monitor.health import Health
+from treadle.processes import waited_for_cores
 
 
 @pytest.fixture()
@@ -58,6 +62,51 @@ def test_advice_is_said_once() -> None:
     assert kinds.count("erratic_gradient") == 1
     assert [f.kind for f in health.waiting(0.5, 5.0)] == ["slow_data"] and health.waiting(0.5, 5.0) == []
     assert Health().waiting(0.01, 5.0) == [] == Health().waiting(0.5, 0.1)
+
+
+def test_a_busy_machine_is_said_with_the_threads_to_type() -> None:
+    health = Health()
+    (finding,) = health.crowded(10.0, 9.3, 2)
+    assert finding.kind == "busy_machine" and finding.text.endswith("OMP_NUM_THREADS=1") and health.crowded(10.0, 9.3, 2) == []
+    assert Health(**health.to_json()).crowded(10.0, 9.3, 2), "another start may be on another machine"
+    assert Health().crowded(10.0, 30.0, 16)[0].text.endswith("OMP_NUM_THREADS=13")
+    assert Health().crowded(10.0, 7.0, 2)[0].text.endswith("OMP_NUM_THREADS=1")
+    assert Health().crowded(10.0, 0.3, 2) == [] == Health().crowded(10.0, 9.3, 1)  # idle; nobody to wait for
+    assert Health().crowded(10.0, math.nan, 2) == []  # no figure on this system
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").is_file(), reason="this system does not say how long threads wait for a core")
+def test_time_without_a_core_is_counted_over_all_threads() -> None:
+    stop, before = threading.Event(), waited_for_cores()
+    others = [threading.Thread(target=lambda: [sum(range(1000)) for _ in iter(stop.is_set, True)]) for _ in range(3)]
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})  # inherited by the threads: four that want one core
+    try:
+        for thread in others:
+            thread.start()
+        until = time.perf_counter() + 0.5
+        while time.perf_counter() < until:
+            torch.ones(300, 300) @ torch.ones(300, 300)  # lets the others run meanwhile
+        waited = waited_for_cores() - before
+    finally:
+        stop.set()
+        os.sched_setaffinity(0, allowed)
+        for thread in others:
+            thread.join()
+    assert waited > 0.05
+
+
+def test_a_training_beside_busy_programs_says_what_to_type(
+    tmp_path: Path, data: dict, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import treadle.training.callbacks.health as callback
+
+    clock = iter(range(10**6))
+    monkeypatch.setattr(callback, "CORES_SECONDS", 0.0)
+    monkeypatch.setattr(callback, "waited_for_cores", lambda: 1e3 * next(clock))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    trainer(tmp_path, data, max_steps=3).train()
+    assert capsys.readouterr().err.count("OMP_NUM_THREADS=1") == 1
 
 
 def test_a_flat_training_is_told_so(tmp_path: Path, data: dict, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,8 @@ LEAST = 32  # steps before anything is judged
 FLAT_STEPS, FLAT_SHARE = 400, 0.005
 WAIT_SHARE, WAIT_SECONDS = 0.1, 1.0  # of the time, after this much computing
 COLLAPSE, COLLAPSE_STEPS = 0.4, 8  # of the median throughput, over this many steps
+# Idle, two threads lack .01 of a core; beside another busy program .9, and take 5 times as long as one thread beside it.
+CORES_LACKED, CORES_SECONDS = 0.5, 10.0  # over this many seconds
 
 
 @dataclass
@@ -86,6 +88,16 @@ class Health:
                             "faster disk (`treadle data prepare`)")]  # fmt: skip
         return []
 
+    def crowded(self, seconds: float, waited: float, threads: int) -> list[Finding]:
+        """Advice when other programs need the cores on which `threads` threads wait for each other. waited: seconds that all
+        threads of this process together had work and no core (treadle.processes.waited_for_cores), within `seconds`."""
+        lacked = waited / max(seconds, 1e-9)
+        if threads > 1 and lacked > CORES_LACKED and self._once("crowded"):
+            return [Finding("busy_machine", f"other programs keep {lacked:.1f} of this machine's cores from the training's {threads} "
+                            "threads, and threads that wait for each other then take several times as long as fewer: Ctrl-C, and "
+                            f"the same command after OMP_NUM_THREADS={max(1, threads - max(1, round(lacked)))}")]  # fmt: skip
+        return []
+
     def _once(self, kind: str) -> bool:
         if kind in self.said:
             return False
@@ -93,9 +105,9 @@ class Health:
         return True
 
     def to_json(self) -> dict[str, Any]:
-        """The distributions so far, for run_state.json."""
+        """The distributions so far, for run_state.json. That the machine is busy is said in each start anew."""
         return {"losses": self.losses, "norms": self.norms, "speeds": self.speeds, "long_losses": self.long_losses[-8:],
-                "said": self.said}  # fmt: skip
+                "said": [kind for kind in self.said if kind != "crowded"]}  # fmt: skip
 
 
 def _push(window: list[float], value: float) -> None:

@@ -1,11 +1,15 @@
-"""Changes nothing; notices spikes, outliers, collapse and waiting, says them, and asks what train.on_spike says."""
+"""Changes nothing; notices spikes, outliers, collapse, waiting for data and for cores, says them, and asks what train.on_spike says."""
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
+import torch
+
 from treadle.errors import Diverged
-from treadle.monitor.health import Finding, Health
+from treadle.monitor.health import CORES_SECONDS, Finding, Health
+from treadle.processes import waited_for_cores
 from treadle.training.callbacks.base import Callback
 from treadle.training.context import Context
 
@@ -17,6 +21,10 @@ class HealthCallback(Callback):
 
     def __init__(self) -> None:
         self.health = Health()
+        self.cores_since = (0.0, 0.0)  # clock and seconds without a core when they were last compared
+
+    def on_train_start(self, context: Context) -> None:
+        self.cores_since = (time.perf_counter(), waited_for_cores())
 
     def skip_update(self, context: Context, loss: float) -> bool:
         if context.config.train.on_spike != "skip":
@@ -32,6 +40,15 @@ class HealthCallback(Callback):
             context.step, result.loss, result.grad_norm, context.step_seconds, result.counts.get("tokens", 0),
             context.warmed_up,
         ))  # fmt: skip
+        if context.device.type == "cpu":
+            self._look_for_cores(context)
+
+    def _look_for_cores(self, context: Context) -> None:
+        now, (then, waited_then) = time.perf_counter(), self.cores_since
+        if now - then >= CORES_SECONDS:
+            waited = waited_for_cores()
+            self.cores_since = (now, waited)
+            self._report(context, self.health.crowded(now - then, waited - waited_then, torch.get_num_threads()))
 
     def on_log(self, context: Context) -> None:
         self._report(context, self.health.waiting(context.data_wait_share, context.computed))
