@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 
+from treadle.ops.native import FLAGS, SOURCES
 from treadle.ops.packed_linear import FORMATS, PackedMatrix, Quantized, joined, native, quantize
 
 needs_compiler = pytest.mark.skipif(native() is None, reason="no compiled product here")
@@ -47,11 +55,33 @@ def test_the_compiled_product_is_the_plain_one(kind: str, rows: int, columns: in
     packed = PackedMatrix(quantized, bias)
     whole = quantized.dequantize()
     assert torch.equal(packed.dequantize(), whole)
-    x = torch.randn(15, columns, generator=torch.Generator().manual_seed(2))  # 8 + 4 + 2 + 1 rows
-    y = packed.product(x)
-    torch.testing.assert_close(y, torch.nn.functional.linear(x.double(), whole.double(), bias.double()).float(), rtol=1e-5, atol=1e-6)
-    for row in range(15):
-        assert torch.equal(packed.product(x[row : row + 1])[0], y[row])
+    x = torch.randn(143, columns, generator=torch.Generator().manual_seed(2))
+    alone = torch.cat([packed.product(row[None]) for row in x])
+    torch.testing.assert_close(alone, torch.nn.functional.linear(x.double(), whole.double(), bias.double()).float(), rtol=1e-5, atol=1e-6)
+    for count in (2, 3, 15, 16, 24, 128, 143):  # 15 is 8 + 4 + 2 + 1 rows; more than 128 are multiplied in parts
+        assert torch.equal(packed.product(x[:count]), alone[:count]), count
+
+
+@needs_compiler
+@pytest.mark.parametrize("processor", ["x86-64", "haswell"])
+def test_processors_with_narrower_registers_compute_the_same(processor: str, tmp_path: Path) -> None:
+    """Compiled for 4 and for 8 numbers in a register, with and without fused multiplication and addition."""
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    if platform.machine() != "x86_64" or (processor == "haswell" and not all(f" {word}" in flags for word in ("avx2", "fma", "f16c"))):
+        pytest.skip(f"this machine does not run programs for {processor}")
+    compiler = shutil.which(os.environ.get("CC", "cc")) or "gcc"
+    given = [f"-march={processor}" if flag == "-march=native" else flag for flag in FLAGS]
+    subprocess.run([compiler, *given, str(SOURCES / "decoding.c"), "-o", str(tmp_path / "d.so"), "-lm"], check=True, capture_output=True)
+    library = ctypes.CDLL(str(tmp_path / "d.so"))
+    library.product.argtypes, library.product.restype = native().product.argtypes, None
+    for kind in FORMATS:
+        packed = PackedMatrix(made(100, 96, kind)[1])
+        x = torch.randn(19, 96, generator=torch.Generator().manual_seed(2))
+        native_way = packed.product(x)
+        packed._library = library
+        y = packed.product(x)
+        torch.testing.assert_close(y, native_way, rtol=1e-5, atol=1e-6)
+        assert torch.equal(y, torch.cat([packed.product(row[None]) for row in x])), kind
 
 
 @needs_compiler

@@ -6,12 +6,25 @@
 
 #define ALONE (1 << 18) /* multiplications, 6 microseconds: less is not worth waking threads for */
 
-/* x [rows, inputs] -> y [rows, outputs]. */
-void product(const struct matrix *m, const float *x, float *y, int64_t rows, int threads) {
+static void rows_at_once(const struct matrix *m, const float *x, float *y, int64_t rows, int threads) {
     const int64_t panels = (m->outputs + PANEL - 1) / PANEL;
     if (m->outputs * m->inputs * rows < ALONE) threads = 1;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t p = 0; p < panels; p++) one_panel(m, p, x, y, rows, m->outputs);
+}
+
+/* x [rows, inputs] -> y [rows, outputs]. */
+void product(const struct matrix *m, const float *x, float *y, int64_t rows, int threads) {
+    int64_t most = NUMBERS / (m->inputs > 0 ? m->inputs : 1) / ROWS * ROWS, count;
+    most = most < 2 * ROWS ? 2 * ROWS : most > MOST_ROWS ? MOST_ROWS : most;
+    float *own = rows > 1 ? malloc(sizeof(float) * (size_t)(most * m->inputs)) : NULL;
+    if (own == NULL) most = 1;
+    for (int64_t first = 0; first < rows; first += count) {
+        count = rows - first < most ? rows - first : most;
+        if (count > 1) interleaved(x + first * m->inputs, count, m->inputs, own);
+        rows_at_once(m, count > 1 ? own : x + first * m->inputs, y + first * m->outputs, count, threads);
+    }
+    free(own);
 }
 
 /* Rows [first, last) of W in fp32, [last - first, inputs]; first is a multiple of 64. */
@@ -20,14 +33,14 @@ void unpacked(const struct matrix *m, float *out, int64_t first, int64_t last, i
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t i = 0; i < panels; i++) {
         const int64_t p = first / PANEL + i, n = p * PANEL, count = last - n < PANEL ? last - n : PANEL;
-        float values[PANEL], blocked[PANEL][LANES];
+        float values[PANEL], blocked[PANEL][16];
         for (int64_t k = 0; k < in; k++) {
             for (int v = 0; v < VECTORS; v++) {
                 vector w;
                 if (m->format == 3) {
-                    vector table = loaded(m->table);
+                    const table levels = read_table(m->table);
                     integers both = widened((const uint8_t *)m->codes + (p * (in / 2) + k / 2) * PANEL + v * LANES);
-                    w = looked_up(k % 2 ? (integers)(both >> 4) : both, &table);
+                    w = looked_up(k % 2 ? (integers)(both >> 4) : both, &levels);
                     w *= from_fp16((const uint16_t *)m->scales + (p * (in / GROUP) + k / GROUP) * PANEL + v * LANES);
                 } else {
                     const int64_t size = m->format == 0 ? 4 : m->format == 1 ? 2 : 1;
@@ -37,10 +50,10 @@ void unpacked(const struct matrix *m, float *out, int64_t first, int64_t last, i
                 store(values + v * LANES, w);
             }
             /* Sixteen k of an output are written together: one at a time, each would touch a cache line of its own. */
-            for (int r = 0; r < PANEL; r++) blocked[r][k % LANES] = values[r];
-            if (k % LANES == LANES - 1 || k == in - 1)
+            for (int r = 0; r < PANEL; r++) blocked[r][k % 16] = values[r];
+            if (k % 16 == 15 || k == in - 1)
                 for (int64_t r = 0; r < count; r++)
-                    memcpy(out + (n - first + r) * in + k / LANES * LANES, blocked[r], (size_t)(k % LANES + 1) * sizeof(float));
+                    memcpy(out + (n - first + r) * in + k / 16 * 16, blocked[r], (size_t)(k % 16 + 1) * sizeof(float));
         }
     }
 }
