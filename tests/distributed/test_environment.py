@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.several import run_in
-from treadle.distributed.choose import resolve_mode
+from treadle.distributed.choose import mode_for, resolve_mode
 from treadle.distributed.environment import Launch, complete, detect, first_host
 from treadle.distributed.launch import gravest
 from treadle.distributed.settings import ParallelSettings
@@ -101,6 +101,7 @@ def test_auto_shards_what_would_not_fit() -> None:
     assert resolve_mode(ParallelSettings(), world, 10**6, cpu) == "ddp"
     assert resolve_mode(ParallelSettings(), world, 10**12, cpu) == "fsdp"
     assert resolve_mode(ParallelSettings(mode="fsdp"), World(), 10**6, cpu) == "none"
+    assert mode_for(ParallelSettings(), 8, 10**9, lambda: 80e9) == "ddp" and mode_for(ParallelSettings(), 8, 10**9, lambda: 24e9) == "fsdp"
     with pytest.raises(ConfigError, match="2 processes"):
         resolve_mode(ParallelSettings(mode="none"), world, 10**6, cpu)
 

@@ -32,6 +32,13 @@ def test_what_is_recommended_trains_in_the_memory(tmp_path: Path) -> None:
     assert summary["step"] == 2 and 0.4 < summary["peak_memory_gb"] < 0.8
 
 
+def test_auto_is_planned_as_it_runs() -> None:
+    """In shards where a process may not hold the whole, as `auto` decides when it starts."""
+    asked = {"preset": "gpt2", "seq_len": 64, "batch_size": 1}
+    modes = [treadle.plan(asked, world=2, memory=memory, device="cuda", flops=1e12)["mode"] for memory in ("80GB", "3GB")]
+    assert modes == ["ddp", "fsdp"]
+
+
 def test_a_fit_is_a_configuration() -> None:
     fit = Fit("transformer", "nano", 10, 64, "bf16", True, 16, 1.0)
     config = treadle.TrainConfig(**fit.keys)

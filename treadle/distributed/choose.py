@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from treadle.distributed.base import Strategy
@@ -17,19 +19,27 @@ FULL = 0.6  # share of a device that these may take before `auto` shards them
 
 def resolve_mode(settings: ParallelSettings, world: World, parameters: int, device: torch.device) -> str:
     """none, ddp, fsdp or deepspeed. ConfigError when several processes were started for mode = none."""
-    mode = "deepspeed" if settings.deepspeed is not None else settings.mode
-    if mode == "deepspeed" or (mode != "none" and world.size == 1):
-        return mode if mode == "deepspeed" else "none"
-    if mode == "none" and world.size > 1:
+    if settings.deepspeed is None and settings.mode == "none" and world.size > 1:
         raise ConfigError(f"parallel.mode = none, but {world.size} processes were started; use --parallel ddp or fsdp, or "
                           "start one process")  # fmt: skip
-    if mode != "auto":
-        return mode
-    if device.type == "cuda":
-        room = torch.cuda.get_device_properties(device).total_memory
-    else:
-        room = machine_bytes() // world.local_size
-    return "fsdp" if parameters * BYTES_A_PARAMETER > FULL * room else "ddp"
+
+    def room() -> float:
+        if device.type == "cuda":
+            return torch.cuda.get_device_properties(device).total_memory
+        return machine_bytes() // world.local_size
+
+    return mode_for(settings, world.size, parameters, room)
+
+
+def mode_for(settings: ParallelSettings, processes: int, parameters: int, room: Callable[[], float]) -> str:
+    """The same, whoever is started and wherever. room: bytes that one process may take; asked for only where `auto` needs them."""
+    if settings.deepspeed is not None or settings.mode == "deepspeed":
+        return "deepspeed"
+    if processes == 1:
+        return "none"
+    if settings.mode != "auto":
+        return settings.mode
+    return "fsdp" if parameters * BYTES_A_PARAMETER > FULL * room() else "ddp"
 
 
 def make_strategy(

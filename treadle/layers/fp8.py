@@ -13,7 +13,12 @@ class Fp8Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
-        if not (self.training and torch.is_grad_enabled()):
+        if not in_8_bits(self):
             return super().forward(x)
         y = fp8_linear(x, self.weight)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+def in_8_bits(*layers: nn.Module) -> bool:
+    """Whether calling these multiplies 8-bit floats: Fp8Linear in training."""
+    return torch.is_grad_enabled() and all(isinstance(layer, Fp8Linear) and layer.training for layer in layers)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from treadle.layers.linear import are_plain
+from treadle.layers.linear import are_plain, outputs
 from treadle.layers.lora import FrozenLinear
 from treadle.ops.gelu import gelu_mlp
 from treadle.ops.swiglu import gated_products, swiglu
@@ -38,7 +38,8 @@ class SwiGLU(nn.Module):
             return swiglu(x, self.gate.weight, self.up.weight, self.down.weight)
         if self.fused and isinstance(self.down, FrozenLinear):
             return self.down(gated_products(self.gate(x), self.up(x)))
-        return self.down(self.activation(self.gate(x)) * self.up(x))
+        gate, up = outputs(x, self.gate, self.up)
+        return self.down(self.activation(gate) * up)
 
 
 class MLP(nn.Module):

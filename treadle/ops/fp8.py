@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from treadle.ops.first_order import first_order
+from treadle.ops.planned import gpu_is_planned
 from treadle.ops.precision import compute_dtype, without_autocast
 
 INPUT, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
@@ -30,7 +31,7 @@ def quantized(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
     """a [M, K] and b [N, K], both of 8 bits and dense by rows -> a b^T with their scales [M, N], of this type."""
-    if a.device.type != "cpu":
+    if a.device.type != "cpu" or gpu_is_planned():
         return torch._scaled_mm(a, b.t(), scale_a=scale_a, scale_b=scale_b, out_dtype=dtype)
     return ((a.float() * scale_a) @ (b.float() * scale_b).t()).to(dtype)
 
@@ -74,3 +75,12 @@ def fp8_linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., K], weight [N, K], K and N multiples of 16 -> x W^T [..., N] in autocast's type where that is on; its gradients are
     products of 8-bit floats too."""
     return _Fp8Linear.apply(x, weight)  # type: ignore[no-untyped-call]
+
+
+def fp8_linears(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> tuple[Tensor, ...]:
+    """x [..., K], weights [O_i, K], biases [O_i] or none -> x W_i^T + b_i [..., O_i], views of one product for which x is rounded
+    once; the weights share a scale."""
+    whole = fp8_linear(x, torch.cat(weights) if len(weights) > 1 else weights[0])
+    if biases:
+        whole = whole + torch.cat(biases).to(whole.dtype)
+    return whole.split([weight.shape[0] for weight in weights], -1)

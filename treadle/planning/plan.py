@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from treadle.data.base import BatchPlan, Dataset
 from treadle.data.batch import Batch
 from treadle.data.dataset import splits_of
 from treadle.data.settings import TEXT
+from treadle.distributed.choose import mode_for
 from treadle.distributed.settings import ParallelSettings
 from treadle.errors import ConfigError
 from treadle.evaluation.report import objective_of
@@ -21,6 +23,7 @@ from treadle.models.catalogue import MODELS
 from treadle.objectives.base import Objective
 from treadle.objectives.task import task_settings
 from treadle.ops import precision as number_formats
+from treadle.ops.memory import machine_bytes
 from treadle.planning import traffic
 from treadle.planning.duration import UTILISATION, duration, flops_of_gpu, measured_flops, measured_seconds
 from treadle.planning.memory import Memory, Sizes, per_process, to_read
@@ -151,10 +154,12 @@ def plan(
     objective, batch, length = work_of(recipe, data, model, micro)
     shape = Shape(micro, length, accumulation, asked, recipe.train.gradient_checkpointing)
     settings = recipe.parallel
-    mode = settings.mode if settings.deepspeed is None else "deepspeed"
-    if mode in ("auto", "none"):
-        mode = "none" if world == 1 else "ddp"
-    resolve.check_layout(asked, "none" if world == 1 and mode != "deepspeed" else mode)
+    # Of a GPU that is not here nobody knows the memory; --memory says it.
+    room = asked_for[0] if asked_for is not None else machine_bytes() / world if kind == "cpu" else math.inf
+    mode = mode_for(settings, world, sizes.parameters, lambda: room)
+    if mode == "none" and world > 1:  # what --world asks for
+        mode = "ddp"
+    resolve.check_layout(asked, mode)
     if world == 1:
         mode = "none"
     shard_size = _checked_shard_size(settings, world)
@@ -186,7 +191,7 @@ def plan(
     worlds = sorted({*(2**n for n in range(12) if 2**n <= world), world})
     curve = traffic.curve(worlds, rows_flops, micro * accumulation * shape.length, {w: volume(w).total for w in worlds},
                           reached, bandwidth, overlap)  # fmt: skip
-    layouts = {name: needs_of(*layout) for name, layout in LAYOUTS.items()}
+    layouts = {name: needs_of(*layout) for name, layout in LAYOUTS.items() if resolve.layout_allowed(asked, layout[0])}
     every_token = row_flops / shape.length
     own_row = next(row for row in curve if row.world == world)
     time = duration(every_token, total * shape.length, own_row.step_seconds, tokens=tokens, hours=hours)
@@ -221,10 +226,10 @@ def plan(
         read = trace_reading(cls, config, cls.example(config, micro, length), kind)
         result["inference"] = to_read(sizes, model.state_bytes(micro, length), read, kind)
     if asked_for is not None:
-        room, unit = asked_for
+        limit, unit = asked_for
         need = result["inference" if inference else "memory"]["total_gb"] * 1e9
-        result["asked"] = {"unit": unit, "memory": room / UNITS[unit.lower()], "needs": need / UNITS[unit.lower()],
-                           "fits": need <= room}  # fmt: skip
+        result["asked"] = {"unit": unit, "memory": limit / UNITS[unit.lower()], "needs": need / UNITS[unit.lower()],
+                           "fits": need <= limit}  # fmt: skip
     if rehearse:
         from treadle.planning.rehearsal import rehearse as run
 

@@ -186,6 +186,8 @@ def _trace(
         warnings.simplefilter("ignore")
         model = made(cls, config, adapter)
         resolve.set_checkpointing(model, shape.gradient_checkpointing)
+        if shape.precision == "fp8":
+            resolve.use_fp8(model)
         module = ModelWithObjective(model, objective).train()
         optimizers = Optimizers(model, optim)
         ledger.sort([*model.parameters(), *model.buffers()], "kept")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
@@ -76,10 +77,12 @@ def _verdict(result: dict[str, Any], unit: str, memory: float, needs: float, fit
     if fits:
         return f"{compared}: it fits"
     room = memory * UNITS[unit.lower()] / 1e9
-    tries = [f"--parallel {layout}" for layout in ("fsdp",) if result["layouts"][layout] <= room and result["world"] > 1]
+    layouts = result["layouts"]  # without those that the number format does not go with
+    tries = ["--parallel fsdp"] if layouts.get("fsdp", math.inf) <= room and result["world"] > 1 else []
     if result["per_device_train_batch_size"] > 1:
         tries.append(f"--batch_size {result['per_device_train_batch_size'] // 2}")
-    tries += ["--gradient_checkpointing true", f"--world {result['world'] * 2} --parallel fsdp"]
+    tries.append("--gradient_checkpointing true")
+    tries.append(f"--world {result['world'] * 2} --parallel fsdp" if "fsdp" in layouts else "--precision bf16 --parallel fsdp on several GPUs")
     return f"{compared}: it does not fit; try {' or '.join(tries)}"
 
 

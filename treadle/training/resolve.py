@@ -161,9 +161,14 @@ def resolve_precision(recipe: Recipe, model: Model, device: torch.device, consol
     return chosen
 
 
+def layout_allowed(precision: str, mode: str) -> bool:
+    """Whether a number format goes with a way of running in parallel: none, ddp, fsdp or deepspeed."""
+    return precision != "fp8" or mode in ("none", "ddp")
+
+
 def check_layout(precision: str, mode: str) -> None:
     """ConfigError for a number format that weights in parts cannot have. mode: none, ddp, fsdp or deepspeed."""
-    if precision == "fp8" and mode not in ("none", "ddp"):
+    if not layout_allowed(precision, mode):
         raise ConfigError(f"fp8 works on one GPU and with --parallel ddp; {mode} keeps weights in parts: use --precision bf16")
 
 

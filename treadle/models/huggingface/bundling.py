@@ -41,7 +41,7 @@ NOTHING = {
 }  # fmt: skip
 NEVER = {
     Place("treadle.ops.kernel_inputs", "usable"), Place("treadle.ops.planned", "runs_on_cpu"),
-    Place("treadle.ops.planned", "gpu_is_planned"), Place("treadle.ops.planned", "is_planned"), Place("treadle.ops.recurrent_block", "available"),
+    Place("treadle.layers.fp8", "in_8_bits"), Place("treadle.ops.planned", "gpu_is_planned"), Place("treadle.ops.planned", "is_planned"), Place("treadle.ops.recurrent_block", "available"),
 }  # fmt: skip
 # What variables, parameters and attributes of a module always are.
 FIXED: dict[str, dict[str, object]] = {"treadle.ops.scan": {"way": "loop"}, "treadle.ops.attention": {"_backend": "auto"}}
