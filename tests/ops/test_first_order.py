@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from treadle.ops import fused, gates, memories, stream_kernels, streams, ternary_training
 from treadle.ops.attention import block_causal
@@ -24,6 +25,7 @@ from treadle.ops.swiglu import swiglu
 from treadle.ops.ternary import ternary_linear
 
 N, D = 3, 16
+REFUSED = "no second derivative"
 LABELS = torch.arange(2 * N).view(2, N)
 
 
@@ -77,8 +79,45 @@ def test_a_second_derivative_is_refused(name: str) -> None:
         grads = torch.autograd.grad(function(*given).pow(power).sum(), given, create_graph=True)
         assert power == 2 or all(torch.equal(a, b) for a, b in zip(plain, grads))
         for grad in grads:
-            with pytest.raises(RuntimeError, match="no second derivative"):
+            with pytest.raises(RuntimeError, match=REFUSED):
                 grad.sum().backward(retain_graph=True)
+            for leaf in given:  # asked for alone, what does not lead to it is left out
+                with pytest.raises(RuntimeError, match=REFUSED):
+                    torch.autograd.grad(grad.sum(), leaf, retain_graph=True, allow_unused=True)
+                with pytest.raises(RuntimeError, match=REFUSED):
+                    grad.sum().backward(retain_graph=True, inputs=[leaf])
+
+
+@pytest.mark.skipif(fused.kernels() is None, reason="no C compiler")
+@pytest.mark.parametrize("again", [False, True])
+def test_a_second_derivative_is_refused_in_a_network(again: bool) -> None:
+    """Also where parameters and activations in the middle are asked for, and blocks are run again for backward."""
+    x, norm, first, second = leaves([(2, N, D), (D,), (8, D), (D, 8)])
+    taken: list[Tensor] = []
+
+    def block(x: Tensor, norm: Tensor) -> Tensor:
+        taken.append(x.sin())
+        return gelu_mlp(rms_norm(taken[-1], norm), first, second, None, None)
+
+    made = checkpoint(block, x, norm, use_reentrant=False) if again else block(x, norm)
+    loss = linear_cross_entropy(made, first, LABELS)
+    plain = torch.autograd.grad(loss, (x, norm, first, second), retain_graph=True)
+    grads = torch.autograd.grad(loss, (x, norm, first, second), create_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, grads))
+    for asked in (x, norm, first, second, *(() if again else taken)):
+        with pytest.raises(RuntimeError, match=REFUSED):
+            torch.autograd.grad(grads[0].square().sum(), asked, retain_graph=True)
+    with pytest.raises(RuntimeError, match=REFUSED):
+        torch.autograd.functional.hvp(lambda w: rms_norm(x.detach(), w).square().sum(), norm.detach(), torch.ones(D))
+
+
+@pytest.mark.skipif(fused.kernels() is None, reason="no C compiler")
+def test_hooks_may_write_over_a_gradient_with_a_graph() -> None:
+    x, weight = leaves([(2, N, D), (D,)])
+    x.register_hook(lambda grad: grad.mul_(2))
+    (plain,) = torch.autograd.grad(rms_norm(x, weight).pow(2).sum(), x)
+    (grad,) = torch.autograd.grad(rms_norm(x, weight).pow(2).sum(), x, create_graph=True)
+    assert torch.equal(plain, grad)
 
 
 @pytest.mark.parametrize("name", TWICE)
