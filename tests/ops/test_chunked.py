@@ -163,3 +163,13 @@ def test_documents_with_large_ids_stay_apart() -> None:
     decay = -torch.rand(1, 2, 70, dtype=torch.float64)
     documents = (2**24 + (torch.arange(70) >= 35).long())[None]
     torch.testing.assert_close(ssd(x, decay, b, c, documents)[0], ssd_reference(x, decay, b, c, documents)[0], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("channels", [64, 65, 128, 129])
+def test_bonus_with_fixed_decays(channels: int) -> None:
+    """More channels than the kernel works on together, and no gradient of the decay, for which no memories are kept."""
+    torch.manual_seed(0)
+    given = [torch.randn(1, 2, 37, n) for n in (channels, channels, P)]
+    decay, bonus = -torch.rand(1, 2, 37, channels), torch.randn(2, channels)
+    ours, plain = (results(lambda r, k, v: f(r, k, v, decay, bonus), given) for f in (wkv, wkv_reference))
+    agree(ours, plain, BOUND[torch.float32])

@@ -286,7 +286,7 @@ static int backward(const struct memory *m, const struct slopes *d, int64_t row,
             const float *before = trail ? kept + (t - first) * size : 0, *du_t = du + t * width;
 #define BACK_SUM(O, C) back_block(SUM, across + (O), long_, q + (O), k + (O), w + (O), v, slope, before + (O), du_t, beta, dk + (O), dw + (O), width, C)
 #define BACK_PLAIN(O, C) back_block(SUM, across + (O), long_, q + (O), k + (O), w + (O), v, slope, 0, du_t, beta, dk + (O), dw + (O), width, C)
-#define BACK_BONUS(O, C) back_block(BONUS, across + (O), long_, q + (O), k + (O), w + (O), v, slope, before + (O), du_t, beta, dk + (O), dw + (O), width, C)
+#define BACK_BONUS(O, C) back_block(BONUS, across + (O), long_, q + (O), k + (O), w + (O), v, slope, before ? before + (O) : 0, du_t, beta, dk + (O), dw + (O), width, C)
 #define BACK_DELTA(O, C) back_block(DELTA, across + (O), long_, q + (O), k + (O), w + (O), v, slope, before + (O), du_t, beta, dk + (O), dw + (O), width, C)
             if (m->kind == SUM && !trail) BLOCKS(long_, BACK_PLAIN)
             else if (m->kind == SUM) BLOCKS(long_, BACK_SUM)
