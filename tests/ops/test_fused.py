@@ -27,7 +27,7 @@ from treadle.ops.rms_norm import add_rms_norm, keep_rms_norm, rms_norm, rms_norm
 from treadle.ops.rotary import turn_reference
 from treadle.ops.scan import scan
 from treadle.ops.short_convolution import short_convolution
-from treadle.ops.swiglu import gated, gated_backward, swiglu, swiglu_reference
+from treadle.ops.swiglu import gated, gated_backward, gated_products, swiglu, swiglu_reference
 
 DTYPES = [torch.float32, torch.bfloat16]
 needs_compiler = pytest.mark.skipif(fused.kernels() is None, reason="no C compiler")
@@ -107,6 +107,13 @@ def test_gated_activation_between_its_products(rows: int, autocast: bool) -> Non
     same(results(swiglu, inputs, autocast), results(swiglu_reference, inputs, autocast), 3e-2 if autocast else 4e-6)
     extreme = torch.tensor([-1e4, -200.0, -1e-30, 0.0, 200.0, 1e4, float("nan"), float("inf")])
     torch.testing.assert_close(gated(extreme, torch.ones(8)), torch.nn.functional.silu(extreme), equal_nan=True, atol=1e-30, rtol=2e-6)
+
+
+def test_gated_products_take_a_gradient_of_any_strides() -> None:
+    torch.manual_seed(0)
+    gate, up, slope = (torch.randn(shape, requires_grad=True) for shape in ((2, 5, 7), (2, 5, 7), (2, 7, 5)))
+    ours, plain = ((f(gate, up).transpose(1, 2) * slope).sum() for f in (gated_products, lambda g, u: F.silu(g) * u))
+    same(*(list(torch.autograd.grad(total, (gate, up))) for total in (ours, plain)), 2e-6)
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -87,7 +87,8 @@ class _Gated(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
-        of_gate, of_up, _ = gated_backward(grad.clone(), gate, up)  # written over, and autograd may still need the other
+        own = grad.clone(memory_format=torch.contiguous_format)  # written over, and autograd may still need the other
+        of_gate, of_up, _ = gated_backward(own, gate, up)
         return of_gate, of_up
 
 
