@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from treadle.errors import ConfigError
 from treadle.ops.native import FLAGS, SOURCES
 from treadle.ops.packed_linear import FORMATS, PackedMatrix, Quantized, joined, native, quantize
 
@@ -44,6 +45,23 @@ def test_extremes_are_kept() -> None:
 
 def test_widths_without_groups_take_eight_bits() -> None:
     assert made(100, 33, "int4")[1].kind == "int8"
+
+
+@pytest.mark.parametrize(("value", "what"), [(float("nan"), "not finite"), (-float("inf"), "not finite"), (1e6, "larger than 524032")])
+def test_what_four_bits_cannot_hold_is_refused(value: float, what: str) -> None:
+    weight = torch.randn(64, 64)
+    weight[3, 40] = value
+    with pytest.raises(ConfigError, match=f"{what}.*use int8 or bf16"):
+        quantize(weight, "int4")
+    weight[3, 40] = -5e5
+    torch.testing.assert_close(quantize(weight, "int4").dequantize()[3, 40], weight[3, 40], rtol=1e-2, atol=0)
+
+
+@needs_compiler
+@pytest.mark.parametrize("x", [torch.zeros(2, 96), torch.zeros(2, 128, dtype=torch.float64), torch.zeros(2, 128).bfloat16(), torch.zeros(128)])
+def test_inputs_of_another_type_or_width_are_refused(x: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="takes fp32"):
+        PackedMatrix(made(192, 128, "int8")[1]).product(x)
 
 
 @needs_compiler

@@ -2,7 +2,8 @@
 
 bf16: as they are. int8: W[n, k] = s_n q with s_n = max |W[n]| / 127 and q rounded half to even. int4: W[n, k] = s_ng t[c]: a
 scale in fp16 for each output n and 32 inputs, and a code c into a table t of 16 values; scale and codes are those of the least
-squared error found. Activations stay in fp32, so what is lost is lost by the weights.
+squared error found. fp16 has no small scales: a matrix of weights around 1e-6 loses a tenth more than others, one of 1e-7 half of
+itself and smaller ones everything; int8 has no such limit. Activations stay in fp32, so what is lost is lost by the weights.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from treadle.errors import ConfigError
 from treadle.ops.native import library
 
 FORMATS = ("fp32", "bf16", "int8", "int4")
@@ -23,6 +25,7 @@ PANEL = 64  # outputs that lie together (csrc/decoding.c)
 # Sixteen levels: the uniform grid, one step longer below zero; a group's scale may be negative, so that its largest value,
 # whatever its sign, can be the longest level.
 LEVELS = tuple(float(level) for level in range(-8, 8))
+LARGEST = 8 * torch.finfo(torch.float16).max  # the longest level times the largest scale
 STARTS = (1.0, 0.93, 0.86, 0.79)  # scales tried, as shares of the one that reaches a group's largest value
 
 
@@ -59,7 +62,8 @@ class Quantized:
 
 @torch.no_grad()
 def quantize(weight: Tensor, kind: str) -> Quantized:
-    """W [N, K] in a format of FORMATS; int8 where int4 has no groups (K no multiple of 32)."""
+    """W [N, K] in a format of FORMATS; int8 where int4 has no groups (K no multiple of 32). ConfigError for int4 where weights
+    are not finite, or beyond 524032."""
     weight = weight.detach().float()
     if kind == "fp32":
         return Quantized(kind, weight)
@@ -81,7 +85,10 @@ def _four_bits(weight: Tensor) -> Quantized:
 def _four_bits_of(weight: Tensor) -> tuple[Tensor, Tensor]:
     groups = weight.unflatten(1, (-1, GROUP))
     place = groups.abs().argmax(-1, keepdim=True)
-    longest = groups.gather(-1, place)  # with its sign
+    longest = groups.gather(-1, place)  # with its sign; NaN where there is one
+    if not bool((longest.abs() <= LARGEST).all()):  # no scale would be found, and the weights read as zeros
+        what = f"larger than {LARGEST:.0f}" if bool(longest.isfinite().all()) else "not finite"
+        raise ConfigError(f"some weights are {what}, which int4 cannot hold: use int8 or bf16")
     best_error = torch.full_like(longest, torch.inf)
     best_scale, best = torch.zeros_like(longest), torch.zeros_like(groups)
     for sign in (1.0, -1.0):
@@ -154,7 +161,10 @@ class PackedMatrix:
         self._at, self._library = ctypes.addressof(self.struct), native()
 
     def product(self, x: Tensor) -> Tensor:
-        """x fp32 [M, K] -> fp32 [M, N]; a row has the same bits alone and among others."""
+        """x fp32 [M, K] -> fp32 [M, N]; a row has the same bits alone and among others. ValueError for any other x."""
+        if x.dtype is not torch.float32 or x.dim() != 2 or x.shape[1] != self.shape[1] or not x.is_cpu:
+            raise ValueError(f"a packed matrix of {self.shape[1]} inputs takes fp32 [M, {self.shape[1]}] on a CPU, not {x.dtype} "
+                             f"{list(x.shape)} on {x.device}")  # fmt: skip
         x = x.contiguous()
         y = x.new_empty(x.shape[0], self.shape[0])
         self._library.product(self._at, x.data_ptr(), y.data_ptr(), x.shape[0], torch.get_num_threads())  # type: ignore[union-attr]
