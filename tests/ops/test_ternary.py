@@ -128,6 +128,18 @@ def test_rows_are_independent_bit_for_bit_and_new_weights_are_seen() -> None:
         assert torch.equal(made(x), -whole)
 
 
+def test_a_replaced_parameter_is_seen() -> None:
+    """A new parameter's version is 0, as its predecessor's may have been."""
+    made, x = layer().eval(), torch.randn(3, 40)
+    made.gain = torch.nn.Parameter(torch.ones(40))
+    with torch.no_grad():
+        made(x)
+        made.gain = torch.nn.Parameter(torch.linspace(0.1, 3.0, 40))
+        second = made(x)
+        made.clear_weight_cache()
+        assert torch.equal(second, made(x))
+
+
 def test_silence_is_no_division_by_zero() -> None:
     made = layer()
     assert torch.equal(made(torch.zeros(2, 40)), torch.zeros(2, 24))

@@ -65,6 +65,6 @@ class BitLinear(ModuleWithWeightCache):
         if type(w.data) is Tensor:
             self._weight_cache = (self._cache_key(), PackedLayer(ternary.to(w.device), scale.to(w.device), self.gain, EPS))
 
-    def _cache_key(self) -> tuple[int, int, int, torch.device]:
-        w = self.weight
-        return weight_version(w), weight_version(self.gain), w.data_ptr(), w.device
+    def _cache_key(self) -> tuple[int, int, int, int, torch.device]:
+        w, gain = self.weight, self.gain
+        return weight_version(w), weight_version(gain), w.data_ptr(), gain.data_ptr(), w.device
