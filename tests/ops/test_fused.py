@@ -19,6 +19,7 @@ from treadle.layers.rope import rotate, rotation
 from treadle.ops import attention, fused
 from treadle.ops.attention import block_causal, causal_attention
 from treadle.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from treadle.ops.divergence import linear_divergence
 from treadle.ops.fused import without_kernels
 from treadle.ops.gelu import gelu, gelu_backward, gelu_mlp, gelu_mlp_reference
 from treadle.ops.linear import linears
@@ -243,6 +244,24 @@ def test_cross_entropy(autocast: bool, softcap: float | None) -> None:
     check(lambda h, w: linear_cross_entropy(h, w, labels, softcap), inputs, autocast, 1e-5, products=True)
     exact = results(lambda h, w: linear_cross_entropy_reference(h, w, labels, softcap), inputs, autocast)
     same(results(lambda h, w: linear_cross_entropy(h, w, labels, softcap), inputs, autocast), exact, 3e-2 if autocast else 1e-5)
+
+
+@pytest.mark.parametrize("cap", [0.1, 1.0, 30.0, 1e3, 1e5, 1e8])
+def test_a_softcap_of_any_size(cap: float) -> None:
+    torch.manual_seed(0)
+    labels, inputs = torch.randint(0, 33, (2, 20)), [torch.randn(2, 20, 24), torch.randn(33, 24)]
+    wide = [x.double() for x in inputs]
+    exact = [t.float() for t in results(lambda h, w: linear_cross_entropy_reference(h, w, labels, cap), wide)]
+    same(results(lambda h, w: linear_cross_entropy(h, w, labels, cap), inputs), exact, 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 6), (2, 3), (11,), (1, 5)])
+def test_labels_for_other_positions_are_refused(shape: tuple[int, ...]) -> None:
+    hidden, weight, labels = torch.randn(2, 5, 8), torch.randn(11, 8), torch.zeros(shape, dtype=torch.int64)
+    with pytest.raises(ValueError, match="one for each position"):
+        linear_cross_entropy(hidden, weight, labels)
+    with pytest.raises(ValueError, match="same positions"):
+        linear_divergence(hidden, weight, hidden, weight, labels, 1.0)
 
 
 @pytest.mark.parametrize("compiled", [True, False])

@@ -126,8 +126,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
     """hidden [B, T, D] (or [N, D]), weight [V, D], labels [B, T] -> the sum of nats, a fresh fp32 scalar. softcap c: logits z
-    become c tanh(z / c)."""
+    become c tanh(z / c). ValueError where there is not one label for each position."""
     flat, target = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    if flat.shape[0] != target.shape[0]:  # a kernel would read past the end
+        raise ValueError(f"labels {list(labels.shape)} for hidden states {list(hidden.shape)}: one for each position is needed")
     chunk = chunk_of(weight.shape[0], hidden.device)
     train = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     dtype = compute_dtype(hidden)

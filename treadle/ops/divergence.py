@@ -67,11 +67,15 @@ def linear_divergence(
     hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, labels: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """hidden [B, T, D], weight [V, D], the teacher's [B, T, D'] and [V, D'], labels [B, T] -> (sum of KL(p_teacher ||
-    p_student) over positions with a label, in nats; number of those positions where both find the same token likeliest)."""
+    p_student) over positions with a label, in nats; number of those positions where both find the same token likeliest). ValueError where
+    there is not one label, and one state of the teacher, for each position."""
     flat, theirs = hidden.reshape(-1, hidden.shape[-1]), teacher_hidden.reshape(-1, teacher_hidden.shape[-1])
     chunk = chunk_of(weight.shape[0], hidden.device)
     train = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     scored = labels.reshape(-1) != IGNORE
+    if not flat.shape[0] == theirs.shape[0] == scored.shape[0]:
+        raise ValueError(f"labels {list(labels.shape)}, hidden states {list(hidden.shape)} and a teacher's {list(teacher_hidden.shape)}: "
+                         "they are not of the same positions")  # fmt: skip
     return _LinearDivergence.apply(  # type: ignore[no-untyped-call]
         flat, weight, theirs.detach(), teacher_weight.detach(), scored, temperature, compute_dtype(hidden), chunk, train
     )
