@@ -162,12 +162,13 @@ class PackedMatrix:
 
     def product(self, x: Tensor) -> Tensor:
         """x fp32 [M, K] -> fp32 [M, N]; a row has the same bits alone and among others. ValueError for any other x."""
-        if x.dtype is not torch.float32 or x.dim() != 2 or x.shape[1] != self.shape[1] or not x.is_cpu:
+        shape = x.shape  # asked for once: this runs 25 times a token
+        if len(shape) != 2 or shape[1] != self.shape[1] or x.dtype is not torch.float32 or not x.is_cpu:
             raise ValueError(f"a packed matrix of {self.shape[1]} inputs takes fp32 [M, {self.shape[1]}] on a CPU, not {x.dtype} "
-                             f"{list(x.shape)} on {x.device}")  # fmt: skip
+                             f"{list(shape)} on {x.device}")  # fmt: skip
         x = x.contiguous()
-        y = x.new_empty(x.shape[0], self.shape[0])
-        self._library.product(self._at, x.data_ptr(), y.data_ptr(), x.shape[0], torch.get_num_threads())  # type: ignore[union-attr]
+        y = x.new_empty(shape[0], self.shape[0])
+        self._library.product(self._at, x.data_ptr(), y.data_ptr(), shape[0], torch.get_num_threads())  # type: ignore[union-attr]
         return y
 
     def dequantize(self) -> Tensor:
