@@ -267,7 +267,11 @@ class Engine:
             if row.read == len(row.request.prompt_ids):
                 done.append((row, logits))
         if done:
-            self._slots.join([row.place for row, _ in done if row.place is not None])
+            try:
+                self._slots.join([row.place for row, _ in done if row.place is not None])
+            except (RuntimeError, TreadleError, MemoryError) as problem:  # for want of memory say; those that run stay as they are
+                self._leave([row for row, _ in done], _error(problem))
+                return []
         return [([row], logits) for row, logits in done]
 
     def _read(self, parts: list[tuple[_Row, list[int]]]) -> list[tuple[_Row, list[int], Tensor]]:

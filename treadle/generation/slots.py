@@ -47,7 +47,7 @@ class Slots(Protocol):
         as they were."""
 
     def join(self, places: list[Place]) -> None:
-        """Prompts that have been read take part in `step` from here on."""
+        """Prompts that have been read take part in `step` from here on. An error leaves the places that run as they were."""
 
     def step(self, places: list[Place], ids: list[int]) -> Tensor:
         """One token each -> logits [N, V] of what follows; the rows of other places stay as they are."""

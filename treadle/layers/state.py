@@ -38,12 +38,15 @@ class LayerState:
         return replace(self, **made)
 
     def put(self, rows: Tensor, other: Any, used: int) -> None:
-        """Row i of `other` takes the place of row rows[i], in place; of its slots the first `used`, the rest is never read."""
+        """Row i of `other` takes the place of row rows[i], in place; of its slots the first `used`. The rest becomes zeros: neighbours'
+        lengths decide how far a row is read, and no weight of 0 hides a NaN that an earlier row left there."""
         for name, value in self._tensors():
             taken = getattr(other, name).to(value.dtype)
             at = self.slots_at.get(name)
             if at is not None:
-                value, taken = value.narrow(at, 0, used), taken.narrow(at, 0, used)
+                count = min(used, taken.shape[at] - 1)  # a ring that is full holds fewer tokens than were seen; the last slot takes padding
+                value.narrow(at, count, value.shape[at] - count).index_fill_(0, rows, 0)
+                value, taken = value.narrow(at, 0, count), taken.narrow(at, 0, count)
             value.index_copy_(0, rows, taken)
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
@@ -176,8 +179,12 @@ class KeyValueCache(LayerState):
 
 @dataclass
 class SlidingWindowCache(LayerState):
-    """The last w rotated keys and values [B, G, w + 1, E], the last slot taking padding; count [B], tokens seen."""
+    """The last w rotated keys and values [B, G, w + 1, E], the last slot taking padding; count [B], tokens seen.
 
+    A state for fewer tokens than the window has fewer slots; its ring never turns, so a token has the same slot in a larger one.
+    """
+
+    slots_at: ClassVar[Mapping[str, int]] = MappingProxyType({"keys": 2, "values": 2})
     keys: Tensor
     values: Tensor
     count: Tensor
