@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import math
+import weakref
 from typing import Any
 
 import pytest
@@ -11,9 +14,12 @@ from treadle.data.batch import Batch
 from treadle.errors import ConfigError
 from treadle.generation.decoding import Decoding
 from treadle.generation.dense import FEW, DenseDecoding
-from treadle.generation.reading import Reading, quantized, reading
+from treadle.generation.marks import checksum
+from treadle.generation.reading import Reading, in_format, quantized, reading
 from treadle.layers.quantized_linear import with_quantized
+from treadle.models.adapters import adapters_off, add_adapters
 from treadle.models.base import build
+from treadle.models.settings import AdapterSettings
 from treadle.ops.packed_linear import FORMATS, native
 
 needs_compiler = pytest.mark.skipif(native() is None, reason="no compiled step here")
@@ -147,6 +153,106 @@ def test_it_is_kept_until_the_weights_change() -> None:
     assert reading(model, "int8").form is not first.form
     model.train()
     assert reading(model, "int8").form is not reading(model, "int8").form
+
+
+def greedy(model: Any, prompt: list[int], count: int = 8) -> list[int]:
+    """By whole forward passes."""
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        for _ in range(count):
+            ids = torch.cat([ids, model(Batch.from_ids(ids)).logits[:, -1:].argmax(-1)], 1)
+    return ids[0, len(prompt) :].tolist()
+
+
+def written(model: Any, weights: str | None = None) -> list[int]:
+    return model.generate(prompts(9)[0], 8, temperature=0, weights=weights)[0, 9:].tolist()
+
+
+@needs_compiler
+def test_what_is_set_after_the_first_text_is_heeded() -> None:
+    model, heard = random_model(), []
+    first = written(model)
+
+    def tripled(_: Any, __: Any, out: torch.Tensor) -> torch.Tensor:
+        return 3 * out
+
+    model.layers[0].attention.query_factor = 3.0
+    assert written(model) == greedy(model, prompts(9)[0]) != first
+    model.layers[0].attention.query_factor = None
+    hook = model.layers[0].mlp.register_forward_hook(tripled)
+    assert written(model) == greedy(model, prompts(9)[0]) != first
+    hook.remove()
+    model.layers[1].attention.register_forward_pre_hook(lambda *_: heard.append(1))  # who only listens hears of each token
+    assert written(model) == first and len(heard) >= 8
+
+
+@pytest.mark.parametrize("weights", ["fp32", "int8", "bf16"])
+def test_adapters_are_switched_off_and_on_between_texts(weights: str) -> None:
+    model = random_model()
+    base = written(model, weights)
+    add_adapters(model, AdapterSettings(lora_rank=4))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(0, 0.5, generator=torch.Generator().manual_seed(5))
+    bare = written_off(model, weights)
+    adapted = written(model, weights)
+    assert adapted == greedy(in_format(model, weights), prompts(9)[0]) != bare
+    assert (written_off(model, weights), written(model, weights)) == (bare, adapted)
+    if weights == "fp32":  # of the others the head alone is in fewer bits once there are adapters
+        assert bare == base
+
+
+def written_off(model: Any, weights: str) -> list[int]:
+    with adapters_off(model):
+        return written(model, weights)
+
+
+@needs_compiler
+@pytest.mark.parametrize("weights", ["fp32", "int8"])
+def test_every_number_that_is_written_without_a_trace_is_seen(weights: str) -> None:
+    model = random_model(vocab_size=1000)
+    reading(model, weights)
+    with torch.no_grad():
+        for place in (0, 1, 777 * 64 + 3, 1000 * 64 - 1):
+            before = reading(model, weights).form
+            assert reading(model, weights).form is before
+            model.embedding.weight.data.view(-1)[place] += 0.5
+            assert reading(model, weights).form is not before
+        before, row = reading(model, weights).form, model.embedding.weight.data[5].clone()
+        model.embedding.weight.data[5], model.embedding.weight.data[900] = model.embedding.weight.data[900], row
+        assert reading(model, weights).form is not before
+    for p in model.parameters():
+        p.requires_grad_(p is model.embedding.weight)
+    optimiser, version = torch.optim.AdamW([model.embedding.weight], lr=0.5, weight_decay=0.0, fused=True), model.embedding.weight._version
+    before = reading(model, weights).form
+    model.embedding.weight[[17, 33, 501]].sum().neg().backward()
+    optimiser.step()
+    assert model.embedding.weight._version == version and reading(model, weights).form is not before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("shape", [(), (3,), (7, 5), (3, 4099), (64, 64)])
+def test_a_checksum_is_of_every_bit(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    t = torch.arange(1, 1 + math.prod(shape)).remainder(100).to(dtype).reshape(shape)
+    known = checksum(t)
+    assert checksum(t.clone()) == known
+    for place in {0, t.numel() // 2, t.numel() - 1}:
+        other = t.clone()
+        other.view(-1)[place] += 1
+        assert checksum(other) != known
+
+
+def test_a_model_is_not_kept_alive_by_what_is_known_of_it() -> None:
+    def used() -> Any:
+        model = random_model()
+        model.layers[0].mlp.note = lambda: model
+        written(model, "int8")
+        return weakref.ref(model)
+
+    gone = used()
+    gc.collect()
+    assert gone() is None
 
 
 def test_unknown_formats_are_refused() -> None:

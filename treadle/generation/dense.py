@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from treadle.data.batch import Batch
 from treadle.errors import ConfigError
 from treadle.generation.decoding import DecodableModel, Decoding, advance, rewind
+from treadle.generation.marks import is_hooked
 from treadle.layers.attention import Attention
 from treadle.layers.mlp import SwiGLU
 from treadle.layers.norm import RMSNorm
@@ -70,7 +71,7 @@ class DenseForm:
 
 
 def is_dense(model: Any) -> bool:
-    """Whether a model's modules are those that the compiled step computes, on a CPU, in fp32."""
+    """Whether a model's modules are those that the compiled step computes, on a CPU, in fp32, and nobody listens to their calls."""
     parts = all(hasattr(model, name) for name in OF_MODEL) and hasattr(getattr(model, "config", None), "rope_scaling")
     if native() is None or not parts or model.device.type != "cpu" or model.dtype != torch.float32:
         return False
@@ -81,7 +82,7 @@ def is_dense(model: Any) -> bool:
         and config.dynamics == "none" and type(model.norm) is RMSNorm and config.hidden_size % LANES == 0
         and (config.rope_scaling is None or config.rope_scaling["rope_type"] != "dynamic")
     )  # fmt: skip
-    return plain and all(_is_dense_block(block, model.norm.eps) for block in model.layers)
+    return plain and all(_is_dense_block(block, model.norm.eps) for block in model.layers) and not is_hooked(model)
 
 
 def _is_dense_block(block: Any, eps: float) -> bool:

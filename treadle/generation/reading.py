@@ -7,16 +7,16 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
 
 from treadle.errors import ConfigError
 from treadle.generation.decoding import DecodableModel, Decoding
 from treadle.generation.dense import DenseDecoding, DenseForm, agrees, is_dense
+from treadle.generation.marks import form_of, values_of
+from treadle.generation.mode import evaluating
 from treadle.layers.quantized_linear import quantizable, quantized_layers, with_quantized
 from treadle.ops.packed_linear import FORMATS, Quantized
 
 LARGEST_COPY = 1 << 31  # bytes of fp32 weights that are laid out anew for decoding; beyond, the ordinary way reads them in place
-SAMPLED = 64  # numbers of each parameter that tell whether it was written to
 HEAD = "head"  # takes 8 bits where the rest takes 4: its share of the loss is larger than its share of the bytes
 _kept: WeakKeyDictionary[Any, tuple[Any, dict[str, _Made]]] = WeakKeyDictionary()
 _stored: WeakKeyDictionary[Any, tuple[Any, str, dict[str, Quantized]]] = WeakKeyDictionary()
@@ -72,39 +72,45 @@ def quantized(model: Any, weights: str) -> dict[str, Quantized]:
 
 def remember(model: Any, layers: dict[str, Quantized], weights: str) -> None:
     """A model's weights were read from these, or are known in this format: nothing is quantised again while they stay."""
-    _stored[model] = (_mark(model), weights, layers)
+    _stored[model] = (values_of(model), weights, layers)
 
 
 def remembered(model: Any) -> str | None:
     """The format in which a model's weights are known."""
     stored = _stored.get(model)
-    return stored[1] if stored is not None and stored[0] == _mark(model) else None
+    return stored[1] if stored is not None and stored[0] == values_of(model) else None
 
 
-def layers_of(model: Any, weights: str) -> dict[str, Quantized]:
-    """A model's linear layers in a format: as they are known, else quantised now."""
-    return _stored[model][2] if weights == remembered(model) else quantized(model, weights)
+def layers_of(model: Any, weights: str, values: Any = None) -> dict[str, Quantized]:
+    """A model's linear layers in a format: as they are known, else quantised now. values: its `values_of`, where those are known."""
+    stored = _stored.get(model)
+    if stored is not None and stored[1] == weights and stored[0] == (values or values_of(model)):
+        return stored[2]
+    return quantized(model, weights)
 
 
 @torch.no_grad()
-def reading(model: Any, weights: str | None = None) -> Reading:
-    """A model ready for reading, by default in the format of the file that it came from. What is laid out for it is kept for
-    the next time while the model is in evaluation mode and its weights stay."""
-    weights = (remembered(model) if weights is None else None) or checked(weights)
+def reading(model: Any, weights: str | None = None, keep: bool = True) -> Reading:
+    """A model ready for reading, by default in the format of the file that it came from. What is laid out for it is kept for the next
+    time while it is the same model (generation/marks.py says what is looked at). keep: not for a model in training, which will be
+    another the next time."""
+    values, stored = None, _stored.get(model)
+    if weights is None and stored is not None:
+        values = values_of(model)
+        weights = stored[1] if stored[0] == values else None
+    weights = checked(weights)
     if weights == "fp32" and (not is_dense(model) or 4 * sum(p.numel() for p in model.parameters()) > LARGEST_COPY):
         return Reading(model, weights, {})
-    if model.training:  # optimisers write weights without a trace
-        model.eval()  # dropout would keep the two ways from agreeing, and stay on in a copy
-        try:
+    if model.training or not keep:
+        with evaluating(model):  # dropout would keep the two ways from agreeing, and stay on in a copy
             return Reading(model, weights)
-        finally:
-            model.train()
-    mark = _mark(model)
+    values = values or values_of(model)
+    mark = form_of(model), values
     known = _kept.get(model)
     if known is None or known[0] != mark:
         known = _kept[model] = (mark, {})
     if weights not in known[1]:
-        known[1][weights] = _Made.of(model, weights, layers_of(model, weights))
+        known[1][weights] = _Made.of(model, weights, layers_of(model, weights, values))
     return Reading(model, weights, made=known[1][weights])
 
 
@@ -113,14 +119,3 @@ def in_format(model: Any, weights: str) -> Any:
     """A model like this one whose linear layers are read in a format, for evaluation."""
     weights = checked(weights)
     return model if weights == "fp32" else with_quantized(model, layers_of(model, weights))
-
-
-def _mark(model: Any) -> list[tuple[int, int, float]]:
-    """Where the parameters are, how often they were written to in place, and a sample of their values: fused optimisers, and
-    processes that share weights, count no writes."""
-    return [(p.data_ptr(), -1 if p.is_inference() else p._version, _sample(p)) for p in model.parameters()]
-
-
-def _sample(parameter: Tensor) -> float:
-    flat = parameter.detach().reshape(-1)
-    return float(flat[:: max(1, flat.shape[0] // SAMPLED)].double().sum())
