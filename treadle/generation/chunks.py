@@ -9,6 +9,7 @@ import torch
 
 from treadle.data.batch import Batch
 from treadle.errors import ConfigError
+from treadle.generation.mode import evaluating
 from treadle.terminal import fit
 from treadle.text.base import Tokenizer
 
@@ -23,12 +24,8 @@ def coloured(model: Any, tokenizer: Tokenizer, text: str) -> list[str]:
         raise ConfigError(f"a {model.arch} model has no chunks; --show-chunks is for hnet")
     ids = tokenizer.encode(text)
     tokens = torch.as_tensor(ids.astype("int64"))[None].to(model.device)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         found = model.boundaries(Batch.from_ids(tokens))
-    finally:
-        model.train(was_training)
     lines = []
     for stage, marks in enumerate(found):
         starts = [*marks[0].nonzero()[:, 0].tolist(), len(ids)]

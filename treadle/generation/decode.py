@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from treadle.data.batch import PAD, Batch
 from treadle.errors import ConfigError
 from treadle.generation.decoding import DecodableModel
+from treadle.generation.mode import evaluating
 from treadle.generation.reading import Reading, reading
 from treadle.generation.sampling import Sampling, next_ids
 from treadle.generation.speculation import Draft, NGrams, Proposer, speculated
@@ -60,18 +62,14 @@ def generate(
     if max_new_tokens < 0:
         raise ConfigError(f"max_new_tokens = {max_new_tokens}: must be >= 0")
     _check_speculation(model, ids, speculative, draft, extras)
-    was_training = model.training
-    ready = reading(model, weights) if max_new_tokens else Reading(model, "fp32", {})
-    model.eval()
-    try:
+    with evaluating(model) as was_training:
+        ready = reading(model, weights, keep=not was_training) if max_new_tokens else Reading(model, "fp32", {})
         with torch.inference_mode():
             if speculative is None and draft is None:
                 columns = list(_columns(ready, ids, max_new_tokens, sampling, eos_id, attention_mask, seed, on_ids, extras))
             else:
                 read = ids if attention_mask is None else ids[torch.as_tensor(attention_mask).reshape(ids.shape) != 0][None]
                 columns = _speculated(ready, read, max_new_tokens, sampling, eos_id, seed, on_ids, speculative, draft, weights, statistics)
-    finally:
-        model.train(was_training)
     return torch.cat([ids, *(column[:, None].to(ids.device) for column in columns)], dim=1)
 
 
@@ -159,25 +157,20 @@ def _speculated(
     generator = torch.Generator().manual_seed(seed)
     longest = ids.shape[1] + count
     _check_length(ready.model, longest)
-    proposer: Proposer = NGrams()
-    draft_trains = draft is not None and draft.training
-    if draft is not None:
-        most = getattr(draft, "longest_row", None)
-        if most is not None and longest - 2 > most:  # it never reads the last token, nor the last one it proposes
-            raise ConfigError(f"the draft model has positions for {most} tokens, prompt and new tokens are {longest}; ask for fewer new tokens, "
-                              "or take another draft")  # fmt: skip
-        of_draft = reading(draft, weights)
-        draft.eval()
-        proposer = Draft(of_draft.start(1, longest), sampling, generator)
-    columns = []
-    try:
+    with ExitStack() as inside:
+        proposer: Proposer = NGrams()
+        if draft is not None:
+            most = getattr(draft, "longest_row", None)
+            if most is not None and longest - 2 > most:  # it never reads the last token, nor the last one it proposes
+                raise ConfigError(f"the draft model has positions for {most} tokens, prompt and new tokens are {longest}; ask for fewer new tokens, "
+                                  "or take another draft")  # fmt: skip
+            was_training = inside.enter_context(evaluating(draft))
+            proposer = Draft(reading(draft, weights, keep=not was_training).start(1, longest), sampling, generator)
+        columns = []
         for token in speculated(ready.start(1, longest), ids, count, sampling, generator, proposer, statistics):
             columns.append(torch.tensor([token]))
             if (on_ids is not None and on_ids(columns[-1])) or token == eos_id:
                 break
-    finally:
-        if draft is not None:
-            draft.train(draft_trains)
     return columns
 
 
