@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import threading
 import weakref
 from typing import Any
 
@@ -14,8 +15,10 @@ from treadle.data.batch import Batch
 from treadle.errors import ConfigError
 from treadle.generation.decoding import Decoding
 from treadle.generation.dense import FEW, DenseDecoding
+from treadle.generation.engine import Engine, Request
 from treadle.generation.marks import checksum
 from treadle.generation.reading import Reading, in_format, quantized, reading
+from treadle.generation.sampling import Sampling
 from treadle.layers.quantized_linear import with_quantized
 from treadle.models.adapters import adapters_off, add_adapters
 from treadle.models.base import build
@@ -164,8 +167,8 @@ def greedy(model: Any, prompt: list[int], count: int = 8) -> list[int]:
     return ids[0, len(prompt) :].tolist()
 
 
-def written(model: Any, weights: str | None = None) -> list[int]:
-    return model.generate(prompts(9)[0], 8, temperature=0, weights=weights)[0, 9:].tolist()
+def written(model: Any, weights: str | None = None, count: int = 8) -> list[int]:
+    return model.generate(prompts(9)[0], count, temperature=0, weights=weights)[0, 9:].tolist()
 
 
 @needs_compiler
@@ -253,6 +256,34 @@ def test_a_model_is_not_kept_alive_by_what_is_known_of_it() -> None:
     gone = used()
     gc.collect()
     assert gone() is None
+
+
+@needs_compiler
+@pytest.mark.parametrize(("arch", "kind", "weights"), [
+    ("transformer", KINDS["plain"], "fp32"),
+    ("transformer", {**KINDS["biases"], "qk_norm": True, "token_shift": True, "tie_embeddings": False}, "int8"),
+    ("transformer", OTHERS["windows"], "int8"), ("transformer", {**OTHERS["gpt2"], "attention_bias": True}, "bf16"), ("hgrn_bit", None, "int8"),
+])  # fmt: skip
+def test_an_engine_goes_on_with_the_model_that_it_was_given(arch: str, kind: dict[str, Any] | None, weights: str) -> None:
+    model = random_model(**kind) if kind is not None else build(arch, seed=3, vocab_size=96, hidden_size=64, num_layers=2).eval()
+    prompt, first, second = prompts(9)[0], [], []
+    engine = Engine(model, rows=2, max_len=64, weights=weights)
+    before, changed, ended = written(model, weights, 16), threading.Event(), threading.Event()
+
+    def on_token(token: Any) -> None:
+        first.append(token.id)
+        if len(first) == 4:
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(7)) * 0.3)
+            changed.set()
+
+    engine.submit(Request(prompt, 16, Sampling(temperature=0.0), on_token=on_token))
+    engine.start()
+    assert changed.wait(60)
+    engine.submit(Request(prompt, 16, Sampling(temperature=0.0), on_token=lambda token: second.append(token.id), on_end=lambda _: ended.set()))
+    assert ended.wait(60) and engine.stop(timeout=30)
+    assert (first, second) == (before, before) and written(model, weights, 16) != before
 
 
 def test_unknown_formats_are_refused() -> None:

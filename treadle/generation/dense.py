@@ -6,6 +6,8 @@ kind of model that this file does not know takes the ordinary way.
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,8 +43,18 @@ class DenseForm:
         self.heads, self.groups, self.head_width = first.heads, first.groups, first.head_width
         self.eps, self.scale = model.norm.eps, (first.query_factor or 1.0) * first.head_width**-0.5
         self.made = [self._layer(block, f"layers.{number}", layers) for number, block in enumerate(model.layers)]
-        self.head = PackedMatrix(layers["head"], model.head.bias)
-        self.step = DenseStep(
+        self.head = PackedMatrix(layers["head"], None if model.head.bias is None else model.head.bias.detach().clone())
+        self.step = self._step(model)
+
+    def of(self, model: Any) -> DenseForm:
+        """The same matrices, with another model's embedding and norms."""
+        new = copy.copy(self)
+        new.made = [replace(layer, **_gains(block)) for layer, block in zip(self.made, model.layers)]
+        new.step = new._step(model)
+        return new
+
+    def _step(self, model: Any) -> DenseStep:
+        return DenseStep(
             self.made, self.head, model.embedding.weight, model.norm.weight, heads=self.heads, groups=self.groups,
             head_width=self.head_width, eps=self.eps, scale=self.scale,
         )  # fmt: skip
@@ -62,12 +74,17 @@ class DenseForm:
             bias = torch.cat([b.detach().float() for b in biases]) if biases[0] is not None else None
             return PackedMatrix(joined([layers[f"{name}.{at}.{part}"] for part in parts]), bias)
 
-        query_norm, key_norm = (None if n is None else n.weight for n in (attention.query_norm, attention.key_norm))
         return DenseLayer(
             packed(attention, "attention", "query", "key", "value"), packed(attention, "attention", "out"),
-            packed(mlp, "mlp", "gate", "up"), packed(mlp, "mlp", "down"),
-            block.attention_norm.weight.detach(), block.mlp_norm.weight.detach(), query_norm, key_norm,
+            packed(mlp, "mlp", "gate", "up"), packed(mlp, "mlp", "down"), **_gains(block),
         )  # fmt: skip
+
+
+def _gains(block: Any) -> dict[str, Any]:
+    """A block's norms, as DenseLayer calls them."""
+    norms = {"attention_norm": block.attention_norm, "mlp_norm": block.mlp_norm,
+             "query_norm": block.attention.query_norm, "key_norm": block.attention.key_norm}  # fmt: skip
+    return {name: norm.weight.detach() for name, norm in norms.items() if norm is not None}
 
 
 def is_dense(model: Any) -> bool:

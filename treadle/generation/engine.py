@@ -21,7 +21,7 @@ from torch import Tensor
 
 from treadle.errors import ConfigError, TreadleError
 from treadle.generation.choosing import Chooser, Token
-from treadle.generation.reading import reading
+from treadle.generation.reading import lasting
 from treadle.generation.sampling import Sampling
 from treadle.generation.slots import Place, Slots, slots_of
 
@@ -95,7 +95,8 @@ class _Row:
 
 
 class Engine:
-    """A model that answers many requests at once."""
+    """A model that answers many requests at once: as it is now, where it is laid out for reading (generation/reading.py, `lasting`), whatever
+    becomes of its weights; else as it is at each step."""
 
     def __init__(
         self, model: Any, *, rows: int = 16, max_len: int = 2048, weights: str | None = None, queue: int = 256,
@@ -114,8 +115,8 @@ class Engine:
         self.rows, self.queue, self.prompt_tokens = rows, queue, prompt_tokens
         model.eval()
         self._model, self._weights = model, weights
+        self._ready = lasting(model, weights)
         with torch.inference_mode():
-            self._ready = reading(model, weights)
             self._slots: Slots = slots_of(self._ready, rows, self.max_len)
         self._wake = threading.Condition()
         self._waiting: deque[Ticket] = deque()

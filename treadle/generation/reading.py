@@ -13,7 +13,7 @@ from treadle.generation.decoding import DecodableModel, Decoding
 from treadle.generation.dense import DenseDecoding, DenseForm, agrees, is_dense
 from treadle.generation.marks import form_of, values_of
 from treadle.generation.mode import evaluating
-from treadle.layers.quantized_linear import quantizable, quantized_layers, with_quantized
+from treadle.layers.quantized_linear import quantizable, quantized_layers, with_own_tensors, with_quantized
 from treadle.ops.packed_linear import FORMATS, Quantized
 
 LARGEST_COPY = 1 << 31  # bytes of fp32 weights that are laid out anew for decoding; beyond, the ordinary way reads them in place
@@ -112,6 +112,17 @@ def reading(model: Any, weights: str | None = None, keep: bool = True) -> Readin
     if weights not in known[1]:
         known[1][weights] = _Made.of(model, weights, layers_of(model, weights, values))
     return Reading(model, weights, made=known[1][weights])
+
+
+@torch.no_grad()
+def lasting(model: Any, weights: str | None = None) -> Reading:
+    """As `reading`, for as long as it is used: what is laid out or in fewer bits stays what the model is now, so the rest of it (embeddings,
+    norms) is copied to go with it. What is neither laid out nor in fewer bits is read in place, as the model then is."""
+    ready = reading(model, weights)
+    if ready.form is not None:
+        own = with_own_tensors(model, quantizable(model, []).values())
+        return Reading(own, ready.weights, made=_Made(ready.form.of(own)))
+    return ready if ready.model is model else Reading(with_own_tensors(ready.model), ready.weights, made=_Made())  # type: ignore[type-var]
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 import torch
@@ -41,7 +42,8 @@ class QuantizedLinear(nn.Linear):
         self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
         self.matrix: PackedMatrix | Quantized = quantized
         if packed and quantized.codes.device.type == "cpu":  # without the compiled product as fast as fp32, instead of unpacking at each use
-            self.matrix = PackedMatrix(quantized, bias) if native() is not None else Quantized("fp32", quantized.dequantize())
+            # A vector of its own: the layer's may be written to in place.
+            self.matrix = PackedMatrix(quantized, None if bias is None else bias.detach().clone()) if native() is not None else Quantized("fp32", quantized.dequantize())
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -103,13 +105,29 @@ def with_quantized(model: M, layers: dict[str, Quantized], packed: bool = True) 
     return _copied(model, made)  # type: ignore[return-value]
 
 
-def _copied(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
-    """The tree of modules anew, with the same tensors; modules that are in it twice stay one."""
+def with_own_tensors(model: M, shared: Collection[nn.Module] = ()) -> M:
+    """A model like this one that stays as it is whatever becomes of this one's tensors: it has copies of all but those of the modules in
+    `shared`."""
+    known: dict[int, Tensor] = {}
+
+    def own(t: Tensor) -> Tensor:
+        if id(t) not in known:
+            copy = t.detach().clone()
+            known[id(t)] = nn.Parameter(copy, requires_grad=False) if isinstance(t, nn.Parameter) else copy
+        return known[id(t)]
+
+    return _copied(model, {id(module): module for module in shared}, own)  # type: ignore[return-value]
+
+
+def _copied(module: nn.Module, made: dict[int, nn.Module], tensor: Callable[[Tensor], Tensor] | None = None) -> nn.Module:
+    """The tree of modules anew, with the same tensors, or what `tensor` makes of each; modules that are in it twice stay one."""
     if id(module) not in made:
         new = module.__class__.__new__(module.__class__)
         made[id(module)] = new
-        own: dict[str, Any] = dict(module.__dict__)
-        own["_modules"] = {n: _copied(child, made) if child is not None else None for n, child in module._modules.items()}
+        own: dict[str, Any] = dict(module.__dict__ if tensor is None else module.__getstate__())
+        own["_modules"] = {n: _copied(child, made, tensor) if child is not None else None for n, child in module._modules.items()}
+        for kind in ("_parameters", "_buffers") if tensor is not None else ():
+            own[kind] = {name: tensor(t) if t is not None else None for name, t in own[kind].items()}  # type: ignore[misc]
         new.__dict__.update(own)
     return made[id(module)]
 

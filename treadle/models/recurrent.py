@@ -116,6 +116,9 @@ class Block(ModuleWithWeightCache):
         self.eps, self.fusable = config.norm_eps, ternary and not config.convolution_size
         self._sources: list[tuple[Any, str]] | None = None  # where its parameters are, so that new ones are seen at once
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_sources": None}  # a copy has parameters of its own
+
     @property
     def bound(self) -> Tensor | None:
         """The least share of its state that each channel keeps, [D'] in [0, 1]; None for a block without lower bounds."""
