@@ -6,6 +6,7 @@ import gc
 import math
 import threading
 import weakref
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,7 +20,8 @@ from treadle.generation.engine import Engine, Request
 from treadle.generation.marks import checksum
 from treadle.generation.reading import Reading, in_format, quantized, reading
 from treadle.generation.sampling import Sampling
-from treadle.layers.quantized_linear import with_quantized
+from treadle.layers import quantized_linear
+from treadle.layers.quantized_linear import MANY_ROWS, QuantizedLinear, with_quantized
 from treadle.models.adapters import adapters_off, add_adapters
 from treadle.models.base import build
 from treadle.models.settings import AdapterSettings
@@ -284,6 +286,33 @@ def test_an_engine_goes_on_with_the_model_that_it_was_given(arch: str, kind: dic
     engine.submit(Request(prompt, 16, Sampling(temperature=0.0), on_token=lambda token: second.append(token.id), on_end=lambda _: ended.set()))
     assert ended.wait(60) and engine.stop(timeout=30)
     assert (first, second) == (before, before) and written(model, weights, 16) != before
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["recurrent", "windows", "gpt2"])
+def test_products_in_bf16_depend_on_a_prompts_own_length(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the machine multiplies bf16: many short prompts, and among longer ones."""
+    monkeypatch.setattr(quantized_linear, "multiplies_bf16", lambda: True)
+    rounded: list[int] = []
+    in_bf16 = QuantizedLinear._in_bf16
+    monkeypatch.setattr(QuantizedLinear, "_in_bf16", lambda self, flat: rounded.append(flat.shape[0]) or in_bf16(self, flat))
+    model, count = random_model(**OTHERS[kind]), 6
+    rows = prompts(5, 9, 20, 31, 12, 8, MANY_ROWS - 1, MANY_ROWS, MANY_ROWS + 30)
+    alone = []
+    for row in rows:
+        rounded.clear()
+        alone.append(model.generate(row, count, temperature=0, weights="int8")[0, len(row) :].tolist())
+        assert bool(rounded) == (len(row) >= MANY_ROWS) and set(rounded) <= {1, len(row)}  # 1: the head
+    assert model.generate(rows, count, temperature=0, weights="int8")[:, -count:].tolist() == alone
+    rounded.clear()
+    assert model.generate(rows[:7], count, temperature=0, weights="int8")[:, -count:].tolist() == alone[:7] and not rounded
+    engine, found, ended = Engine(model, rows=len(rows), max_len=128, weights="int8"), [[] for _ in rows], threading.Semaphore(0)
+    for row, own in zip(rows, found):
+        listener = partial(lambda own, token: own.append(token.id), own)
+        engine.submit(Request(row, count, Sampling(temperature=0.0), on_token=listener, on_end=lambda _: ended.release()))
+    engine.start()
+    assert all(ended.acquire(timeout=60) for _ in rows) and engine.stop(timeout=30)
+    assert found == alone
 
 
 def test_unknown_formats_are_refused() -> None:

@@ -13,6 +13,7 @@ from treadle.data.batch import Batch
 from treadle.distributed.base import Strategy
 from treadle.distributed.world import World
 from treadle.errors import InputError
+from treadle.layers.quantized_linear import rounded_products
 from treadle.models.base import Model
 from treadle.objectives.base import Objective
 from treadle.objectives.next_token import NextToken
@@ -76,7 +77,8 @@ class Evaluator:
 
     def batch_sums(self, batch: Batch) -> dict[str, float]:
         """What the objective adds up over one batch."""
-        return self._with_full_weights(self._batch_sums, batch)
+        with rounded_products():  # of a model in fewer bits, rows of every length
+            return self._with_full_weights(self._batch_sums, batch)
 
     def inspect(self, data: Dataset) -> dict[str, float]:
         """The model's own numbers (`Model.inspect`) on the first rows of `data`, the same for any number of processes."""

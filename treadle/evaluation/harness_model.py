@@ -21,6 +21,7 @@ from treadle.evaluation.answers import Answers
 from treadle.generation.engine import Engine, Request
 from treadle.generation.sampling import Sampling
 from treadle.generation.text_stream import TextStream
+from treadle.layers.quantized_linear import rounded_products
 from treadle.models.base import Model
 from treadle.text.base import Tokenizer
 
@@ -141,7 +142,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         padded = torch.zeros(len(rows), len(rows[0]), dtype=torch.long)
         for place, row in enumerate(rows):
             padded[place, : len(row)] = torch.tensor(row)
-        return self.model(Batch.from_ids(padded).to(self._device)).logits
+        with rounded_products():  # of a model in fewer bits, rows of every length
+            return self.model(Batch.from_ids(padded).to(self._device)).logits
 
     # ---- generation ----
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from treadle.data.batch import Batch
 from treadle.generation.steps import steps_of
+from treadle.layers.quantized_linear import MANY_ROWS, may_round, rounded_products
 from treadle.layers.state import KeyValueCache, State, advance_positions
 
 
@@ -48,16 +49,34 @@ class Decoding:
         self.model, self.head = model, model.heads()["lm_head"]
         self.state: Any = model.new_state(rows, max_len)
         self._steps = steps_of(model)
+        self._may_round = may_round(model)
         self._before: Any = None  # the state at `begin`, where one cannot go back in it
         self._read: list[Tensor] = []  # tokens since then
 
     def prompt(self, batch: Batch) -> Tensor:
         """The prompts [B, T] -> logits [B, V] of what follows each row's last token."""
-        out = self.model.hidden(batch, self.state)
-        self.state = out.state
-        # Only the last token of each row is read: the head never sees the rest of the prompt.
-        logits: Tensor = self.head(_last_positions(out.hidden, batch.token_mask))
+        many = batch.token_mask.sum(1) >= MANY_ROWS if self._may_round else None
+        if many is None or bool(many.all()) or not bool(many.any()):
+            with rounded_products(many is not None and bool(many.all())):
+                logits, self.state = self._prompt(batch, self.state)
+            return logits
+        # Which products a prompt is read in depends on its own length alone, so these are two passes.
+        parts = []
+        for rounded in (True, False):
+            rows = (many == rounded).nonzero()[:, 0].tolist()
+            with rounded_products(rounded):
+                made, state = self._prompt(_of_rows(batch, rows), self.state.select(rows))
+            parts.append((rows, made, state))
+        logits = parts[0][1].new_empty(batch.shape[0], parts[0][1].shape[1])
+        for rows, made, state in parts:
+            logits[rows] = made
+            self.state.put(rows, state)
         return logits
+
+    def _prompt(self, batch: Batch, state: Any) -> tuple[Tensor, Any]:
+        out = self.model.hidden(batch, state)
+        # Only the last token of each row is read: the head never sees the rest of the prompt.
+        return self.head(_last_positions(out.hidden, batch.token_mask)), out.state
 
     def step(self, ids: Tensor, running: Tensor | None = None) -> Tensor:
         """One token a row, ids [B] -> logits [B, V] of what follows. running: the rows [N] that still matter; the others'
@@ -108,6 +127,12 @@ def advance(state: State, token_mask: Tensor, counts: list[int]) -> None:
     """The rows have seen their tokens of a batch. token_mask bool [B, T]."""
     state.lengths = advance_positions(state.lengths, token_mask)[1]
     state.host_lengths = [length + count for length, count in zip(state.host_lengths, counts)]
+
+
+def _of_rows(batch: Batch, rows: list[int]) -> Batch:
+    """A prompt's rows of these numbers."""
+    doc_ids = batch.doc_ids[rows] if batch.doc_ids is not None else None
+    return Batch.from_ids(batch.input_ids[rows], doc_ids=doc_ids, extras={name: t[rows] for name, t in batch.extras.items()})
 
 
 def _last_positions(hidden: Tensor, token_mask: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from treadle.data.batch import PAD, Batch
 from treadle.generation.dense import DenseDecoding
 from treadle.generation.reading import Reading
 from treadle.generation.steps import steps_of
+from treadle.layers.quantized_linear import MANY_ROWS, may_round, rounded_products
 from treadle.layers.state import State
 
 SLOTS = 128  # a state holds a multiple of so many tokens a row
@@ -20,7 +21,8 @@ SLOTS = 128  # a state holds a multiple of so many tokens a row
 @dataclass(eq=False)
 class Place:
     """Where a request's row is kept. most: the tokens of its prompt and continuation; row: its number among the rows, which changes
-    when others leave; state: its own while its prompt is read, where it has one; length: tokens seen."""
+    when others leave; state: its own while its prompt is read, where it has one; length: tokens seen;
+    rounded: whether its prompt is read in products of bf16."""
 
     most: int
     row: int = -1
@@ -66,6 +68,7 @@ class AnySlots:
     def __init__(self, ready: Reading, max_len: int) -> None:
         self.model, self.max_len = ready.model, max_len
         self.head, self._steps = self.model.heads()["lm_head"], steps_of(self.model)
+        self._may_round = may_round(self.model)
         self.state: State | None = None
         self.places: list[Place | None] = []  # of the state's rows; None where a row is empty
         self._reading: list[Place] = []
@@ -78,7 +81,7 @@ class AnySlots:
 
     def open(self, prompt_tokens: int, new_tokens: int) -> Place:
         """A place for a request of so many tokens; its prompt is not read yet."""
-        place = Place(prompt_tokens + new_tokens)
+        place = Place(prompt_tokens + new_tokens, rounded=self._may_round and prompt_tokens >= MANY_ROWS)
         self._reading.append(place)
         return place
 
@@ -87,22 +90,26 @@ class AnySlots:
         if place.state is None:
             place.state = self.model.new_state(1, place.most)
         batch = Batch.from_ids(torch.tensor([ids]), extras=extras or None).to(self.model.device)
-        out = self.model.hidden(batch, place.state)
+        with rounded_products(place.rounded):
+            out = self.model.hidden(batch, place.state)
+            logits: Tensor = self.head(out.hidden[:, -1])
         place.state = out.state
         place.length += len(ids)
-        logits: Tensor = self.head(out.hidden[:, -1])
         return logits
 
     def read_together(self, places: list[Place], ids: list[list[int]]) -> Tensor | None:
         """Reads whole prompts in one pass, padded: logits [B, V] behind each; None where that is not worth it or not exact."""
+        if len({place.rounded for place in places}) > 1:
+            return None
         count, lengths = len(places), [len(own) for own in ids]
         longest = max(lengths)
         given, doc_ids = torch.zeros(count, longest, dtype=torch.int64), torch.full((count, longest), PAD)
         for row, own in enumerate(ids):
             given[row, : len(own)], doc_ids[row, : len(own)] = torch.tensor(own), 0
         batch = Batch.from_ids(given, doc_ids=doc_ids if min(lengths) < longest else None).to(self.model.device)
-        out = self.model.hidden(batch, self.model.new_state(count, max(place.most for place in places)))
-        logits: Tensor = self.head(out.hidden[range(count), [length - 1 for length in lengths]])
+        with rounded_products(places[0].rounded):
+            out = self.model.hidden(batch, self.model.new_state(count, max(place.most for place in places)))
+            logits: Tensor = self.head(out.hidden[range(count), [length - 1 for length in lengths]])
         for row, place in enumerate(places):
             place.state, place.length = out.state.select([row]), lengths[row]
         return logits

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection
+import threading
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +20,7 @@ from treadle.ops.precision import resolve
 M = TypeVar("M", bound=nn.Module)
 
 MANY_ROWS = 64  # from here on a product in bf16, where the machine multiplies bf16, costs less with its unpacking than ours
+_products = threading.local()  # `rounded` there: within rounded_products
 SMALLEST = 32  # inputs and outputs of a layer that is worth packing; gates and steps of a few numbers stay in fp32
 
 
@@ -26,6 +29,22 @@ def multiplies_bf16() -> bool:
     """Whether products of many rows are faster in bf16 on this kind of CPU: by its features, since a timing would let the same
     seed give another text."""
     return resolve("auto", torch.device("cpu"), 1024) == "bf16"
+
+
+@contextmanager
+def rounded_products(rounded: bool = True) -> Iterator[None]:
+    """Inside, packed layers that may round multiply in bf16 where that is faster for many rows, in this thread. Whoever enters it says so of
+    whole rows of a batch, by what is the same for a row alone: how many rows a layer sees depends on its neighbours."""
+    before, _products.rounded = getattr(_products, "rounded", False), rounded
+    try:
+        yield
+    finally:
+        _products.rounded = before
+
+
+def may_round(model: Any) -> bool:
+    """Whether a model has layers to which `rounded_products` makes a difference."""
+    return any(isinstance(part, QuantizedLinear) and part.rounds for part in model.modules())
 
 
 class QuantizedLinear(nn.Linear):
@@ -46,6 +65,11 @@ class QuantizedLinear(nn.Linear):
             self.matrix = PackedMatrix(quantized, None if bias is None else bias.detach().clone()) if native() is not None else Quantized("fp32", quantized.dequantize())
 
     @property
+    def rounds(self) -> bool:
+        """Whether products of many rows may be in bf16: where the weights are rounded anyway, and the machine is faster so."""
+        return isinstance(self.matrix, PackedMatrix) and self.kind != "fp32" and not self.reproducible and multiplies_bf16()
+
+    @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """W [N, K] in fp32, made anew each time."""
         return self.matrix.dequantize()
@@ -59,7 +83,7 @@ class QuantizedLinear(nn.Linear):
         flat = x.reshape(-1, x.shape[-1])
         if isinstance(self.matrix, Quantized) or torch.is_grad_enabled():
             return F.linear(x, self.weight.to(x.dtype), self.bias)
-        if flat.shape[0] >= MANY_ROWS and self.kind != "fp32" and not self.reproducible and multiplies_bf16():
+        if getattr(_products, "rounded", False) and self.rounds:
             return self._in_bf16(flat).to(x.dtype).view(*x.shape[:-1], self.out_features)
         return self.matrix.product(flat.float()).to(x.dtype).view(*x.shape[:-1], self.out_features)
 
