@@ -190,3 +190,30 @@ def test_prompt_files(model, tmp_path: Path) -> None:  # type: ignore[no-untyped
     assert "4 continuations" in out[0] and (tmp_path / "o.txt").read_text(errors="replace").count("one") >= 2
     with pytest.raises(InputError, match="does not exist"):
         session(model).run_file("nowhere", None, 1, out.append)
+    with pytest.raises(InputError, match="cannot be written"):
+        session(model).run_file(str(tmp_path / "p.txt"), str(tmp_path / "no" / "o.txt"), 1, out.append)
+    small = build("transformer", vocab_size=256, hidden_size=32, num_layers=1, num_heads=2, style="gpt2", max_position_embeddings=16).eval()
+    (tmp_path / "p.txt").write_text(f"one\n{'much too long for it ' * 4}\n")
+    with pytest.raises(ConfigError, match="shorter prompt"):
+        session(small).run_file(str(tmp_path / "p.txt"), str(tmp_path / "kept.txt"), 1, out.append)
+    assert (tmp_path / "kept.txt").read_text(errors="replace").startswith("one")  # what was made before is not lost
+
+
+def test_a_stop_text_is_never_shown_in_part(model) -> None:  # type: ignore[no-untyped-def]
+    options = {"temperature": 0.0, "use_eos": False}
+    whole = generate_text(model, Tokenizer.load("byte"), "ab", 24, **options)
+    assert len(whole) > 8
+    stop, pieces = whole[5:8], []
+    text = generate_text(model, Tokenizer.load("byte"), "ab", 24, stop=stop, on_text=pieces.append, **options)
+    assert text == whole[: whole.index(stop)] == "".join(pieces)
+
+
+def test_positions_are_counted_before_the_first_token() -> None:
+    small = build("transformer", vocab_size=256, hidden_size=32, num_layers=1, num_heads=2, style="gpt2", max_position_embeddings=16).eval()
+    seen: list[torch.Tensor] = []
+    with pytest.raises(ConfigError, match="at most 14 "):
+        small.generate([1, 2, 3], 15, on_ids=seen.append)
+    assert seen == [] and small.generate([1, 2, 3], 14).shape == (1, 17)
+    assert small.generate([[1, 2, 3], [4]], 14).shape == (2, 17)
+    ids: list[int] = []
+    generate_text(small, Tokenizer.load("byte"), "abc", 100, use_eos=False, on_text=ids.append)  # ends where the positions do

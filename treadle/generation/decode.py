@@ -16,6 +16,7 @@ from treadle.generation.mode import evaluating
 from treadle.generation.reading import Reading, reading
 from treadle.generation.sampling import Sampling, next_ids
 from treadle.generation.speculation import Draft, NGrams, Proposer, speculated
+from treadle.generation.text_stream import TextStream
 from treadle.text.base import Tokenizer
 
 
@@ -61,6 +62,7 @@ def generate(
         raise ConfigError(f"the prompt has ids outside 0..{vocabulary - 1}; is this the model's own tokenizer?")
     if max_new_tokens < 0:
         raise ConfigError(f"max_new_tokens = {max_new_tokens}: must be >= 0")
+    _check_positions(model, ids, attention_mask, max_new_tokens)
     _check_speculation(model, ids, speculative, draft, extras)
     with evaluating(model) as was_training:
         ready = reading(model, weights, keep=not was_training) if max_new_tokens else Reading(model, "fp32", {})
@@ -121,6 +123,18 @@ def _columns(
         if seen is not None:
             seen.scatter_(1, new[:, None], True)
         logits = decoding.step(new, None if eos_id is None else (~finished).nonzero()[:, 0])
+
+
+def _check_positions(model: DecodableModel, ids: Tensor, attention_mask: Any, count: int) -> None:
+    """ConfigError, before the first token, for more tokens than the model has positions; the last new one is never read."""
+    most = getattr(model, "longest_row", None)
+    longest = ids.shape[1] if attention_mask is None else int((torch.as_tensor(attention_mask).reshape(ids.shape) != 0).sum(1).max())
+    if most is None or count == 0 or longest + count - 1 <= most:
+        return
+    what = f"the model has positions for {most} tokens (max_position_embeddings), the prompt has {longest}"
+    if longest > most:
+        raise ConfigError(f"{what}: give a shorter prompt")
+    raise ConfigError(f"{what} and {count} new ones are asked for: ask for at most {most - longest + 1} (--max-new-tokens), or give a shorter prompt")
 
 
 def _check_speculation(model: DecodableModel, ids: Tensor, speculative: str | None, draft: DecodableModel | None, extras: Any) -> None:
@@ -198,30 +212,23 @@ def generate_text(
 ) -> str:
     """The continuation of a prompt as text, without the prompt; `on_text` gets it piece by piece.
 
-    Ends at the end-of-document token, after max_new_tokens, or before the text `stop`. A character cut at the end is
-    left out.
+    Ends at the end-of-document token, after max_new_tokens, before the text `stop`, or where the model has no position left. A
+    character cut at the end is left out. ConfigError for a prompt that the model has no positions for.
     """
     ids = tokenizer.prompt_ids(prompt)
-    fresh: list[int] = []
-    shown = ""
+    stream = TextStream(tokenizer, ids, () if stop is None else (stop,))
+    tell = on_text or (lambda text: None)
+    most = getattr(model, "longest_row", None)
+    if most is not None and len(ids) <= most:
+        max_new_tokens = min(max_new_tokens, most - len(ids) + 1)  # the last token is written and never read
 
     def on_ids(column: Tensor) -> bool:
-        nonlocal shown
-        fresh.append(int(column[0]))
-        text = _complete(tokenizer.decode(fresh))
-        ended = stop is not None and stop in text
-        if ended:
-            text = text[: text.index(stop)]  # type: ignore[arg-type]
-        if on_text is not None and len(text) > len(shown):
-            on_text(text[len(shown) :])
-        shown = text
-        return ended
+        if fresh := stream.push(int(column[0])):
+            tell(fresh)
+        return stream.stopped
 
     eos = tokenizer.eos_id if use_eos else None
     generate(model, ids, max_new_tokens, eos_id=eos, on_ids=on_ids, **options)
-    return shown
-
-
-def _complete(text: str) -> str:
-    """Without the replacement characters of a character that is still being written."""
-    return text.rstrip("\ufffd")
+    if not stream.stopped and (held := stream.finish()):
+        tell(held)
+    return stream.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,8 @@ class Session:
 
     def run_file(self, prompt_file: str, output_file: str | None, samples: int, write: Callable[[str], None]) -> None:
         """One prompt a line; prompts and continuations go to the output file, or to `write`. InputError for a file that
-        is missing or holds no prompt."""
+        is missing or holds no prompt, or cannot be written, before the first token. What is written stays when a later prompt is
+        refused."""
         path = Path(prompt_file)
         if not path.is_file():
             raise InputError(f"{path} does not exist; --prompt-file is a text file with one prompt a line")
@@ -67,15 +69,19 @@ class Session:
         prompts = [line for line in lines if line.strip()]
         if not prompts:
             raise InputError(f"{path} holds no prompt")
-        parts = []
-        for prompt in prompts:
-            for number in range(samples):
-                parts.append(f"{prompt}{self.say(prompt, number)}\n")
-                if output_file is None:
-                    write(parts[-1] + "\n")
+        with ExitStack() as inside:
+            put = write
+            if output_file is not None:
+                try:
+                    put = inside.enter_context(open(output_file, "w", encoding="utf-8")).write
+                except OSError as problem:
+                    raise InputError(f"{output_file} cannot be written ({problem.strerror}); give another --output-file") from None
+            for place, prompt in enumerate(prompts):
+                for number in range(samples):
+                    continuation = self.say(prompt, number)
+                    put(("\n" if place or number else "") + f"{prompt}{continuation}\n")
         if output_file is not None:
-            Path(output_file).write_text("\n".join(parts), encoding="utf-8")
-            write(f"{len(parts)} continuations written to {output_file}\n")
+            write(f"{len(prompts) * samples} continuations written to {output_file}\n")
 
     def greeting(self) -> str:
         """What a conversation begins with."""

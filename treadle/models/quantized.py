@@ -8,7 +8,10 @@ import json
 import os
 from pathlib import Path
 
-from treadle.checkpoint.tensors import read_tensors, write_tensors
+import torch
+from torch import Tensor
+
+from treadle.checkpoint.tensors import read_tensors, stream_tensors, write_tensors
 from treadle.errors import CheckpointError, InputError
 from treadle.generation.reading import checked, quantized, remember, remembered
 from treadle.layers.quantized_files import from_tensors, to_tensors
@@ -19,7 +22,8 @@ from treadle.ops.packed_linear import Quantized
 
 FOLDER = "quantized"
 KEPT = ("int8", "int4")  # bf16 is made as fast as it is read
-VERSION = 1  # of how weights are quantised
+VERSION = 2  # of how weights are quantised and kept
+CHECKSUM = "sha256"  # a tensor of the file: the checksum of the others, with their names, types and shapes
 
 
 def quantize_once(loaded: Loaded, weights: str | None) -> str:
@@ -35,7 +39,7 @@ def quantize_once(loaded: Loaded, weights: str | None) -> str:
     shapes = {name: tuple(module.weight.shape) for name, module in model.named_modules() if hasattr(module, "in_features")}
     if path is not None and path.is_file():
         with contextlib.suppress(CheckpointError, InputError):
-            layers = from_tensors(read_tensors(path), shapes)
+            layers = from_tensors(_sound(read_tensors(path), path), shapes)
             layers = {name: _moved(matrix, model.device) for name, matrix in layers.items()}
     if layers is None:
         layers = quantized(model, wanted)
@@ -44,6 +48,21 @@ def quantize_once(loaded: Loaded, weights: str | None) -> str:
                 _write(path, wanted, layers)
     remember(model, layers, wanted)
     return wanted
+
+
+def _checksum(tensors: dict[str, Tensor]) -> Tensor:
+    digest = hashlib.sha256()
+    for part in stream_tensors(tensors):
+        digest.update(part)
+    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
+
+
+def _sound(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """What a file of `_write` holds beside its checksum; CheckpointError where that is another one."""
+    kept = tensors.pop(CHECKSUM, None)
+    if kept is None or not torch.equal(kept, _checksum(tensors)):
+        raise CheckpointError(f"{path}: its checksum differs")
+    return tensors
 
 
 def _moved(matrix: Quantized, device: object) -> Quantized:
@@ -62,7 +81,8 @@ def _write(path: Path, weights: str, layers: dict[str, Quantized]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        write_tensors(temporary, to_tensors(layers), {"format": "pt"})
+        tensors = to_tensors(layers)
+        write_tensors(temporary, {**tensors, CHECKSUM: _checksum(tensors)}, {"format": "pt"})
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
