@@ -10,7 +10,6 @@ import torch
 
 from tests.conftest import flags
 from tests.conftest import treadle as command
-from treadle.checkpoint.tensors import read_tensors
 from treadle.errors import CheckpointError, ConfigError, InputError
 from treadle.evaluation.report import evaluate_run, table_of
 from treadle.generation.reading import layers_of, quantized, remembered

@@ -70,7 +70,7 @@ class Session:
         if not prompts:
             raise InputError(f"{path} holds no prompt")
         with ExitStack() as inside:
-            put = write
+            put: Callable[[str], object] = write
             if output_file is not None:
                 try:
                     put = inside.enter_context(open(output_file, "w", encoding="utf-8")).write
