@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import re
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,7 +65,7 @@ def grid(over: list[str]) -> dict[str, list[str]]:
     for one in over:
         key, equals, values = one.partition("=")
         key = key.strip().lstrip("-")
-        several = [value.strip() for value in re.split(r",(?![^\[{]*[\]}])", values)]  # a list or table is one value
+        several = _split(values)
         if not equals or not key or "" in several:
             raise ConfigError(f"--over {one!r} is not KEY=VALUE,VALUE,...; for example {EXAMPLE}")
         if key in found:
@@ -79,6 +78,25 @@ def grid(over: list[str]) -> dict[str, list[str]]:
     if not found:
         raise ConfigError(f"sweep needs a grid: {EXAMPLE}")
     return found
+
+
+def _split(values: str) -> list[str]:
+    """At the commas outside of all brackets, braces and quotes: a list, a table or a text is one value."""
+    several, depth, quote = [""], 0, ""
+    for place, sign in enumerate(values):
+        if quote:
+            quote = "" if sign == quote else quote
+        elif sign in "\"'" and several[-1].rstrip()[-1:] in "[{,=:" and sign in values[place + 1 :]:  # not that of `don't`
+            quote = sign
+        elif sign in "[{":
+            depth += 1
+        elif sign in "]}":
+            depth = max(0, depth - 1)
+        if sign == "," and not (depth or quote):
+            several.append("")
+        else:
+            several[-1] += sign
+    return [value.strip() for value in several]
 
 
 def run(asked: Sweep, say: Callable[[str], None]) -> list[Cell]:

@@ -74,6 +74,19 @@ def test_a_list_is_one_value_and_points_multiply() -> None:
     assert len(cells) == 12 == len({cell.folder for cell in cells})
 
 
+@pytest.mark.parametrize(
+    "typed, several",
+    [
+        ("[[0,32],[2,64]]", ["[[0,32],[2,64]]"]), ("[[0,32],[2,64]],[[0,16]]", ["[[0,32],[2,64]]", "[[0,16]]"]),
+        ("{a=[1,2],b={c=3,d=4}}, none", ["{a=[1,2],b={c=3,d=4}}", "none"]), ('"a,b",\'c,d\',e', ['"a,b"', "'c,d'", "e"]),
+        ('["],",1],2', ['["],",1]', "2"]), ("don't,won't", ["don't", "won't"]), ("a],b", ["a]", "b"]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_values_part_at_the_commas_outside_of_brackets_and_quotes(typed: str, several: list[str]) -> None:
+    assert grid([f"data.seq_len_schedule={typed}"]) == {"data.seq_len_schedule": several}
+
+
 def test_the_table_ranks_by_the_mean_and_keeps_what_failed() -> None:
     def cell(value: str, seed: int, found: float | None, lower: bool = True) -> Cell:
         return Cell((("lr", value),), seed, Path(), found, "bpb" if found else "", lower, 4, 8.0 + seed, "" if found else "exit code 76")
