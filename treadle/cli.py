@@ -148,7 +148,7 @@ def sweep(
     command goes on where it stopped."""
     from treadle import sweep as sweeping
 
-    cells = sweeping.run(sweeping.Sweep(ctx.args, sweeping.grid(over), seeds, processes, Path(output)), echo)
+    cells = sweeping.run(sweeping.Sweep(ctx.args, sweeping.grid(over), seeds, processes, Path(output)), echo, _request)
     for line in sweeping.lines_of(cells):
         echo(line)
     if (problem := sweeping.unfinished(cells)) is not None:

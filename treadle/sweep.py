@@ -9,12 +9,15 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from treadle.distributed.pool import Command, LocalPool, folder_name, last_words, run_all
 from treadle.errors import ConfigError, TreadleError
 from treadle.monitor.records import last_evaluation, write_json
 from treadle.reporting.bars import svg_bars
+
+if TYPE_CHECKING:
+    from treadle.start import Request
 
 EXAMPLE = "treadle sweep RECIPE --over optim.learning_rate=1e-3,3e-3 --seeds 3"
 BAR = 40  # characters
@@ -99,10 +102,12 @@ def _split(values: str) -> list[str]:
     return [value.strip() for value in several]
 
 
-def run(asked: Sweep, say: Callable[[str], None]) -> list[Cell]:
+def run(asked: Sweep, say: Callable[[str], None], request_of: Callable[[list[str]], Request]) -> list[Cell]:
     """Runs what has not finished and returns all cells. A run that exists continues; one that is finished says so at once.
-    ConfigError from the first run whose settings are refused; SweepFailed, after all have run, where one failed otherwise."""
+    request_of: what `train` understands of its arguments. ConfigError before the first run where a cell's settings are refused,
+    and from the first run that refuses what only the data and the model show."""
     cells = asked.cells()
+    _compose_all(asked, cells, request_of)
     asked.output.mkdir(parents=True, exist_ok=True)
     say(f"{len(cells)} run(s) in {asked.output}, {asked.processes} at a time; Ctrl-C is safe, the same command goes on")
     waiting = iter(cells)
@@ -120,9 +125,31 @@ def run(asked: Sweep, say: Callable[[str], None]) -> list[Cell]:
     return cells
 
 
+def _compose_all(asked: Sweep, cells: list[Cell], request_of: Callable[[list[str]], Request]) -> None:
+    """Composes the recipe of every cell, without reading data. ConfigError, as its run would give it, for the first refused."""
+    from treadle.start import configure
+
+    found: dict[str | None, Request] = {}  # by --from, whose weights are verified once
+    for cell in cells:
+        try:
+            request = request_of(_arguments(asked, cell))
+            if (same := found.setdefault(request.weights_from, request)) is not request:
+                request.start_weights = same.start_weights
+            configure(request, cell.folder)
+        except ConfigError as problem:
+            raise ConfigError(f"{cell.label}: {problem}") from None
+        except (TreadleError, OSError):  # of this run and its files alone: the table says it
+            continue
+
+
+def _arguments(asked: Sweep, cell: Cell) -> list[str]:
+    """Of the cell's `train`."""
+    own = (*cell.point, ("seed", str(cell.seed)), ("output_dir", str(cell.folder)))
+    return [*asked.arguments, *(f"--{key}={value}" for key, value in own)]
+
+
 def _command(asked: Sweep, cell: Cell) -> Command[Cell]:
-    keys = [f"--{key}={value}" for key, value in (*cell.point, ("seed", str(cell.seed)), ("output_dir", str(cell.folder)))]
-    return Command(cell, ("treadle", "train", *asked.arguments, *keys), cell.folder / "sweep.out")
+    return Command(cell, ("treadle", "train", *_arguments(asked, cell)), cell.folder / "sweep.out")
 
 
 def _ended(code: int, cell: Cell, say: Callable[[str], None]) -> None:

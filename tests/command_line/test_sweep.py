@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.conftest import flags, treadle
+from treadle.cli import app
 from treadle.errors import ConfigError
 from treadle.sweep import Cell, Sweep, grid, lines_of
 
@@ -55,10 +56,20 @@ def test_an_interrupted_sweep_leaves_saved_runs_and_no_process(number: int, text
     assert len(ended) == 2 and all("saved. The same command continues." in line for line in ended)
 
 
-def test_settings_that_are_refused_end_it_at_the_first_run(text_file: Path, tmp_path: Path) -> None:
-    out = treadle("sweep", text_file, "--over", "optim.learning_rat=1e-3,3e-3", "--output", tmp_path / "grid", *SMALL)
-    assert out.returncode == 2 and "learning_rate" in out.stderr
-    assert len(list((tmp_path / "grid").iterdir())) == 1
+@pytest.mark.parametrize(
+    "over, words",
+    [
+        ("optim.learning_rat=1e-3,3e-3", "optim.learning_rat=1e-3: "), ("learning_rate=1e-3,-1", "learning_rate=-1: "),
+        ("learning_rate=1e-3,abc", "valid number"), ("optim.name=adamw,lion", "optim.name=lion: "),
+        ("hidden_size=16,64", "hidden_size=64: --hidden_size is given twice"), ("num_kv_heads=1,3", "num_kv_heads=3: "),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_that_are_refused_end_it_before_the_first_run(over: str, words: str, text_file: Path, tmp_path: Path) -> None:
+    """With the error that the run would give, after the cell's name."""
+    with pytest.raises(ConfigError) as caught:
+        app(["sweep", str(text_file), "--over", over, "--output", str(tmp_path / "grid"), *SMALL], prog_name="treadle", standalone_mode=False)
+    assert words in str(caught.value) and not (tmp_path / "grid").exists()
 
 
 @pytest.mark.parametrize("over", [[], ["lr"], ["lr="], ["lr=1,,2"], ["lr=1", "lr=2"], ["seed=1,2"], ["lr=1,1"]])
