@@ -136,7 +136,8 @@ def test_bad_plans(flags: list[str], words: str) -> None:
 
 def test_amounts() -> None:
     assert parse_bytes("80GiB") == (80 * 2**30, "GiB") and parse_bytes("1.5 gb") == (1.5e9, "GB")
-    for text in ("", "GB", "-1GB", "3XB"):
+    assert parse_bytes("8e10") == (8e10, "GB") and parse_bytes(500_000) == (5e5, "GB")  # the second from Python
+    for text in ("", "GB", "-1GB", "3XB", "12", "0.5"):
         with pytest.raises(ConfigError):
             parse_bytes(text)
 

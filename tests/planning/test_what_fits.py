@@ -12,8 +12,9 @@ import treadle
 from tests.conftest import make_text
 from tests.conftest import treadle as command
 from treadle.errors import ConfigError
+from treadle.ops.peak import PEAK_BF16
 from treadle.planning import tables
-from treadle.planning.duration import duration, flops_of_gpu
+from treadle.planning.duration import CAPABILITY, duration, flops_of_gpu
 from treadle.planning.recommend import Fit, Preset, what_fits
 
 
@@ -105,6 +106,29 @@ def test_shares_of_a_rank() -> None:
         kinds = [rank["params_gb"], rank["grads_gb"], rank["optimizer_gb"]]
         assert kinds == pytest.approx([share * whole for share in shares], rel=0.01), name
     assert found["ranks"]["fsdp"]["gathered_gb"] > 0
+
+
+def test_what_does_not_fit_is_told_what_is_not_set_yet() -> None:
+    """Neither gradient checkpointing nor fsdp where they are on, nor for generating, which they do nothing for."""
+
+    def advice(**asked: object) -> str:
+        found = treadle.plan({"model": KEYS}, batch_size=2, seq_len=32, precision="fp32", flops=1e12, memory=1000, **asked)
+        return tables.lines(found)[-1].partition("it does not fit")[2]
+
+    assert advice() == "; try --batch_size 1 or --gradient_checkpointing true or --world 2 --parallel fsdp"
+    assert advice(gradient_checkpointing=True) == "; try --batch_size 1 or --world 2 --parallel fsdp"
+    assert advice(world=2, mode="fsdp") == "; try --batch_size 1 or --gradient_checkpointing true or --world 4"
+    assert advice(inference=True) == advice(inference=True, world=2) == "; try --batch_size 1 or --seq_len 16"
+
+
+def test_fp8_is_planned_for_gpus_that_have_it() -> None:
+    """Of a named one the plan says what the run would."""
+    asked = {"batch_size": 2, "seq_len": 32, "precision": "fp8"}
+    for gpu, capability in (("A100", "8.0"), ("rtx 3090", "8.6")):
+        with pytest.raises(ConfigError, match=f"fp8 needs a GPU of compute capability 8.9 or more, this GPU's is {capability}"):
+            treadle.plan({"model": KEYS}, gpu=gpu, **asked)
+    assert treadle.plan({"model": KEYS}, gpu="L4", **asked)["precision"] == "fp8"
+    assert set(CAPABILITY) == set(PEAK_BF16)
 
 
 def test_a_measured_step() -> None:

@@ -69,7 +69,7 @@ def _kind(recipe: Recipe, otherwise: str) -> str:
 def _recommended(recipe: Recipe, memory: Any, training: bool, target: str | None) -> tuple[dict[str, Any], list[str]]:
     if memory is None:
         raise ConfigError("--recommend needs a memory to fill: treadle plan --memory 12GiB --recommend")
-    room, unit = parse_bytes(f"{memory}")
+    room, unit = parse_bytes(memory)
     kind = _kind(recipe, "cuda" if torch.cuda.is_available() else "cpu")
     lengths = (recipe.data.seq_len,) if _asked(recipe, "data.seq_len", target) else LENGTHS
     asked = recipe.train.precision

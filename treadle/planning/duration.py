@@ -20,6 +20,10 @@ from treadle.training import resolve
 
 UTILISATION = 0.4  # of a GPU's data sheet; 0.3 to 0.5 is usual for dense transformers (PaLM, table 3: 21% to 46%)
 
+# Compute capability, from NVIDIA's list (developer.nvidia.com/cuda-gpus).
+CAPABILITY = {"H200": (9, 0), "H100 PCIe": (9, 0), "H100": (9, 0), "B200": (10, 0), "A100": (8, 0), "L40S": (8, 9), "L4": (8, 9),
+              "RTX 4090": (8, 9), "RTX 3090": (8, 6)}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Duration:
@@ -52,13 +56,18 @@ def duration(
     return Duration(flops_per_token, rate, step_seconds, tokens, hours, steps)
 
 
-def flops_of_gpu(name: str, utilisation: float) -> float:
-    """Operations a second of a known GPU at this share of its bf16 data sheet; ConfigError for an unknown one."""
-    plain = {known.lower().replace(" ", "").replace("-", ""): peak for known, peak in PEAK_BF16.items()}
+def gpu_named(name: str) -> str:
+    """The GPU of ops/peak.py that is meant, by its name there; ConfigError for an unknown one."""
+    plain = {known.lower().replace(" ", "").replace("-", ""): known for known in PEAK_BF16}
     asked = name.lower().replace(" ", "").replace("-", "").replace("_", "")
     if asked not in plain:
         raise ConfigError(f"--gpu {name}: {nearest(name, list(PEAK_BF16))} For another one give its speed: --flops 1e14")
-    return plain[asked] * utilisation
+    return plain[asked]
+
+
+def flops_of_gpu(name: str, utilisation: float) -> float:
+    """Operations a second of a known GPU at this share of its bf16 data sheet; ConfigError for an unknown one."""
+    return PEAK_BF16[gpu_named(name)] * utilisation
 
 
 def measured_flops(width: int, precision: str) -> float:

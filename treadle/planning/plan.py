@@ -25,7 +25,15 @@ from treadle.objectives.task import task_settings
 from treadle.ops import precision as number_formats
 from treadle.ops.memory import machine_bytes
 from treadle.planning import traffic
-from treadle.planning.duration import UTILISATION, duration, flops_of_gpu, measured_flops, measured_seconds
+from treadle.planning.duration import (
+    CAPABILITY,
+    UTILISATION,
+    duration,
+    flops_of_gpu,
+    gpu_named,
+    measured_flops,
+    measured_seconds,
+)
 from treadle.planning.memory import Memory, Sizes, per_process, to_read
 from treadle.planning.step_trace import Shape, trace_reading, trace_step
 from treadle.text.base import Tokenizer
@@ -35,6 +43,7 @@ from treadle.training.config import Recipe
 BANDWIDTH, OVERLAP = 10e9, 0.5  # stated with the result; --bandwidth and --overlap replace them
 UNITS = {"": 1.0, "b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30,
          "tib": 2.0**40}  # fmt: skip
+BYTES_FROM = 1e6  # a smaller number that is typed without its unit lacks one
 LAYOUTS = {
     "one process": ("none", False),
     "ddp": ("ddp", False),
@@ -44,12 +53,16 @@ LAYOUTS = {
 }
 
 
-def parse_bytes(text: str) -> tuple[float, str]:
-    """ "80GiB" -> (bytes, "GiB"), the unit spelled as usual; ConfigError for anything else."""
+def parse_bytes(given: str | float) -> tuple[float, str]:
+    """ "80GiB" -> (bytes, "GiB"), the unit spelled as usual; a number given from Python is bytes, a typed one only where it may be
+    meant so. ConfigError for anything else."""
+    text = f"{given}"
     number = text.strip().rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
     unit = text.strip()[len(number) :].lower()
     try:
         if unit not in UNITS or not 0 < float(number) < float("inf"):
+            raise ValueError
+        if isinstance(given, str) and not unit and float(number) < BYTES_FROM:  # 12 are no bytes
             raise ValueError
         spelled = unit.upper().replace("IB", "iB").replace("KB", "kB")
         return float(number) * UNITS[unit], spelled if UNITS[unit] > 1 else "GB"
@@ -126,12 +139,14 @@ def plan(
     hours = checked_number("hours", hours) if hours is not None else None
     if gpu is not None:
         flops, device = flops_of_gpu(gpu, utilisation), "cuda"
+        if recipe.train.precision == "fp8":
+            number_formats.check_fp8(CAPABILITY[gpu_named(gpu)])
     if world is None:
         world = recipe.parallel.world_size or recipe.run.devices or 1
     world = checked_number("world", world, int)
     flops = checked_number("flops", flops) if flops is not None else None
     bandwidth, overlap = checked_number("bandwidth", bandwidth), checked_number("overlap", overlap, zero=True)
-    asked_for = parse_bytes(f"{memory}") if memory is not None else None
+    asked_for = parse_bytes(memory) if memory is not None else None
     data = None
     if recipe.data.dataset_class != TEXT:
         data = splits_of(recipe.data, recipe.tokenizer, task_settings(recipe.tables()), recipe.run.seed)["train"]
@@ -208,6 +223,7 @@ def plan(
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": accumulation,
         "seq_len": shape.length,
+        "gradient_checkpointing": shape.gradient_checkpointing,
         "memory": needs_of(mode, settings.shard_optimizer).to_dict(),
         "layouts": {name: layout.total_gb for name, layout in layouts.items()},
         "ranks": {name: layout.to_dict() for name, layout in layouts.items()},

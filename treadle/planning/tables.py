@@ -76,14 +76,23 @@ def _verdict(result: dict[str, Any], unit: str, memory: float, needs: float, fit
     compared = f"needs {needs:.{digits}f} {unit} of the {memory:.10g} {unit} asked for ({needs / memory:.0%})"
     if fits:
         return f"{compared}: it fits"
-    room = memory * UNITS[unit.lower()] / 1e9
-    layouts = result["layouts"]  # without those that the number format does not go with
-    tries = ["--parallel fsdp"] if layouts.get("fsdp", math.inf) <= room and result["world"] > 1 else []
+    tries = _tries(result, memory * UNITS[unit.lower()] / 1e9)
+    return f"{compared}: it does not fit" + (f"; try {' or '.join(tries)}" if tries else "")
+
+
+def _tries(result: dict[str, Any], room: float) -> list[str]:
+    """What takes less of `room` GB and is not set yet. What generates keeps nothing for a backward pass, in one process."""
+    reads, layouts = "inference" in result, result["layouts"]  # without those that the number format does not go with
+    tries = ["--parallel fsdp"] if layouts.get("fsdp", math.inf) <= room and result["world"] > 1 and result["mode"] != "fsdp" and not reads else []
     if result["per_device_train_batch_size"] > 1:
         tries.append(f"--batch_size {result['per_device_train_batch_size'] // 2}")
-    tries.append("--gradient_checkpointing true")
-    tries.append(f"--world {result['world'] * 2} --parallel fsdp" if "fsdp" in layouts else "--precision bf16 --parallel fsdp on several GPUs")
-    return f"{compared}: it does not fit; try {' or '.join(tries)}"
+    if reads:
+        return [*tries, *([f"--seq_len {result['seq_len'] // 2}"] if result["seq_len"] > 1 else [])]
+    if result["gradient_checkpointing"] is not True:
+        tries.append("--gradient_checkpointing true")
+    tries.append(f"--world {result['world'] * 2}" + ("" if result["mode"] == "fsdp" else " --parallel fsdp") if "fsdp" in layouts
+                 else "--precision bf16 --parallel fsdp on several GPUs")  # fmt: skip
+    return tries
 
 
 def _block_lines(result: dict[str, Any]) -> list[str]:
