@@ -12,9 +12,9 @@ import treadle
 from tests.conftest import make_text
 from tests.conftest import treadle as command
 from treadle.errors import ConfigError
-from treadle.ops.peak import PEAK_BF16
+from treadle.ops.peak import CAPABILITY, PEAK_BF16
 from treadle.planning import tables
-from treadle.planning.duration import CAPABILITY, duration, flops_of_gpu
+from treadle.planning.duration import duration, flops_of_gpu
 from treadle.planning.recommend import Fit, Preset, what_fits
 
 

@@ -18,6 +18,9 @@ PEAK_BF16 = {
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
+# Compute capability, from NVIDIA's list (developer.nvidia.com/cuda-gpus).
+CAPABILITY = {"H200": (9, 0), "H100 PCIe": (9, 0), "H100": (9, 0), "B200": (10, 0), "A100": (8, 0), "L40S": (8, 9), "L4": (8, 9),
+              "RTX 4090": (8, 9), "RTX 3090": (8, 6)}  # fmt: skip
 
 
 @functools.cache

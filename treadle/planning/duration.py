@@ -20,10 +20,6 @@ from treadle.training import resolve
 
 UTILISATION = 0.4  # of a GPU's data sheet; 0.3 to 0.5 is usual for dense transformers (PaLM, table 3: 21% to 46%)
 
-# Compute capability, from NVIDIA's list (developer.nvidia.com/cuda-gpus).
-CAPABILITY = {"H200": (9, 0), "H100 PCIe": (9, 0), "H100": (9, 0), "B200": (10, 0), "A100": (8, 0), "L40S": (8, 9), "L4": (8, 9),
-              "RTX 4090": (8, 9), "RTX 3090": (8, 6)}  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Duration:

@@ -24,16 +24,9 @@ from treadle.objectives.base import Objective
 from treadle.objectives.task import task_settings
 from treadle.ops import precision as number_formats
 from treadle.ops.memory import machine_bytes
+from treadle.ops.peak import CAPABILITY
 from treadle.planning import traffic
-from treadle.planning.duration import (
-    CAPABILITY,
-    UTILISATION,
-    duration,
-    flops_of_gpu,
-    gpu_named,
-    measured_flops,
-    measured_seconds,
-)
+from treadle.planning.duration import UTILISATION, duration, flops_of_gpu, gpu_named, measured_flops, measured_seconds
 from treadle.planning.memory import Memory, Sizes, per_process, to_read
 from treadle.planning.step_trace import Shape, trace_reading, trace_step
 from treadle.text.base import Tokenizer
