@@ -118,9 +118,14 @@ def _open_verb(verb: str, arguments: list[str]) -> None:
 
         run(request)
         return
-    from treadle import start
+    if verb == "train":
+        from treadle.start import train as run
 
-    getattr(start, verb)(request)
+        run(request)
+        return
+    from treadle import dry_run
+
+    getattr(dry_run, verb)(request)
 
 
 @app.command(context_settings=OPEN)

@@ -39,9 +39,9 @@ Memory of one process by kind, bytes it sends in a step, time, and estimated sca
   --world N           processes (default parallel.world_size, run.devices, or 1)
   --memory SIZE       say whether it fits in this much for one process, as in 80GiB
   --exact             trace the whole model instead of two and three of its repeating blocks
-  --recommend         search presets, row length, precision, checkpointing and rows for --memory (what is typed stays)
+  --recommend         search presets, row length, precision, checkpointing and rows for --memory; what is typed stays
   --table             the presets of --model.arch against common memories
-  --inference         plan generating instead of training
+  --inference         plan generating instead of training; --weights bf16 | int8 | int4: in fewer bits
   --tokens N          hours that so many tokens take; --hours N: tokens in so many hours
   --gpu H100          take that GPU's data sheet, times --utilisation (default 0.4)
   --measure           run a micro-batch of one and two blocks here and take its speed

@@ -30,7 +30,7 @@ from treadle.training.config import DEFAULT_ARCHITECTURE, Recipe
 from treadle.training.resolve import set_checkpointing
 
 PLAN_KEYS = ("flops", "bandwidth", "overlap", "memory", "device", "rehearse", "exact", "inference", "gpu", "utilisation", "measure",
-             "tokens", "hours")  # fmt: skip
+             "tokens", "hours", "weights")  # fmt: skip
 
 
 class Model(BaseModel, abstract=True):
@@ -98,7 +98,7 @@ def plan(
 ) -> dict[str, Any]:  # fmt: skip
     """What `treadle plan` says, as numbers; prints nothing. recipe: what `train` takes, or a model; keys: of the
     configuration (batch_size, seq_len, ...), or flops, bandwidth, overlap, memory, device, rehearse, exact, inference, gpu,
-    utilisation, measure, tokens and hours of planning/plan.py."""
+    utilisation, measure, tokens, hours and weights of planning/plan.py."""
     trusted_code.allow(trust_code)
     own = {name: keys.pop(name) for name in PLAN_KEYS if name in keys}
     if isinstance(recipe, BaseModel):
@@ -163,6 +163,7 @@ def estimate_memory(
     gradient_checkpointing: what the model's blocks say when left out. training=False: weights and a decoding state of
     `batch_size` rows of `seq_len` tokens. exact: the whole model is traced, not two and three of its repeating blocks.
     """
+    from treadle.generation.reading import laid_out_bytes
     from treadle.objectives.next_token import NextToken
     from treadle.planning.memory import Sizes, per_process, to_read
     from treadle.planning.step_trace import Shape, trace_reading, trace_step
@@ -172,7 +173,8 @@ def estimate_memory(
     batch = model.example(model.config, batch_size, seq_len)
     if not training:
         read = trace_reading(type(model), model.config, batch, kind)
-        return dict(to_read(Sizes.of(model), model.state_bytes(batch_size, seq_len), read, kind))
+        laid_out = laid_out_bytes(model, "fp32", kind)
+        return dict(to_read(Sizes.of(model), model.state_bytes(batch_size, seq_len), read, kind, laid_out))
     again = _recomputing(model) if gradient_checkpointing is None else gradient_checkpointing
     shape = Shape(batch_size, seq_len, 1, precision, again)
     trace = trace_step(type(model), model.config, NextToken(), shape, batch, optim=OptimSettings.model_validate({"name": optimizer}), exact=exact, kind=kind)

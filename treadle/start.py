@@ -6,7 +6,7 @@ import functools
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from treadle.training.trainer import Trainer
 
 CONFIG = "config.toml"
+TYPED = ("flag", "arguments")  # origins of what a user typed, or passed from Python
 LOGS = ("metrics.jsonl", "training_log.csv", "eval_log.csv")
 
 
@@ -63,8 +64,8 @@ class Request:
 
     def _flag_layer(self) -> Layer:
         if not self.flags_are_text:
-            return Layer(dict(self.flags or {}), "arguments", other_flags=self.other_flags)
-        return Layer(dict(self.flags or {}), "flag", from_text=True, other_flags=self.other_flags)
+            return Layer(dict(self.flags or {}), TYPED[1], other_flags=self.other_flags)
+        return Layer(dict(self.flags or {}), TYPED[0], from_text=True, other_flags=self.other_flags)
 
     def layers(self) -> list[Layer]:
         """The same above the model of --from."""
@@ -87,6 +88,10 @@ def configure(request: Request, folder: Path) -> Recipe:
         trusted_code.recall(stored.table)
         recipe = compose([stored, *layers])
         _refuse_changes(compose([stored]), recipe, request.allow_change)
+    named, placed = (recipe.origins.get(f"run.{key}", "").partition(": ")[0] for key in ("run_name", "output_dir"))
+    if named in TYPED and placed not in ("", *TYPED) and recipe.run.run_name != folder.name:
+        recipe.notes.append(f"run_name = {recipe.run.run_name} is what trackers and messages call the run; its folder is {folder}, as {placed} says "
+                            "(another one: --output_dir)")  # fmt: skip
     recipe.run.output_dir = str(folder)
     recipe.run.run_name = recipe.run.run_name or folder.name
     return recipe
@@ -439,62 +444,3 @@ def _look_in_mirror(request: Request, folder: Path, console: Console, world: Wor
                 console.say(f"{folder} is taken from {place}: checkpoint of step {step}")
 
     look() if world is None else world.on_main_slowly(look)
-
-
-def plan(request: Request, console: Console | None = None) -> dict[str, Any]:
-    """What a recipe needs on `--world` processes, what fits, or the table of sizes; reads no text and starts nothing."""
-    import json
-
-    from treadle.planning.command import FLAGS, answer, switch
-
-    console = console or Console()
-    flags = dict(request.flags or {})
-    own = {name: flags.pop(name) for name in FLAGS if name in flags}
-    request = replace(request, flags=flags, other_flags=("from", "help", *FLAGS))
-    target = request.target if isinstance(request.target, str) else None
-    result, text = answer(compose(request.layers()), own, target)
-    for line in [json.dumps(result, indent=1)] if switch("json", own.get("json", False)) else text:
-        console.say(line)
-    return result
-
-
-def check(request: Request, console: Console | None = None) -> dict[str, Any]:
-    """Composes, builds and runs one real micro-step without writing a run; returns what it saw."""
-    import tempfile
-    import time
-
-    from treadle.distributed.environment import detect
-    from treadle.ops.memory import peak_resident_bytes
-    from treadle.training.advice import on_out_of_memory
-
-    console = console or Console()
-    if detect().size > 1:
-        raise ConfigError("check runs in one process; start it without torchrun (what several need: treadle plan)")
-    request = Request(request.target, request.flags, True, request.weights_from)
-    with tempfile.TemporaryDirectory(prefix="treadle-check-") as scratch:
-        recipe = configure(request, Path(scratch))
-        recipe.checkpoint.mirror = None  # nothing is saved
-        origins = dict(recipe.origins)
-        trainer = make_trainer(request, recipe, console)
-        from treadle.training.schedule import learning_rate
-
-        micro_batches, _ = next(iter(trainer.dataset.batches(trainer.dataset.start, trainer.context.batch_plan)))
-        with on_out_of_memory(trainer.model, trainer.assembly.optimizers, recipe, trainer.plan):
-            begun = time.perf_counter()
-            rate = learning_rate(recipe.optim, 0, trainer.plan.max_steps)
-            result = trainer.assembly.stepper.run(0, micro_batches[:1], rate, False)
-            seconds = time.perf_counter() - begun
-    for section, table in recipe.tables().items():
-        for key, value in table.items():
-            dotted = f"{section}.{key}"
-            if value is not None and dotted != "run.output_dir":
-                console.say(f"{dotted} = {value}    ({origins.get(dotted, 'default')})")
-    held_out = trainer.context.eval_dataset
-    lowest = trainer.objective.lowest_loss(trainer.model, held_out) if held_out is not None else None
-    if lowest is not None:
-        console.say(f"floor of the loss on validation: {lowest[0]:.4f}: {lowest[1]}")
-    found = {"loss": result.loss, "grad_norm": result.grad_norm, "seconds": seconds, "peak_gb": peak_resident_bytes() / 1e9,
-             "parameters": trainer.run_folder.parameter_count, "max_steps": trainer.plan.max_steps}  # fmt: skip
-    console.say(f"one micro-step of {trainer.plan.micro_batch} x {trainer.dataset.seq_len}: loss {result.loss:.4f}, "
-                f"grad {result.grad_norm:.3f}, {seconds:.2f} s, peak {found['peak_gb']:.2f} GB. It works.")  # fmt: skip
-    return found

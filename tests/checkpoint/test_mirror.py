@@ -229,7 +229,7 @@ def test_a_place_that_cannot_be_written_is_known_before_the_first_step(server: P
     with pytest.raises(ConfigError, match="carries credentials"):
         train("runs/p", "s3://key:secret@bucket/x")
     treadle_check = Request("text.txt", {**KEYS_FOR_FLAGS, "mirror": "s3://no-such-bucket/x"}, flags_are_text=False)
-    from treadle.start import check
+    from treadle.dry_run import check
 
     assert check(treadle_check, Console(quiet=True))["loss"] > 0, "check writes nowhere"
 

@@ -26,12 +26,13 @@ from treadle.collatz_tasks.settings import DelayKeys, LongStepKeys, ParityKeys
 from treadle.collatz_tasks.watching import Anomalies
 from treadle.data.base import BatchPlan
 from treadle.data.batch import IGNORE, Batch
+from treadle.dry_run import check, plan
 from treadle.errors import ConfigError, Stopped
 from treadle.evaluation.report import evaluate_run
 from treadle.models.base import build
 from treadle.monitor.console import Console
 from treadle.objectives.base import ModelWithObjective
-from treadle.start import Request, check, plan, train
+from treadle.start import Request, train
 from treadle.training.optim import Optimizers
 from treadle.training.schedule import learning_rate
 from treadle.training.settings import OptimSettings

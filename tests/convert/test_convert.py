@@ -53,7 +53,8 @@ def test_a_recipe_that_check_accepts(name: str, here: Path, capsys: pytest.Captu
     left = [line.removeprefix("no equivalent: ") for line in said.err.splitlines() if line.startswith("no equivalent: ")]
     comments = " ".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
     assert all(" ".join(one.split()) in comments for one in left)  # on stderr, and at the top of the recipe
-    from treadle.start import Request, check
+    from treadle.dry_run import check
+    from treadle.start import Request
 
     short = {"data.path": "texts"} if 'path = "austen"' in text else {}  # what stands in takes seconds to prepare
     found = check(Request("made.toml", {"num_workers": "0", "train.precision": "fp32", "eval_rows": "2", **short}))

@@ -281,7 +281,7 @@ def refusals(text: str, folder: Path) -> None:
     for keys, words in (
         ({"global_batch_size": 6}, "per_device_train_batch_size may be 1, 3"),
         ({"parallel.mode": "fsdp", "shard_size": 3}, "it may be 1, 2"),
-        ({"parallel.mode": "none"}, "2 processes were started"),
+        ({"parallel.mode": "none"}, "there are 2"),
         ({"world_size": 4}, "parallel.world_size = 4, but there are 2"),
         ({"parallel.mode": "fsdp", "cpu_offload": True}, "leave it out"),
         ({"shard_optimizer": True, "optim.name": "muon"}, "works with optim.name = adamw"),

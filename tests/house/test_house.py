@@ -19,7 +19,7 @@ from treadle.training.config import SECTIONS
 PACKAGE = Path(treadle.__file__).parent
 # From the top of the house to the bottom; a room imports only rooms further down.
 ROOMS = [
-    "__init__", "__main__", "cli", "cli_collatz", "cli_collatz_search", "cli_projects", "cli_serving", "cli_text", "cli_options", "completion", "library", "help", "examine", "suite", "sweep", "convert", "distillation", "start", "recipe", "task_file", "live", "reporting", "planning", "collatz_tasks", "training",
+    "__init__", "__main__", "cli", "cli_collatz", "cli_collatz_search", "cli_projects", "cli_serving", "cli_text", "cli_options", "completion", "library", "help", "examine", "suite", "sweep", "convert", "distillation", "dry_run", "start", "recipe", "task_file", "live", "reporting", "planning", "collatz_tasks", "training",
     "evaluation", "objectives", "monitor", "distributed", "serving", "models", "generation", "data", "layers", "text", "checkpoint",
     "ops", "collatz", "recommended", "naming", "foreign", "settings", "registry", "trusted_code", "terminal", "processes", "ray_cluster", "storage", "files", "errors", "version",
 ]  # fmt: skip

@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import treadle
+from treadle.dry_run import check
 from treadle.errors import ConfigError
 from treadle.help import section_lines
 from treadle.monitor.settings import DEFAULT_SINKS, FILE_SINKS, Sink
 from treadle.monitor.sinks import SINKS
 from treadle.recipe import Layer, builtin_recipes, compose, target_layer
 from treadle.settings import dump_toml, load_table, parse_flags
-from treadle.start import Request, check
+from treadle.start import Request
 from treadle.training.config import SECTIONS, Recipe
 from treadle.training.optim import OPTIMIZERS
 from treadle.training.settings import Optimizer
@@ -299,3 +300,13 @@ def test_written_toml_reads_back(table: dict) -> None:
     import tomllib
 
     assert tomllib.loads(dump_toml({"section": table})) == {"section": table}
+
+
+def test_both_decays_in_one_word() -> None:
+    """As torch.optim and DeepSpeed write them."""
+    for written in ("[0.9, 0.98]", "0.9,0.98", "(0.9, 0.98)"):
+        optim = compose([Layer({"optim.betas": written}, "flag", from_text=True)]).optim
+        assert (optim.adam_beta1, optim.adam_beta2) == (0.9, 0.98)
+    for bad in ([0.9], 0.9, "a,b"):
+        with pytest.raises(ConfigError, match="betas = "):
+            compose([Layer({"optim": {"betas": bad}}, "recipe.toml")])

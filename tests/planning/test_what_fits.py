@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,10 +13,11 @@ import treadle
 from tests.conftest import make_text
 from tests.conftest import treadle as command
 from treadle.errors import ConfigError
+from treadle.ops.packed_linear import FORMATS
 from treadle.ops.peak import CAPABILITY, PEAK_BF16
 from treadle.planning import tables
 from treadle.planning.duration import duration, flops_of_gpu
-from treadle.planning.recommend import Fit, Preset, what_fits
+from treadle.planning.recommend import Asked, Fit, Preset, what_fits
 
 
 def test_what_is_recommended_trains_in_the_memory(tmp_path: Path) -> None:
@@ -108,17 +110,71 @@ def test_shares_of_a_rank() -> None:
     assert found["ranks"]["fsdp"]["gathered_gb"] > 0
 
 
-def test_what_does_not_fit_is_told_what_is_not_set_yet() -> None:
-    """Neither gradient checkpointing nor fsdp where they are on, nor for generating, which they do nothing for."""
+def test_what_does_not_fit_is_told_what_would() -> None:
+    """Each change alone is enough, as a plan with it says; none that is set, and none that does nothing for generating."""
+    keys = {**KEYS, "num_layers": 4, "hidden_size": 256}
+    asked: dict[str, Any] = {"batch_size": 16, "seq_len": 512, "precision": "fp32", "flops": 1e12}
 
-    def advice(**asked: object) -> str:
-        found = treadle.plan({"model": KEYS}, batch_size=2, seq_len=32, precision="fp32", flops=1e12, memory=1000, **asked)
-        return tables.lines(found)[-1].partition("it does not fit")[2]
+    def advice(memory: str, **more: Any) -> str:
+        return tables.lines(treadle.plan({"model": keys}, memory=memory, **asked, **more))[-1].partition("it does not fit; ")[2]
 
-    assert advice() == "; try --batch_size 1 or --gradient_checkpointing true or --world 2 --parallel fsdp"
-    assert advice(gradient_checkpointing=True) == "; try --batch_size 1 or --world 2 --parallel fsdp"
-    assert advice(world=2, mode="fsdp") == "; try --batch_size 1 or --gradient_checkpointing true or --world 4"
-    assert advice(inference=True) == advice(inference=True, world=2) == "; try --batch_size 1 or --seq_len 16"
+    def needs(**more: Any) -> float:
+        found = treadle.plan({"model": keys}, **{**asked, **more})
+        return found["inference" if more.get("inference") else "memory"]["total_gb"]
+
+    assert advice("1GB") == "--batch_size 8 or --gradient_checkpointing true or --world 8 --parallel fsdp would do"
+    assert needs(batch_size=8) < 1 < needs() and needs(gradient_checkpointing=True) < 1
+    assert needs(world=8, mode="fsdp") < 1 < needs(world=4, mode="fsdp")
+    assert advice("0.6GB", gradient_checkpointing=True) == "--batch_size 8 would do"
+    assert advice("0.45GB") == "--gradient_checkpointing true --batch_size 1 would do"
+    assert needs(gradient_checkpointing=True, batch_size=1) < 0.45 < needs(batch_size=1)
+    assert advice("0.4GB") == "fewer rows and gradient checkpointing are not enough: choose a smaller model"
+    assert advice("0.45GB", inference=True) == "--batch_size 4 or --seq_len 128 would do"
+    assert needs(batch_size=4, inference=True) < 0.45 > needs(seq_len=128, inference=True)
+    assert advice("0.3GB", inference=True) == "fewer and shorter texts are not enough: choose a smaller model"
+
+
+def test_what_auto_shards_stays_in_shards_in_what_is_advised() -> None:
+    asked = {"preset": "gpt2", "seq_len": 64, "batch_size": 1}
+    found = treadle.plan(asked, world=2, memory="1.6GB", device="cuda", flops=1e12)
+    assert found["mode"] == "fsdp" and found["asked"]["tries"] == ["--world 8"]
+    fits = [treadle.plan(asked, world=world, memory="1.6GB", device="cuda", flops=1e12)["asked"]["fits"] for world in (4, 8)]
+    assert fits == [False, True]
+
+
+def test_what_is_typed_stays_in_what_is_recommended(capsys: pytest.CaptureFixture[str]) -> None:
+    """Also under another name of its key; the search keeps to it, and the line that is printed is planned as it stands."""
+    from treadle.cli import app
+
+    def printed(*flags: str) -> list[str]:
+        app(["plan", "--memory", "1.5GB", "--recommend", "--device", "cpu", "--seq-len", "128", *flags], prog_name="treadle", standalone_mode=False)
+        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("type: "))
+        return shlex.split(line.removeprefix("type: "))
+
+    words = printed("--optim.name", "muon", "--batch-size", "3", "--value_embeddings", "true", "--vocab_size", "4096", "--seq_len_schedule", "[[0, 64]]")
+    typed = dict(zip(words[3::2], words[4::2], strict=True))
+    assert (typed["--optim.name"], typed["--model.value_embeddings"], typed["--tokenizer.vocab_size"]) == ("muon", "true", "4096")
+    assert (typed["--train.per_device_train_batch_size"], typed["--train.global_batch_size"], typed["--train.seq_len_schedule"]) == ("3", "3", "[[0.0, 64.0]]")
+    app(["plan", *(word for pair in typed.items() for word in pair), "--memory", "1.5GB", "--flops", "1e12"], prog_name="treadle", standalone_mode=False)
+    assert capsys.readouterr().out.rstrip().endswith("it fits")
+
+
+def test_steps_of_a_budget_under_a_growing_batch() -> None:
+    """100 batches: 50 steps of one, then of two (a share of the run), or from a step on."""
+    keys: dict[str, Any] = {"model": KEYS, "max_steps": 10, "batch_size": 4, "seq_len": 32, "precision": "fp32"}
+    for schedule, steps in ((None, 100), ([[0, 1], [0.5, 3]], 50), ([[0, 1], [20, 4]], 40)):
+        found = treadle.plan({**keys, **({"batch_size_schedule": schedule} if schedule else {})}, tokens=100 * 4 * 32, flops=1e12)
+        assert found["time"]["steps"] == steps
+
+
+def test_generating_counts_what_is_laid_out() -> None:
+    """A second copy of fp32 matrices for the compiled step on a CPU; those in fewer bits are held twice, beside one in fp32."""
+    asked = {"model": {**KEYS, "hidden_size": 64}, "batch_size": 1, "seq_len": 32}
+    sizes = {weights: treadle.plan(asked, inference=True, weights=weights, flops=1e12)["inference"]["laid_out_gb"] for weights in FORMATS}
+    matrices, largest = 4 * (3 * (4 * 64 * 64 + 3 * 64 * 192) + 256 * 64) / 1e9, 4 * 256 * 64 / 1e9
+    assert sizes["fp32"] in (0.0, pytest.approx(matrices)) and sizes["bf16"] - largest == pytest.approx(matrices)
+    assert matrices / 4 < sizes["int4"] - largest < sizes["int8"] - largest < 0.55 * matrices
+    assert treadle.plan(asked, inference=True, device="cuda", flops=1e12)["inference"]["laid_out_gb"] == 0
 
 
 def test_fp8_is_planned_for_gpus_that_have_it() -> None:
@@ -141,7 +197,10 @@ def test_a_measured_step() -> None:
     [
         (["--recommend"], "treadle plan --memory 12GiB --recommend"), (["--recommend", "--memory", "0.4GB"], "use shorter rows"),
         (["--gpu", "H10"], "'H100'"), (["--tokens", "1e9", "--hours", "2"], "keep one"), (["--exact", "maybe"], "--exact stands alone"),
-        (["--utilisation", "0.5"], "--gpu H100"), (["--tokens", "-3"], "above 0"),
+        (["--utilisation", "0.5"], "--gpu H100"), (["--tokens", "-3"], "above 0"), (["--weights", "int8"], "add --inference"),
+        (["--inference", "--weights", "int3"], "int8"), (["--recommend", "--memory", "1GB", "--world", "2"], "leave out --world"),
+        (["--world", "2", "--parallel", "none"], "is one process, but there are 2"),
+        (["--recommend", "--memory", "1GB", "--batch_size", "3", "--global_batch_size", "4"], "no multiple of 3"),
     ],
     ids=str,
 )  # fmt: skip
@@ -158,4 +217,4 @@ def test_generating_is_recommended_for_the_length_that_was_asked() -> None:
     with pytest.raises(ConfigError, match="no preset of transformer runs in 1 GB with rows of 100000"):
         treadle.recommend_config(1.0, training=False, seq_len=100_000)
     with pytest.raises(ConfigError, match=r"has no preset 'nope'; give one of .*nano"):
-        what_fits(1.0, preset="nope")
+        what_fits(1.0, asked=Asked("nope"))

@@ -18,12 +18,13 @@ import treadle
 from tests.conftest import treadle as command
 from tests.several import run_in
 from tests.training.test_resume import rows_of, same_end, start
+from treadle.dry_run import check, plan
 from treadle.errors import ConfigError, InputError
 from treadle.evaluation.report import evaluate_run
 from treadle.monitor.console import Console
 from treadle.reporting.compare import compare, lines_of
 from treadle.reporting.report import collected, found_in
-from treadle.start import Request, check, plan, train
+from treadle.start import Request, train
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "extending.md"
 TASKS = {"two_heads": 90, "reversal": 100}  # at most so many lines

@@ -18,10 +18,7 @@ FULL = 0.6  # share of a device that these may take before `auto` shards them
 
 
 def resolve_mode(settings: ParallelSettings, world: World, parameters: int, device: torch.device) -> str:
-    """none, ddp, fsdp or deepspeed. ConfigError when several processes were started for mode = none."""
-    if settings.deepspeed is None and settings.mode == "none" and world.size > 1:
-        raise ConfigError(f"parallel.mode = none, but {world.size} processes were started; use --parallel ddp or fsdp, or "
-                          "start one process")  # fmt: skip
+    """none, ddp, fsdp or deepspeed. ConfigError as `mode_for`."""
 
     def room() -> float:
         if device.type == "cuda":
@@ -32,11 +29,14 @@ def resolve_mode(settings: ParallelSettings, world: World, parameters: int, devi
 
 
 def mode_for(settings: ParallelSettings, processes: int, parameters: int, room: Callable[[], float]) -> str:
-    """The same, whoever is started and wherever. room: bytes that one process may take; asked for only where `auto` needs them."""
+    """The same, whoever is started and wherever. room: bytes that one process may take; asked for only where `auto` needs them.
+    ConfigError for several processes under mode = none."""
     if settings.deepspeed is not None or settings.mode == "deepspeed":
         return "deepspeed"
     if processes == 1:
         return "none"
+    if settings.mode == "none":
+        raise ConfigError(f"parallel.mode = none is one process, but there are {processes}; use --parallel ddp or fsdp, or one process")
     if settings.mode != "auto":
         return settings.mode
     return "fsdp" if parameters * BYTES_A_PARAMETER > FULL * room() else "ddp"

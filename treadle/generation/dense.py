@@ -7,6 +7,7 @@ kind of model that this file does not know takes the ordinary way.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -60,7 +61,7 @@ class DenseForm:
         )  # fmt: skip
 
     @staticmethod
-    def takes(model: Any, layers: dict[str, Quantized]) -> bool:
+    def takes(model: Any, layers: Mapping[str, Any]) -> bool:
         """Whether each matrix is there: narrow ones are not packed (layers/quantized_linear.py), and then modules read them."""
         parts = ("attention.query", "attention.key", "attention.value", "attention.out", "mlp.gate", "mlp.up", "mlp.down")
         return {"head", *(f"layers.{number}.{part}" for number in range(len(model.layers)) for part in parts)} <= layers.keys()
@@ -89,8 +90,12 @@ def _gains(block: Any) -> dict[str, Any]:
 
 def is_dense(model: Any) -> bool:
     """Whether a model's modules are those that the compiled step computes, on a CPU, in fp32, and nobody listens to their calls."""
-    parts = all(hasattr(model, name) for name in OF_MODEL) and hasattr(getattr(model, "config", None), "rope_scaling")
-    if native() is None or not parts or model.device.type != "cpu" or model.dtype != torch.float32:
+    return native() is not None and has_dense_parts(model) and model.device.type == "cpu" and model.dtype == torch.float32 and not is_hooked(model)
+
+
+def has_dense_parts(model: Any) -> bool:
+    """The same of a model that is only planned, wherever it is."""
+    if not all(hasattr(model, name) for name in OF_MODEL) or not hasattr(getattr(model, "config", None), "rope_scaling"):
         return False
     config = model.config
     plain = (
@@ -99,7 +104,7 @@ def is_dense(model: Any) -> bool:
         and config.dynamics == "none" and type(model.norm) is RMSNorm and config.hidden_size % LANES == 0
         and (config.rope_scaling is None or config.rope_scaling["rope_type"] != "dynamic")
     )  # fmt: skip
-    return plain and all(_is_dense_block(block, model.norm.eps) for block in model.layers) and not is_hooked(model)
+    return plain and all(_is_dense_block(block, model.norm.eps) for block in model.layers)
 
 
 def _is_dense_block(block: Any, eps: float) -> bool:

@@ -10,11 +10,11 @@ import torch
 
 from treadle.errors import ConfigError
 from treadle.generation.decoding import DecodableModel, Decoding
-from treadle.generation.dense import DenseDecoding, DenseForm, agrees, is_dense
+from treadle.generation.dense import DenseDecoding, DenseForm, agrees, has_dense_parts, is_dense
 from treadle.generation.marks import form_of, values_of
 from treadle.generation.mode import evaluating
 from treadle.layers.quantized_linear import quantizable, quantized_layers, with_own_tensors, with_quantized
-from treadle.ops.packed_linear import FORMATS, Quantized
+from treadle.ops.packed_linear import FORMATS, Quantized, native, stored_bytes
 
 LARGEST_COPY = 1 << 31  # bytes of fp32 weights that are laid out anew for decoding; beyond, the ordinary way reads them in place
 HEAD = "head"  # takes 8 bits where the rest takes 4: its share of the loss is larger than its share of the bytes
@@ -57,6 +57,26 @@ class Reading:
         return DenseDecoding(self.model, self.form, rows, max_len)
 
 
+def _is_too_large(model: Any) -> bool:
+    return 4 * sum(p.numel() for p in model.parameters()) > LARGEST_COPY
+
+
+def laid_out_bytes(model: Any, weights: str, kind: str) -> int:
+    """Bytes that `reading` takes beside a model's own weights, at its fullest. model: it may be without memory; kind: "cpu" or "cuda"."""
+    layers = quantizable(model, _spared(model))
+    if weights == "fp32":
+        form = kind == "cpu" and native() is not None and has_dense_parts(model) and DenseForm.takes(model, layers)
+        if not form or _is_too_large(model):
+            return 0
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    once = sum(stored_bytes(_kind(name, weights), shape) for name, shape in shapes.items())
+    if kind != "cpu" or weights == "fp32":
+        return once
+    # As files hold them they stay beside: 8 and 4 bits while the model does (models/quantized.py), 16 while all are laid out. One matrix at
+    # a time is in fp32 meanwhile. Peaks of gpt2 and small: .9 to 1.1 of the plan with these.
+    return 2 * once + max((stored_bytes("fp32", shape) for shape in shapes.values()), default=0)
+
+
 def checked(weights: str | None) -> str:
     """The format that is meant; ConfigError for one that there is not."""
     if weights is not None and weights not in FORMATS:
@@ -66,8 +86,16 @@ def checked(weights: str | None) -> str:
 
 def quantized(model: Any, weights: str) -> dict[str, Quantized]:
     """A model's linear layers in a format, by name; those that have to stay in full precision are left out."""
-    spared = model.full_precision_modules() if hasattr(model, "full_precision_modules") else []
-    return quantized_layers(model, spared, weights, {HEAD: "int8"} if weights == "int4" else {})
+    return quantized_layers(model, _spared(model), weights, {HEAD: _kind(HEAD, weights)})
+
+
+def _spared(model: Any) -> list[Any]:
+    return model.full_precision_modules() if hasattr(model, "full_precision_modules") else []
+
+
+def _kind(name: str, weights: str) -> str:
+    """The format of a layer of this name."""
+    return "int8" if name == HEAD and weights == "int4" else weights
 
 
 def remember(model: Any, layers: dict[str, Quantized], weights: str) -> None:
@@ -99,7 +127,7 @@ def reading(model: Any, weights: str | None = None, keep: bool = True) -> Readin
         values = values_of(model)
         weights = stored[1] if stored[0] == values else None
     weights = checked(weights)
-    if weights == "fp32" and (not is_dense(model) or 4 * sum(p.numel() for p in model.parameters()) > LARGEST_COPY):
+    if weights == "fp32" and (not is_dense(model) or _is_too_large(model)):
         return Reading(model, weights, {})
     if model.training or not keep:
         with evaluating(model):  # dropout would keep the two ways from agreeing, and stay on in a copy

@@ -71,14 +71,34 @@ def quantize(weight: Tensor, kind: str) -> Quantized:
         return Quantized(kind, weight.to(torch.bfloat16))
     if kind == "int4" and weight.shape[1] % GROUP == 0:
         return _four_bits(weight)
+    made = [_eight_bits_of(part) for part in _parts(weight)]
+    return Quantized("int8", torch.cat([codes for codes, _ in made]), torch.cat([scales for _, scales in made]))
+
+
+def _parts(weight: Tensor) -> tuple[Tensor, ...]:
+    """Rows that are quantised at once, so that what that takes is little beside the matrix: a head of 50,257 tokens has 154 MB."""
+    return weight.split(max(1, (1 << 21) // max(1, weight.shape[1])))
+
+
+def _eight_bits_of(weight: Tensor) -> tuple[Tensor, Tensor]:
     scales = weight.abs().amax(1).clamp_min(1e-30) / 127
-    return Quantized("int8", (weight / scales[:, None]).round_().clamp_(-127, 127).to(torch.int8), scales)
+    return (weight / scales[:, None]).round_().clamp_(-127, 127).to(torch.int8), scales
+
+
+def stored_bytes(kind: str, shape: tuple[int, int]) -> int:
+    """Bytes of codes and scales of a matrix [N, K] in a format, as `quantize` makes them."""
+    outputs, inputs = shape
+    if kind == "int4" and inputs % GROUP == 0:
+        return outputs * inputs // 2 + 2 * outputs * (inputs // GROUP)
+    if kind in ("int8", "int4"):
+        return outputs * inputs + 4 * outputs
+    return outputs * inputs * (4 if kind == "fp32" else 2)
 
 
 def _four_bits(weight: Tensor) -> Quantized:
     """From several starts, codes and scales improve each other twice: the nearest level of each value, then the scale of
-    least squares. Of each group the best is taken; by parts, since all starts are held at once."""
-    made = [_four_bits_of(part) for part in weight.split(max(1, (1 << 21) // weight.shape[1]))]
+    least squares. Of each group the best is taken."""
+    made = [_four_bits_of(part) for part in _parts(weight)]
     return Quantized("int4", torch.cat([codes for codes, _ in made]), torch.cat([scales for _, scales in made]))
 
 

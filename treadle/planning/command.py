@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from treadle.errors import ConfigError
-from treadle.models.base import count_label
+from treadle.models.base import ModelConfig, count_label
 from treadle.ops import precision as number_formats
 from treadle.planning import tables
-from treadle.planning.plan import checked_number, parse_bytes
+from treadle.planning.plan import checked_number, model_of, parse_bytes
 from treadle.planning.plan import plan as make_plan
-from treadle.planning.recommend import Fit, what_fits
+from treadle.planning.recommend import GLOBAL_BATCH, Asked, Fit, what_fits
 from treadle.training.config import Recipe
+from treadle.training.settings import OptimSettings
 
 FLAGS = ("world", "memory", "flops", "bandwidth", "overlap", "rehearse", "json", "exact", "recommend", "table", "inference",
-         "gpu", "utilisation", "utilization", "measure", "tokens", "hours")  # fmt: skip
+         "gpu", "utilisation", "utilization", "measure", "tokens", "hours", "weights")  # fmt: skip
 SWITCHES = ("rehearse", "json", "exact", "recommend", "table", "inference", "measure")
 LENGTHS = (1024, 512, 256, 128, 64)  # tried in this order where none was asked for
 
 
-def answer(recipe: Recipe, given: Mapping[str, Any], target: str | None = None) -> tuple[dict[str, Any], list[str]]:
-    """The numbers and the same for people. given: the verb's own flags, as typed. ConfigError for flags that contradict
-    each other."""
+Compose = Callable[[Mapping[str, object]], Recipe]  # the recipe of the same command with further keys typed
+
+
+def answer(recipe: Recipe, given: Mapping[str, Any], target: str | None = None, again: Compose | None = None) -> tuple[dict[str, Any], list[str]]:
+    """The numbers and the same for people. given: the verb's own flags, as typed; again: for --recommend. ConfigError for flags
+    that contradict each other."""
     own = dict(given)
     switched = {name: switch(name, own.pop(name)) for name in SWITCHES if name in own}
     own.pop("json", None)
     if "utilization" in own:
         own["utilisation"] = own.pop("utilization")
+    if "weights" in own and not switched.get("inference"):
+        raise ConfigError(f"--weights {own['weights']} is of generating; add --inference (training's number format: --precision)")
     if "utilisation" in own and "gpu" not in own:
         raise ConfigError("--utilisation is a share of a GPU's data sheet; say which: --gpu H100 (or give --flops N)")
     for name in ("tokens", "hours"):
@@ -40,10 +46,10 @@ def answer(recipe: Recipe, given: Mapping[str, Any], target: str | None = None) 
         table = tables.size_table(recipe.arch, recipe.data.seq_len if _asked(recipe, "data.seq_len", target) else 1024, kind=_kind(recipe, "cuda"))
         return table, tables.table_lines(table)
     if switched.get("recommend"):
-        return _recommended(recipe, own.get("memory"), not switched.get("inference"), target)
+        return _recommended(recipe, own, not switched.get("inference"), target, again or (lambda keys: recipe))
     device = "cpu" if recipe.run.device == "auto" and "flops" not in own else recipe.run.device
     own.update({name: switched.get(name, False) for name in ("rehearse", "exact", "inference", "measure")})
-    result = make_plan(recipe, device="cuda" if device == "auto" else device, text_named=target is not None, **own)
+    result = make_plan(recipe, device="cuda" if device == "auto" else device, text_named=_of_text(recipe, target), **own)
     return result, tables.lines(result)
 
 
@@ -57,8 +63,18 @@ def switch(name: str, value: Any) -> bool:
 
 def _asked(recipe: Recipe, key: str, target: str | None) -> bool:
     """Somebody said this value: a flag, or the file that was named (without one the built-in recipe stands there)."""
-    origin = recipe.origins.get(key, "default")
+    origin = _origin(recipe, key)
     return origin == "flag" or (target is not None and origin == Path(target).with_suffix(".toml").name) or origin == target
+
+
+def _of_text(recipe: Recipe, target: str | None) -> bool:
+    """Whether the vocabulary is a tokenizer's that was asked for, with a text or by itself, and not the preset's own."""
+    return target is not None or _asked(recipe, "tokenizer.name", target) or _asked(recipe, "tokenizer.vocab_size", target)
+
+
+def _origin(recipe: Recipe, key: str) -> str:
+    """Where the value is from, without the other name that it had there ("flag: batch_size")."""
+    return recipe.origins.get(key, "default").partition(": ")[0]
 
 
 def _kind(recipe: Recipe, otherwise: str) -> str:
@@ -66,39 +82,68 @@ def _kind(recipe: Recipe, otherwise: str) -> str:
     return otherwise if device == "auto" else "cuda" if device.startswith("cuda") else "cpu"
 
 
-def _recommended(recipe: Recipe, memory: Any, training: bool, target: str | None) -> tuple[dict[str, Any], list[str]]:
-    if memory is None:
+def _recommended(
+    recipe: Recipe, own: Mapping[str, Any], training: bool, target: str | None, again: Compose
+) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
+    if own.get("memory") is None:
         raise ConfigError("--recommend needs a memory to fill: treadle plan --memory 12GiB --recommend")
-    room, unit = parse_bytes(memory)
+    others = sorted(own.keys() - {"memory"})
+    if others or recipe.parallel.mode not in ("auto", "none"):
+        raise ConfigError(f"--recommend fills the memory of one process; leave out --{others[0] if others else 'parallel'}")
+    if recipe.adapter.lora_rank is not None:
+        raise ConfigError("--recommend chooses a preset that trains from random weights; leave out --lora_rank")
+    room, unit = parse_bytes(own["memory"])
     kind = _kind(recipe, "cuda" if torch.cuda.is_available() else "cpu")
-    lengths = (recipe.data.seq_len,) if _asked(recipe, "data.seq_len", target) else LENGTHS
-    asked = recipe.train.precision
+
+    def said(key: str) -> bool:
+        return _asked(recipe, key, target)
+
+    lengths = (recipe.data.seq_len,) if said("data.seq_len") else LENGTHS
+    precision = recipe.train.precision
     if kind == "cpu":
-        precisions: tuple[str, ...] = (number_formats.resolve(asked, torch.device("cpu"), 1024),)
+        precisions: tuple[str, ...] = (number_formats.resolve(precision, torch.device("cpu"), 1024),)
     else:
-        precisions = ("bf16", "fp32") if asked == "auto" else (asked,)
-    again = recipe.train.gradient_checkpointing if _asked(recipe, "train.gradient_checkpointing", target) else None
-    if again is not None and not isinstance(again, bool):
-        raise ConfigError(f"gradient_checkpointing = {again}: --recommend tries true and false; leave it out, or give one of them")
+        precisions = ("bf16", "fp32") if precision == "auto" else (precision,)
+    checkpointing = recipe.train.gradient_checkpointing if said("train.gradient_checkpointing") else None
+    if checkpointing is not None and not isinstance(checkpointing, bool):
+        raise ConfigError(f"gradient_checkpointing = {checkpointing}: --recommend tries true and false; leave it out, or give one of them")
+    rows = recipe.train.per_device_train_batch_size if said("train.per_device_train_batch_size") else None
+    total = recipe.train.global_batch_size if said("train.global_batch_size") else None
+    if total is None:
+        total = GLOBAL_BATCH if rows is None or GLOBAL_BATCH % rows == 0 else rows
+
+    of_text = _of_text(recipe, target)
+
+    def composed(preset: str) -> tuple[ModelConfig, OptimSettings]:
+        found = again({"model.arch": recipe.arch, "model.preset": preset})
+        return model_of(found, text_named=of_text)[1], found.optim
+
+    def needs(fit: Fit) -> float:
+        keys = fit.typed_keys if fit.training else fit.keys
+        found = make_plan(again(keys), 1, flops=1.0, device=kind, inference=not fit.training, text_named=of_text)
+        return float(found["memory" if fit.training else "inference"]["total_gb"])
+
     name = (recipe.preset or "").lower().replace("-", "_") or None
-    fit = what_fits(room / 1e9, recipe.arch, lengths, precisions, training=training, kind=kind, preset=name, checkpointing=again)
-    return _numbers(fit, kind, room, target), _lines(fit, kind, room, unit, target)
+    fit = what_fits(room / 1e9, recipe.arch, lengths, precisions, training=training, kind=kind,
+                    asked=Asked(name, checkpointing, rows, total, composed, needs))  # fmt: skip
+    typed = {f"{section}.{key}": value for section, table in recipe.tables().items() for key, value in table.items()
+             if _origin(recipe, f"{section}.{key}") == "flag"}  # fmt: skip
+    command = fit.command(target, typed)
+    return _numbers(fit, kind, room, command), _lines(fit, kind, room, unit, command)
 
 
-def _numbers(fit: Fit, kind: str, room: float, target: str | None) -> dict[str, Any]:
+def _numbers(fit: Fit, kind: str, room: float, command: str) -> dict[str, Any]:
     found: dict[str, Any] = {"keys": fit.keys, "parameters": fit.parameters, "rows": fit.rows, "total_gb": fit.total_gb, "memory_gb": room / 1e9,
                              "device": kind, "trains": fit.training}  # fmt: skip
-    return {**found, "command": fit.command(target)} if fit.training else found
+    return {**found, "command": command} if fit.training else found
 
 
-def _lines(fit: Fit, kind: str, room: float, unit: str, target: str | None) -> list[str]:
+def _lines(fit: Fit, kind: str, room: float, unit: str, command: str) -> list[str]:
     where = "one GPU" if kind == "cuda" else "one process on a CPU (--device cuda: a GPU)"
     size = f"{fit.arch} {fit.preset}, {count_label(fit.parameters)} parameters"
     need = f"{fit.total_gb:.2f} of {room / 1e9:.2f} GB of {where}"
     if not fit.training:
         return [f"the largest preset that generates: {size}: {fit.rows} text(s) of {fit.seq_len} tokens at once, weights in fp32, {need}"]
-    again = ", with gradient checkpointing" if fit.gradient_checkpointing else ""
-    return [f"the largest preset that trains: {size}: {fit.rows} row(s) of {fit.seq_len} tokens at once in {fit.precision}{again}, {need}",
-            f"type: {fit.command(target)}"]  # fmt: skip
-
-
+    recomputed = ", with gradient checkpointing" if fit.gradient_checkpointing else ""
+    return [f"the largest preset that trains: {size}: {fit.rows} row(s) of {fit.seq_len} tokens at once in {fit.precision}{recomputed}, {need}",
+            f"type: {command}"]  # fmt: skip

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -38,9 +40,11 @@ class Duration:
 
 
 def duration(
-    flops_per_token: float, tokens_per_step: int, step_seconds: float, *, tokens: float | None = None, hours: float | None = None
+    flops_per_token: float, tokens_per_step: int, step_seconds: float, *, tokens: float | None = None, hours: float | None = None,
+    step_sizes: Callable[[int], int] = lambda steps: steps,
 ) -> Duration:  # fmt: skip
-    """tokens_per_step: of all processes. ConfigError where both budgets are given."""
+    """tokens_per_step: of all processes, where the batch does not grow; step_sizes: steps of a run -> such batches in all of them.
+    ConfigError where both budgets are given."""
     if tokens is not None and hours is not None:
         raise ConfigError("--tokens and --hours are two budgets; keep one, the other follows from it")
     rate = tokens_per_step / step_seconds
@@ -48,8 +52,13 @@ def duration(
         tokens = rate * hours * 3600
     elif tokens is not None:
         hours = tokens / rate / 3600
-    steps = max(1, round(tokens / tokens_per_step)) if tokens is not None else None
+    steps = _steps_of(max(1, round(tokens / tokens_per_step)), step_sizes) if tokens is not None else None
     return Duration(flops_per_token, rate, step_seconds, tokens, hours, steps)
+
+
+def _steps_of(batches: int, step_sizes: Callable[[int], int]) -> int:
+    """The least number of steps that take so many batches; a step takes one or more."""
+    return bisect.bisect_left(range(1, batches), batches, key=step_sizes) + 1
 
 
 def gpu_named(name: str) -> str:

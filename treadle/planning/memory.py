@@ -127,9 +127,9 @@ def per_process(
     )  # fmt: skip
 
 
-def to_read(sizes: Sizes, state_bytes: int, activations: float, kind: str) -> dict[str, float]:
-    """Gigabytes to generate with: weights as they are held (fp32), the decoding state of all rows at its fullest, and the
-    pass over the prompt."""
-    parts = {"params_gb": FP32 * sizes.parameters / 1e9, "state_gb": state_bytes / 1e9, "activations_gb": activations / 1e9,
+def to_read(sizes: Sizes, state_bytes: int, activations: float, kind: str, laid_out: int) -> dict[str, float]:
+    """Gigabytes to generate with: weights as they are held (fp32), what is laid out of them for decoding (bytes), the decoding state of
+    all rows at its fullest, and the pass over the prompt."""
+    parts = {"params_gb": FP32 * sizes.parameters / 1e9, "laid_out_gb": laid_out / 1e9, "state_gb": state_bytes / 1e9, "activations_gb": activations / 1e9,
              "process_gb": PROCESS_GB[kind]}  # fmt: skip
     return {**parts, "total_gb": sum(parts.values())}

@@ -17,6 +17,7 @@ from treadle.distributed.choose import mode_for
 from treadle.distributed.settings import ParallelSettings
 from treadle.errors import ConfigError
 from treadle.evaluation.report import objective_of
+from treadle.generation.reading import checked, laid_out_bytes
 from treadle.models.adapters import add_adapters
 from treadle.models.base import Model, ModelConfig
 from treadle.models.catalogue import MODELS
@@ -26,6 +27,7 @@ from treadle.ops import precision as number_formats
 from treadle.ops.memory import machine_bytes
 from treadle.ops.peak import CAPABILITY
 from treadle.planning import traffic
+from treadle.planning.alternatives import alternatives
 from treadle.planning.duration import UTILISATION, duration, flops_of_gpu, gpu_named, measured_flops, measured_seconds
 from treadle.planning.memory import Memory, Sizes, per_process, to_read
 from treadle.planning.step_trace import Shape, trace_reading, trace_step
@@ -111,7 +113,7 @@ def plan(
     recipe: Recipe, world: int | None = None, *, flops: float | None = None, bandwidth: float = BANDWIDTH,
     overlap: float = OVERLAP, memory: str | float | None = None, device: str = "cpu", rehearse: bool = False,
     exact: bool = False, inference: bool = False, gpu: str | None = None, utilisation: float = UTILISATION,
-    measure: bool = False, tokens: float | None = None, hours: float | None = None,
+    measure: bool = False, tokens: float | None = None, hours: float | None = None, weights: str = "fp32",
     model_class: tuple[type[Model], ModelConfig] | None = None, text_named: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Memory of one process by kind, bytes it sends in a step, and the estimated scaling: numbers, not strings.
@@ -119,8 +121,8 @@ def plan(
     world: processes, default parallel.world_size, run.devices or 1; flops: operations a second that one device reaches
     (measured on this machine's CPU when left out); bandwidth: bytes a second between processes; overlap: the share of
     computing that communication hides behind; memory: what one process may take ("80GiB", or bytes), which "asked" then
-    answers. rehearse runs a step of one of `world` processes over fake tensors. exact traces the whole model instead of two
-    and three periods of its blocks; inference plans generating `micro-batch` texts of the row's length instead of training.
+    answers, with changes that would make it fit where it does not. rehearse runs a step of one of `world` processes over fake tensors. exact traces the whole model instead of two
+    and three periods of its blocks; inference plans generating `micro-batch` texts of the row's length instead of training, from `weights` in a format.
     gpu: a GPU of ops/peak.py, which reaches `utilisation` of its data sheet; measure: run a micro-batch of one and two
     periods here and take its time. tokens or hours: a budget, from which "time" has the other. model_class: instead of the
     recipe's architecture. text_named: the vocabulary is the tokenizer's of that text, not a preset's. ConfigError for sizes that do not fit together.
@@ -134,6 +136,7 @@ def plan(
         flops, device = flops_of_gpu(gpu, utilisation), "cuda"
         if recipe.train.precision == "fp8":
             number_formats.check_fp8(CAPABILITY[gpu_named(gpu)])
+    weights = checked(weights)
     if world is None:
         world = recipe.parallel.world_size or recipe.run.devices or 1
     world = checked_number("world", world, int)
@@ -165,8 +168,6 @@ def plan(
     # Of a GPU that is not here nobody knows the memory; --memory says it.
     room = asked_for[0] if asked_for is not None else machine_bytes() / world if kind == "cpu" else math.inf
     mode = mode_for(settings, world, sizes.parameters, lambda: room)
-    if mode == "none" and world > 1:  # what --world asks for
-        mode = "ddp"
     resolve.check_layout(asked, mode)
     if world == 1:
         mode = "none"
@@ -202,7 +203,8 @@ def plan(
     layouts = {name: needs_of(*layout) for name, layout in LAYOUTS.items() if resolve.layout_allowed(asked, layout[0])}
     every_token = row_flops / shape.length
     own_row = next(row for row in curve if row.world == world)
-    time = duration(every_token, total * shape.length, own_row.step_seconds, tokens=tokens, hours=hours)
+    sizes_of_steps = resolve.step_sizes(recipe.train.batch_size_schedule)
+    time = duration(every_token, total * shape.length, own_row.step_seconds, tokens=tokens, hours=hours, step_sizes=sizes_of_steps)
     result: dict[str, Any] = {
         "architecture": cls.arch,
         "preset": recipe.preset,
@@ -233,12 +235,21 @@ def plan(
     }  # fmt: skip
     if inference:
         read = trace_reading(cls, config, cls.example(config, micro, length), kind)
-        result["inference"] = to_read(sizes, model.state_bytes(micro, length), read, kind)
+        result["weights"] = weights
+        result["inference"] = to_read(sizes, model.state_bytes(micro, length), read, kind, laid_out_bytes(model, weights, kind))
     if asked_for is not None:
         limit, unit = asked_for
         need = result["inference" if inference else "memory"]["total_gb"] * 1e9
         result["asked"] = {"unit": unit, "memory": limit / UNITS[unit.lower()], "needs": need / UNITS[unit.lower()],
                            "fits": need <= limit}  # fmt: skip
+        if need > limit:
+
+            def needs(changed: Recipe, count: int) -> float:
+                other = plan(changed, count, flops=1.0, device=device, exact=exact, inference=inference, weights=weights, model_class=model_class,
+                             text_named=text_named)  # fmt: skip
+                return float(other["inference" if inference else "memory"]["total_gb"]) * 1e9
+
+            result["asked"]["tries"] = alternatives(recipe, result, limit, needs)
     if rehearse:
         from treadle.planning.rehearsal import rehearse as run
 

@@ -6,21 +6,26 @@ traced for what is left. They grow with the rows along a straight line, so trace
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from treadle.errors import ConfigError
+from treadle.generation.reading import laid_out_bytes
 from treadle.models.base import Model, ModelConfig, parameter_count
 from treadle.models.catalogue import MODELS
 from treadle.objectives.next_token import NextToken
 from treadle.planning.memory import FP32, PROCESS_GB, Sizes, per_process, to_read
 from treadle.planning.step_trace import Shape, StepTrace, trace_reading, trace_step, with_rows
 from treadle.training.config import DEFAULT_ARCHITECTURE
+from treadle.training.settings import OptimSettings
 
 STATE_BYTES = 16  # of a parameter in training: weight, gradient and two moments in fp32
+LEAST_BYTES = 8  # of one under another optimiser: weight and gradient
 GLOBAL_BATCH = 64  # rows of a step; what does not fit at once is accumulated
 ROWS = (64, 32, 16, 8, 4, 2, 1)
 ENOUGH_ROWS = 4  # at once: below this, recomputing (a third more work) pays for more rows
@@ -41,6 +46,7 @@ class Fit:
     rows: int
     total_gb: float
     training: bool = True
+    global_batch: int = GLOBAL_BATCH
 
     @property
     def keys(self) -> dict[str, object]:
@@ -50,24 +56,42 @@ class Fit:
         if not self.training:
             return found
         return {**found, "train.per_device_train_batch_size": self.rows,
-                "train.gradient_accumulation_steps": GLOBAL_BATCH // self.rows,
+                "train.gradient_accumulation_steps": self.global_batch // self.rows,
                 "train.gradient_checkpointing": self.gradient_checkpointing}  # fmt: skip
 
-    def command(self, target: str | None = None) -> str:
-        """What to type. Global batch and row length of the preset's own recommendation give way to these."""
-        words = ["treadle train", target or "FILE.txt"]
-        for key, value in {**self.keys, "train.global_batch_size": GLOBAL_BATCH}.items():
-            words.append(f"--{key} {str(value).lower() if isinstance(value, bool) else value}")
-        return " ".join(words)
+    @property
+    def typed_keys(self) -> dict[str, object]:
+        """The keys that are typed: the preset's own recommended batch gives way to this one."""
+        return {**self.keys, "train.global_batch_size": self.global_batch}
+
+    def command(self, target: str | None = None, typed: Mapping[str, object] | None = None) -> str:
+        """What to type. typed: dotted keys that were asked for beside; what the fit decides replaces them."""
+        words = ["treadle", "train", target or "FILE.txt"]
+        for key, value in {**(typed or {}), **self.typed_keys}.items():
+            words += [f"--{key}", _as_typed(value)]
+        return shlex.join(words)
+
+
+def _as_typed(value: object) -> str:
+    """A value as the command line reads it."""
+    if isinstance(value, (list, tuple, dict)):
+        return json.dumps(value)
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
+
+
+Composed = Callable[[str], tuple[ModelConfig, OptimSettings]]  # a preset's name -> its model and optimiser, other keys included
 
 
 class Preset:
     """One preset of an architecture, with the traces of its steps as they are asked for."""
 
-    def __init__(self, arch: str, name: str, kind: str) -> None:
+    def __init__(self, arch: str, name: str, kind: str, composed: Composed | None = None) -> None:
         self.arch, self.name, self.kind = arch, name, kind
         self.cls: type[Model] = MODELS.get(arch)
         self.config: ModelConfig = self.cls.Config.with_preset(name)
+        self.optim = OptimSettings()
+        if composed is not None:
+            self.config, self.optim = composed(name)
         with torch.device("meta"):
             self.model = self.cls(self.config)
         self.sizes = Sizes.of(self.model)
@@ -83,27 +107,35 @@ class Preset:
         if key not in self._traces:
             one, two = (
                 trace_step(self.cls, self.config, NextToken(), Shape(n, length, 2, precision, checkpointing),
-                           self.cls.example(self.config, n, length), kind=self.kind) for n in (1, 2)
+                           self.cls.example(self.config, n, length), optim=self.optim, kind=self.kind) for n in (1, 2)
             )  # fmt: skip
             self._traces[key] = (one, two)
         shape = Shape(rows, length, GLOBAL_BATCH // rows, precision, checkpointing)
         return per_process(self.sizes, with_rows(*self._traces[key], rows), shape, "none", 1, None, kind=self.kind).total_gb
 
+    def least_gb(self, rows: int, length: int, precisions: Sequence[str], checkpointing: bool | None) -> float:
+        """Gigabytes of the way to train that needs the least: at once for all lengths and numbers of rows above these."""
+        again = True if checkpointing is None else checkpointing
+        return min(self.training_gb(rows, min(length, self.longest()), precision, again) for precision in precisions)
+
     def reading_gb(self, rows: int, length: int) -> float:
         """Gigabytes of one process that generates `rows` texts of `length` tokens at once."""
         activations = trace_reading(self.cls, self.config, self.cls.example(self.config, rows, length), self.kind)
-        return to_read(self.sizes, self.model.state_bytes(rows, length), activations, self.kind)["total_gb"]
+        return to_read(self.sizes, self.model.state_bytes(rows, length), activations, self.kind,
+                       laid_out_bytes(self.model, "fp32", self.kind))["total_gb"]  # fmt: skip
 
-    def fit(self, memory_gb: float, length: int, precisions: Sequence[str], checkpointing: bool | None = None) -> Fit | None:
-        """Rows of `length` that train in this memory: recomputing only where few rows fit without, a further precision only
-        where the one before does not fit."""
+    def fit(
+        self, memory_gb: float, length: int, precisions: Sequence[str], checkpointing: bool | None = None, counts: Sequence[int] = ROWS
+    ) -> Fit | None:
+        """Rows of `length` that train in this memory, of the numbers in `counts` (the most first): recomputing only where few rows fit
+        without, a further precision only where the one before does not fit."""
         room = USED * memory_gb
-        if self.sizes.parameters * STATE_BYTES / 1e9 + PROCESS_GB[self.kind] > room or length > self.longest():
+        if self.sizes.parameters * least_bytes(self.optim) / 1e9 + PROCESS_GB[self.kind] > room or length > self.longest():
             return None
         for precision in precisions:
             found: Fit | None = None
             for again in (False, True) if checkpointing is None else (checkpointing,):
-                for rows in ROWS:
+                for rows in counts:
                     need = self.training_gb(rows, length, precision, again)
                     if need <= room:
                         if found is None or rows > found.rows:
@@ -115,51 +147,95 @@ class Preset:
                 return found
         return None
 
-    def reads(self, memory_gb: float, length: int) -> Fit | None:
+    def reads(self, memory_gb: float, length: int, counts: Sequence[int] = ROWS) -> Fit | None:
         """Texts of `length` tokens that are generated at once in this memory."""
         if length > self.longest() or self.sizes.parameters * FP32 / 1e9 + PROCESS_GB[self.kind] > USED * memory_gb:
             return None
-        for rows in ROWS:
+        for rows in counts:
             need = self.reading_gb(rows, length)
             if need <= USED * memory_gb:
                 return Fit(self.arch, self.name, self.sizes.parameters, length, "fp32", False, rows, need, training=False)
         return None
 
 
-def presets_of(arch: str) -> list[tuple[str, int]]:
+def least_bytes(optim: OptimSettings) -> int:
+    """Bytes of a parameter in training that no way of training goes below."""
+    return STATE_BYTES if optim.name == "adamw" else LEAST_BYTES
+
+
+def presets_of(arch: str, composed: Composed | None = None) -> list[tuple[str, int]]:
     """(preset, parameters), the largest first."""
     cls = MODELS.get(arch)
-    counts = [(name, parameter_count(cls, cls.Config.with_preset(name))) for name in cls.Config.presets()]
+    names = cls.Config.presets()
+    counts = [(name, parameter_count(cls, composed(name)[0] if composed else cls.Config.with_preset(name))) for name in names]
     return sorted(counts, key=lambda item: -item[1])
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was said beside the memory: a search keeps to it. composed: a preset's model and optimiser under the other keys;
+    needs: gigabytes of a fit by the plan of the very command, which has the last word."""
+
+    preset: str | None = None
+    checkpointing: bool | None = None
+    rows: int | None = None
+    global_batch: int = GLOBAL_BATCH
+    composed: Composed | None = None
+    needs: Callable[[Fit], float] | None = None
+
+    def counts(self, training: bool) -> list[int]:
+        """Rows at once that are tried, the most first; in training those that make up a step."""
+        tried = ROWS if self.rows is None else (self.rows,)
+        return [n for n in tried if not training or self.global_batch % n == 0]
 
 
 def what_fits(
     memory_gb: float, arch: str = DEFAULT_ARCHITECTURE, lengths: Sequence[int] = (1024,), precisions: Sequence[str] = ("bf16",),
-    *, training: bool = True, kind: str = "cuda", preset: str | None = None, checkpointing: bool | None = None,
+    *, training: bool = True, kind: str = "cuda", asked: Asked = Asked(),
 ) -> Fit:  # fmt: skip
     """The largest preset that trains (training=False: generates) in `memory_gb` * 1e9 bytes, on the first of `lengths` that
     it takes, in the first of `precisions` that fits. ConfigError, with what to type next, where none does."""
     name = MODELS.canonical(arch)
-    known = presets_of(arch)
+    known = presets_of(arch, asked.composed)
     if not known:
         raise ConfigError(f"{name} has no presets to recommend; give the shape yourself: --num_layers, --hidden_size")
-    chosen = [(p, n) for p, n in known if preset is None or p == preset]
+    chosen = [(p, n) for p, n in known if asked.preset in (None, p)]
     if not chosen:
-        raise ConfigError(f"{name} has no preset {preset!r}; give one of {', '.join(p for p, _ in known)}")
+        raise ConfigError(f"{name} has no preset {asked.preset!r}; give one of {', '.join(p for p, _ in known)}")
+    counts = asked.counts(training)
+    if not counts:
+        raise ConfigError(f"a step of {asked.global_batch} rows is no multiple of {asked.rows} rows; leave out --batch_size or --global_batch_size")
     for each, count in chosen:
-        least = STATE_BYTES if training else FP32
+        least = LEAST_BYTES if training else FP32
         if count * least / 1e9 + PROCESS_GB[kind] > USED * memory_gb:
             continue
-        tried = Preset(name, each, kind)
+        tried = Preset(name, each, kind, asked.composed)
+        if training and tried.least_gb(min(counts), min(lengths), precisions, asked.checkpointing) > USED * memory_gb:
+            continue
         for length in lengths:
-            found = tried.fit(memory_gb, length, precisions, checkpointing) if training else tried.reads(memory_gb, length)
+            found = (tried.fit(memory_gb, length, precisions, asked.checkpointing, counts) if training
+                     else tried.reads(memory_gb, length, counts))  # fmt: skip
+            found = _confirmed(found, asked, counts, USED * memory_gb) if found is not None else None
             if found is not None:
                 return found
-    said = f"{preset} of {name}" if preset else f"no preset of {name}"
-    verb = ("trains" if training else "runs") if preset is None else ("does not train" if training else "does not run")
-    raise ConfigError(f"{said} {verb} in {memory_gb:g} GB with rows of {lengths[-1]} tokens (the smallest is {known[-1][0]}); "
+    said = f"{asked.preset} of {name}" if asked.preset else f"no preset of {name}"
+    verb = ("trains" if training else "runs") if asked.preset is None else ("does not train" if training else "does not run")
+    rows = f"{asked.rows} row(s)" if asked.rows is not None else "rows"
+    raise ConfigError(f"{said} {verb} in {memory_gb:g} GB with {rows} of {lengths[-1]} tokens (the smallest is {known[-1][0]}); "
                       f"use shorter rows (--seq_len {max(16, lengths[-1] // 4)}), or give the shape yourself: --num_layers, "
                       "--hidden_size")  # fmt: skip
+
+
+def _confirmed(found: Fit, asked: Asked, counts: Sequence[int], room: float) -> Fit | None:
+    """The fit, with fewer rows where the whole plan needs more than the search saw (another objective, a schedule of the batch)."""
+    if asked.needs is None:
+        return replace(found, global_batch=asked.global_batch)
+    for rows in (n for n in counts if n <= found.rows):
+        fewer = replace(found, rows=rows, global_batch=asked.global_batch)
+        need = asked.needs(fewer)
+        if need <= room:
+            return replace(fewer, total_gb=need)
+    return None
 
 
 def recommend(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
 from treadle.models.base import count_label
 from treadle.models.catalogue import MODELS
-from treadle.planning.plan import UNITS
 from treadle.planning.recommend import ROWS, STATE_BYTES, USED, Preset, presets_of
 
 BANDS = (8, 12, 16, 24, 40, 80)  # gigabytes of common GPUs
@@ -32,7 +30,7 @@ def lines(result: dict[str, Any]) -> list[str]:
     if "inference" in result:
         i = result["inference"]
         text.append(f"to generate {result['per_device_train_batch_size']} x {result['seq_len']} tokens: {i['total_gb']:.2f} GB (weights in fp32 "
-                    f"{i['params_gb']:.2f}, decoding state {i['state_gb']:.2f}, the pass over the prompt {i['activations_gb']:.2f})")  # fmt: skip
+                    f"{i['params_gb']:.2f}, laid out for decoding in {result['weights']} {i['laid_out_gb']:.2f}, decoding state {i['state_gb']:.2f}, the pass over the prompt {i['activations_gb']:.2f})")  # fmt: skip
     if result["world"] > 1:
         text.append("a process, GB              weights  gradients  optimiser  activations  gathered   peak")
         text += [f"  {name:<25}{r['params_gb']:>7.2f}{r['grads_gb']:>11.2f}{r['optimizer_gb']:>11.2f}{r['activations_gb']:>13.2f}"
@@ -61,7 +59,7 @@ def lines(result: dict[str, Any]) -> list[str]:
         counted = ", ".join(f"{kind} {size / 1e9:.3f} GB" for kind, size in sorted(result["rehearsal_bytes"].items()))
         text.append(f"rehearsed: one step of process 0 of {result['world']} under fsdp runs; its collectives handle {counted}")
     if "asked" in result:
-        text.append(_verdict(result, **result["asked"]))
+        text.append(_verdict("inference" in result, **result["asked"]))
     return text
 
 
@@ -71,28 +69,14 @@ def _trained(result: dict[str, Any]) -> str:
     return f", of which {count_label(own)} are trained ({own / every:.1%})" if own < every else ""
 
 
-def _verdict(result: dict[str, Any], unit: str, memory: float, needs: float, fits: bool) -> str:
+def _verdict(reads: bool, unit: str, memory: float, needs: float, fits: bool, tries: Sequence[str] = ()) -> str:
     digits = 2 if max(memory, needs) < 100 else 0
     compared = f"needs {needs:.{digits}f} {unit} of the {memory:.10g} {unit} asked for ({needs / memory:.0%})"
     if fits:
         return f"{compared}: it fits"
-    tries = _tries(result, memory * UNITS[unit.lower()] / 1e9)
-    return f"{compared}: it does not fit" + (f"; try {' or '.join(tries)}" if tries else "")
-
-
-def _tries(result: dict[str, Any], room: float) -> list[str]:
-    """What takes less of `room` GB and is not set yet. What generates keeps nothing for a backward pass, in one process."""
-    reads, layouts = "inference" in result, result["layouts"]  # without those that the number format does not go with
-    tries = ["--parallel fsdp"] if layouts.get("fsdp", math.inf) <= room and result["world"] > 1 and result["mode"] != "fsdp" and not reads else []
-    if result["per_device_train_batch_size"] > 1:
-        tries.append(f"--batch_size {result['per_device_train_batch_size'] // 2}")
-    if reads:
-        return [*tries, *([f"--seq_len {result['seq_len'] // 2}"] if result["seq_len"] > 1 else [])]
-    if result["gradient_checkpointing"] is not True:
-        tries.append("--gradient_checkpointing true")
-    tries.append(f"--world {result['world'] * 2}" + ("" if result["mode"] == "fsdp" else " --parallel fsdp") if "fsdp" in layouts
-                 else "--precision bf16 --parallel fsdp on several GPUs")  # fmt: skip
-    return tries
+    less = "fewer and shorter texts" if reads else "fewer rows and gradient checkpointing"
+    said = f"; {' or '.join(tries)} would do" if tries else f"; {less} are not enough: choose a smaller model"
+    return f"{compared}: it does not fit" + said
 
 
 def _block_lines(result: dict[str, Any]) -> list[str]:

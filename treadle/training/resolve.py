@@ -5,6 +5,7 @@ data, model or machine.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -126,6 +127,11 @@ def schedule(recipe: Recipe, data: Dataset, world: int = 1) -> Schedule:
         batch_sizes=table_of(recipe.train.batch_size_schedule, max_steps) or ((0, 1),),
         lengths=lengths,
     )  # fmt: skip
+
+
+def step_sizes(rows: list[list[float]] | None) -> Callable[[int], int]:
+    """Steps of a run -> global batches in all of them, under a batch_size_schedule."""
+    return lambda steps: sum_before(table_of(rows, steps) or ((0, 1),), steps)
 
 
 def table_of(rows: list[list[float]] | None, max_steps: int, most: int | None = None) -> tuple[tuple[int, int], ...] | None:

@@ -25,6 +25,14 @@ def _boolean_precision(name: str) -> Callable[[Any], dict[str, Any]]:
     return translate
 
 
+def _betas(value: Any) -> dict[str, Any]:
+    """torch.optim's pair."""
+    pair = [float(part) for part in (value.strip("()").split(",") if isinstance(value, str) else value)]
+    if len(pair) != 2:
+        raise ConfigError("give the two decays, as in [0.9, 0.95]")
+    return {"optim.adam_beta1": pair[0], "optim.adam_beta2": pair[1]}
+
+
 def _every_n(value: Any) -> Any:
     """ "every_3" is 3."""
     match = re.fullmatch(r"every[_-](\d+)", value) if isinstance(value, str) else None
@@ -181,3 +189,5 @@ class OptimSettings(Settings):
 
     max_grad_norm: float = option(1.0, aliases=("grad_clip", "gradient_clip"), ge=0.0, allow_inf_nan=False)
     """Gradients are scaled down to this global norm; 0 turns clipping off."""
+
+    translations: ClassVar[dict[str, Callable[[Any], dict[str, Any]]]] = {"betas": _betas, "adam_betas": _betas}
