@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from tests.s3 import Proxy, s3_server
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; before torch is imported
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if threading.current_thread() is threading.main_thread():  # started in the background they would ignore it, and what they start too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Compiled loops are the same for all tests, processes and sessions; numba looks at each file's date itself.
 os.environ.setdefault("NUMBA_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"treadle-numba-{os.getuid()}"))
 

@@ -21,7 +21,7 @@ USUAL = ("llama, short rows", "hgrn_bit")
 
 def check(case: Case) -> None:
     real = measured_bytes(case)
-    assert real > 160e6, f"{real / 1e6:.0f} MB: too small to tell the estimate from the allocator's noise"
+    assert real > 100e6, f"{real / 1e6:.0f} MB: too small to tell the estimate from the allocator's noise"
     exact, quick = predicted_bytes(case, True), predicted_bytes(case, False)
     assert exact == pytest.approx(real, rel=EXACT), f"exact is {exact / real - 1:+.1%}"
     assert quick == pytest.approx(real, rel=QUICK), f"quick is {quick / real - 1:+.1%}"

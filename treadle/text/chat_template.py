@@ -35,6 +35,7 @@ MARKS = re.compile(f"([{START}{END}{OPEN}{CLOSE}])")
 SPELLED = re.compile(r"<\|[^|<>\s]{1,48}\|>")  # how templates spell control tokens of their own
 BUILDS_MARKERS = re.compile(r"[<>\[\]|\r\n]")  # what no role holds: templates write roles into their markers
 LONGEST = 1 << 25  # characters of one rendered conversation: a template is somebody else's program
+LONGEST_TRIED = 1 << 20  # of the few words that its markers are found with, in about a hundred ways
 ANSWER = "treadleanswer"  # what the assistant says where only the end of its turn is wanted
 
 CHATML = """\
@@ -405,7 +406,7 @@ def _read(path: Path) -> str:
         raise InputError(f"{path} cannot be read: {problem}") from None
 
 
-def _render(source: str, messages: Messages, add_generation_prompt: bool, named: dict[str, str]) -> str:
+def _render(source: str, messages: Messages, add_generation_prompt: bool, named: dict[str, str], longest: int = LONGEST) -> str:
     import jinja2
 
     pieces, size = [], 0
@@ -415,8 +416,8 @@ def _render(source: str, messages: Messages, add_generation_prompt: bool, named:
         ):
             pieces.append(piece)
             size += len(piece)
-            if size > LONGEST:
-                raise InputError(f"the chat template writes more than {LONGEST} characters for one conversation")
+            if size > longest:
+                raise InputError(f"the chat template writes more than {longest} characters for one conversation")
     except jinja2.exceptions.TemplateError as problem:
         raise InputError(f"the chat template refuses the conversation: {problem}") from None
     except InputError:
@@ -433,7 +434,7 @@ def _named(tokenizer: Encodes) -> Named:
 @functools.lru_cache(maxsize=64)
 def _markers(source: str, named: Named, roles: tuple[str, ...]) -> Markers:
     """What the template writes around messages, of these roles too; once for a template, since some fifty conversations are rendered."""
-    return markers_of(lambda messages, prompt: MARKS.sub("", _render(source, messages, prompt, dict(named))), roles)
+    return markers_of(lambda messages, prompt: MARKS.sub("", _render(source, messages, prompt, dict(named), LONGEST_TRIED)), roles)
 
 
 def _refused(tokenizer: Encodes, source: str, named: Named, roles: tuple[str, ...], controls: tuple[str, ...]) -> Refused:
