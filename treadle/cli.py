@@ -115,17 +115,13 @@ def _open_verb(verb: str, arguments: list[str]) -> None:
             sys.exit(run_processes(count, [verb, *arguments]))
     if verb == "distill":
         from treadle.distillation import distill as run
-
-        run(request)
-        return
-    if verb == "train":
+    elif verb == "train":
         from treadle.start import train as run
-
-        run(request)
-        return
-    from treadle import dry_run
-
-    getattr(dry_run, verb)(request)
+    elif verb == "check":
+        from treadle.dry_run import check as run
+    else:
+        from treadle.dry_run import plan as run
+    run(request)
 
 
 @app.command(context_settings=OPEN)
@@ -298,7 +294,7 @@ def generate(
     repetition_penalty: RepetitionPenalty = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="The same as --temperature 0.")] = False,
     num_samples: Annotated[int, typer.Option(min=1, help="Continuations of each prompt.")] = 1,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    seed: Annotated[int, typer.Option(min=-(1 << 62), max=1 << 62, help="The same seed gives the same text.")] = 0,
     stop: Annotated[str | None, typer.Option(help="End where this text would come.")] = None,
     show_chunks: Annotated[bool, typer.Option("--show-chunks", help="Colour the text by learned chunks (hnet).")] = False,
     weights: Weights = None,
@@ -315,6 +311,8 @@ def generate(
         raise ConfigError("--show-chunks shows one continuation of --prompt; leave the other ways of asking out")
     if sum((prompt is not None, prompt_file is not None, interactive)) > 1:
         raise ConfigError("--prompt, --prompt-file and --interactive exclude one another; keep one")
+    if output_file is not None and prompt_file is None:
+        raise ConfigError("--output-file is where the continuations of --prompt-file go; for one prompt write > FILE behind the command")
     typed = {"max_new_tokens": max_new_tokens, "temperature": 0.0 if greedy else temperature, "top_k": top_k, "top_p": top_p,
              "repetition_penalty": repetition_penalty}  # fmt: skip
     Sampling(**typed_over({}, typed)[0])  # what is wrong with it is said before a model is loaded

@@ -64,6 +64,8 @@ def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         (["export", "--zzzz"], "treadle export --help"),
         (["eval"], "treadle eval RUN"),
         (["generate", "--top_k", "abc"], "--top-k"),
+        (["generate", "--seed", str(1 << 64)], "--seed"),
+        (["generate", "--prompt", "x", "--output-file", "y"], "write > FILE"),
         (["train", "--max_stesp", "3"], "did you mean 'max_steps'"),
         (["train", "--frehs"], "did you mean 'fresh'?"),
         (["train", "--hlp"], "did you mean 'help'"),

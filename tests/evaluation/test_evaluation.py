@@ -67,6 +67,9 @@ def test_stopping_gives_none_and_fewer_rows_are_spread(data: dict) -> None:
     model = build("transformer", vocab_size=256, hidden_size=16, num_layers=1, num_heads=2)
     evaluator = Evaluator(model, Tokenizer.load("byte"))
     assert evaluator.evaluate(data["validation"], should_stop=lambda: True) is None and model.training
+    part = next(iter(model.children())).eval()  # held so by whoever trains
+    evaluator.evaluate(data["validation"], should_stop=lambda: True)
+    assert model.training and not part.training
     train = data["train"]
     some = torch.cat([batch.input_ids for batch in train.in_sequence(4, 10)])
     every = torch.cat([batch.input_ids for batch in train.in_sequence(64)])

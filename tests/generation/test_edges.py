@@ -78,3 +78,10 @@ def test_a_draft_without_enough_positions_is_refused_before_it_starts() -> None:
     with pytest.raises(ConfigError, match="positions for 16 tokens"):
         model_of().generate(PROMPT, 30, temperature=0, draft=draft)
     assert model_of().generate(PROMPT, 18 - len(PROMPT), temperature=0, draft=draft).shape == (1, 18)
+
+
+def test_a_seed_beyond_64_bits_is_refused() -> None:
+    model = build("transformer", vocab_size=256, hidden_size=16, num_layers=1, num_heads=2)
+    for seed in (1 << 64, -(1 << 64), 0.5):
+        with pytest.raises(ConfigError, match="64 bits"):
+            model.generate(torch.tensor([[1, 2]]), max_new_tokens=2, temperature=1.0, seed=seed)  # type: ignore[arg-type]

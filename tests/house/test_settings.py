@@ -18,7 +18,7 @@ from treadle.monitor.settings import DEFAULT_SINKS, FILE_SINKS, Sink
 from treadle.monitor.sinks import SINKS
 from treadle.recipe import Layer, builtin_recipes, compose, target_layer
 from treadle.settings import dump_toml, load_table, parse_flags
-from treadle.start import Request
+from treadle.start import Request, configure
 from treadle.training.config import SECTIONS, Recipe
 from treadle.training.optim import OPTIMIZERS
 from treadle.training.settings import Optimizer
@@ -310,3 +310,13 @@ def test_both_decays_in_one_word() -> None:
     for bad in ([0.9], 0.9, "a,b"):
         with pytest.raises(ConfigError, match="betas = "):
             compose([Layer({"optim": {"betas": bad}}, "recipe.toml")])
+
+
+def test_a_name_beside_a_folder_says_what_it_names(tmp_path: Path) -> None:
+    """run_name is no folder where a file says one; Hugging Face's Trainer has it so too."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f'run.output_dir = "{tmp_path / "out"}"\n')
+    told = configure(Request(str(recipe), {"run_name": "second"}), tmp_path / "out")
+    assert told.run.run_name == "second" and any("its folder is" in note and "recipe.toml" in note for note in told.notes)
+    for flags in ({}, {"run_name": "out"}, {"run_name": "second", "output_dir": str(tmp_path / "out")}):
+        assert not any("its folder is" in note for note in configure(Request(str(recipe), flags), tmp_path / "out").notes)

@@ -13,6 +13,7 @@ from treadle.data.batch import Batch
 from treadle.distributed.base import Strategy
 from treadle.distributed.world import World
 from treadle.errors import InputError
+from treadle.generation.mode import evaluating
 from treadle.layers.quantized_linear import rounded_products
 from treadle.models.base import Model
 from treadle.objectives.base import Objective
@@ -60,9 +61,7 @@ class Evaluator:
             raise InputError("there is no row to evaluate on")
         world = self.strategy.world if self.strategy is not None else World()
         sums: list[dict[str, float]] = []
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             # Batch b is process b mod W's. One without a batch left repeats one and counts nothing: shards are gathered
             # by all or none.
             for first in range(0, len(batches), world.size):
@@ -71,8 +70,6 @@ class Evaluator:
                 mine = first + world.rank
                 found = self.batch_sums(batches[mine if mine < len(batches) else 0])
                 sums.append(found if mine < len(batches) else dict.fromkeys(found, 0.0))
-        finally:
-            self.model.train(was_training)
         return self.objective.compute_metrics(added_up(world, sums))
 
     def batch_sums(self, batch: Batch) -> dict[str, float]:

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from treadle.generation.sampling import Sampling, next_ids
+from treadle.generation.sampling import Sampling, generator_of, next_ids
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Chooser:
 
     def __init__(self, settings: Settings, vocabulary: int) -> None:
         self.sampling, self.logprobs = settings.sampling, settings.logprobs
-        self.generator = torch.Generator().manual_seed(settings.seed) if self.sampling.temperature else torch.default_generator
+        self.generator = generator_of(settings.seed) if self.sampling.temperature else torch.default_generator
         self.bias: Tensor | None = None
         if settings.logit_bias:
             self.bias = torch.zeros(vocabulary)

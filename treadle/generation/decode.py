@@ -14,7 +14,7 @@ from treadle.errors import ConfigError
 from treadle.generation.decoding import DecodableModel
 from treadle.generation.mode import evaluating
 from treadle.generation.reading import Reading, reading
-from treadle.generation.sampling import Sampling, next_ids
+from treadle.generation.sampling import Sampling, generator_of, next_ids
 from treadle.generation.speculation import Draft, NGrams, Proposer, speculated
 from treadle.generation.text_stream import TextStream
 from treadle.text.base import Tokenizer
@@ -105,7 +105,7 @@ def _columns(
     if attention_mask is not None:
         mask = torch.as_tensor(attention_mask).reshape(ids.shape)
         doc_ids = torch.where(mask != 0, 0, PAD)
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     decoding = ready.start(rows, ids.shape[1] + count, ordinary=extras is not None)
     batch = Batch.from_ids(ids, doc_ids=doc_ids, extras=extras).to(model.device)
     seen = _seen(batch, model.vocab_size) if sampling.repetition_penalty != 1 else None
@@ -168,7 +168,7 @@ def _speculated(
     """The new columns of a single row."""
     if count == 0:
         return []
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     longest = ids.shape[1] + count
     _check_length(ready.model, longest)
     with ExitStack() as inside:

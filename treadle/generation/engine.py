@@ -22,7 +22,7 @@ from torch import Tensor
 from treadle.errors import ConfigError, TreadleError
 from treadle.generation.choosing import Chooser, Token
 from treadle.generation.reading import lasting
-from treadle.generation.sampling import Sampling
+from treadle.generation.sampling import Sampling, check_seed
 from treadle.generation.slots import Place, Slots, slots_of
 
 __all__ = ["Engine", "EngineStopped", "QueueFull", "Request", "Ticket", "Token"]
@@ -190,8 +190,7 @@ class Engine:
                 raise ConfigError(f"logit_bias names token {token}; the model has 0..{self.vocabulary - 1}")
             if math.isnan(bias) or bias == math.inf:
                 raise ConfigError(f"logit_bias of token {token} is {bias}; give a number")
-        if not -(1 << 63) <= request.seed < 1 << 63:
-            raise ConfigError(f"seed = {request.seed}: must fit 64 bits")
+        check_seed(request.seed)
 
     def _retry_after(self) -> float:
         """Seconds until one of the rows should have ended, by the speed so far."""

@@ -40,6 +40,18 @@ class Sampling:
 NEW_TOKENS = 100
 
 
+def generator_of(seed: int) -> torch.Generator:
+    """What draws for this seed; ConfigError for one beyond 64 bits."""
+    check_seed(seed)
+    return torch.Generator().manual_seed(seed)
+
+
+def check_seed(seed: int) -> None:
+    """ConfigError for a seed that is no whole number within 64 bits, with its sign."""
+    if not isinstance(seed, int) or not -(1 << 63) <= seed < 1 << 63:
+        raise ConfigError(f"seed = {seed!r}: give a whole number that fits 64 bits")
+
+
 def typed_over(stored: dict[str, Any], typed: dict[str, Any]) -> tuple[dict[str, Any], int]:
     """(keys of Sampling, max_new_tokens): what was typed (not None), else what a checkpoint stores, else the defaults."""
     given = {**stored, **{name: value for name, value in typed.items() if value is not None}}

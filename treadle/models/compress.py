@@ -9,6 +9,7 @@ from torch import Tensor
 
 from treadle.data.batch import Batch
 from treadle.errors import ConfigError
+from treadle.generation.mode import evaluating
 from treadle.models.base import Model
 from treadle.models.shc import SHC
 
@@ -31,16 +32,14 @@ def compress_cache(model: Model, batches: Iterable[Batch], latent_size: int) -> 
     handles = [
         mixer.register_forward_pre_hook(lambda _, given, kept=kept: kept.append(given[0])) for mixer, kept in zip(mixers, seen)
     ]
-    was_training = model.training
-    model.eval()
     try:
-        for batch in batches:
-            model.hidden(batch.to(model.device))
-            for moment, kept in zip(moments, seen):
-                x = kept.pop()[batch.token_mask.to(model.device)].double().cpu()
-                moment += x.T @ x
+        with evaluating(model) as was_training:
+            for batch in batches:
+                model.hidden(batch.to(model.device))
+                for moment, kept in zip(moments, seen):
+                    x = kept.pop()[batch.token_mask.to(model.device)].double().cpu()
+                    moment += x.T @ x
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
     with torch.device("meta"):
