@@ -25,7 +25,8 @@ from treadle.layers.quantized_linear import MANY_ROWS, QuantizedLinear, with_qua
 from treadle.models.adapters import adapters_off, add_adapters
 from treadle.models.base import build
 from treadle.models.settings import AdapterSettings
-from treadle.ops.packed_linear import FORMATS, native
+from treadle.ops import packed_linear
+from treadle.ops.packed_linear import FORMATS, multiplies_pairs, native
 
 needs_compiler = pytest.mark.skipif(native() is None, reason="no compiled step here")
 SHAPE: dict[str, Any] = {"vocab_size": 96, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "initializer_range": 0.2}
@@ -71,7 +72,9 @@ def prompts(*lengths: int) -> list[list[int]]:
 @needs_compiler
 @pytest.mark.parametrize("weights", FORMATS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_compiled_step_is_the_modules(kind: str, weights: str) -> None:
+def test_the_compiled_step_is_the_modules(kind: str, weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With inputs in fp32: where they are rounded, last bits of a sum become other numbers to be rounded."""
+    monkeypatch.setattr(packed_linear, "multiplies_pairs", lambda: False)
     model = random_model(**KINDS[kind])
     ready = reading(model, weights)
     assert ready.form is not None
@@ -84,6 +87,21 @@ def test_the_compiled_step_is_the_modules(kind: str, weights: str) -> None:
             torch.testing.assert_close(second, first, rtol=1e-4, atol=1e-4 * float(first.abs().max()))
             new = first.argmax(-1)
             first, second = expected.step(new), found.step(new)
+
+
+@needs_compiler
+@pytest.mark.skipif(not multiplies_pairs(), reason="inputs are not rounded on this processor")
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+def test_rounded_inputs_change_little(weights: str) -> None:
+    model = random_model()
+    rounded = reading(model, weights)
+    assert rounded.form is not None and rounded.form.rounds and not reading(model).form.rounds
+    exact = Decoding(with_quantized(model, quantized(model, weights), packed=False), 1, 20)
+    ids = torch.tensor(prompts(12))
+    with torch.no_grad():
+        first, second = exact.prompt(Batch.from_ids(ids)), rounded.start(1, 20).prompt(Batch.from_ids(ids))
+    difference = float((first - second).abs().max() / first.abs().max())
+    assert 0 < difference < 0.02
 
 
 @needs_compiler

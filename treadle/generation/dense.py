@@ -31,6 +31,7 @@ CHUNK = 1024  # tokens of a prompt that go through the blocks together
 STEP = 256  # the same where the compiled step takes them
 FEW = 64  # tokens of a prompt from which on products in bf16 pay
 TRIED = 5  # tokens on which both ways have to agree
+AGREES, AGREES_ROUNDED = 1e-3, 5e-2  # of the largest logit; where products round their input to bf16, .003 to .018 were seen
 OF_BLOCK = {"attention_norm", "attention", "attention_post_norm", "mlp_norm", "mlp", "mlp_post_norm", "dropout", "dynamics"}
 OF_MODEL = {"embedding", "layers", "norm", "head", "dropout", "positions", "token_shift"}
 
@@ -45,7 +46,7 @@ class DenseForm:
         self.eps, self.scale = model.norm.eps, (first.query_factor or 1.0) * first.head_width**-0.5
         self.made = [self._layer(block, f"layers.{number}", layers) for number, block in enumerate(model.layers)]
         self.head = PackedMatrix(layers["head"], None if model.head.bias is None else model.head.bias.detach().clone())
-        self.step = self._step(model)
+        self.step, self.rounds = self._step(model), self.head.paired
 
     def of(self, model: Any) -> DenseForm:
         """The same matrices, with another model's embedding and norms."""
@@ -267,4 +268,5 @@ def agrees(model: DecodableModel, form: DenseForm, reference: DecodableModel) ->
     found = DenseDecoding(model, form, 1, TRIED)
     logits = found.several(ids)
     expected = Decoding(reference, 1, TRIED).several(ids)
-    return bool((logits - expected).abs().max() <= 1e-3 * expected.abs().max().clamp_min(1e-3))
+    allowed = AGREES_ROUNDED if form.rounds else AGREES
+    return bool((logits - expected).abs().max() <= allowed * expected.abs().max().clamp_min(1e-3))

@@ -3,7 +3,8 @@
 bf16: as they are. int8: W[n, k] = s_n q with s_n = max |W[n]| / 127 and q rounded half to even. int4: W[n, k] = s_ng t[c]: a
 scale in fp16 for each output n and 32 inputs, and a code c into a table t of 16 values; scale and codes are those of the least
 squared error found. fp16 has no small scales: a matrix of weights around 1e-6 loses a tenth more than others, one of 1e-7 half of
-itself and smaller ones everything; int8 has no such limit. Activations stay in fp32, so what is lost is lost by the weights.
+itself and smaller ones everything; int8 has no such limit. What is lost is lost by the weights: inputs stay in fp32, or are rounded to
+bf16 where the processor multiplies pairs of these (multiplies_pairs), which changes the loss by less than 1e-4 nat.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from torch import Tensor
 
 from treadle.errors import ConfigError
 from treadle.ops.native import library
+from treadle.ops.precision import resolve
 
 FORMATS = ("fp32", "bf16", "int8", "int4")
 GROUP = 32  # inputs that share a scale in 4 bits
 PANEL = 64  # outputs that lie together (csrc/decoding.c)
+PAIRED = 3  # added to a format's number: csrc/pairs.h
 # Sixteen levels: the uniform grid, one step longer below zero; a group's scale may be negative, so that its largest value,
 # whatever its sign, can be the longest level.
 LEVELS = tuple(float(level) for level in range(-8, 8))
@@ -151,6 +154,7 @@ def native() -> ctypes.CDLL | None:
         made.decoding_step.argtypes = [*[pointer] * 6, size, threads, pointer, pointer, threads]
         made.prompt_attention.argtypes = [pointer, size, pointer, pointer, *[size] * 6, ctypes.c_float, pointer, size, threads]
         made.product.restype = made.unpacked.restype = None
+        made.has_pairs.restype = threads
     return made
 
 
@@ -164,20 +168,39 @@ def _panels(t: Tensor) -> Tensor:
     return F.pad(t, (0, 0, 0, -t.shape[0] % PANEL)).unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
 
 
-class PackedMatrix:
-    """A matrix laid out for csrc/decoding.c, with an optional bias [N]; only where `native()`."""
+def _pairs(t: Tensor) -> Tensor:
+    """[N, K] -> [N / 64, K / 2, 64, 2], both padded with zeros."""
+    padded = F.pad(t, (0, t.shape[1] % 2, 0, -t.shape[0] % PANEL))
+    return padded.unflatten(1, (-1, 2)).unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
 
-    def __init__(self, quantized: Quantized, bias: Tensor | None = None) -> None:
+
+@functools.cache
+def multiplies_pairs() -> bool:
+    """Whether products with packed weights in 16 bits and fewer round their input to bf16 here: where the processor multiplies pairs of
+    bf16 numbers and is faster so. By its features, since a timing would let the same seed give another text."""
+    made = native()
+    return made is not None and bool(made.has_pairs()) and resolve("auto", torch.device("cpu"), 1024) == "bf16"
+
+
+class PackedMatrix:
+    """A matrix laid out for csrc/decoding.c, with an optional bias [N]; only where `native()`.
+
+    paired: inputs are rounded to bf16 and multiplied two at a time (csrc/pairs.h); where there is that, by default in 16 bits and fewer
+    where `multiplies_pairs()`."""
+
+    def __init__(self, quantized: Quantized, bias: Tensor | None = None, paired: bool | None = None) -> None:
         self.kind, self.shape = quantized.kind, quantized.shape
+        self.paired = self.kind != "fp32" and (multiplies_pairs() if paired is None else paired)
         codes, scales = quantized.codes, quantized.scales
         if self.kind == "int8" and scales is not None:
             scales = F.pad(scales.float(), (0, -self.shape[0] % PANEL)).contiguous()
         elif self.kind == "int4" and scales is not None:
             scales = _panels(scales.view(torch.int16))
         self.bias = bias = bias.detach().float().contiguous() if bias is not None else None
-        self._kept = (_panels(codes.view(torch.int16) if self.kind == "bf16" else codes), scales, _table(), bias)
+        laid_out = _pairs if self.paired and self.kind != "int4" else _panels  # 4 bits are in pairs anyway
+        self._kept = (laid_out(codes.view(torch.int16) if self.kind == "bf16" else codes), scales, _table(), bias)
         pointers = (t.data_ptr() if t is not None else None for t in self._kept)
-        self.struct = Matrix(*pointers, *self.shape, FORMATS.index(self.kind))
+        self.struct = Matrix(*pointers, *self.shape, FORMATS.index(self.kind) + (PAIRED if self.paired else 0))
         self._at, self._library = ctypes.addressof(self.struct), native()
 
     def product(self, x: Tensor) -> Tensor:

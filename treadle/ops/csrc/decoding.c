@@ -3,20 +3,52 @@
 #include <stdlib.h>
 
 #include "packed.h"
+#include "pairs.h"
 
 #define ALONE (1 << 18) /* multiplications, 6 microseconds: less is not worth waking threads for */
 
-static void rows_at_once(const struct matrix *m, const float *x, float *y, int64_t rows, int threads) {
+/* Whether there are products of pairs of bf16 numbers (pairs.h). */
+int has_pairs(void) {
+#ifdef PAIRS
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+/* x as `interleaved` or `rounded_rows` leaves it. */
+static void rows_at_once(const struct matrix *m, const void *x, float *y, int64_t rows, int threads) {
     const int64_t panels = (m->outputs + PANEL - 1) / PANEL;
     if (m->outputs * m->inputs * rows < ALONE) threads = 1;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (int64_t p = 0; p < panels; p++) one_panel(m, p, x, y, rows, m->outputs);
+    for (int64_t p = 0; p < panels; p++) {
+#ifdef PAIRS
+        if (m->format >= FIRST_PAIRED) {
+            paired_panel(m, p, x, y, rows, m->outputs);
+            continue;
+        }
+#endif
+        one_panel(m, p, x, y, rows, m->outputs);
+    }
 }
 
 /* x [rows, inputs] -> y [rows, outputs]. */
 void product(const struct matrix *m, const float *x, float *y, int64_t rows, int threads) {
     int64_t most = NUMBERS / (m->inputs > 0 ? m->inputs : 1) / ROWS * ROWS, count;
     most = most < 2 * ROWS ? 2 * ROWS : most > MOST_ROWS ? MOST_ROWS : most;
+#ifdef PAIRS
+    if (m->format >= FIRST_PAIRED) {
+        uint32_t some[4096]; /* of one row of 8,192 numbers */
+        uint32_t *pairs = rows > 1 || m->inputs > 8192 ? malloc(sizeof(uint32_t) * (size_t)((rows < most ? rows : most) * ((m->inputs + 1) / 2))) : some;
+        for (int64_t first = 0; pairs != NULL && first < rows; first += count) {
+            count = rows - first < most ? rows - first : most;
+            rounded_rows(x + first * m->inputs, count, m->inputs, pairs);
+            rows_at_once(m, pairs, y + first * m->outputs, count, threads);
+        }
+        if (pairs != some) free(pairs);
+        return;
+    }
+#endif
     float *own = rows > 1 ? malloc(sizeof(float) * (size_t)(most * m->inputs)) : NULL;
     if (own == NULL) most = 1;
     for (int64_t first = 0; first < rows; first += count) {
@@ -37,11 +69,16 @@ void unpacked(const struct matrix *m, float *out, int64_t first, int64_t last, i
         for (int64_t k = 0; k < in; k++) {
             for (int v = 0; v < VECTORS; v++) {
                 vector w;
-                if (m->format == 3) {
+                if (m->format == 3 || m->format == 6) {
                     const table levels = read_table(m->table);
                     integers both = widened((const uint8_t *)m->codes + (p * (in / 2) + k / 2) * PANEL + v * LANES);
                     w = looked_up(k % 2 ? (integers)(both >> 4) : both, &levels);
                     w *= from_fp16((const uint16_t *)m->scales + (p * (in / GROUP) + k / GROUP) * PANEL + v * LANES);
+#ifdef PAIRS
+                } else if (m->format >= FIRST_PAIRED) {
+                    w = paired_weight(m, p, k, v);
+                    if (m->format == 5) w *= loaded((const float *)m->scales + n + v * LANES);
+#endif
                 } else {
                     const int64_t size = m->format == 0 ? 4 : m->format == 1 ? 2 : 1;
                     w = weight((const uint8_t *)m->codes + p * PANEL * in * size, k, v * LANES, (int)m->format);
@@ -109,14 +146,43 @@ INLINE void turn(float *x, const float *cosine, const float *sine, int64_t half)
     }
 }
 
-/* Softmax over the first `used` keys; scores has room for used + 15 numbers. */
+/* `vectors` vectors from column i on of the sum of values [used, width], each times its score; even and odd ones apart. */
+INLINE void weighted(const float *values, const float *scores, int64_t used, int64_t width, int64_t i, float factor, float *y, const int vectors) {
+    vector even[4], odd[4];
+    for (int v = 0; v < vectors; v++) even[v] = odd[v] = zero();
+    int64_t s = 0;
+    for (; s + 2 <= used; s += 2) {
+        const float *at = values + s * width + i;
+        const vector one = all(scores[s]), other = all(scores[s + 1]);
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) {
+            even[v] = multiply_add(one, loaded(at + v * LANES), even[v]);
+            odd[v] = multiply_add(other, loaded(at + width + v * LANES), odd[v]);
+        }
+    }
+    for (int v = 0; v < vectors; v++) {
+        if (s < used) even[v] = multiply_add(all(scores[s]), loaded(values + s * width + i + v * LANES), even[v]);
+        store(y + i + v * LANES, (even[v] + odd[v]) * factor);
+    }
+}
+
+/* Softmax over the first `used` keys; scores has room for used + 15 numbers. next: a head's keys that are asked for meanwhile. */
 static void attend(const float *q, const float *keys, const float *values, int64_t used, int64_t width, float scale,
-                   float *scores, float *y) {
+                   float *scores, float *y, const float *next) {
     const int64_t padded = (used + LANES - 1) / LANES * LANES;
-    for (int64_t s = 0; s < used; s++) {
-        vector sum = zero();
-        for (int64_t i = 0; i < width; i += LANES) sum = multiply_add(loaded(q + i), loaded(keys + s * width + i), sum);
-        scores[s] = total(sum) * scale;
+    for (int64_t s = 0; s < used; s += LANES) {
+        const int64_t count = used - s < LANES ? used - s : LANES;
+        vector sums[LANES];
+        for (int64_t k = 0; k < count; k++) {
+            vector sum = zero();
+            for (int64_t i = 0; i < width; i += LANES) {
+                sum = multiply_add(loaded(q + i), loaded(keys + (s + k) * width + i), sum);
+                __builtin_prefetch(values + (s + k) * width + i, 0, 3);
+            }
+            sums[k] = sum;
+        }
+        for (int64_t k = count; k < LANES; k++) sums[k] = zero();
+        store(scores + s, totals(sums) * scale);
     }
     for (int64_t s = used; s < padded; s++) scores[s] = -INFINITY;
     vector most = all(-INFINITY), sum = zero();
@@ -130,16 +196,11 @@ static void attend(const float *q, const float *keys, const float *values, int64
         sum += loaded(scores + s);
     }
     const float factor = 1.0f / total(sum);
-    for (int64_t i = 0; i < width; i += LANES) {
-        vector even = zero(), odd = zero();
-        int64_t s = 0;
-        for (; s + 2 <= used; s += 2) {
-            even = multiply_add(all(scores[s]), loaded(values + s * width + i), even);
-            odd = multiply_add(all(scores[s + 1]), loaded(values + (s + 1) * width + i), odd);
-        }
-        if (s < used) even = multiply_add(all(scores[s]), loaded(values + s * width + i), even);
-        store(y + i, (even + odd) * factor);
-    }
+    for (int64_t s = 0; next != NULL && s < (width < 1024 ? 16 : 1); s++) /* the beginning: then the processor sees where it goes */
+        for (int64_t i = 0; i < width; i += 16) __builtin_prefetch(next + s * width + i, 0, 3);
+    int64_t i = 0;
+    for (; i + 4 * LANES <= width; i += 4 * LANES) weighted(values, scores, used, width, i, factor, y, 4);
+    for (; i < width; i += LANES) weighted(values, scores, used, width, i, factor, y, 1);
 }
 
 #define QUERIES 32 /* of a prompt that read a panel of 64 keys together */
@@ -287,8 +348,10 @@ int decoding_step(const struct decoder *d, float *const *keys, float *const *val
             for (int64_t job = count * d->heads * thread / crew; job < count * d->heads * (thread + 1) / crew; job++) {
                 const int64_t i = job / d->heads, h = job % d->heads;
                 const int64_t at = (rows[i] * d->groups + h / repeat) * d->slots * e;
+                const int64_t then = h + 1 < d->heads ? i : i + 1 < count ? i + 1 : i;
                 attend(made + i * all_three + h * e, all_keys + at, all_values + at, positions[i] + 1, e, d->scale,
-                       scores + thread * room, joined + i * queries + h * e);
+                       scores + thread * room, joined + i * queries + h * e,
+                       all_keys + (rows[then] * d->groups + (h + 1) % d->heads / repeat) * d->slots * e);
             }
         product(&layer->out, joined, y, count, threads);
         for (int64_t i = 0; i < count * width; i += LANES) store(x + i, loaded(x + i) + loaded(y + i));

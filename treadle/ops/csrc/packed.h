@@ -53,6 +53,22 @@ INLINE vector zero(void) { return (vector){0}; }
 INLINE vector all(float value) { return (vector)_mm512_set1_ps(value); }
 INLINE vector multiply_add(vector a, vector b, vector c) { return (vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 INLINE float total(vector v) { return _mm512_reduce_add_ps((__m512)v); }
+INLINE vector totals(const vector *v) { /* of sixteen vectors, each in one order: a third of the work of one after the other */
+    __m512 a[8], b[4], c[2];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        const __m512 first = (__m512)v[2 * i], second = (__m512)v[2 * i + 1];
+        a[i] = _mm512_add_ps(_mm512_unpacklo_ps(first, second), _mm512_unpackhi_ps(first, second));
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        const __m512d first = (__m512d)a[2 * i], second = (__m512d)a[2 * i + 1];
+        b[i] = _mm512_add_ps((__m512)_mm512_unpacklo_pd(first, second), (__m512)_mm512_unpackhi_pd(first, second));
+    }
+    for (int i = 0; i < 2; i++)
+        c[i] = _mm512_add_ps(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88), _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xdd));
+    return (vector)_mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xdd));
+}
 INLINE float largest(vector v) { return _mm512_reduce_max_ps((__m512)v); }
 INLINE vector higher(vector a, vector b) { return (vector)_mm512_max_ps((__m512)a, (__m512)b); }
 INLINE vector lower(vector a, vector b) { return (vector)_mm512_min_ps((__m512)a, (__m512)b); }
@@ -80,6 +96,11 @@ INLINE float total(vector v) {
     float sum = 0;
     for (int lane = 0; lane < LANES; lane++) sum += v[lane];
     return sum;
+}
+INLINE vector totals(const vector *v) {
+    vector out;
+    for (int i = 0; i < LANES; i++) out[i] = total(v[i]);
+    return out;
 }
 INLINE float largest(vector v) {
     float most = v[0];
