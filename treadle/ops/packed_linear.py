@@ -191,6 +191,8 @@ class PackedMatrix:
     def __init__(self, quantized: Quantized, bias: Tensor | None = None, paired: bool | None = None) -> None:
         self.kind, self.shape = quantized.kind, quantized.shape
         self.paired = self.kind != "fp32" and (multiplies_pairs() if paired is None else paired)
+        if self.paired and not native().has_pairs():  # type: ignore[union-attr]
+            raise ValueError("this processor multiplies no pairs of bf16 numbers: paired=False")
         codes, scales = quantized.codes, quantized.scales
         if self.kind == "int8" and scales is not None:
             scales = F.pad(scales.float(), (0, -self.shape[0] % PANEL)).contiguous()
