@@ -294,7 +294,7 @@ def generate(
     repetition_penalty: RepetitionPenalty = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="The same as --temperature 0.")] = False,
     num_samples: Annotated[int, typer.Option(min=1, help="Continuations of each prompt.")] = 1,
-    seed: Annotated[int, typer.Option(min=-(1 << 62), max=1 << 62, help="The same seed gives the same text.")] = 0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     stop: Annotated[str | None, typer.Option(help="End where this text would come.")] = None,
     show_chunks: Annotated[bool, typer.Option("--show-chunks", help="Colour the text by learned chunks (hnet).")] = False,
     weights: Weights = None,
@@ -305,7 +305,7 @@ def generate(
 ) -> None:
     """Let a trained model continue text. A generation_config.json beside the weights or in the run has other defaults."""
     from treadle.errors import ConfigError
-    from treadle.generation.sampling import Sampling, typed_over
+    from treadle.generation.sampling import Sampling, check_seed, typed_over
 
     if show_chunks and (prompt_file is not None or interactive or num_samples > 1):
         raise ConfigError("--show-chunks shows one continuation of --prompt; leave the other ways of asking out")
@@ -313,6 +313,7 @@ def generate(
         raise ConfigError("--prompt, --prompt-file and --interactive exclude one another; keep one")
     if output_file is not None and prompt_file is None:
         raise ConfigError("--output-file is where the continuations of --prompt-file go; for one prompt write > FILE behind the command")
+    check_seed(seed)
     typed = {"max_new_tokens": max_new_tokens, "temperature": 0.0 if greedy else temperature, "top_k": top_k, "top_p": top_p,
              "repetition_penalty": repetition_penalty}  # fmt: skip
     Sampling(**typed_over({}, typed)[0])  # what is wrong with it is said before a model is loaded

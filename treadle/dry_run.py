@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from treadle.distributed.environment import detect
 from treadle.errors import ConfigError
 from treadle.monitor.console import Console
 from treadle.ops.memory import peak_resident_bytes
-from treadle.planning.command import FLAGS, answer, switch
-from treadle.recipe import Layer, compose
+from treadle.planning.command import FLAGS, answer, is_format, switch
+from treadle.recipe import RECIPE_FLAGS, Layer, compose
+from treadle.settings import plain
 from treadle.start import Request, configure, make_trainer
 from treadle.training.advice import on_out_of_memory
+from treadle.training.config import Recipe
 from treadle.training.schedule import learning_rate
 
 
@@ -24,11 +27,18 @@ def plan(request: Request, console: Console | None = None) -> dict[str, Any]:
     """What a recipe needs on `--world` processes, what fits, or the table of sizes; reads no text and starts nothing."""
     console = console or Console()
     flags = dict(request.flags or {})
-    own = {name: flags.pop(name) for name in FLAGS if name in flags}
+    own = {name: flags.pop(name) for name in FLAGS if name in flags and (name != "weights" or is_format(flags[name]))}
     request = replace(request, flags=flags, other_flags=("from", "help", *FLAGS))
     target = request.target if isinstance(request.target, str) else None
-    recipe = compose(request.layers())
-    result, text = answer(recipe, own, target, lambda keys: compose([*request.layers(), Layer(dict(keys), "recommended")]))
+    layers = request.layers()
+    if switch("recommend", own.get("recommend", False)):  # the line to type names a text, which the default recipe is not under
+        layers = [layer for layer in layers if not layer.unasked]
+    files = {name: str(value) for name, value in flags.items() if plain(name) in RECIPE_FLAGS}
+
+    def again(keys: Mapping[str, object]) -> Recipe:
+        return compose([*layers[:-1], Layer(dict(keys), "recommended"), layers[-1]])  # a preset resets the model's keys below it, not what is typed
+
+    result, text = answer(compose(layers), own, target, again, files)
     for line in [json.dumps(result, indent=1)] if switch("json", own.get("json", False)) else text:
         console.say(line)
     return result

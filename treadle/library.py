@@ -19,6 +19,7 @@ from treadle.models.catalogue import MODELS
 from treadle.models.pretrained import load_model, load_run, pick_device
 from treadle.monitor.console import Console
 from treadle.ops.memory import peak_resident_bytes, resident_bytes
+from treadle.planning.command import is_format, names_tokenizer
 from treadle.planning.plan import plan as make_plan
 from treadle.recipe import Layer, compose
 from treadle.registry import nearest
@@ -100,17 +101,18 @@ def plan(
     configuration (batch_size, seq_len, ...), or flops, bandwidth, overlap, memory, device, rehearse, exact, inference, gpu,
     utilisation, measure, tokens, hours and weights of planning/plan.py."""
     trusted_code.allow(trust_code)
-    own = {name: keys.pop(name) for name in PLAN_KEYS if name in keys}
+    own = {name: keys.pop(name) for name in PLAN_KEYS if name in keys and (name != "weights" or is_format(keys[name]))}
     if isinstance(recipe, BaseModel):
         own["model_class"] = (type(recipe), recipe.config)
         own.setdefault("device", recipe.device.type if recipe.device.type == "cuda" else "cpu")
         marked = _recomputing(recipe)
         recipe = {"gradient_checkpointing": marked} if marked is not False else {}
-    own["text_named"] = isinstance(recipe, (str, Path))
+    text_named, of_table = isinstance(recipe, (str, Path)), "recipe" if isinstance(recipe, Mapping) else None
     if not isinstance(recipe, Recipe) or keys:
         request = Request(_target(recipe), keys, flags_are_text=False, other_flags=("world", "trust_code", *PLAN_KEYS))
         recipe = compose(request.layers())
-    return make_plan(recipe, world, **own)
+        text_named = text_named or names_tokenizer(recipe, of_table)
+    return make_plan(recipe, world, text_named=text_named, **own)
 
 
 def _recomputing(model: BaseModel) -> bool | list[int]:

@@ -14,6 +14,8 @@ from treadle.foreign import IDLE, idle
 from treadle.registry import nearest
 from treadle.settings import Fallback, Forgotten, Given, ListChange, Settings, fit_value, parse_text, plain, shown
 
+TYPED = ("flag", "arguments")  # origins of what a user typed, or passed from Python
+
 
 @dataclass
 class Vocabulary:

@@ -14,6 +14,7 @@ from treadle import trusted_code
 from treadle.checkpoint.lock import LOCK_FILE, RunLock
 from treadle.errors import ConfigError, InputError, PeerFailed, PeerLost, Stopped
 from treadle.monitor.console import Console
+from treadle.naming import TYPED
 from treadle.recipe import Layer, compose, settled_folder, settled_section, typed_layers
 from treadle.settings import load_table
 from treadle.text.base import Tokenizer
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from treadle.training.trainer import Trainer
 
 CONFIG = "config.toml"
-TYPED = ("flag", "arguments")  # origins of what a user typed, or passed from Python
 LOGS = ("metrics.jsonl", "training_log.csv", "eval_log.csv")
 
 

@@ -64,7 +64,7 @@ def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         (["export", "--zzzz"], "treadle export --help"),
         (["eval"], "treadle eval RUN"),
         (["generate", "--top_k", "abc"], "--top-k"),
-        (["generate", "--seed", str(1 << 64)], "--seed"),
+        (["generate", "--seed", str(1 << 64)], "fits 64 bits"),
         (["generate", "--prompt", "x", "--output-file", "y"], "write > FILE"),
         (["train", "--max_stesp", "3"], "did you mean 'max_steps'"),
         (["train", "--frehs"], "did you mean 'fresh'?"),

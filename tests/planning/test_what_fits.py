@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -142,21 +143,59 @@ def test_what_auto_shards_stays_in_shards_in_what_is_advised() -> None:
     assert fits == [False, True]
 
 
-def test_what_is_typed_stays_in_what_is_recommended(capsys: pytest.CaptureFixture[str]) -> None:
-    """Also under another name of its key; the search keeps to it, and the line that is printed is planned as it stands."""
+def says(capsys: pytest.CaptureFixture[str], *words: object) -> list[str]:
+    """The lines of `treadle plan`."""
     from treadle.cli import app
 
-    def printed(*flags: str) -> list[str]:
-        app(["plan", "--memory", "1.5GB", "--recommend", "--device", "cpu", "--seq-len", "128", *flags], prog_name="treadle", standalone_mode=False)
-        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("type: "))
-        return shlex.split(line.removeprefix("type: "))
+    app(["plan", *map(str, words)], prog_name="treadle", standalone_mode=False)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_what_is_typed_stays_in_what_is_recommended(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Also under another name of its key; the search keeps to it, and the line that is printed is planned as it stands."""
+    (tmp_path / "FILE.txt").write_text("x")
+
+    def printed(*flags: object) -> list[str]:
+        lines = says(capsys, "--memory", "1.5GB", "--recommend", "--device", "cpu", "--seq-len", "128", *flags)
+        return shlex.split(next(line for line in lines if line.startswith("type: ")).removeprefix("type: "))
 
     words = printed("--optim.name", "muon", "--batch-size", "3", "--value_embeddings", "true", "--vocab_size", "4096", "--seq_len_schedule", "[[0, 64]]")
     typed = dict(zip(words[3::2], words[4::2], strict=True))
     assert (typed["--optim.name"], typed["--model.value_embeddings"], typed["--tokenizer.vocab_size"]) == ("muon", "true", "4096")
     assert (typed["--train.per_device_train_batch_size"], typed["--train.global_batch_size"], typed["--train.seq_len_schedule"]) == ("3", "3", "[[0.0, 64.0]]")
-    app(["plan", *(word for pair in typed.items() for word in pair), "--memory", "1.5GB", "--flops", "1e12"], prog_name="treadle", standalone_mode=False)
-    assert capsys.readouterr().out.rstrip().endswith("it fits")
+    for line in (words, printed(), printed("--hidden_size", 64)):  # the default recipe's optimiser is not under a text; 64 suits not all presets
+        assert line[2] == "FILE.txt"
+        assert says(capsys, tmp_path / "FILE.txt", *line[3:], "--memory", "1.5GB", "--flops", "1e12")[-1].endswith("it fits"), line
+    (tmp_path / "r.toml").write_text('optim.name = "muon"\n')
+    assert printed("--config", tmp_path / "r.toml")[2:4] == ["--config", str(tmp_path / "r.toml")]
+    passes = printed("--batch_size", 4, "--gradient_accumulation_steps", 2)
+    assert passes[passes.index("--train.global_batch_size") + 1] == "8"
+
+
+def test_texts_at_once_are_those_that_were_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--device", "cpu", "--inference", "--seq_len", 256, "--preset", "gpt2"]
+    line = says(capsys, "--memory", "1.2GB", "--recommend", *asked)[0]
+    rows, total = re.findall(r"(\d+) text\(s\)", line)[0], re.findall(r"([\d.]+) of 1.20 GB", line)[0]
+    assert int(rows) > 1 and any(f"tokens: {total} GB" in line for line in says(capsys, *asked, "--batch_size", rows, "--flops", "1e12"))
+
+
+def test_weights_of_several_texts_are_no_format(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("x")
+    recipe = tmp_path / "mix.toml"
+    recipe.write_text(f'data.path = ["{tmp_path / "a.txt"}", "{tmp_path / "b.txt"}"]\n')
+    assert treadle.plan(recipe, weights=[0.7, 0.3], flops=1e12)["mode"] == "none"
+    with pytest.raises(ConfigError, match="add --inference"):
+        treadle.plan({"preset": "nano"}, weights="int8", flops=1e12)
+
+
+def test_advice_keeps_the_rows_of_a_step_and_tries_other_formats(capsys: pytest.CaptureFixture[str]) -> None:
+    step = ["--batch_size", 16, "--gradient_accumulation_steps", 4, "--global_batch_size", 64, "--seq_len", 256, "--preset", "nano", "--device", "cpu"]
+    advised = says(capsys, *step, "--memory", "0.62GB", "--flops", "1e12")[-1]
+    flags = re.findall(r"--batch_size (\d+) --gradient_accumulation_steps (\d+)", advised)
+    assert flags and int(flags[0][0]) * int(flags[0][1]) == 64
+    asked = {"preset": "gpt2", "batch_size": 1, "seq_len": 64, "flops": 1e12, "inference": True, "device": "cpu"}
+    assert "--weights fp32" in treadle.plan({}, weights="int8", memory="0.9GB", **asked)["asked"]["tries"]
 
 
 def test_steps_of_a_budget_under_a_growing_batch() -> None:

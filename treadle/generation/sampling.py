@@ -47,8 +47,8 @@ def generator_of(seed: int) -> torch.Generator:
 
 
 def check_seed(seed: int) -> None:
-    """ConfigError for a seed that is no whole number within 64 bits, with its sign."""
-    if not isinstance(seed, int) or not -(1 << 63) <= seed < 1 << 63:
+    """ConfigError for a seed that is no whole number within 64 bits, with a sign or without."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or not -(1 << 63) <= seed < 1 << 64:
         raise ConfigError(f"seed = {seed!r}: give a whole number that fits 64 bits")
 
 

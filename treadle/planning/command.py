@@ -10,6 +10,7 @@ import torch
 
 from treadle.errors import ConfigError
 from treadle.models.base import ModelConfig, count_label
+from treadle.naming import TYPED
 from treadle.ops import precision as number_formats
 from treadle.planning import tables
 from treadle.planning.plan import checked_number, model_of, parse_bytes
@@ -27,16 +28,16 @@ LENGTHS = (1024, 512, 256, 128, 64)  # tried in this order where none was asked 
 Compose = Callable[[Mapping[str, object]], Recipe]  # the recipe of the same command with further keys typed
 
 
-def answer(recipe: Recipe, given: Mapping[str, Any], target: str | None = None, again: Compose | None = None) -> tuple[dict[str, Any], list[str]]:
-    """The numbers and the same for people. given: the verb's own flags, as typed; again: for --recommend. ConfigError for flags
-    that contradict each other."""
+def answer(
+    recipe: Recipe, given: Mapping[str, Any], target: str | None = None, again: Compose | None = None, files: Mapping[str, str] | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """The numbers and the same for people. given: the verb's own flags, as typed; again, and the files that other flags name (--config):
+    for --recommend. ConfigError for flags that contradict each other."""
     own = dict(given)
     switched = {name: switch(name, own.pop(name)) for name in SWITCHES if name in own}
     own.pop("json", None)
     if "utilization" in own:
         own["utilisation"] = own.pop("utilization")
-    if "weights" in own and not switched.get("inference"):
-        raise ConfigError(f"--weights {own['weights']} is of generating; add --inference (training's number format: --precision)")
     if "utilisation" in own and "gpu" not in own:
         raise ConfigError("--utilisation is a share of a GPU's data sheet; say which: --gpu H100 (or give --flops N)")
     for name in ("tokens", "hours"):
@@ -46,11 +47,16 @@ def answer(recipe: Recipe, given: Mapping[str, Any], target: str | None = None, 
         table = tables.size_table(recipe.arch, recipe.data.seq_len if _asked(recipe, "data.seq_len", target) else 1024, kind=_kind(recipe, "cuda"))
         return table, tables.table_lines(table)
     if switched.get("recommend"):
-        return _recommended(recipe, own, not switched.get("inference"), target, again or (lambda keys: recipe))
+        return _recommended(recipe, own, not switched.get("inference"), target, again or (lambda keys: recipe), files or {})
     device = "cpu" if recipe.run.device == "auto" and "flops" not in own else recipe.run.device
     own.update({name: switched.get(name, False) for name in ("rehearse", "exact", "inference", "measure")})
-    result = make_plan(recipe, device="cuda" if device == "auto" else device, text_named=_of_text(recipe, target), **own)
+    result = make_plan(recipe, device="cuda" if device == "auto" else device, text_named=target is not None or names_tokenizer(recipe), **own)
     return result, tables.lines(result)
+
+
+def is_format(value: Any) -> bool:
+    """Whether a value of --weights is meant as a format of weights, and not as the key data.weights: shares of several texts."""
+    return isinstance(value, str) and value[:1].isalpha()
 
 
 def switch(name: str, value: Any) -> bool:
@@ -64,12 +70,12 @@ def switch(name: str, value: Any) -> bool:
 def _asked(recipe: Recipe, key: str, target: str | None) -> bool:
     """Somebody said this value: a flag, or the file that was named (without one the built-in recipe stands there)."""
     origin = _origin(recipe, key)
-    return origin == "flag" or (target is not None and origin == Path(target).with_suffix(".toml").name) or origin == target
+    return origin in TYPED or (target is not None and origin == Path(target).with_suffix(".toml").name) or origin == target
 
 
-def _of_text(recipe: Recipe, target: str | None) -> bool:
-    """Whether the vocabulary is a tokenizer's that was asked for, with a text or by itself, and not the preset's own."""
-    return target is not None or _asked(recipe, "tokenizer.name", target) or _asked(recipe, "tokenizer.vocab_size", target)
+def names_tokenizer(recipe: Recipe, target: str | None = None) -> bool:
+    """Whether somebody asked for a tokenizer, so that a preset's own vocabulary gives way to its."""
+    return _asked(recipe, "tokenizer.name", target) or _asked(recipe, "tokenizer.vocab_size", target)
 
 
 def _origin(recipe: Recipe, key: str) -> str:
@@ -83,13 +89,17 @@ def _kind(recipe: Recipe, otherwise: str) -> str:
 
 
 def _recommended(
-    recipe: Recipe, own: Mapping[str, Any], training: bool, target: str | None, again: Compose
+    recipe: Recipe, own: Mapping[str, Any], training: bool, target: str | None, again: Compose, files: Mapping[str, str]
 ) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
     if own.get("memory") is None:
         raise ConfigError("--recommend needs a memory to fill: treadle plan --memory 12GiB --recommend")
     others = sorted(own.keys() - {"memory"})
-    if others or recipe.parallel.mode not in ("auto", "none"):
-        raise ConfigError(f"--recommend fills the memory of one process; leave out --{others[0] if others else 'parallel'}")
+    others += ["parallel"] if recipe.parallel.mode not in ("auto", "none") else []
+    others += ["deepspeed"] if recipe.parallel.deepspeed is not None else []
+    others += ["world_size"] if (recipe.parallel.world_size or 1) > 1 else []
+    others += ["devices"] if (recipe.run.devices or 1) > 1 else []
+    if others:
+        raise ConfigError(f"--recommend fills the memory of one process; leave out --{others[0]}")
     if recipe.adapter.lora_rank is not None:
         raise ConfigError("--recommend chooses a preset that trains from random weights; leave out --lora_rank")
     room, unit = parse_bytes(own["memory"])
@@ -109,26 +119,34 @@ def _recommended(
         raise ConfigError(f"gradient_checkpointing = {checkpointing}: --recommend tries true and false; leave it out, or give one of them")
     rows = recipe.train.per_device_train_batch_size if said("train.per_device_train_batch_size") else None
     total = recipe.train.global_batch_size if said("train.global_batch_size") else None
+    passes = recipe.train.gradient_accumulation_steps if said("train.gradient_accumulation_steps") else None
+    if passes is not None and rows is not None:
+        total = passes * rows
+    elif passes is not None:
+        raise ConfigError("--recommend finds the rows of a pass, and the passes from the rows of a step; give --global_batch_size in the place of "
+                          "--gradient_accumulation_steps, or --batch_size beside it")  # fmt: skip
     if total is None:
         total = GLOBAL_BATCH if rows is None or GLOBAL_BATCH % rows == 0 else rows
 
-    of_text = _of_text(recipe, target)
+    named = target is not None or names_tokenizer(recipe)
 
     def composed(preset: str) -> tuple[ModelConfig, OptimSettings]:
         found = again({"model.arch": recipe.arch, "model.preset": preset})
-        return model_of(found, text_named=of_text)[1], found.optim
+        return model_of(found, text_named=named)[1], found.optim
 
     def needs(fit: Fit) -> float:
-        keys = fit.typed_keys if fit.training else fit.keys
-        found = make_plan(again(keys), 1, flops=1.0, device=kind, inference=not fit.training, text_named=of_text)
+        whole = again(fit.typed_keys if fit.training else fit.keys)
+        if not fit.training:
+            whole.train = whole.train.model_copy(update={"per_device_train_batch_size": fit.rows, "global_batch_size": None})
+        found = make_plan(whole, 1, flops=1.0, device=kind, inference=not fit.training, text_named=named)
         return float(found["memory" if fit.training else "inference"]["total_gb"])
 
     name = (recipe.preset or "").lower().replace("-", "_") or None
     fit = what_fits(room / 1e9, recipe.arch, lengths, precisions, training=training, kind=kind,
                     asked=Asked(name, checkpointing, rows, total, composed, needs))  # fmt: skip
     typed = {f"{section}.{key}": value for section, table in recipe.tables().items() for key, value in table.items()
-             if _origin(recipe, f"{section}.{key}") == "flag"}  # fmt: skip
-    command = fit.command(target, typed)
+             if _origin(recipe, f"{section}.{key}") in TYPED}  # fmt: skip
+    command = fit.command(target, typed, files)
     return _numbers(fit, kind, room, command), _lines(fit, kind, room, unit, command)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -58,7 +57,11 @@ def duration(
 
 def _steps_of(batches: int, step_sizes: Callable[[int], int]) -> int:
     """The least number of steps that take so many batches; a step takes one or more."""
-    return bisect.bisect_left(range(1, batches), batches, key=step_sizes) + 1
+    least, most = 1, batches
+    while least < most:
+        middle = (least + most) // 2
+        least, most = (middle + 1, most) if step_sizes(middle) < batches else (least, middle)
+    return least
 
 
 def gpu_named(name: str) -> str:

@@ -113,7 +113,7 @@ def plan(
     recipe: Recipe, world: int | None = None, *, flops: float | None = None, bandwidth: float = BANDWIDTH,
     overlap: float = OVERLAP, memory: str | float | None = None, device: str = "cpu", rehearse: bool = False,
     exact: bool = False, inference: bool = False, gpu: str | None = None, utilisation: float = UTILISATION,
-    measure: bool = False, tokens: float | None = None, hours: float | None = None, weights: str = "fp32",
+    measure: bool = False, tokens: float | None = None, hours: float | None = None, weights: str | None = None,
     model_class: tuple[type[Model], ModelConfig] | None = None, text_named: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Memory of one process by kind, bytes it sends in a step, and the estimated scaling: numbers, not strings.
@@ -136,6 +136,8 @@ def plan(
         flops, device = flops_of_gpu(gpu, utilisation), "cuda"
         if recipe.train.precision == "fp8":
             number_formats.check_fp8(CAPABILITY[gpu_named(gpu)])
+    if weights is not None and not inference:
+        raise ConfigError(f"weights = {weights!r} is of generating; add --inference (training's number format: --precision)")
     weights = checked(weights)
     if world is None:
         world = recipe.parallel.world_size or recipe.run.devices or 1
@@ -244,9 +246,9 @@ def plan(
                            "fits": need <= limit}  # fmt: skip
         if need > limit:
 
-            def needs(changed: Recipe, count: int) -> float:
-                other = plan(changed, count, flops=1.0, device=device, exact=exact, inference=inference, weights=weights, model_class=model_class,
-                             text_named=text_named)  # fmt: skip
+            def needs(changed: Recipe, count: int, form: str) -> float:
+                other = plan(changed, count, flops=1.0, device=device, inference=inference, weights=form if inference else None,
+                             model_class=model_class, text_named=text_named)  # fmt: skip
                 return float(other["inference" if inference else "memory"]["total_gb"]) * 1e9
 
             result["asked"]["tries"] = alternatives(recipe, result, limit, needs)

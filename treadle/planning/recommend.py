@@ -64,9 +64,10 @@ class Fit:
         """The keys that are typed: the preset's own recommended batch gives way to this one."""
         return {**self.keys, "train.global_batch_size": self.global_batch}
 
-    def command(self, target: str | None = None, typed: Mapping[str, object] | None = None) -> str:
-        """What to type. typed: dotted keys that were asked for beside; what the fit decides replaces them."""
-        words = ["treadle", "train", target or "FILE.txt"]
+    def command(self, target: str | None = None, typed: Mapping[str, object] | None = None, files: Mapping[str, str] | None = None) -> str:
+        """What to type. typed: dotted keys that were asked for beside; what the fit decides replaces them. files: recipes that flags name."""
+        words = ["treadle", "train", *([target or "FILE.txt"] if target or not files else [])]
+        words += [word for name, file in (files or {}).items() for word in (f"--{name}", file)]
         for key, value in {**(typed or {}), **self.typed_keys}.items():
             words += [f"--{key}", _as_typed(value)]
         return shlex.join(words)
@@ -85,8 +86,8 @@ Composed = Callable[[str], tuple[ModelConfig, OptimSettings]]  # a preset's name
 class Preset:
     """One preset of an architecture, with the traces of its steps as they are asked for."""
 
-    def __init__(self, arch: str, name: str, kind: str, composed: Composed | None = None) -> None:
-        self.arch, self.name, self.kind = arch, name, kind
+    def __init__(self, arch: str, name: str, kind: str, composed: Composed | None = None, global_batch: int = GLOBAL_BATCH) -> None:
+        self.arch, self.name, self.kind, self.global_batch = arch, name, kind, global_batch
         self.cls: type[Model] = MODELS.get(arch)
         self.config: ModelConfig = self.cls.Config.with_preset(name)
         self.optim = OptimSettings()
@@ -110,7 +111,7 @@ class Preset:
                            self.cls.example(self.config, n, length), optim=self.optim, kind=self.kind) for n in (1, 2)
             )  # fmt: skip
             self._traces[key] = (one, two)
-        shape = Shape(rows, length, GLOBAL_BATCH // rows, precision, checkpointing)
+        shape = Shape(rows, length, self.global_batch // rows, precision, checkpointing)
         return per_process(self.sizes, with_rows(*self._traces[key], rows), shape, "none", 1, None, kind=self.kind).total_gb
 
     def least_gb(self, rows: int, length: int, precisions: Sequence[str], checkpointing: bool | None) -> float:
@@ -163,11 +164,10 @@ def least_bytes(optim: OptimSettings) -> int:
     return STATE_BYTES if optim.name == "adamw" else LEAST_BYTES
 
 
-def presets_of(arch: str, composed: Composed | None = None) -> list[tuple[str, int]]:
+def presets_of(arch: str) -> list[tuple[str, int]]:
     """(preset, parameters), the largest first."""
     cls = MODELS.get(arch)
-    names = cls.Config.presets()
-    counts = [(name, parameter_count(cls, composed(name)[0] if composed else cls.Config.with_preset(name))) for name in names]
+    counts = [(name, parameter_count(cls, cls.Config.with_preset(name))) for name in cls.Config.presets()]
     return sorted(counts, key=lambda item: -item[1])
 
 
@@ -196,10 +196,10 @@ def what_fits(
     """The largest preset that trains (training=False: generates) in `memory_gb` * 1e9 bytes, on the first of `lengths` that
     it takes, in the first of `precisions` that fits. ConfigError, with what to type next, where none does."""
     name = MODELS.canonical(arch)
-    known = presets_of(arch, asked.composed)
+    known = presets_of(arch)
     if not known:
         raise ConfigError(f"{name} has no presets to recommend; give the shape yourself: --num_layers, --hidden_size")
-    chosen = [(p, n) for p, n in known if asked.preset in (None, p)]
+    chosen = _suited(name, [(p, n) for p, n in known if asked.preset in (None, p)], asked.composed)
     if not chosen:
         raise ConfigError(f"{name} has no preset {asked.preset!r}; give one of {', '.join(p for p, _ in known)}")
     counts = asked.counts(training)
@@ -209,7 +209,7 @@ def what_fits(
         least = LEAST_BYTES if training else FP32
         if count * least / 1e9 + PROCESS_GB[kind] > USED * memory_gb:
             continue
-        tried = Preset(name, each, kind, asked.composed)
+        tried = Preset(name, each, kind, asked.composed, asked.global_batch)
         if training and tried.least_gb(min(counts), min(lengths), precisions, asked.checkpointing) > USED * memory_gb:
             continue
         for length in lengths:
@@ -224,6 +224,21 @@ def what_fits(
     raise ConfigError(f"{said} {verb} in {memory_gb:g} GB with {rows} of {lengths[-1]} tokens (the smallest is {known[-1][0]}); "
                       f"use shorter rows (--seq_len {max(16, lengths[-1] // 4)}), or give the shape yourself: --num_layers, "
                       "--hidden_size")  # fmt: skip
+
+
+def _suited(arch: str, presets: list[tuple[str, int]], composed: Composed | None) -> list[tuple[str, int]]:
+    """The presets that the other keys go with, with their parameters under these; ConfigError where there is none."""
+    if composed is None:
+        return presets
+    found, problem = [], None
+    for name, _ in presets:
+        try:
+            found.append((name, parameter_count(MODELS.get(arch), composed(name)[0])))
+        except ConfigError as refused:
+            problem = problem or refused
+    if problem is not None and not found:
+        raise problem
+    return sorted(found, key=lambda item: -item[1])
 
 
 def _confirmed(found: Fit, asked: Asked, counts: Sequence[int], room: float) -> Fit | None:
