@@ -19,7 +19,7 @@ from torch import Tensor
 
 from treadle.errors import ConfigError
 from treadle.ops.native import library
-from treadle.ops.precision import resolve
+from treadle.ops.processor import made_by_amd
 
 FORMATS = ("fp32", "bf16", "int8", "int4")
 GROUP = 32  # inputs that share a scale in 4 bits
@@ -177,9 +177,10 @@ def _pairs(t: Tensor) -> Tensor:
 @functools.cache
 def multiplies_pairs() -> bool:
     """Whether products with packed weights in 16 bits and fewer round their input to bf16 here: where the processor multiplies pairs of
-    bf16 numbers and is faster so. By its features, since a timing would let the same seed give another text."""
+    bf16 numbers and is faster so, which AMD's are (an Intel core multiplies as many numbers a cycle in fp32). By its features, since a
+    timing would let the same seed give another text."""
     made = native()
-    return made is not None and bool(made.has_pairs()) and resolve("auto", torch.device("cpu"), 1024) == "bf16"
+    return made is not None and bool(made.has_pairs()) and made_by_amd()
 
 
 class PackedMatrix:

@@ -40,6 +40,8 @@ void product(const struct matrix *m, const float *x, float *y, int64_t rows, int
     if (m->format >= FIRST_PAIRED) {
         uint32_t some[4096]; /* of one row of 8,192 numbers */
         uint32_t *pairs = rows > 1 || m->inputs > 8192 ? malloc(sizeof(uint32_t) * (size_t)((rows < most ? rows : most) * ((m->inputs + 1) / 2))) : some;
+        if (pairs == NULL && m->inputs <= 8192) pairs = some, most = 1;
+        for (int64_t i = 0; pairs == NULL && i < rows * m->outputs; i++) y[i] = NAN; /* no memory: not numbers that look like some */
         for (int64_t first = 0; pairs != NULL && first < rows; first += count) {
             count = rows - first < most ? rows - first : most;
             rounded_rows(x + first * m->inputs, count, m->inputs, pairs);
