@@ -146,7 +146,7 @@ def test_log_probabilities_are_of_the_raw_logits_and_biases_move_the_choice(engi
     ("change", "message"),
     [({"prompt_ids": []}, "empty"), ({"prompt_ids": [61]}, "outside 0..60"), ({"prompt_ids": [-1]}, "outside"), ({"max_new_tokens": 0}, ">= 1"),
      ({"max_new_tokens": 31}, "together 33; a row holds 32"), ({"logprobs": -1}, "logprobs"), ({"logit_bias": {61: 1.0}}, "token 61"),
-     ({"logit_bias": {1: math.nan}}, "token 1 is nan"), ({"logit_bias": {1: math.inf}}, "token 1 is inf"), ({"seed": 1 << 63}, "64 bits")],
+     ({"logit_bias": {1: math.nan}}, "token 1 is nan"), ({"logit_bias": {1: math.inf}}, "token 1 is inf"), ({"seed": 1 << 64}, "64 bits")],
 )  # fmt: skip
 def test_what_can_never_run_is_refused_at_once(engine: Engine, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
