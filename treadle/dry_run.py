@@ -14,7 +14,7 @@ from treadle.distributed.environment import detect
 from treadle.errors import ConfigError
 from treadle.monitor.console import Console
 from treadle.ops.memory import peak_resident_bytes
-from treadle.planning.command import FLAGS, answer, is_format, switch
+from treadle.planning.command import FLAGS, answer, switch, taken
 from treadle.recipe import RECIPE_FLAGS, Layer, compose
 from treadle.settings import plain
 from treadle.start import Request, configure, make_trainer
@@ -27,7 +27,7 @@ def plan(request: Request, console: Console | None = None) -> dict[str, Any]:
     """What a recipe needs on `--world` processes, what fits, or the table of sizes; reads no text and starts nothing."""
     console = console or Console()
     flags = dict(request.flags or {})
-    own = {name: flags.pop(name) for name in FLAGS if name in flags and (name != "weights" or is_format(flags[name]))}
+    own = taken(flags, FLAGS)
     request = replace(request, flags=flags, other_flags=("from", "help", *FLAGS))
     target = request.target if isinstance(request.target, str) else None
     layers = request.layers()

@@ -19,7 +19,7 @@ from treadle.models.catalogue import MODELS
 from treadle.models.pretrained import load_model, load_run, pick_device
 from treadle.monitor.console import Console
 from treadle.ops.memory import peak_resident_bytes, resident_bytes
-from treadle.planning.command import is_format, names_tokenizer
+from treadle.planning.command import names_tokenizer, taken
 from treadle.planning.plan import plan as make_plan
 from treadle.recipe import Layer, compose
 from treadle.registry import nearest
@@ -101,7 +101,7 @@ def plan(
     configuration (batch_size, seq_len, ...), or flops, bandwidth, overlap, memory, device, rehearse, exact, inference, gpu,
     utilisation, measure, tokens, hours and weights of planning/plan.py."""
     trusted_code.allow(trust_code)
-    own = {name: keys.pop(name) for name in PLAN_KEYS if name in keys and (name != "weights" or is_format(keys[name]))}
+    own = taken(keys, PLAN_KEYS)
     if isinstance(recipe, BaseModel):
         own["model_class"] = (type(recipe), recipe.config)
         own.setdefault("device", recipe.device.type if recipe.device.type == "cuda" else "cpu")

@@ -82,6 +82,7 @@ def test_a_draft_without_enough_positions_is_refused_before_it_starts() -> None:
 
 def test_a_seed_beyond_64_bits_is_refused() -> None:
     model = build("transformer", vocab_size=256, hidden_size=16, num_layers=1, num_heads=2)
-    for seed in (1 << 64, -(1 << 64), 0.5, True):
+    seeds: list[Any] = [1 << 64, -(1 << 64), 0.5, True]
+    for seed in seeds:
         with pytest.raises(ConfigError, match="64 bits"):
-            model.generate(torch.tensor([[1, 2]]), max_new_tokens=2, temperature=1.0, seed=seed)  # type: ignore[arg-type]
+            model.generate(torch.tensor([[1, 2]]), max_new_tokens=2, temperature=1.0, seed=seed)

@@ -14,7 +14,7 @@ import torch
 
 from treadle.errors import ConfigError
 from treadle.ops.native import FLAGS, SOURCES
-from treadle.ops.packed_linear import FORMATS, PackedMatrix, Quantized, joined, native, quantize
+from treadle.ops.packed_linear import FORMATS, PackedMatrix, Quantized, has_pairs, joined, native, quantize
 
 needs_compiler = pytest.mark.skipif(native() is None, reason="no compiled product here")
 SHAPES = [(64, 32), (100, 33), (17, 96), (192, 128)]
@@ -64,8 +64,7 @@ def test_inputs_of_another_type_or_width_are_refused(x: torch.Tensor) -> None:
         PackedMatrix(made(192, 128, "int8")[1]).product(x)
 
 
-has_pairs = native() is not None and bool(native().has_pairs())
-PAIRED = pytest.mark.parametrize("paired", [False, pytest.param(True, marks=pytest.mark.skipif(not has_pairs, reason="no bf16 pairs here"))])
+PAIRED = pytest.mark.parametrize("paired", [False, pytest.param(True, marks=pytest.mark.skipif(not has_pairs(), reason="no bf16 pairs here"))])
 
 
 @needs_compiler

@@ -199,7 +199,7 @@ def test_advice_keeps_the_rows_of_a_step_and_tries_other_formats(capsys: pytest.
 
 
 def test_steps_of_a_budget_under_a_growing_batch() -> None:
-    """100 batches: 50 steps of one, then of two (a share of the run), or from a step on."""
+    """100 batches: one a step, then three (from a share of the run on), or four (from a step on)."""
     keys: dict[str, Any] = {"model": KEYS, "max_steps": 10, "batch_size": 4, "seq_len": 32, "precision": "fp32"}
     for schedule, steps in ((None, 100), ([[0, 1], [0.5, 3]], 50), ([[0, 1], [20, 4]], 40)):
         found = treadle.plan({**keys, **({"batch_size_schedule": schedule} if schedule else {})}, tokens=100 * 4 * 32, flops=1e12)

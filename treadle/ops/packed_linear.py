@@ -174,13 +174,18 @@ def _pairs(t: Tensor) -> Tensor:
     return padded.unflatten(1, (-1, 2)).unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
 
 
+def has_pairs() -> bool:
+    """Whether this processor multiplies pairs of bf16 numbers, and the compiled product was made for it."""
+    made = native()
+    return made is not None and bool(made.has_pairs())
+
+
 @functools.cache
 def multiplies_pairs() -> bool:
     """Whether products with packed weights in 16 bits and fewer round their input to bf16 here: where the processor multiplies pairs of
     bf16 numbers and is faster so, which AMD's are (an Intel core multiplies as many numbers a cycle in fp32). By its features, since a
     timing would let the same seed give another text."""
-    made = native()
-    return made is not None and bool(made.has_pairs()) and made_by_amd()
+    return has_pairs() and made_by_amd()
 
 
 class PackedMatrix:
@@ -192,7 +197,7 @@ class PackedMatrix:
     def __init__(self, quantized: Quantized, bias: Tensor | None = None, paired: bool | None = None) -> None:
         self.kind, self.shape = quantized.kind, quantized.shape
         self.paired = self.kind != "fp32" and (multiplies_pairs() if paired is None else paired)
-        if self.paired and not native().has_pairs():  # type: ignore[union-attr]
+        if self.paired and not has_pairs():
             raise ValueError("this processor multiplies no pairs of bf16 numbers: paired=False")
         codes, scales = quantized.codes, quantized.scales
         if self.kind == "int8" and scales is not None:

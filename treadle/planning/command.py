@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,11 @@ FLAGS = ("world", "memory", "flops", "bandwidth", "overlap", "rehearse", "json",
 SWITCHES = ("rehearse", "json", "exact", "recommend", "table", "inference", "measure")
 LENGTHS = (1024, 512, 256, 128, 64)  # tried in this order where none was asked for
 
-
 Compose = Callable[[Mapping[str, object]], Recipe]  # the recipe of the same command with further keys typed
 
 
 def answer(
-    recipe: Recipe, given: Mapping[str, Any], target: str | None = None, again: Compose | None = None, files: Mapping[str, str] | None = None
+    recipe: Recipe, given: Mapping[str, Any], target: str | None, again: Compose, files: Mapping[str, str]
 ) -> tuple[dict[str, Any], list[str]]:
     """The numbers and the same for people. given: the verb's own flags, as typed; again, and the files that other flags name (--config):
     for --recommend. ConfigError for flags that contradict each other."""
@@ -47,15 +46,20 @@ def answer(
         table = tables.size_table(recipe.arch, recipe.data.seq_len if _asked(recipe, "data.seq_len", target) else 1024, kind=_kind(recipe, "cuda"))
         return table, tables.table_lines(table)
     if switched.get("recommend"):
-        return _recommended(recipe, own, not switched.get("inference"), target, again or (lambda keys: recipe), files or {})
+        return _recommended(recipe, own, not switched.get("inference"), target, again, files)
     device = "cpu" if recipe.run.device == "auto" and "flops" not in own else recipe.run.device
     own.update({name: switched.get(name, False) for name in ("rehearse", "exact", "inference", "measure")})
     result = make_plan(recipe, device="cuda" if device == "auto" else device, text_named=target is not None or names_tokenizer(recipe), **own)
     return result, tables.lines(result)
 
 
-def is_format(value: Any) -> bool:
-    """Whether a value of --weights is meant as a format of weights, and not as the key data.weights: shares of several texts."""
+def taken(flags: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Those of the flags that are the plan's own, which leave `flags`: --weights is where it names a format, else it is the key
+    data.weights, shares of several texts."""
+    return {name: flags.pop(name) for name in names if name in flags and (name != "weights" or _is_format(flags[name]))}
+
+
+def _is_format(value: Any) -> bool:
     return isinstance(value, str) and value[:1].isalpha()
 
 

@@ -114,10 +114,13 @@ class Preset:
         shape = Shape(rows, length, self.global_batch // rows, precision, checkpointing)
         return per_process(self.sizes, with_rows(*self._traces[key], rows), shape, "none", 1, None, kind=self.kind).total_gb
 
-    def least_gb(self, rows: int, length: int, precisions: Sequence[str], checkpointing: bool | None) -> float:
-        """Gigabytes of the way to train that needs the least: at once for all lengths and numbers of rows above these."""
+    def may_train(self, room_gb: float, rows: int, length: int, precisions: Sequence[str], checkpointing: bool | None) -> bool:
+        """Whether the way that needs the least trains within the room: said at once for all lengths and numbers of rows above these,
+        and before anything is traced where weights, gradients and state alone are too large."""
+        if self.sizes.parameters * least_bytes(self.optim) / 1e9 + PROCESS_GB[self.kind] > room_gb:
+            return False
         again = True if checkpointing is None else checkpointing
-        return min(self.training_gb(rows, min(length, self.longest()), precision, again) for precision in precisions)
+        return any(self.training_gb(rows, min(length, self.longest()), precision, again) <= room_gb for precision in precisions)
 
     def reading_gb(self, rows: int, length: int) -> float:
         """Gigabytes of one process that generates `rows` texts of `length` tokens at once."""
@@ -131,7 +134,7 @@ class Preset:
         """Rows of `length` that train in this memory, of the numbers in `counts` (the most first): recomputing only where few rows fit
         without, a further precision only where the one before does not fit."""
         room = USED * memory_gb
-        if self.sizes.parameters * least_bytes(self.optim) / 1e9 + PROCESS_GB[self.kind] > room or length > self.longest():
+        if length > self.longest():
             return None
         for precision in precisions:
             found: Fit | None = None
@@ -210,7 +213,7 @@ def what_fits(
         if count * least / 1e9 + PROCESS_GB[kind] > USED * memory_gb:
             continue
         tried = Preset(name, each, kind, asked.composed, asked.global_batch)
-        if training and tried.least_gb(min(counts), min(lengths), precisions, asked.checkpointing) > USED * memory_gb:
+        if training and not tried.may_train(USED * memory_gb, min(counts), min(lengths), precisions, asked.checkpointing):
             continue
         for length in lengths:
             found = (tried.fit(memory_gb, length, precisions, asked.checkpointing, counts) if training

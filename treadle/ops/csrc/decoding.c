@@ -168,9 +168,9 @@ INLINE void weighted(const float *values, const float *scores, int64_t used, int
     }
 }
 
-/* Softmax over the first `used` keys; scores has room for used + 15 numbers. next: a head's keys that are asked for meanwhile. */
+/* Softmax over the first `used` keys; scores has room for used + 15 numbers. */
 static void attend(const float *q, const float *keys, const float *values, int64_t used, int64_t width, float scale,
-                   float *scores, float *y, const float *next) {
+                   float *scores, float *y) {
     const int64_t padded = (used + LANES - 1) / LANES * LANES;
     for (int64_t s = 0; s < used; s += LANES) {
         const int64_t count = used - s < LANES ? used - s : LANES;
@@ -198,8 +198,6 @@ static void attend(const float *q, const float *keys, const float *values, int64
         sum += loaded(scores + s);
     }
     const float factor = 1.0f / total(sum);
-    for (int64_t s = 0; next != NULL && s < (width < 1024 ? 16 : 1); s++) /* the beginning: then the processor sees where it goes */
-        for (int64_t i = 0; i < width; i += 16) __builtin_prefetch(next + s * width + i, 0, 3);
     int64_t i = 0;
     for (; i + 4 * LANES <= width; i += 4 * LANES) weighted(values, scores, used, width, i, factor, y, 4);
     for (; i < width; i += LANES) weighted(values, scores, used, width, i, factor, y, 1);
@@ -350,10 +348,8 @@ int decoding_step(const struct decoder *d, float *const *keys, float *const *val
             for (int64_t job = count * d->heads * thread / crew; job < count * d->heads * (thread + 1) / crew; job++) {
                 const int64_t i = job / d->heads, h = job % d->heads;
                 const int64_t at = (rows[i] * d->groups + h / repeat) * d->slots * e;
-                const int64_t then = h + 1 < d->heads ? i : i + 1 < count ? i + 1 : i;
                 attend(made + i * all_three + h * e, all_keys + at, all_values + at, positions[i] + 1, e, d->scale,
-                       scores + thread * room, joined + i * queries + h * e,
-                       all_keys + (rows[then] * d->groups + (h + 1) % d->heads / repeat) * d->slots * e);
+                       scores + thread * room, joined + i * queries + h * e);
             }
         product(&layer->out, joined, y, count, threads);
         for (int64_t i = 0; i < count * width; i += LANES) store(x + i, loaded(x + i) + loaded(y + i));
